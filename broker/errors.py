@@ -1,0 +1,61 @@
+"""The errors a user can meet. Each message names what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+
+class PerLLMError(Exception):
+    """Base of all errors that are the caller's or the environment's to mend; shown without a traceback."""
+
+
+class InvalidTask(PerLLMError):
+    """A task, or one field of it, is not acceptable; nothing was stored."""
+
+
+class Unreachable(PerLLMError):
+    """The Redis server cannot be used: not there, wrong password, too old, or out of memory."""
+
+
+class TaskNotFound(PerLLMError):
+    """No task has this id (it may have been finished and forgotten after the retention time)."""
+
+
+class WaitTimeout(PerLLMError, TimeoutError):
+    """The task did not reach a final state within the given time; it goes on."""
+
+
+class BadSetting(PerLLMError):
+    """A setting, a file it names or a node's registration is unusable."""
+
+
+class TaskFailed(PerLLMError):
+    """Raised by `AsyncResult.get()` in Celery producers for a task that failed."""
+
+
+class TaskExpired(PerLLMError):
+    """Raised by `AsyncResult.get()` in Celery producers for a task whose deadline passed."""
+
+
+class TaskRejected(PerLLMError):
+    """Raised by `AsyncResult.get()` in Celery producers for a task the scheduler refused, with its reason."""
+
+
+def field_errors(error: ValidationError, *, where: str = "") -> str:
+    """A validation error as one line: each field, what is wrong with it and (short) what was given."""
+    parts = []
+    for item in error.errors(include_url=False, include_context=False):
+        name = ".".join(str(p) for p in item["loc"]) or "task"
+        message = item["msg"].removeprefix("Value error, ")
+        parts.append(f"{name}: {message}{_given(item)}")
+    text = "; ".join(parts)
+    return f"{where}: {text}" if where else text
+
+
+def _given(item: Any) -> str:
+    if item["type"] in ("missing", "value_error") or isinstance(item.get("input"), dict | list | tuple):
+        return ""
+    given = repr(item.get("input"))
+    return f" (given {given if len(given) <= 40 else given[:39] + '…'})"

@@ -1,0 +1,426 @@
+"""The wire contract: every shape that travels between producers, ledger, scheduler and workers.
+
+Models a user fills in (`TaskSpec`) forbid unknown fields, so a typo is an error at the door. Models one part of the
+system sends to another ignore unknown fields, so a newer sender and an older reader get along. A field may be added;
+the meaning of one never changes. A change that breaks this bumps `WIRE_VERSION`.
+
+Units everywhere: seconds (s), joules (J), watts (W), tokens, bytes. Absolute times are the Redis server's clock,
+seconds since the epoch; durations are measured on one machine with its monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+WIRE_VERSION = 1
+
+#: Longest accepted deadline, seconds (30 days).
+MAX_DEADLINE = 30 * 86_400.0
+#: Longest name of a node, model, service class or tenant, characters.
+MAX_NAME = 128
+#: Bytes of prompt per token assumed before a tokenizer has seen the prompt.
+BYTES_PER_TOKEN = 4
+
+Name = Annotated[str, Field(max_length=MAX_NAME, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$")]
+NodeName = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class State(StrEnum):
+    """Where a task is. The last five are final and never change."""
+
+    PENDING = "pending"
+    DISPATCHED = "dispatched"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    REJECTED = "rejected"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return self not in (State.PENDING, State.DISPATCHED, State.RUNNING)
+
+
+class Door(BaseModel):
+    """A model users fill in: unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Wire(BaseModel):
+    """A model one part of the system sends another: unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+# --- what a producer submits -----------------------------------------------------------------------------------------
+
+
+class Message(Door):
+    """One chat turn."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class Sampling(Door):
+    """How tokens are drawn; the names and ranges are the OpenAI API's, plus `top_k`, `min_p`, `repeat_penalty`, `grammar`."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repeat_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field((), max_length=16)
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    json_schema: dict[str, Any] | None = None
+    grammar: Annotated[str, Field(max_length=65_536)] | None = None
+
+
+class TaskSpec(Sampling):
+    """One LLM task as its producer states it. Exactly one of `prompt` and `messages` is given.
+
+    `deadline` is in seconds from the moment the ledger accepts the task. `value` weighs the task against others when
+    not all can be on time. `service` is the class whose lengths and rewards are learned together. `expected_tokens`
+    is the producer's guess of the output length, used as evidence, not as a limit.
+    """
+
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
+    deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE)] = 60.0
+    value: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    model: Name | None = None
+    service: Name = "default"
+    tenant: Name = "default"
+    expected_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    idempotency_key: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = Field(
+        default_factory=dict, max_length=16
+    )
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give exactly one of 'prompt' and 'messages'")
+        if self.json_schema is not None and self.grammar is not None:
+            raise ValueError("give at most one of 'json_schema' and 'grammar'")
+        return self
+
+    def text_bytes(self) -> int:
+        """Size of the input text, bytes."""
+        if self.prompt is not None:
+            return len(self.prompt.encode())
+        return sum(len(m.content.encode()) for m in self.messages or ())
+
+    def preview(self, width: int = 60) -> str:
+        """The start of the input on one line, for people."""
+        text = (
+            self.prompt
+            if self.prompt is not None
+            else (self.messages or (Message(role="user", content=""),))[-1].content
+        )
+        line = " ".join(text[: width * 4].split())
+        return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def new_id() -> str:
+    """A fresh task id (a random UUID, as Celery's own)."""
+    return str(uuid4())
+
+
+# --- what a worker reports ---------------------------------------------------------------------------------------------
+
+
+class Energy(Wire):
+    """Joules one task cost, by stage, and how they were obtained.
+
+    `inference` excludes the node's idle power, which is kept apart in `idle` (the task's share of it while it ran).
+    `method` is `nvml`, `rapl`, `cpu-model`, `remote-price` or `emulated`; `estimated` is False only for a counter's reading.
+    """
+
+    transfer: NonNegative = 0.0
+    inference: NonNegative = 0.0
+    idle: NonNegative = 0.0
+    method: str
+    estimated: bool
+
+    @property
+    def total(self) -> float:
+        return self.transfer + self.inference + self.idle
+
+
+class Counters(Wire):
+    """An engine's running totals since it started, and its present state.
+
+    One engine step costs about a + b·active + c·prefilled + d·context seconds (DESIGN section 5); the totals let the
+    scheduler fit that from the difference of two readings.
+    """
+
+    steps: int = 0
+    busy: NonNegative = 0.0  # s spent inside engine steps
+    generated: int = 0  # tokens
+    prefilled: int = 0  # tokens
+    sequence_steps: int = 0  # Σ over steps of active sequences
+    context_steps: int = 0  # Σ over steps of context tokens held, tokens
+    active: int = 0  # sequences now in the batch
+    waiting: int = 0  # requests accepted, not yet in the batch
+    free_kv: int = 0  # tokens
+    since_progress: NonNegative = 0.0  # s since a step last ended while there was work; 0 when idle
+    longest_step: NonNegative = 0.0  # s, over the last minute
+    energy: NonNegative = 0.0  # J, the node's meter since start
+
+
+class Receipt(Wire):
+    """What one finished attempt took, as the worker measured it.
+
+    `before` and `after` are the engine's counters when the attempt entered and left it. `transfer` is the time the
+    claim took to bring `payload_bytes` over the link.
+    """
+
+    node: str
+    model: str
+    attempt: int
+    payload_bytes: int = 0
+    transfer: NonNegative = 0.0  # s
+    wait: NonNegative = 0.0  # s inside the worker before the first prefill step
+    prefill: NonNegative = 0.0  # s
+    decode: NonNegative = 0.0  # s
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of prompt_tokens, not prefilled because a shared prefix was there
+    completion_tokens: int = 0
+    energy: Energy
+    before: Counters = Counters()
+    after: Counters = Counters()
+    stalled: bool = False  # a stall overlapped the attempt: useless for learning speed
+
+
+class Output(Wire):
+    """What the engine produced for a task."""
+
+    text: str
+    finish_reason: Literal["stop", "length", "deadline", "cancelled"]
+    logprobs: list[dict[str, Any]] | None = None
+
+
+class Result(Wire):
+    """A task in its final state, as a producer gets it.
+
+    `on_time` is the server's judgement; `latency` is submit to final state on the server's clock; `queued` is the part
+    of it before an engine had the task. `output` may hold a partial text for an expired task.
+    """
+
+    id: str
+    state: State
+    on_time: bool
+    latency: float
+    queued: float | None = None
+    reason: str | None = None  # why it failed, expired or was rejected
+    output: Output | None = None
+    receipt: Receipt | None = None
+
+    @property
+    def text(self) -> str:
+        """The generated text, empty where there is none."""
+        return self.output.text if self.output else ""
+
+
+# --- what a node says of itself -------------------------------------------------------------------------------------
+
+
+class Calibration(Wire):
+    """Boot-time speed of one model on a node: one step costs about
+    `step + sequence·active + prefill·prefilled + context·context_tokens` seconds."""
+
+    step: NonNegative
+    sequence: NonNegative
+    prefill: NonNegative
+    context: NonNegative = 0.0
+
+
+class ModelOffer(Wire):
+    """One model (or one quantisation of it) a node serves: an arm of the bandit."""
+
+    name: Name
+    context: Annotated[int, Field(gt=0)]  # tokens, prompt and output together
+    kv_tokens: Annotated[int, Field(gt=0)]  # KV cache over all sequences, tokens
+    calibration: Calibration
+
+
+class Power(Wire):
+    """A node's power model: watts idle and, beyond idle, while its engine steps; joules per byte on its link."""
+
+    idle: NonNegative
+    active: NonNegative
+    joules_per_byte: NonNegative = 0.0
+    method: str
+    estimated: bool
+
+
+class NodeInfo(Wire):
+    """A node's registration."""
+
+    name: NodeName
+    tier: Literal["edge", "cloud"]
+    boot: Annotated[str, Field(min_length=1, max_length=64)]  # new at every start of the worker process
+    slots: Annotated[int, Field(ge=1, le=4096)]  # tasks in the engine at once
+    models: Annotated[tuple[ModelOffer, ...], Field(min_length=1)]
+    power: Power
+    bandwidth: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # bytes/s, a prior until claims have measured it
+    engine: str  # e.g. "llama.cpp 0.3.36, SmolLM2 Q8_0, 1 thread"
+    version: int = WIRE_VERSION
+
+    @property
+    def queue(self) -> str:
+        """The Celery queue this node consumes."""
+        return f"{self.tier}.{self.name}"
+
+    def offer(self, model: str | None) -> ModelOffer | None:
+        """The offer for `model`, or the first one when any model will do; None when not served here."""
+        if model is None:
+            return self.models[0]
+        return next((m for m in self.models if m.name == model), None)
+
+
+# --- what happened: the event stream -----------------------------------------------------------------------------------
+
+
+class _Event(Wire):
+    at: float  # s, server clock
+
+
+class _TaskEvent(_Event):
+    id: str
+
+
+class Submitted(_TaskEvent):
+    """A task entered the pending set. All the scheduler needs to know of it, without its payload."""
+
+    type: Literal["submitted"] = "submitted"
+    deadline: float  # s, server clock, absolute
+    value: float = 1.0
+    service: str = "default"
+    model: str | None = None
+    prompt_tokens: int = 1  # estimate
+    payload_bytes: int = 0
+    max_tokens: int = 128
+    expected_tokens: int | None = None
+    strikes: int = 0
+
+
+class Dispatched(_TaskEvent):
+    type: Literal["dispatched"] = "dispatched"
+    node: str
+    model: str
+    attempt: int
+
+
+class Claimed(_TaskEvent):
+    type: Literal["claimed"] = "claimed"
+    node: str
+    attempt: int
+
+
+class Completed(_TaskEvent):
+    """An attempt ended with a receipt: the reward. `state` is succeeded, or expired when the deadline cut it."""
+
+    type: Literal["completed"] = "completed"
+    node: str
+    attempt: int
+    state: State
+    on_time: bool
+    latency: float  # s, submit to end
+    queued: float  # s, submit to claim
+    receipt: Receipt
+
+
+class Returned(_TaskEvent):
+    """A task left its node without a result and is pending again: handed back, lease lost, or failed and retried."""
+
+    type: Literal["returned"] = "returned"
+    node: str
+    attempt: int
+    cause: Literal["handed_back", "lease_expired", "failed"]
+    reason: str = ""
+    strikes: int = 0
+
+
+class Ended(_TaskEvent):
+    """A task reached a final state without a receipt."""
+
+    type: Literal["ended"] = "ended"
+    state: State
+    reason: str = ""
+    node: str | None = None
+
+
+class NodeUp(_Event):
+    type: Literal["node_up"] = "node_up"
+    info: NodeInfo
+
+
+class Heartbeat(_Event):
+    """A node's counters and, per task it runs, the tokens generated so far."""
+
+    type: Literal["heartbeat"] = "heartbeat"
+    node: str
+    boot: str
+    counters: Counters
+    progress: dict[str, int] = Field(default_factory=dict)
+    draining: bool = False
+
+
+class NodeDown(_Event):
+    type: Literal["node_down"] = "node_down"
+    node: str
+    reason: str = ""
+
+
+Event = Annotated[
+    Submitted | Dispatched | Claimed | Completed | Returned | Ended | NodeUp | Heartbeat | NodeDown,
+    Field(discriminator="type"),
+]
+_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def parse_event(raw: bytes | str) -> Event:
+    """One stream entry's JSON as an event. Raises pydantic.ValidationError."""
+    return _EVENT.validate_json(raw)
+
+
+# --- why: the decision record ---------------------------------------------------------------------------------------------
+
+
+class Candidate(Wire):
+    """How one node looked to the policy when a task was decided. What a policy does not compute stays None."""
+
+    node: str
+    index: float | None = None  # what the policy maximises
+    feasible: bool = True
+    finish: float | None = None  # s from now, predicted
+    p_on_time: float | None = None
+    marginal_energy: float | None = None  # J
+    slacks: Mapping[str, float] = Field(default_factory=dict)  # constraint → normalised slack
+    confidence: float | None = None
+    note: str = ""
+
+
+class Explanation(Wire):
+    """Why a task went where it went: kept with the task, shown by `perllm explain`."""
+
+    policy: str
+    action: Literal["dispatch", "reject", "expire"]
+    sentence: str
+    node: str | None = None
+    candidates: tuple[Candidate, ...] = ()

@@ -1,0 +1,108 @@
+"""All settings, from `PERLLM_*` environment variables (or `.env`). One model, read once per process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import parse_qs, urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from broker.errors import BadSetting, field_errors
+from broker.messages import NodeName
+
+_SCHEMES = ("redis", "rediss", "unix")
+
+
+def default_data_dir() -> Path:
+    """Where the embedded server keeps its data and socket: `$XDG_STATE_HOME/perllm` or `~/.local/state/perllm`."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "perllm"
+
+
+class Settings(BaseSettings):
+    """Every field can be set as `PERLLM_<FIELD>`. Times in seconds, sizes in bytes."""
+
+    model_config = SettingsConfigDict(env_prefix="PERLLM_", env_file=".env", extra="ignore", frozen=True)
+
+    # Where everything meets
+    redis_url: SecretStr | None = None  # redis://, rediss:// (user:password@ for ACL users) or unix://; None: embedded
+    data_dir: Path = Field(default_factory=default_data_dir)
+    cell: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")] = "perllm"
+
+    # Ledger
+    max_prompt_bytes: Annotated[int, Field(ge=1)] = 1 << 20
+    lease: Annotated[float, Field(ge=0.5, le=300)] = 4.0
+    heartbeat: Annotated[float, Field(ge=0.05, le=60)] = 1.0
+    max_strikes: Annotated[int, Field(ge=1, le=100)] = 3  # attempts that may end without a result before a task fails
+    retention: Annotated[float, Field(ge=1)] = 86_400.0  # finished tasks are kept this long …
+    retention_tasks: Annotated[int, Field(ge=1)] = 1_000_000  # … and at most so many of each final state
+    stream_length: Annotated[int, Field(ge=1_000)] = 1_000_000  # events kept, about
+
+    # Scheduler
+    policy: str = "cs-ucb-paper"
+    queue_beyond_slots: Annotated[int, Field(ge=0, le=1_000)] = 2  # tasks a node's queue may hold beyond its slots
+    snapshot_every: Annotated[float, Field(ge=0.1)] = 5.0
+    leader_ttl: Annotated[float, Field(ge=0.5, le=60)] = 4.0
+
+    # Worker
+    node_name: NodeName | None = None
+    slots: Annotated[int, Field(ge=1, le=4096)] | None = None
+    grace: Annotated[float, Field(ge=0, le=3600)] = 10.0  # running work may finish for so long after SIGTERM
+    engine: Literal["auto", "llama", "vllm", "openai", "noop"] = "auto"
+    model: str | None = None  # a GGUF path (edge), a Hugging Face folder or name (vLLM)
+    model_name: str | None = None  # the name producers use; default: derived from the model
+    context: Annotated[int, Field(ge=64)] | None = None  # tokens per sequence
+    threads: Annotated[int, Field(ge=1)] | None = None
+    bandwidth: Annotated[float, Field(gt=0)] = 12.5e6  # bytes/s of the node's link, until measured
+    joules_per_byte: Annotated[float, Field(ge=0)] = 0.0
+    idle_watts: Annotated[float, Field(ge=0)] | None = None
+    tdp_watts: Annotated[float, Field(gt=0)] | None = None
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_json: bool = False
+
+    @field_validator("redis_url")
+    @classmethod
+    def _known_scheme(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and urlsplit(url.get_secret_value()).scheme not in _SCHEMES:
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        return url
+
+    @property
+    def socket(self) -> Path:
+        """The embedded server's Unix socket."""
+        return self.data_dir / "valkey.sock"
+
+    @property
+    def url(self) -> str:
+        """The Redis URL in force, secrets included: never log it, use `address`."""
+        return self.redis_url.get_secret_value() if self.redis_url else f"unix://{self.socket}"
+
+    @property
+    def address(self) -> str:
+        """The server's address without user or password, for people and logs."""
+        parts = urlsplit(self.url)
+        if parts.scheme == "unix":
+            return f"unix://{parts.path}"
+        return f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}"
+
+    @property
+    def celery_url(self) -> str:
+        """The same server in kombu's spelling (it calls a Unix socket `redis+socket://`)."""
+        parts = urlsplit(self.url)
+        if parts.scheme != "unix":
+            return self.url
+        query = parse_qs(parts.query)
+        login = f"{parts.netloc.rsplit('@', 1)[0]}@" if "@" in parts.netloc else ""
+        return f"redis+socket://{login}{parts.path}?virtual_host={query.get('db', ['0'])[0]}"
+
+
+def load_settings(**overrides: object) -> Settings:
+    """The settings in force. Raises BadSetting naming the variable and what is wrong with it."""
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise BadSetting("PERLLM_" + field_errors(error).replace("; ", "; PERLLM_")) from None

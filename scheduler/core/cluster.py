@@ -1,0 +1,54 @@
+"""What the scheduler knows of the world: nodes, the tasks placed on them, the tasks still pending. Plain state, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from broker.messages import Counters, NodeInfo
+
+
+@dataclass(slots=True)
+class Task:
+    """One unfinished task. Times are the server's clock, s."""
+
+    id: str
+    submitted: float
+    deadline: float
+    value: float
+    service: str
+    model: str | None
+    prompt_tokens: int
+    payload_bytes: int
+    max_tokens: int
+    expected_tokens: int | None = None
+    strikes: int = 0
+    attempt: int = 0
+    # Set while it is placed
+    node: str | None = None
+    dispatched: float | None = None
+    claimed: float | None = None
+    generated: int = 0  # tokens, as of the node's last heartbeat
+    avoid: frozenset[str] = frozenset()  # nodes that lost it before
+
+
+@dataclass(slots=True)
+class Node:
+    """One registered node and the tasks it holds."""
+
+    info: NodeInfo
+    since: float  # s, when it registered
+    counters: Counters = field(default_factory=Counters)
+    heard: float = 0.0  # s, server clock of the last heartbeat
+    draining: bool = False
+    flights: dict[str, Task] = field(default_factory=dict)  # dispatched or running here, oldest first
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+
+@dataclass(slots=True)
+class Cluster:
+    """All live nodes by name. Iteration order is registration order, so decisions are reproducible."""
+
+    nodes: dict[str, Node] = field(default_factory=dict)

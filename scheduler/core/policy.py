@@ -1,0 +1,60 @@
+"""What a placement policy is: CS-UCB and every baseline stand behind this, in service and simulator alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from broker.messages import Candidate, Event
+from scheduler.core.cluster import Cluster, Node, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Put the task on `node` now."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Leave the task pending; ask again when something changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Refuse the task for good."""
+
+    reason: str
+
+
+Choice = Place | Wait | Reject
+
+
+class Policy(Protocol):
+    """Chooses a node per task and learns from what happened.
+
+    Deterministic: the same calls in the same order give the same choices (randomness is seeded and part of the
+    snapshot). No I/O and no clock; `now` is the server's clock in s.
+    """
+
+    name: str
+
+    def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
+        """Choose among `candidates`: the live nodes that serve the task's model, can hold it and have room (never
+        empty)."""
+
+    def observe(self, event: Event, task: Task | None, cluster: Cluster) -> None:
+        """Learn from `event`, called before the cluster state changes by it. `task` is the task it is about, as it
+        was, or None."""
+
+    def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
+        """How each candidate looks for this task now. Called right after `choose` with the same arguments; changes
+        nothing."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """The learned state as JSON-able data. After `restore` of it, decisions are identical."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a state `snapshot` returned. Raises ValueError or KeyError for a foreign one."""
