@@ -61,7 +61,7 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-# --- what a producer submits -----------------------------------------------------------------------------------------
+# --- what a producer submits
 
 
 class Message(Door):
@@ -72,7 +72,7 @@ class Message(Door):
 
 
 class Sampling(Door):
-    """How tokens are drawn; the names and ranges are the OpenAI API's, plus `top_k`, `min_p`, `repeat_penalty`, `grammar`."""
+    """How tokens are drawn: the OpenAI API's names and ranges, plus `top_k`, `min_p`, `repeat_penalty`, `grammar`."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -140,14 +140,15 @@ def new_id() -> str:
     return str(uuid4())
 
 
-# --- what a worker reports ---------------------------------------------------------------------------------------------
+# --- what a worker reports
 
 
 class Energy(Wire):
     """Joules one task cost, by stage, and how they were obtained.
 
     `inference` excludes the node's idle power, which is kept apart in `idle` (the task's share of it while it ran).
-    `method` is `nvml`, `rapl`, `cpu-model`, `remote-price` or `emulated`; `estimated` is False only for a counter's reading.
+    `method` is `nvml`, `rapl`, `cpu-model`, `remote-price` or `emulated`; `estimated` is False only for a counter's
+    reading.
     """
 
     transfer: NonNegative = 0.0
@@ -236,7 +237,7 @@ class Result(Wire):
         return self.output.text if self.output else ""
 
 
-# --- what a node says of itself -------------------------------------------------------------------------------------
+# --- what a node says of itself
 
 
 class Calibration(Wire):
@@ -293,7 +294,7 @@ class NodeInfo(Wire):
         return next((m for m in self.models if m.name == model), None)
 
 
-# --- what happened: the event stream -----------------------------------------------------------------------------------
+# --- what happened: the event stream
 
 
 class _Event(Wire):
@@ -399,7 +400,7 @@ def parse_event(raw: bytes | str) -> Event:
     return _EVENT.validate_json(raw)
 
 
-# --- why: the decision record ---------------------------------------------------------------------------------------------
+# --- why: the decision record
 
 
 class Candidate(Wire):

@@ -1,4 +1,4 @@
-"""What the scheduler knows of the world: nodes, the tasks placed on them, the tasks still pending. Plain state, no I/O."""
+"""What the scheduler knows of the world: nodes and the tasks on them. Plain state, no I/O."""
 
 from __future__ import annotations
 

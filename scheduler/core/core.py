@@ -60,7 +60,7 @@ class Core:
         """The unfinished task of this id, pending or placed."""
         return self.pending.get(task_id) or self._placed.get(task_id)
 
-    # --- events in ----------------------------------------------------------------------------------------------------
+    # --- events in
 
     def handle(self, event: Event) -> None:
         """Take one event. Events about tasks or nodes not known are harmless; repeated ones change nothing."""
@@ -129,7 +129,7 @@ class Core:
             if flight := node.flights.get(task_id):
                 flight.generated = generated
 
-    # --- decisions out ------------------------------------------------------------------------------------------------
+    # --- decisions out
 
     def decide(self, now: float) -> list[Decision]:
         """Decide the pending tasks that can be decided now, most urgent first. A task decided for a node counts as
@@ -211,7 +211,7 @@ class Core:
         note = f": {mine.note}" if mine and mine.note else ""
         return f"{chosen} was the best of {count} candidate node{'s' if count != 1 else ''}{note}"
 
-    # --- state kept over a restart --------------------------------------------------------------------------------------
+    # --- state kept over a restart
 
     def snapshot(self) -> dict[str, Any]:
         """What was learned, as JSON-able data. Tasks and nodes are not in it: the ledger knows them."""
