@@ -1,0 +1,26 @@
+"""Join the shortest queue, relative to what a node can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from typing_extensions import override
+
+from scheduler.baselines.base import Baseline
+from scheduler.core.cluster import Cluster, Node, Task
+from scheduler.core.policy import Choice, Place
+
+
+def load(node: Node) -> float:
+    """Tasks held per slot."""
+    return len(node.flights) / node.info.slots
+
+
+class LeastLoaded(Baseline):
+    """The candidate with the fewest tasks per slot; the first of equals."""
+
+    name = "least-loaded"
+
+    @override
+    def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
+        return Place(min(candidates, key=load).name)
