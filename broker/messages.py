@@ -379,7 +379,6 @@ class Heartbeat(_Event):
     boot: str
     counters: Counters
     progress: dict[str, int] = Field(default_factory=dict)
-    draining: bool = False
 
 
 class NodeDown(_Event):

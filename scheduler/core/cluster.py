@@ -39,7 +39,6 @@ class Node:
     since: float  # s, when it registered
     counters: Counters = field(default_factory=Counters)
     heard: float = 0.0  # s, server clock of the last heartbeat
-    draining: bool = False
     flights: dict[str, Task] = field(default_factory=dict)  # dispatched or running here, oldest first
 
     @property

@@ -124,7 +124,7 @@ class Core:
         node = self.cluster.nodes.get(event.node)
         if node is None or node.info.boot != event.boot:
             return
-        node.counters, node.heard, node.draining = event.counters, event.at, event.draining
+        node.counters, node.heard = event.counters, event.at
         for task_id, generated in event.progress.items():
             if flight := node.flights.get(task_id):
                 flight.generated = generated
@@ -179,7 +179,7 @@ class Core:
                 assert_never(choice)
 
     def _can_take(self, node: Node, task: Task) -> bool:
-        if node.draining or not serves(node, task):
+        if not serves(node, task):
             return False
         if self._queue_beyond_slots is not None and len(node.flights) >= node.info.slots + self._queue_beyond_slots:
             return False
@@ -187,7 +187,7 @@ class Core:
 
     def _alternatives(self, task: Task) -> bool:
         """Whether a node it has not failed on serves it: only then are the others avoided."""
-        return any(n.name not in task.avoid and serves(n, task) for n in self.cluster.nodes.values() if not n.draining)
+        return any(n.name not in task.avoid and serves(n, task) for n in self.cluster.nodes.values())
 
     def _never(self, task: Task) -> Decision | None:
         """No node can take it now. Wait, unless live nodes serve its model and none could ever hold it."""

@@ -1,0 +1,56 @@
+"""How everything reaches the Redis server: one place for time-outs, retries and the errors a user sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+
+from broker.errors import Unreachable
+from broker.settings import Settings
+
+#: Seconds a connection attempt, and a reply, may take.
+CONNECT_TIMEOUT = 5.0
+REPLY_TIMEOUT = 30.0
+
+
+def connect(settings: Settings, *, reply_timeout: float | None = REPLY_TIMEOUT) -> redis.Redis:
+    """A client for the server in force. Connects on first use, retries a lost connection with backoff and jitter."""
+    retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries=5)
+    options: dict[str, object] = {"socket_timeout": reply_timeout, "retry": retry, "health_check_interval": 15}
+    if not settings.url.startswith("unix:"):
+        options |= {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_keepalive": True}
+    client: redis.Redis = redis.Redis.from_url(settings.url, **options)
+    return client
+
+
+@contextmanager
+def reaching(settings: Settings) -> Iterator[None]:
+    """Turn a connection's failures into `Unreachable` with the address and what to do."""
+    at = settings.address
+    try:
+        yield
+    except redis.exceptions.AuthenticationError as error:
+        raise Unreachable(
+            f"the server at {at} refused the login ({error}): check user and password in PERLLM_REDIS_URL"
+        ) from None
+    except redis.exceptions.NoPermissionError as error:
+        raise Unreachable(f"the user in PERLLM_REDIS_URL may not do this at {at}: {error}") from None
+    except redis.exceptions.OutOfMemoryError:
+        raise Unreachable(
+            f"the server at {at} is out of memory and stored nothing: raise its maxmemory or shorten PERLLM_RETENTION"
+        ) from None
+    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+        hint = "start it with `perllm up`, or set PERLLM_REDIS_URL" if settings.redis_url is None else "is it running?"
+        raise Unreachable(f"no Redis server answers at {at} ({error}): {hint}") from None
+
+
+def check(settings: Settings) -> None:
+    """Make sure the server is there, lets us in and is new enough (Redis 7.0 or Valkey 7.2). Raises Unreachable."""
+    with reaching(settings):
+        version = str(connect(settings).info("server")["redis_version"])
+    if int(version.split(".", 1)[0]) < 7:
+        raise Unreachable(f"the server at {settings.address} is version {version}; Redis 7.0 or Valkey 7.2 is needed")

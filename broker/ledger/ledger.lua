@@ -1,0 +1,399 @@
+-- The ledger: every transition of a task's life, each one atomic call.
+--
+--   EVALSHA <sha> 1 <prefix> <operation> [argument ...]        prefix: "{cell}:"
+--
+-- States: pending → dispatched → running → succeeded | failed | expired | rejected | cancelled. The last five are final.
+-- Every operation checks the state it leaves, writes the state it enters, moves the task between the state sets and
+-- appends the event, in this one script: there is no moment between these at which a crash could lose or double anything.
+--
+-- Data model (all keys begin with the prefix; its braces keep one cell's keys in one Redis Cluster slot):
+--
+--   task:<id>          hash    payload     the TaskSpec, JSON
+--                              features    what the scheduler needs of it, JSON (a Submitted event less its times)
+--                              state, submitted, deadline, window (the deadline as given, s), attempt, strikes
+--                              while placed: node, model, dispatched, claimed, token
+--                              why         the last Explanation, JSON
+--                              when final: result (a Result, JSON), finished
+--   in:<state>         zset    the tasks in that state: a task is in exactly one of them. Scores:
+--                              pending: its deadline; dispatched, running: when its lease ends; final: when it ended
+--   node:<name>        hash    of a live node: info (NodeInfo, JSON), boot, beat (last Heartbeat, JSON), draining
+--   node:<name>:tasks  set     the tasks dispatched to or running on it
+--   nodes              zset    live nodes by the time until which they count as alive
+--   key:<tenant>:<key> string  idempotency key → task id, kept for the retention time
+--   events             stream  one field `e`: an Event, JSON; trimmed to about the length given
+--   totals             hash    submitted, succeeded, failed, expired, rejected, cancelled, forgotten: ever
+--   epoch, leader      string  the scheduler's fencing number, and who leads under it (expires)
+--   snapshot           string  what the scheduler learned, JSON, with the stream position it stands for
+--   signal:<name>      channel a task id whose generation on that node must stop
+--
+-- Outside the prefix, as Celery names them: the node's queue (a list of messages), celery-task-meta-<id> (the result
+-- for AsyncResult) and the channel of the same name, on which every final state is announced.
+--
+-- Attempts are fenced: `attempt` counts dispatches, `token` is chosen by the claimer. A call with another attempt or
+-- token changes nothing. Calls may be repeated: the same claim or completion again gets the same answer.
+-- A strike is an attempt that ended without a result by fault (lease lost while running, engine error).
+-- Time is the server's. Numbers are seconds.
+
+local P = KEYS[1]
+local op = ARGV[1]
+local clock = redis.call('TIME')
+local now = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
+
+local FINAL = { succeeded = true, failed = true, expired = true, rejected = true, cancelled = true }
+local EXCEPTION = { failed = 'TaskFailed', expired = 'TaskExpired', rejected = 'TaskRejected' }
+
+local function num(x) return string.format('%.6f', x) end
+local function task_key(id) return P .. 'task:' .. id end
+local function set_key(state) return P .. 'in:' .. state end
+local function str(x) return cjson.encode(x) end
+
+local function config(name) -- limits travel with each call: [stream length, retention] are always the last two arguments
+    return tonumber(ARGV[#ARGV - (name == 'stream' and 1 or 0)])
+end
+
+local function event(json)
+    redis.call('XADD', P .. 'events', 'MAXLEN', '~', config('stream'), '*', 'e', json)
+end
+
+local function read(id, ...) -- fields of a task as a table, or nil where there is no such task
+    local values = redis.call('HMGET', task_key(id), 'state', ...)
+    if not values[1] then return nil end
+    local t = { state = values[1] }
+    for i, name in ipairs({ ... }) do t[name] = values[i + 1] or nil end
+    return t
+end
+
+local function move(id, from, to, score)
+    redis.call('ZREM', set_key(from), id)
+    redis.call('ZADD', set_key(to), num(score), id)
+end
+
+local function unplace(id, node)
+    if node then redis.call('SREM', P .. 'node:' .. node .. ':tasks', id) end
+    redis.call('HDEL', task_key(id), 'node', 'model', 'dispatched', 'claimed')
+end
+
+-- Enter a final state: the result document, the set, the totals, Celery's copy and the announcement.
+local function finish(id, t, state, on_time, reason, extra)
+    local latency = now - tonumber(t.submitted)
+    local doc = '{"id":' .. str(id) .. ',"state":"' .. state .. '","on_time":' .. tostring(on_time)
+        .. ',"latency":' .. num(latency)
+        .. (t.claimed and ',"queued":' .. num(tonumber(t.claimed) - tonumber(t.submitted)) or '')
+        .. (reason and ',"reason":' .. str(reason) or '') .. (extra or '') .. '}'
+    redis.call('HSET', task_key(id), 'state', state, 'result', doc, 'finished', num(now))
+    move(id, t.state, state, now)
+    if t.node then redis.call('SREM', P .. 'node:' .. t.node .. ':tasks', id) end
+    redis.call('HINCRBY', P .. 'totals', state, 1)
+    local status, result = 'SUCCESS', doc
+    if state == 'cancelled' then
+        status = 'REVOKED'
+        result = '{"exc_type":"TaskRevokedError","exc_message":["cancelled"],"exc_module":"celery.exceptions"}'
+    elseif state ~= 'succeeded' then
+        status = 'FAILURE'
+        result = '{"exc_type":"' .. EXCEPTION[state] .. '","exc_message":[' .. str(reason or state) .. '],"exc_module":"broker.errors"}'
+    end
+    local meta = '{"status":"' .. status .. '","result":' .. result .. ',"traceback":null,"children":[],"task_id":' .. str(id) .. '}'
+    local name = 'celery-task-meta-' .. id
+    redis.call('SET', name, meta, 'EX', math.ceil(config('retention')))
+    redis.call('PUBLISH', name, meta)
+    return latency
+end
+
+local function ended(id, t, state, reason)
+    finish(id, t, state, false, reason)
+    event('{"type":"ended","at":' .. num(now) .. ',"id":' .. str(id) .. ',"state":"' .. state .. '","reason":' .. str(reason)
+        .. (t.node and ',"node":' .. str(t.node) or '') .. '}')
+end
+
+-- Back to pending, or to a final state when it struck out or its time is over.
+local function give_back(id, t, cause, reason, strike, max_strikes)
+    local strikes = tonumber(t.strikes) + (strike and 1 or 0)
+    if strike then redis.call('HSET', task_key(id), 'strikes', strikes) end
+    if strike and strikes >= max_strikes then
+        return ended(id, t, 'failed', reason .. ' (attempt ' .. t.attempt .. ', strike ' .. strikes .. ' of ' .. max_strikes .. ')')
+    end
+    if tonumber(t.deadline) <= now then return ended(id, t, 'expired', 'the deadline passed: ' .. reason) end
+    redis.call('HSET', task_key(id), 'state', 'pending')
+    redis.call('HDEL', task_key(id), 'token')
+    unplace(id, t.node)
+    move(id, t.state, 'pending', tonumber(t.deadline))
+    event('{"type":"returned","at":' .. num(now) .. ',"id":' .. str(id) .. ',"node":' .. str(t.node) .. ',"attempt":' .. t.attempt
+        .. ',"cause":"' .. cause .. '","reason":' .. str(reason) .. ',"strikes":' .. strikes .. '}')
+end
+
+local PLACED = { 'attempt', 'node', 'token', 'strikes', 'deadline', 'submitted', 'claimed' }
+
+local function placed_tasks(node, states, each)
+    for _, id in ipairs(redis.call('SMEMBERS', P .. 'node:' .. node .. ':tasks')) do
+        local t = read(id, unpack(PLACED))
+        if t and states[t.state] then each(id, t) end
+    end
+end
+
+-- The scheduler stops counting on the node; what waited there unclaimed is pending again.
+local function node_down(name, reason)
+    event('{"type":"node_down","at":' .. num(now) .. ',"node":' .. str(name) .. ',"reason":' .. str(reason) .. '}')
+    placed_tasks(name, { dispatched = true }, function(id, t) give_back(id, t, 'handed_back', reason) end)
+end
+
+local function forget_node(name)
+    redis.call('ZREM', P .. 'nodes', name)
+    redis.call('DEL', P .. 'node:' .. name)
+end
+
+local function leads(epoch) return redis.call('GET', P .. 'epoch') == epoch end
+
+local function running_under(id, attempt, token) -- the task if this attempt still runs it
+    local t = read(id, unpack(PLACED))
+    if t and t.attempt == attempt and t.token == token then return t end
+    return nil
+end
+
+local ops = {}
+
+-- submit (id payload features deadline key)+ → the id in force for each: its own, or the one its idempotency key had
+function ops.submit()
+    local out = {}
+    for i = 2, #ARGV - 2, 5 do
+        local id, payload, features, window, key = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
+        local first = key ~= '' and redis.call('GET', P .. 'key:' .. key)
+        if first then
+            id = first
+        elseif redis.call('EXISTS', task_key(id)) == 0 then
+            local deadline = num(now + tonumber(window))
+            redis.call('HSET', task_key(id), 'state', 'pending', 'submitted', num(now), 'deadline', deadline, 'window', window,
+                'attempt', 0, 'strikes', 0, 'payload', payload, 'features', features)
+            redis.call('ZADD', set_key('pending'), deadline, id)
+            redis.call('HINCRBY', P .. 'totals', 'submitted', 1)
+            if key ~= '' then redis.call('SET', P .. 'key:' .. key, id, 'EX', math.ceil(config('retention'))) end
+            event('{"at":' .. num(now) .. ',"id":' .. str(id) .. ',"deadline":' .. deadline .. ',' .. string.sub(features, 2))
+        end
+        out[#out + 1] = id
+    end
+    return out
+end
+
+-- dispatch epoch id attempt node boot model queue message why lease → ok | not_leader | refused | node_gone
+function ops.dispatch()
+    local epoch, id, attempt, node, boot, model, queue, message, why, lease = unpack(ARGV, 2, 11)
+    if not leads(epoch) then return 'not_leader' end
+    local t = read(id, 'attempt')
+    if not t or t.state ~= 'pending' or tonumber(t.attempt) + 1 ~= tonumber(attempt) then return 'refused' end
+    local alive = redis.call('ZSCORE', P .. 'nodes', node)
+    local known = redis.call('HMGET', P .. 'node:' .. node, 'boot', 'draining')
+    if not alive or tonumber(alive) < now or known[1] ~= boot or known[2] then return 'node_gone' end
+    redis.call('HSET', task_key(id), 'state', 'dispatched', 'attempt', attempt, 'node', node, 'model', model,
+        'dispatched', num(now), 'why', why)
+    move(id, 'pending', 'dispatched', now + tonumber(lease))
+    redis.call('SADD', P .. 'node:' .. node .. ':tasks', id)
+    event('{"type":"dispatched","at":' .. num(now) .. ',"id":' .. str(id) .. ',"node":' .. str(node) .. ',"model":' .. str(model)
+        .. ',"attempt":' .. attempt .. '}')
+    redis.call('LPUSH', queue, message)
+    return 'ok'
+end
+
+-- end epoch id rejected|expired reason why → ok | not_leader | refused        the scheduler's own final decisions
+ops['end'] = function()
+    local epoch, id, state, reason, why = unpack(ARGV, 2, 6)
+    if not leads(epoch) then return 'not_leader' end
+    local t = read(id, 'submitted')
+    if not t or t.state ~= 'pending' then return 'refused' end
+    redis.call('HSET', task_key(id), 'why', why)
+    ended(id, t, state, reason)
+    return 'ok'
+end
+
+-- claim id attempt node token lease → {payload, seconds to the deadline, model} | nothing when the attempt is void
+function ops.claim()
+    local id, attempt, node, token, lease = unpack(ARGV, 2, 6)
+    local t = read(id, 'attempt', 'node', 'token', 'strikes', 'deadline', 'submitted', 'payload', 'model')
+    if not t or t.attempt ~= attempt or t.node ~= node then return false end
+    if t.state == 'dispatched' then
+        if tonumber(t.deadline) <= now then
+            ended(id, t, 'expired', 'the deadline passed while it waited on ' .. node)
+            return false
+        end
+        redis.call('HSET', task_key(id), 'state', 'running', 'token', token, 'claimed', num(now))
+        move(id, 'dispatched', 'running', now + tonumber(lease))
+        event('{"type":"claimed","at":' .. num(now) .. ',"id":' .. str(id) .. ',"node":' .. str(node) .. ',"attempt":' .. attempt .. '}')
+    elseif t.state ~= 'running' or t.token ~= token then
+        return false
+    end
+    return { t.payload, num(tonumber(t.deadline) - now), t.model }
+end
+
+-- complete id attempt token succeeded|expired output receipt reason → ok | void
+function ops.complete()
+    local id, attempt, token, state, output, receipt, reason = unpack(ARGV, 2, 8)
+    local t = running_under(id, attempt, token)
+    if not t then return 'void' end
+    if t.state ~= 'running' then return FINAL[t.state] and 'ok' or 'void' end
+    local on_time = state == 'succeeded' and now <= tonumber(t.deadline)
+    local latency = finish(id, t, state, on_time, reason ~= '' and reason or nil, ',"output":' .. output .. ',"receipt":' .. receipt)
+    event('{"type":"completed","at":' .. num(now) .. ',"id":' .. str(id) .. ',"node":' .. str(t.node) .. ',"attempt":' .. attempt
+        .. ',"state":"' .. state .. '","on_time":' .. tostring(on_time) .. ',"latency":' .. num(latency)
+        .. ',"queued":' .. num(tonumber(t.claimed) - tonumber(t.submitted)) .. ',"receipt":' .. receipt .. '}')
+    return 'ok'
+end
+
+-- fail id attempt token reason retry(0|1) max_strikes → ok | void
+function ops.fail()
+    local id, attempt, token, reason, retry, max_strikes = unpack(ARGV, 2, 7)
+    local t = running_under(id, attempt, token)
+    if not t or t.state ~= 'running' then return 'void' end
+    if retry == '1' then
+        give_back(id, t, 'failed', reason, true, tonumber(max_strikes))
+    else
+        ended(id, t, 'failed', reason)
+    end
+    return 'ok'
+end
+
+-- hand_back id attempt token reason → ok | void        running work a stopping worker gives up, no strike
+function ops.hand_back()
+    local id, attempt, token, reason = unpack(ARGV, 2, 5)
+    local t = running_under(id, attempt, token)
+    if not t or t.state ~= 'running' then return 'void' end
+    give_back(id, t, 'handed_back', reason)
+    return 'ok'
+end
+
+-- cancel id → the state it found, or nothing for an unknown task
+function ops.cancel()
+    local id = ARGV[2]
+    local t = read(id, unpack(PLACED))
+    if not t then return false end
+    if not FINAL[t.state] then
+        ended(id, t, 'cancelled', 'cancelled')
+        if t.state == 'running' then redis.call('PUBLISH', P .. 'signal:' .. t.node, id) end
+    end
+    return t.state
+end
+
+-- register name boot info ttl max_strikes → 'ok' | seconds until a live namesake's registration would lapse
+function ops.register()
+    local name, boot, info, ttl, max_strikes = unpack(ARGV, 2, 6)
+    local key = P .. 'node:' .. name
+    local before = redis.call('HGET', key, 'boot')
+    if before and before ~= boot then
+        local alive = redis.call('ZSCORE', P .. 'nodes', name)
+        if alive and tonumber(alive) > now then return num(tonumber(alive) - now) end
+        placed_tasks(name, { dispatched = true, running = true }, function(id, t)
+            give_back(id, t, 'lease_expired', 'node ' .. name .. ' was restarted', t.state == 'running', tonumber(max_strikes))
+        end)
+    end
+    redis.call('HSET', key, 'info', info, 'boot', boot)
+    redis.call('HDEL', key, 'draining', 'beat')
+    redis.call('ZADD', P .. 'nodes', num(now + tonumber(ttl)), name)
+    event('{"type":"node_up","at":' .. num(now) .. ',"info":' .. info .. '}')
+    return 'ok'
+end
+
+-- beat name boot beat ttl lease (id attempt token)* → {'ok', ids to stop ...} | {'unknown'}
+function ops.beat()
+    local name, boot, beat, ttl, lease = unpack(ARGV, 2, 6)
+    local key = P .. 'node:' .. name
+    if redis.call('HGET', key, 'boot') ~= boot or not redis.call('ZSCORE', P .. 'nodes', name) then return { 'unknown' } end
+    redis.call('ZADD', P .. 'nodes', num(now + tonumber(ttl)), name)
+    local json = '{"at":' .. num(now) .. ',' .. string.sub(beat, 2)
+    redis.call('HSET', key, 'beat', json)
+    event(json)
+    local out = { 'ok' }
+    for i = 7, #ARGV - 2, 3 do
+        local id, attempt, token = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+        local t = running_under(id, attempt, token)
+        if not t or t.state ~= 'running' then
+            out[#out + 1] = id
+        elseif now < tonumber(t.deadline) + 2 * tonumber(lease) then -- a worker that overruns this far is hung: let it lapse
+            redis.call('ZADD', set_key('running'), num(now + tonumber(lease)), id)
+        end
+    end
+    return out
+end
+
+-- drain name boot reason → ok | unknown        no new work; what waits unclaimed goes back at once
+function ops.drain()
+    local name, boot, reason = unpack(ARGV, 2, 4)
+    local key = P .. 'node:' .. name
+    if redis.call('HGET', key, 'boot') ~= boot then return 'unknown' end
+    redis.call('HSET', key, 'draining', '1')
+    node_down(name, reason)
+    return 'ok'
+end
+
+-- leave name boot reason → ok | unknown        gone for good; anything still there goes back
+function ops.leave()
+    local name, boot, reason = unpack(ARGV, 2, 4)
+    if redis.call('HGET', P .. 'node:' .. name, 'boot') ~= boot then return 'unknown' end
+    node_down(name, reason)
+    placed_tasks(name, { running = true }, function(id, t) give_back(id, t, 'handed_back', reason) end)
+    forget_node(name)
+    return 'ok'
+end
+
+-- sweep limit max_strikes max_kept → how many things were mended; call again while it returns `limit` or more
+function ops.sweep()
+    local limit, max_strikes, max_kept = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+    local done = 0
+    local function due(key, score)
+        return redis.call('ZRANGEBYSCORE', key, '-inf', num(score), 'LIMIT', 0, limit)
+    end
+    for _, name in ipairs(due(P .. 'nodes', now)) do
+        node_down(name, 'no heartbeat')
+        forget_node(name)
+        done = done + 1
+    end
+    for _, state in ipairs({ 'running', 'dispatched' }) do
+        for _, id in ipairs(due(set_key(state), now)) do
+            local t = read(id, unpack(PLACED))
+            give_back(id, t, 'lease_expired', 'the lease on ' .. t.node .. ' lapsed', state == 'running', max_strikes)
+            done = done + 1
+        end
+    end
+    for _, id in ipairs(due(set_key('pending'), now)) do
+        local t = read(id, 'submitted')
+        ended(id, t, 'expired', 'the deadline passed before a node could take it')
+        done = done + 1
+    end
+    for state in pairs(FINAL) do
+        local old = due(set_key(state), now - config('retention'))
+        if #old == 0 then
+            local beyond = redis.call('ZCARD', set_key(state)) - max_kept
+            if beyond > 0 then old = redis.call('ZRANGE', set_key(state), 0, math.min(beyond, limit) - 1) end
+        end
+        for _, id in ipairs(old) do
+            redis.call('UNLINK', task_key(id), 'celery-task-meta-' .. id)
+            redis.call('ZREM', set_key(state), id)
+            redis.call('HINCRBY', P .. 'totals', 'forgotten', 1)
+            done = done + 1
+        end
+    end
+    return done
+end
+
+-- lead holder ttl → the epoch this holder leads under, or nothing while another leads
+function ops.lead()
+    local holder, ttl = ARGV[2], math.ceil(tonumber(ARGV[3]) * 1000)
+    local leader = redis.call('GET', P .. 'leader')
+    if leader and leader ~= holder then return false end
+    if not leader then redis.call('INCR', P .. 'epoch') end
+    redis.call('SET', P .. 'leader', holder, 'PX', ttl)
+    return redis.call('GET', P .. 'epoch')
+end
+
+-- resign holder → ok        lets a standby take over at once
+function ops.resign()
+    if redis.call('GET', P .. 'leader') == ARGV[2] then redis.call('DEL', P .. 'leader') end
+    return 'ok'
+end
+
+-- snapshot epoch state → ok | not_leader
+function ops.snapshot()
+    if not leads(ARGV[2]) then return 'not_leader' end
+    redis.call('SET', P .. 'snapshot', ARGV[3])
+    return 'ok'
+end
+
+local run = ops[op]
+if not run then return redis.error_reply('unknown operation ' .. tostring(op)) end
+return run()

@@ -1,0 +1,388 @@
+"""The ledger's Python face: one method per operation of `ledger.lua`, typed. Times in s, the server's clock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import structlog
+from pydantic import ValidationError
+
+from broker.connection import connect, reaching
+from broker.errors import InvalidTask
+from broker.ledger.script import Argument, Script
+from broker.messages import (
+    BYTES_PER_TOKEN,
+    Event,
+    Explanation,
+    Heartbeat,
+    NodeInfo,
+    Output,
+    Receipt,
+    Result,
+    State,
+    TaskSpec,
+    parse_event,
+)
+from broker.settings import Settings
+
+#: Seconds a dispatched task may wait unclaimed on a live node before it is placed anew (its old message is void then).
+DISPATCH_LEASE = 30.0
+#: Tasks and bytes of payload per call of `submit`: bounds how long one call holds the server.
+SUBMIT_TASKS = 100
+SUBMIT_BYTES = 1 << 20
+#: Things of each kind mended per call of `sweep`, for the same reason.
+SWEEP_LIMIT = 500
+
+Verdict = Literal["ok", "void"]
+Ruling = Literal["ok", "refused", "not_leader", "node_gone"]
+
+log = structlog.get_logger(__name__)
+
+
+class Dispatch(NamedTuple):
+    """One task on its way to a node's queue. `message` is the Celery message as it rests in Redis."""
+
+    id: str
+    attempt: int
+    node: str
+    boot: str
+    model: str
+    queue: str
+    message: str
+    why: Explanation
+
+
+class End(NamedTuple):
+    """A final decision of the scheduler about a pending task."""
+
+    id: str
+    state: Literal[State.REJECTED, State.EXPIRED]
+    why: Explanation
+
+
+class Claim(NamedTuple):
+    """What a worker gets for a claimed attempt. `deadline` is in s from now."""
+
+    payload: bytes
+    deadline: float
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """A task as the ledger holds it now."""
+
+    id: str
+    state: State
+    spec: TaskSpec
+    submitted: float
+    deadline: float
+    attempt: int
+    strikes: int
+    node: str | None
+    model: str | None
+    why: Explanation | None
+    result: Result | None
+
+
+class Ledger:
+    """Every operation on tasks and nodes, each one atomic call. Thread-safe.
+
+    Raises broker.errors.Unreachable when the server cannot be used; nothing is half-done then, and any call may be
+    repeated.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.prefix = f"{{{settings.cell}}}:"
+        self.client = connect(settings)
+        self._script = Script(self.client, self.prefix, (settings.stream_length, settings.retention))
+
+    def _call(self, operation: str, *arguments: Argument) -> Any:
+        with reaching(self._settings):
+            return self._script.call(operation, *arguments)
+
+    def _pipeline(self, calls: Sequence[tuple[Argument, ...]]) -> list[Any]:
+        with reaching(self._settings):
+            replies = self._script.pipeline(calls)
+            for reply in replies:
+                if isinstance(reply, Exception):
+                    raise reply
+            return replies
+
+    # --- producers
+
+    def submit(self, tasks: Iterable[tuple[str, TaskSpec]]) -> list[str]:
+        """Store tasks as pending, each under its id. Returns the id in force for each, in order: its own, or that of
+        the first task submitted with the same tenant and idempotency key. An id that exists is left as it is.
+
+        Raises InvalidTask for the first task whose text is too large, before anything is stored.
+        """
+        return [cast(bytes, i).decode() for ids in self._pipeline(list(self._submissions(tasks))) for i in ids]
+
+    def _submissions(self, tasks: Iterable[tuple[str, TaskSpec]]) -> Iterator[tuple[Argument, ...]]:
+        call: list[Argument] = ["submit"]
+        size = 0
+        for task_id, spec in tasks:
+            payload = spec.model_dump_json(exclude_defaults=True)
+            self._check_size(spec, len(payload))
+            key = f"{spec.tenant}:{spec.idempotency_key}" if spec.idempotency_key else ""
+            call += (task_id, payload, _features(spec, len(payload)), spec.deadline, key)
+            size += len(payload)
+            if len(call) > 5 * SUBMIT_TASKS or size > SUBMIT_BYTES:
+                yield tuple(call)
+                call, size = ["submit"], 0
+        if len(call) > 1:
+            yield tuple(call)
+
+    def _check_size(self, spec: TaskSpec, size: int) -> None:
+        limit = self._settings.max_prompt_bytes
+        if size > limit:
+            field = "prompt" if spec.prompt is not None else "messages"
+            raise InvalidTask(f"{field}: {size} bytes; the limit is {limit} (PERLLM_MAX_PROMPT_BYTES)")
+
+    def cancel(self, task_id: str) -> State | None:
+        """End a task as cancelled. Returns the state it was found in (a final one stays as it is), None if unknown."""
+        reply = self._call("cancel", task_id)
+        return State(reply.decode()) if reply else None
+
+    def task(self, task_id: str) -> TaskRecord | None:
+        """Everything known of a task, or None."""
+        with reaching(self._settings):
+            raw = cast("dict[bytes, bytes]", self.client.hgetall(f"{self.prefix}task:{task_id}"))
+        return _record(task_id, raw) if raw else None
+
+    def results(self, task_ids: Sequence[str]) -> list[Result | None]:
+        """The results of those that are final, None for the others and the unknown, in order."""
+        with reaching(self._settings):
+            pipe = self.client.pipeline(transaction=False)
+            for task_id in task_ids:
+                pipe.hget(f"{self.prefix}task:{task_id}", "result")
+            return [Result.model_validate_json(raw) if raw else None for raw in pipe.execute()]
+
+    def known(self, task_ids: Sequence[str]) -> list[bool]:
+        """Which of these tasks the ledger holds, in order."""
+        with reaching(self._settings):
+            pipe = self.client.pipeline(transaction=False)
+            for task_id in task_ids:
+                pipe.exists(f"{self.prefix}task:{task_id}")
+            return [bool(n) for n in pipe.execute()]
+
+    def counts(self) -> dict[State, int]:
+        """How many tasks are in each state."""
+        with reaching(self._settings):
+            pipe = self.client.pipeline(transaction=False)
+            for state in State:
+                pipe.zcard(f"{self.prefix}in:{state}")
+            return dict(zip(State, pipe.execute(), strict=True))
+
+    def totals(self) -> dict[str, int]:
+        """How many tasks were ever submitted, ended in each final state, and forgotten since."""
+        with reaching(self._settings):
+            raw = cast("dict[bytes, bytes]", self.client.hgetall(f"{self.prefix}totals"))
+        return {k.decode(): int(v) for k, v in raw.items()}
+
+    def ids(self, state: State, *, start: int = 0, limit: int = -1, newest: bool = False) -> list[str]:
+        """Ids of tasks in a state: pending by deadline, placed by lease, final by when they ended."""
+        stop = -1 if limit < 0 else start + limit - 1
+        with reaching(self._settings):
+            raw = self.client.zrange(f"{self.prefix}in:{state}", start, stop, desc=newest)
+        return [i.decode() for i in cast("list[bytes]", raw)]
+
+    # --- scheduler
+
+    def lead(self, holder: str, ttl: float) -> int | None:
+        """Become or stay leader for `ttl` s. Returns the epoch to dispatch under, None while another leads."""
+        reply = self._call("lead", holder, ttl)
+        return int(reply) if reply else None
+
+    def resign(self, holder: str) -> None:
+        """Stop leading, so a standby takes over at once."""
+        self._call("resign", holder)
+
+    def dispatch(self, epoch: int, dispatches: Sequence[Dispatch]) -> list[Ruling]:
+        """Send pending tasks to their nodes' queues: state, event and message are one call each, all one round trip."""
+        return self._rulings(
+            ("dispatch", epoch, *d[:7], d.why.model_dump_json(exclude_defaults=True), DISPATCH_LEASE)
+            for d in dispatches
+        )
+
+    def end(self, epoch: int, ends: Sequence[End]) -> list[Ruling]:
+        """Reject or expire pending tasks, in one round trip."""
+        return self._rulings(
+            ("end", epoch, e.id, e.state, e.why.sentence, e.why.model_dump_json(exclude_defaults=True)) for e in ends
+        )
+
+    def _rulings(self, calls: Iterable[tuple[Argument, ...]]) -> list[Ruling]:
+        return [cast(Ruling, cast(bytes, r).decode()) for r in self._pipeline(list(calls))]
+
+    def sweep(self) -> int:
+        """Mend what time has broken: lapsed leases, passed deadlines, silent nodes; forget old finished tasks. Returns
+        how many; a full sweep is done when it is less than SWEEP_LIMIT."""
+        s = self._settings
+        return int(self._call("sweep", SWEEP_LIMIT, s.max_strikes, s.retention_tasks))
+
+    def save_snapshot(self, epoch: int, state: dict[str, Any]) -> bool:
+        """Keep the scheduler's learned state; False when this epoch no longer leads."""
+        return bool(self._call("snapshot", epoch, json.dumps(state)) == b"ok")
+
+    def load_snapshot(self) -> dict[str, Any] | None:
+        """The state last saved, or None."""
+        with reaching(self._settings):
+            raw = cast("bytes | None", self.client.get(f"{self.prefix}snapshot"))
+        return cast("dict[str, Any]", json.loads(raw)) if raw else None
+
+    def events(self, after: str, *, count: int = 1000, block: float | None = None) -> list[tuple[str, Event]]:
+        """Up to `count` events later than the stream position `after`, waiting up to `block` s for one. An entry that
+        is no event is logged and skipped."""
+        with reaching(self._settings):
+            wait = None if block is None else max(1, int(block * 1000))
+            reply = cast(
+                "list[Any] | None", self.client.xread({f"{self.prefix}events": after}, count=count, block=wait)
+            )
+        return list(_events(reply[0][1])) if reply else []
+
+    def first_and_last_event(self) -> tuple[str, str]:
+        """Stream positions of the oldest event kept and the newest ("0-0" for an empty stream)."""
+        with reaching(self._settings):
+            oldest = cast("list[Any]", self.client.xrange(f"{self.prefix}events", count=1))
+            newest = cast("list[Any]", self.client.xrevrange(f"{self.prefix}events", count=1))
+        return (oldest[0][0].decode(), newest[0][0].decode()) if oldest and newest else ("0-0", "0-0")
+
+    def now(self) -> float:
+        """The server's clock."""
+        with reaching(self._settings):
+            seconds, micros = self.client.time()
+        return seconds + micros / 1e6
+
+    # --- workers
+
+    def register(self, info: NodeInfo) -> float | None:
+        """Put a node in service. None when done, or the seconds until a live namesake's registration could lapse."""
+        reply = self._call(
+            "register", info.name, info.boot, info.model_dump_json(), self._node_ttl, self._settings.max_strikes
+        )
+        return None if reply == b"ok" else float(reply)
+
+    def beat(self, heartbeat: Heartbeat, running: Iterable[tuple[str, int, str]]) -> list[str] | None:
+        """A heartbeat and the renewal of every running attempt's lease (id, attempt, token), in one call. Returns the
+        ids that must stop (cancelled, or no longer this worker's), or None when the node must register again."""
+        beat = heartbeat.model_dump_json(exclude={"at"})
+        words = [w for attempt in running for w in attempt]
+        reply = self._call("beat", heartbeat.node, heartbeat.boot, beat, self._node_ttl, self._settings.lease, *words)
+        return None if reply[0] == b"unknown" else [i.decode() for i in reply[1:]]
+
+    @property
+    def _node_ttl(self) -> float:
+        """Seconds after which a silent node counts as lost: as long as a task's lease."""
+        return max(self._settings.lease, 2.5 * self._settings.heartbeat)
+
+    def claim(self, task_id: str, attempt: int, node: str, token: str) -> Claim | None:
+        """Start an attempt under a token of the caller's choice. None when the attempt is void (drop the message).
+        Repeating a claim with its token gives the same answer."""
+        reply = self._call("claim", task_id, attempt, node, token, self._settings.lease)
+        return Claim(reply[0], float(reply[1]), reply[2].decode()) if reply else None
+
+    def complete(
+        self,
+        task_id: str,
+        attempt: int,
+        token: str,
+        state: Literal[State.SUCCEEDED, State.EXPIRED],
+        output: Output,
+        receipt: Receipt,
+        reason: str = "",
+    ) -> Verdict:
+        """Store the result: the first completion wins, repeating it is harmless, a void attempt changes nothing."""
+        return self._verdict(
+            "complete",
+            task_id,
+            attempt,
+            token,
+            state,
+            output.model_dump_json(exclude_none=True),
+            receipt.model_dump_json(exclude_defaults=True),
+            reason,
+        )
+
+    def fail(self, task_id: str, attempt: int, token: str, reason: str, *, retry: bool) -> Verdict:
+        """End an attempt by an error: pending again with a strike if `retry` and strikes are left, else failed."""
+        return self._verdict("fail", task_id, attempt, token, reason, int(retry), self._settings.max_strikes)
+
+    def hand_back(self, task_id: str, attempt: int, token: str, reason: str) -> Verdict:
+        """Give up running work without fault: pending again, no strike."""
+        return self._verdict("hand_back", task_id, attempt, token, reason)
+
+    def drain(self, node: str, boot: str, reason: str) -> None:
+        """Take a node out of service: no new work, what waits there unclaimed is pending again at once."""
+        self._call("drain", node, boot, reason)
+
+    def leave(self, node: str, boot: str, reason: str) -> None:
+        """Forget a node; whatever it still holds is pending again."""
+        self._call("leave", node, boot, reason)
+
+    def _verdict(self, *words: Argument) -> Verdict:
+        return cast(Verdict, self._call(*cast("tuple[str, ...]", words)).decode())
+
+    # --- nodes, for everybody
+
+    def nodes(self) -> list[tuple[NodeInfo, Heartbeat | None, bool]]:
+        """Every live node: its registration, its last heartbeat if any, and whether it is draining."""
+        with reaching(self._settings):
+            names = cast("list[bytes]", self.client.zrange(f"{self.prefix}nodes", 0, -1))
+            pipe = self.client.pipeline(transaction=False)
+            for name in names:
+                pipe.hmget(f"{self.prefix}node:{name.decode()}", "info", "beat", "draining")
+            rows = pipe.execute()
+        return [
+            (NodeInfo.model_validate_json(info), Heartbeat.model_validate_json(beat) if beat else None, bool(draining))
+            for info, beat, draining in rows
+            if info
+        ]
+
+
+def _features(spec: TaskSpec, payload_bytes: int) -> str:
+    """A `Submitted` event less its id and times, as JSON."""
+    features: dict[str, Any] = {
+        "type": "submitted",
+        "value": spec.value,
+        "service": spec.service,
+        "prompt_tokens": spec.text_bytes() // BYTES_PER_TOKEN + 1,
+        "payload_bytes": payload_bytes,
+        "max_tokens": spec.max_tokens,
+    }
+    if spec.model is not None:
+        features["model"] = spec.model
+    if spec.expected_tokens is not None:
+        features["expected_tokens"] = spec.expected_tokens
+    return json.dumps(features)
+
+
+def _record(task_id: str, raw: dict[bytes, bytes]) -> TaskRecord:
+    def text(name: bytes) -> str | None:
+        return raw[name].decode() if name in raw else None
+
+    return TaskRecord(
+        id=task_id,
+        state=State(raw[b"state"].decode()),
+        spec=TaskSpec.model_validate_json(raw[b"payload"]),
+        submitted=float(raw[b"submitted"]),
+        deadline=float(raw[b"deadline"]),
+        attempt=int(raw[b"attempt"]),
+        strikes=int(raw[b"strikes"]),
+        node=text(b"node"),
+        model=text(b"model"),
+        why=Explanation.model_validate_json(raw[b"why"]) if b"why" in raw else None,
+        result=Result.model_validate_json(raw[b"result"]) if b"result" in raw else None,
+    )
+
+
+def _events(entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> Iterator[tuple[str, Event]]:
+    for position, fields in entries:
+        try:
+            yield position.decode(), parse_event(fields[b"e"])
+        except (ValidationError, KeyError):
+            log.warning("event_unreadable", position=position.decode())

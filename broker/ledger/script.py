@@ -1,0 +1,49 @@
+"""Running the one Lua script: by its digest, loading it where the server does not have it yet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import redis
+
+Argument = str | bytes | int | float
+_SOURCE = Path(__file__).with_name("ledger.lua").read_text(encoding="utf-8")
+_DIGEST = hashlib.sha1(_SOURCE.encode(), usedforsecurity=False).hexdigest()
+
+
+class Script:
+    """The ledger script bound to a client and a key prefix. `tail` is appended to every call's arguments."""
+
+    def __init__(self, client: redis.Redis, prefix: str, tail: Sequence[Argument]) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._tail = tuple(tail)
+
+    def call(self, operation: str, *arguments: Argument) -> Any:
+        """Run one operation and return its reply."""
+        reply = self.pipeline([(operation, *arguments)])[0]
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def pipeline(self, calls: Sequence[tuple[Argument, ...]]) -> list[Any]:
+        """Run many operations in one round trip, not as one transaction: each stands or fails for itself. Returns the
+        replies in order; a failed call's reply is its exception."""
+        if not calls:
+            return []
+        replies = self._send(calls)
+        missing = [i for i, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
+        if missing:
+            self._client.script_load(_SOURCE)
+            for i, reply in zip(missing, self._send([calls[i] for i in missing]), strict=True):
+                replies[i] = reply
+        return replies
+
+    def _send(self, calls: Sequence[tuple[Argument, ...]]) -> list[Any]:
+        pipe = self._client.pipeline(transaction=False)
+        for call in calls:
+            pipe.evalsha(_DIGEST, 1, self._prefix, *call, *self._tail)
+        return pipe.execute(raise_on_error=False)
