@@ -93,6 +93,8 @@ class Settings(BaseSettings):
     def celery_url(self) -> str:
         """The same server in kombu's spelling (it calls a Unix socket `redis+socket://`)."""
         parts = urlsplit(self.url)
+        if parts.scheme == "rediss" and "ssl_cert_reqs" not in parts.query:
+            return f"{self.url}{'&' if parts.query else '?'}ssl_cert_reqs=required"  # Celery asks to be told
         if parts.scheme != "unix":
             return self.url
         query = parse_qs(parts.query)

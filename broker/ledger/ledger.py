@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, NamedTuple, cast
 
 import structlog
 from pydantic import ValidationError
 
 from broker.connection import connect, reaching
-from broker.errors import InvalidTask
 from broker.ledger.script import Argument, Script
 from broker.messages import (
     BYTES_PER_TOKEN,
@@ -33,6 +33,8 @@ DISPATCH_LEASE = 30.0
 #: Tasks and bytes of payload per call of `submit`: bounds how long one call holds the server.
 SUBMIT_TASKS = 100
 SUBMIT_BYTES = 1 << 20
+#: Calls of `submit` per round trip: bounds the client's memory.
+SUBMIT_CALLS = 10
 #: Things of each kind mended per call of `sweep`, for the same reason.
 SWEEP_LIMIT = 500
 
@@ -119,16 +121,21 @@ class Ledger:
         """Store tasks as pending, each under its id. Returns the id in force for each, in order: its own, or that of
         the first task submitted with the same tenant and idempotency key. An id that exists is left as it is.
 
-        Raises InvalidTask for the first task whose text is too large, before anything is stored.
+        Sent in pipelined pieces, so `tasks` may be a long iterator. If this raises, a beginning of them may have been
+        stored; submitting the same ids again is harmless.
         """
-        return [cast(bytes, i).decode() for ids in self._pipeline(list(self._submissions(tasks))) for i in ids]
+        out: list[str] = []
+        calls = self._submissions(tasks)
+        while piece := list(islice(calls, SUBMIT_CALLS)):
+            out += [cast(bytes, i).decode() for ids in self._pipeline(piece) for i in ids]
+        return out
 
-    def _submissions(self, tasks: Iterable[tuple[str, TaskSpec]]) -> Iterator[tuple[Argument, ...]]:
+    @staticmethod
+    def _submissions(tasks: Iterable[tuple[str, TaskSpec]]) -> Iterator[tuple[Argument, ...]]:
         call: list[Argument] = ["submit"]
         size = 0
         for task_id, spec in tasks:
             payload = spec.model_dump_json(exclude_defaults=True)
-            self._check_size(spec, len(payload))
             key = f"{spec.tenant}:{spec.idempotency_key}" if spec.idempotency_key else ""
             call += (task_id, payload, _features(spec, len(payload)), spec.deadline, key)
             size += len(payload)
@@ -137,12 +144,6 @@ class Ledger:
                 call, size = ["submit"], 0
         if len(call) > 1:
             yield tuple(call)
-
-    def _check_size(self, spec: TaskSpec, size: int) -> None:
-        limit = self._settings.max_prompt_bytes
-        if size > limit:
-            field = "prompt" if spec.prompt is not None else "messages"
-            raise InvalidTask(f"{field}: {size} bytes; the limit is {limit} (PERLLM_MAX_PROMPT_BYTES)")
 
     def cancel(self, task_id: str) -> State | None:
         """End a task as cancelled. Returns the state it was found in (a final one stays as it is), None if unknown."""

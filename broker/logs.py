@@ -1,0 +1,44 @@
+"""Logging: structlog everywhere, one event name per happening, to stderr. No secret is ever an argument of an event."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+
+from broker.settings import Settings
+
+
+def configure(settings: Settings) -> None:
+    """Set up structlog and the standard library's loggers (Celery, kombu) to one stream at the level set."""
+    level = getattr(logging, settings.log_level.upper())
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    last: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if settings.log_json
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, last],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    logging.getLogger("celery").setLevel(max(level, logging.WARNING) if settings.log_level == "info" else level)
+    logging.getLogger("kombu").setLevel(max(level, logging.WARNING))
