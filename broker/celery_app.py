@@ -56,14 +56,19 @@ def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) ->
     return app
 
 
-def node_message(task_id: str, attempt: int, queue: str, preview: str) -> str:
+#: Where the ledger puts the start of the prompt in a node's message, for Flower and other people.
+PREVIEW = "@preview@"
+
+
+def node_message(task_id: str, attempt: int, queue: str) -> str:
     """The Celery message (protocol 2, as kombu's Redis transport keeps it in a list) that tells a node's worker to
-    claim an attempt. Keyword arguments: `attempt`, `preview` (for people; the prompt comes with the claim), `v`.
+    claim an attempt. Keyword arguments: `attempt` and `v`; the prompt comes with the claim. `PREVIEW` in it is for the
+    ledger to replace, since the scheduler does not know the prompt.
 
     Built here rather than published through kombu, so that the ledger can push it in the same atomic call that marks
     the task dispatched. Source: docs.celeryq.dev, "Message Protocol", version 2.
     """
-    arguments = {"attempt": attempt, "preview": preview, "v": WIRE_VERSION}
+    arguments = {"attempt": attempt, "v": WIRE_VERSION}
     body = [[], arguments, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
     headers: dict[str, Any] = {
         "lang": "py",
@@ -77,7 +82,7 @@ def node_message(task_id: str, attempt: int, queue: str, preview: str) -> str:
         "expires": None,
         "timelimit": [None, None],
         "argsrepr": "()",
-        "kwargsrepr": f"{{'attempt': {attempt}, 'preview': {preview!r}}}",
+        "kwargsrepr": f"{{'attempt': {attempt}, 'prompt': '{PREVIEW}'}}",
         "origin": "perllm-scheduler",
         "ignore_result": True,
     }

@@ -45,15 +45,16 @@ class Settings(BaseSettings):
     policy: str = "cs-ucb-paper"
     queue_beyond_slots: Annotated[int, Field(ge=0, le=1_000)] = 2  # tasks a node's queue may hold beyond its slots
     snapshot_every: Annotated[float, Field(ge=0.1)] = 5.0
-    leader_ttl: Annotated[float, Field(ge=0.5, le=60)] = 4.0
+    leader_ttl: Annotated[float, Field(ge=0.5, le=60)] = 3.0
 
     # Worker
     node_name: NodeName | None = None
     slots: Annotated[int, Field(ge=1, le=4096)] | None = None
     grace: Annotated[float, Field(ge=0, le=3600)] = 10.0  # running work may finish for so long after SIGTERM
-    engine: Literal["auto", "llama", "vllm", "openai", "noop"] = "auto"
+    engine: Literal["auto", "llama", "vllm", "openai", "emulated"] = "auto"
     model: str | None = None  # a GGUF path (edge), a Hugging Face folder or name (vLLM)
     model_name: str | None = None  # the name producers use; default: derived from the model
+    emulated_speed: Annotated[float, Field(gt=0)] | None = None  # tokens/s of the emulated engine; None: at once
     context: Annotated[int, Field(ge=64)] | None = None  # tokens per sequence
     threads: Annotated[int, Field(ge=1)] | None = None
     bandwidth: Annotated[float, Field(gt=0)] = 12.5e6  # bytes/s of the node's link, until measured

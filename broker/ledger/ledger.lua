@@ -9,7 +9,8 @@
 -- Data model (all keys begin with the prefix; its braces keep one cell's keys in one Redis Cluster slot):
 --
 --   task:<id>          hash    payload     the TaskSpec, JSON
---                              features    what the scheduler needs of it, JSON (a Submitted event less its times)
+--                              features    what the scheduler needs of it, JSON (a Submitted event less its times),
+--                                          and `preview`, the start of the prompt for people
 --                              state, submitted, deadline, window (the deadline as given, s), attempt, strikes
 --                              while placed: node, model, dispatched, claimed, token
 --                              why         the last Explanation, JSON
@@ -177,18 +178,19 @@ end
 function ops.dispatch()
     local epoch, id, attempt, node, boot, model, queue, message, why, lease = unpack(ARGV, 2, 11)
     if not leads(epoch) then return 'not_leader' end
-    local t = read(id, 'attempt')
+    local t = read(id, 'attempt', 'features')
     if not t or t.state ~= 'pending' or tonumber(t.attempt) + 1 ~= tonumber(attempt) then return 'refused' end
-    local alive = redis.call('ZSCORE', P .. 'nodes', node)
+    -- Only an event takes a node out of service, so that the scheduler and this agree; a lapsed one awaits its sweep.
     local known = redis.call('HMGET', P .. 'node:' .. node, 'boot', 'draining')
-    if not alive or tonumber(alive) < now or known[1] ~= boot or known[2] then return 'node_gone' end
+    if known[1] ~= boot or known[2] then return 'node_gone' end
     redis.call('HSET', task_key(id), 'state', 'dispatched', 'attempt', attempt, 'node', node, 'model', model,
         'dispatched', num(now), 'why', why)
     move(id, 'pending', 'dispatched', now + tonumber(lease))
     redis.call('SADD', P .. 'node:' .. node .. ':tasks', id)
     event('{"type":"dispatched","at":' .. num(now) .. ',"id":' .. str(id) .. ',"node":' .. str(node) .. ',"model":' .. str(model)
         .. ',"attempt":' .. attempt .. '}')
-    redis.call('LPUSH', queue, message)
+    local preview = str(cjson.decode(t.features).preview or ''):sub(2, -2)
+    redis.call('LPUSH', queue, (message:gsub('@preview@', function() return preview end, 1)))
     return 'ok'
 end
 

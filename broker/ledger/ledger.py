@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple, cast
 
+import redis
 import structlog
 from pydantic import ValidationError
 
@@ -15,6 +16,8 @@ from broker.connection import connect, reaching
 from broker.ledger.script import Argument, Script
 from broker.messages import (
     BYTES_PER_TOKEN,
+    Claimed,
+    Dispatched,
     Event,
     Explanation,
     Heartbeat,
@@ -23,6 +26,7 @@ from broker.messages import (
     Receipt,
     Result,
     State,
+    Submitted,
     TaskSpec,
     parse_event,
 )
@@ -61,7 +65,7 @@ class End(NamedTuple):
     """A final decision of the scheduler about a pending task."""
 
     id: str
-    state: Literal[State.REJECTED, State.EXPIRED]
+    state: Literal["rejected", "expired"]
     why: Explanation
 
 
@@ -71,6 +75,14 @@ class Claim(NamedTuple):
     payload: bytes
     deadline: float
     model: str
+
+
+class Placement(NamedTuple):
+    """Where an unfinished task is: its submission and, if it is on a node, the events that put it there."""
+
+    submitted: Submitted
+    dispatched: Dispatched | None
+    claimed: Claimed | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +265,20 @@ class Ledger:
             newest = cast("list[Any]", self.client.xrevrange(f"{self.prefix}events", count=1))
         return (oldest[0][0].decode(), newest[0][0].decode()) if oldest and newest else ("0-0", "0-0")
 
+    def unfinished(self) -> Iterator[tuple[State, str]]:
+        """Every pending, dispatched and running task's id."""
+        for state in (State.RUNNING, State.DISPATCHED, State.PENDING):
+            for task_id in self.ids(state):
+                yield state, task_id
+
+    def features(self, task_ids: Sequence[str]) -> list[Placement | None]:
+        """What the scheduler needs to know of tasks, as events it would have read, in order; None for unknown ids."""
+        with reaching(self._settings):
+            pipe = self.client.pipeline(transaction=False)
+            for task_id in task_ids:
+                pipe.hmget(f"{self.prefix}task:{task_id}", *_PLACEMENT_FIELDS)
+            return [_placement(i, row) if row[0] else None for i, row in zip(task_ids, pipe.execute(), strict=True)]
+
     def now(self) -> float:
         """The server's clock."""
         with reaching(self._settings):
@@ -292,7 +318,7 @@ class Ledger:
         task_id: str,
         attempt: int,
         token: str,
-        state: Literal[State.SUCCEEDED, State.EXPIRED],
+        state: Literal["succeeded", "expired"],
         output: Output,
         receipt: Receipt,
         reason: str = "",
@@ -325,6 +351,12 @@ class Ledger:
         """Forget a node; whatever it still holds is pending again."""
         self._call("leave", node, boot, reason)
 
+    def signals(self, node: str) -> redis.client.PubSub:
+        """A subscription to the node's signal channel: a message means a task there must stop. To be closed."""
+        subscription: redis.client.PubSub = self.client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
+        subscription.subscribe(f"{self.prefix}signal:{node}")
+        return subscription
+
     def _verdict(self, *words: Argument) -> Verdict:
         return cast(Verdict, self._call(*cast("tuple[str, ...]", words)).decode())
 
@@ -354,12 +386,43 @@ def _features(spec: TaskSpec, payload_bytes: int) -> str:
         "prompt_tokens": spec.text_bytes() // BYTES_PER_TOKEN + 1,
         "payload_bytes": payload_bytes,
         "max_tokens": spec.max_tokens,
+        "preview": spec.preview(),
     }
     if spec.model is not None:
         features["model"] = spec.model
     if spec.expected_tokens is not None:
         features["expected_tokens"] = spec.expected_tokens
     return json.dumps(features)
+
+
+_PLACEMENT_FIELDS = (
+    "features",
+    "submitted",
+    "deadline",
+    "strikes",
+    "attempt",
+    "node",
+    "model",
+    "dispatched",
+    "claimed",
+)
+
+
+def _placement(task_id: str, row: list[bytes | None]) -> Placement:
+    features, submitted, deadline, strikes, attempt, node, model, dispatched, claimed = (
+        v.decode() if v else "" for v in row
+    )
+    event = json.loads(features) | {
+        "id": task_id,
+        "at": float(submitted),
+        "deadline": float(deadline),
+        "strikes": int(strikes),
+    }
+    placed = (
+        Dispatched(id=task_id, at=float(dispatched), node=node, model=model, attempt=int(attempt)) if node else None
+    )
+    begun = Claimed(id=task_id, at=float(claimed), node=node, attempt=int(attempt)) if claimed else None
+    return Placement(Submitted.model_validate(event), placed, begun)
 
 
 def _record(task_id: str, raw: dict[bytes, bytes]) -> TaskRecord:

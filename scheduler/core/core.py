@@ -6,6 +6,7 @@ shows is what the service does.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
@@ -133,7 +134,7 @@ class Core:
 
     def decide(self, now: float) -> list[Decision]:
         """Decide the pending tasks that can be decided now, most urgent first. A task decided for a node counts as
-        placed there at once; the stream's `Dispatched` event confirms it, `refused` takes it back."""
+        placed there at once; the stream's `Dispatched` event confirms it, `forget` or `take_back` undo it."""
         decisions: list[Decision] = []
         waiting: list[Task] = []
         while len(waiting) < LOOKAHEAD and (task := self.pending.pop()) is not None:
@@ -146,10 +147,24 @@ class Core:
             self.pending.add(task)
         return decisions
 
-    def refused(self, task: Task) -> None:
-        """The ledger refused a decision about `task`: it is final, or somebody else placed it. Forget it here; if it
-        still lives, the stream says where."""
+    def forget(self, task: Task) -> None:
+        """The ledger refused a decision about `task`: it is final, or somebody else placed it. If it still lives, the
+        stream says where."""
         self._take_out(task)
+
+    def take_back(self, task: Task) -> None:
+        """The node `task` was just decided for is out of service; the stream says (or said) so too."""
+        node_name = task.node
+        self._take_out(task)
+        task.node, task.dispatched, task.attempt = None, None, task.attempt - 1
+        self.pending.add(task)
+        if node_name is not None:
+            self.cluster.nodes.pop(node_name, None)
+
+    def keep_only(self, task_ids: Set[str]) -> None:
+        """Forget every task not among these."""
+        for task in [t for t in (*self.pending, *self._placed.values()) if t.id not in task_ids]:
+            self._take_out(task)
 
     def _decide(self, task: Task, now: float) -> Decision | None:
         if task.deadline <= now:

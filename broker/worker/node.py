@@ -1,0 +1,242 @@
+"""The part of a worker around its engine: register, heartbeat, claim, run, complete, hand back.
+
+One `NodeWorker` per process. Celery threads call `run`; one more thread beats: it renews every running attempt's lease
+and learns in the same call which of them must stop. A cancel wakes it at once through the node's signal channel.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar, assert_never
+from uuid import uuid4
+
+import redis
+import structlog
+from pydantic import ValidationError
+
+from broker.errors import BadSetting, TaskExpired, TaskFailed, Unreachable
+from broker.ledger import Claim, Ledger
+from broker.messages import Energy, Heartbeat, NodeInfo, Receipt, TaskSpec
+from broker.settings import Settings
+from broker.worker.engine import Engine, EngineError, Generation, Stop
+
+#: Seconds a worker keeps trying to deliver a result to a server that does not answer.
+DELIVERY_PATIENCE = 60.0
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One attempt this worker runs."""
+
+    number: int
+    token: str
+    stop: Stop
+
+
+class NodeWorker:
+    """Runs the attempts dispatched to one node. `engine` is started; `info` describes it."""
+
+    def __init__(self, settings: Settings, ledger: Ledger, engine: Engine, info: NodeInfo) -> None:
+        self.info = info
+        self._settings = settings
+        self._ledger = ledger
+        self._engine = engine
+        self._running: dict[str, _Attempt] = {}
+        self._idle = threading.Condition()
+        self._handing_back = threading.Event()
+        self._closed = threading.Event()
+        self._beating = threading.Thread(target=self._beat_until_closed, name="perllm-heartbeat", daemon=True)
+
+    # --- service
+
+    def start(self) -> None:
+        """Register and begin to beat. Waits for a dead namesake's registration to lapse; raises BadSetting when one
+        lives."""
+        self._register()
+        self._beating.start()
+        log.info("node_up", node=self.info.name, queue=self.info.queue, slots=self.info.slots, engine=self.info.engine)
+
+    def drain(self) -> None:
+        """Graceful stop: unstarted work goes back at once, running work may finish within the grace period and is
+        handed back after it. Returns when nothing runs."""
+        log.info("node_draining", node=self.info.name, running=len(self._running))
+        self._quietly(lambda: self._ledger.drain(self.info.name, self.info.boot, "the worker is stopping"))
+        with self._idle:
+            if not self._idle.wait_for(lambda: not self._running, timeout=self._settings.grace):
+                self._handing_back.set()
+                for attempt in list(self._running.values()):
+                    attempt.stop.ask()
+                self._idle.wait_for(lambda: not self._running, timeout=self._settings.lease)
+
+    def close(self) -> None:
+        """Leave the cluster and free the engine. Idempotent."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        if self._beating.is_alive():
+            self._beating.join(timeout=5)
+        self._quietly(lambda: self._ledger.leave(self.info.name, self.info.boot, "the worker stopped"))
+        self._engine.close()
+        log.info("node_left", node=self.info.name)
+
+    # --- one attempt
+
+    def run(self, task_id: str, number: int) -> str:
+        """Claim and run one attempt; returns a line for people (Flower shows it). Void attempts do nothing.
+
+        Raises TaskFailed or TaskExpired when the task ended so, after the ledger knows.
+        """
+        token = uuid4().hex
+        began = time.monotonic()
+        claim = self._ledger.claim(task_id, number, self.info.name, token)
+        transfer = time.monotonic() - began
+        if claim is None:
+            log.info("attempt_void", task_id=task_id, attempt=number)
+            return "void: placed elsewhere, cancelled or expired meanwhile"
+        attempt = _Attempt(number, token, Stop(claim.deadline))
+        self._running[task_id] = attempt
+        try:
+            return self._run_claimed(task_id, attempt, claim, transfer)
+        finally:
+            with self._idle:
+                del self._running[task_id]
+                self._idle.notify_all()
+
+    def _run_claimed(self, task_id: str, attempt: _Attempt, claim: Claim, transfer: float) -> str:
+        try:
+            spec = TaskSpec.model_validate_json(claim.payload).model_copy(update={"model": claim.model})
+            done = self._engine.generate(task_id, spec, attempt.stop)
+        except EngineError as error:
+            return self._failed(task_id, attempt, str(error), retry=error.retry)
+        except ValidationError as error:
+            return self._failed(task_id, attempt, f"the payload is of another version: {error}", retry=True)
+        except Exception as error:  # an engine's bug must not take the attempt's record with it
+            log.exception("engine_error", task_id=task_id)
+            return self._failed(task_id, attempt, f"{type(error).__name__}: {error}", retry=True)
+        return self._deliver(task_id, attempt, done, self._receipt(attempt, done, claim, transfer))
+
+    def _deliver(self, task_id: str, attempt: _Attempt, done: Generation, receipt: Receipt) -> str:
+        ledger, number, token = self._ledger, attempt.number, attempt.token
+        cost = f"{done.completion_tokens} tokens, {receipt.energy.total:.2f} J ({receipt.energy.method})"
+        match done.output.finish_reason:
+            case "stop" | "length":
+                verdict = self._patiently(
+                    lambda: ledger.complete(task_id, number, token, "succeeded", done.output, receipt)
+                )
+                return f"{verdict}: {cost}"
+            case "deadline":
+                reason = f"the deadline passed after {done.completion_tokens} tokens"
+                self._patiently(
+                    lambda: ledger.complete(task_id, number, token, "expired", done.output, receipt, reason)
+                )
+                raise TaskExpired(reason)
+            case "cancelled":
+                if self._handing_back.is_set():
+                    self._patiently(lambda: ledger.hand_back(task_id, number, token, "the worker is stopping"))
+                    return f"handed back after {cost}"
+                return f"stopped after {cost}"
+            case _:
+                assert_never(done.output.finish_reason)
+
+    def _failed(self, task_id: str, attempt: _Attempt, reason: str, *, retry: bool) -> str:
+        log.warning("attempt_failed", task_id=task_id, attempt=attempt.number, reason=reason, retry=retry)
+        self._patiently(lambda: self._ledger.fail(task_id, attempt.number, attempt.token, reason, retry=retry))
+        raise TaskFailed(reason)
+
+    def _receipt(self, attempt: _Attempt, done: Generation, claim: Claim, transfer: float) -> Receipt:
+        joules = len(claim.payload) * self.info.power.joules_per_byte
+        energy: Energy = done.energy.model_copy(update={"transfer": joules})
+        return Receipt(
+            node=self.info.name,
+            model=done.model,
+            attempt=attempt.number,
+            payload_bytes=len(claim.payload),
+            transfer=transfer,
+            wait=done.wait,
+            prefill=done.prefill,
+            decode=done.decode,
+            prompt_tokens=done.prompt_tokens,
+            cached_tokens=done.cached_tokens,
+            completion_tokens=done.completion_tokens,
+            energy=energy,
+            before=done.before,
+            after=done.after,
+            stalled=done.stalled,
+        )
+
+    def _patiently(self, deliver: Callable[[], T]) -> T | None:
+        """Repeat a delivery while the server does not answer: a result is too dear to drop for a network fault, and
+        repeating is harmless. None when patience ended; the lease has lapsed by then and the task is placed anew."""
+        give_up = time.monotonic() + DELIVERY_PATIENCE
+        while True:
+            try:
+                return deliver()
+            except Unreachable as error:
+                log.warning("delivery_delayed", reason=str(error))
+                if time.monotonic() > give_up:
+                    return None
+                self._closed.wait(0.5)
+
+    @staticmethod
+    def _quietly(call: Callable[[], object]) -> None:
+        """For goodbyes: without a server, leases lapse by themselves."""
+        try:
+            call()
+        except Unreachable as error:
+            log.warning("goodbye_unheard", reason=str(error))
+
+    # --- heartbeat
+
+    def _register(self) -> None:
+        patience = time.monotonic() + 2 * self._settings.lease + 2 * self._settings.heartbeat
+        while (taken := self._ledger.register(self.info)) is not None:
+            if time.monotonic() > patience:
+                raise BadSetting(f"a node named {self.info.name!r} is already in service: set another PERLLM_NODE_NAME")
+            log.info("node_name_taken", node=self.info.name, seconds=taken)
+            time.sleep(min(taken + 0.05, 1.0))
+
+    def _beat_until_closed(self) -> None:
+        while not self._closed.is_set():
+            try:
+                with self._ledger.signals(self.info.name) as signals:
+                    while not self._closed.is_set():
+                        self._beat()
+                        self._await_next_beat(signals)
+            except (Unreachable, redis.exceptions.RedisError) as error:
+                log.warning("heartbeat_missed", node=self.info.name, reason=str(error))
+                self._closed.wait(self._settings.heartbeat)
+            except BadSetting as error:
+                log.error("node_name_lost", reason=str(error))
+                self._closed.wait(self._settings.lease)
+
+    def _await_next_beat(self, signals: redis.client.PubSub) -> None:
+        """Sleep until the next beat is due or somebody cancels a task here."""
+        due = time.monotonic() + self._settings.heartbeat
+        while not self._closed.is_set() and (left := due - time.monotonic()) > 0:
+            if signals.get_message(timeout=min(left, 0.2)) is not None:
+                return
+
+    def _beat(self) -> None:
+        running = [(task_id, a.number, a.token) for task_id, a in list(self._running.items())]
+        heartbeat = Heartbeat(
+            at=0.0,  # the server writes its own time
+            node=self.info.name,
+            boot=self.info.boot,
+            counters=self._engine.counters(),
+            progress=dict(self._engine.progress()),
+        )
+        must_stop = self._ledger.beat(heartbeat, running)
+        if must_stop is None:
+            self._register()
+            return
+        for task_id in must_stop:
+            attempt = self._running.get(task_id)
+            if attempt is not None:
+                log.info("attempt_stopped", task_id=task_id)
+                attempt.stop.ask()

@@ -1,0 +1,39 @@
+"""`python -m scheduler`: the scheduler service, until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from broker import connection, logs
+from broker.errors import PerLLMError
+from broker.ledger import Ledger
+from broker.settings import load_settings
+from scheduler.core.core import Core
+from scheduler.policies import make_policy
+from scheduler.service import Service
+
+
+def main() -> int:
+    """Run it. Status 2, and one line, for a wrong setting or an unusable server."""
+    try:
+        settings = load_settings()
+        logs.configure(settings)
+        make_policy(settings.policy)  # an unknown name is an error now, not at the first takeover
+        connection.check(settings)
+    except PerLLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    service = Service(
+        settings,
+        Ledger(settings),
+        lambda: Core(make_policy(settings.policy), queue_beyond_slots=settings.queue_beyond_slots),
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: service.stop())
+    service.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
