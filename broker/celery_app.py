@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from celery import Celery
 
+from broker import transport
 from broker.connection import CONNECT_TIMEOUT
 from broker.messages import WIRE_VERSION
 from broker.settings import Settings
@@ -27,6 +28,7 @@ RUN = "perllm.run"
 
 def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) -> Celery:
     """A Celery app (JSON only) whose workers consume `queue` with `concurrency` threads and no prefetch beyond."""
+    transport.install()
     app = Celery("perllm", broker=settings.celery_url, backend=settings.celery_url, set_as_current=True)
     app.conf.update(
         task_serializer="json",
@@ -48,11 +50,15 @@ def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) ->
         worker_redirect_stdouts=False,
         broker_connection_retry_on_startup=True,
         broker_connection_timeout=CONNECT_TIMEOUT,
-        broker_transport_options={"health_check_interval": 15, "socket_keepalive": True},
-        redis_socket_keepalive=True,
-        redis_socket_connect_timeout=CONNECT_TIMEOUT,
+        broker_transport_options={"health_check_interval": 15},
         redis_backend_health_check_interval=15,
     )
+    if not settings.url.startswith("unix:"):
+        app.conf.update(
+            broker_transport_options={"health_check_interval": 15, "socket_keepalive": True},
+            redis_socket_keepalive=True,
+            redis_socket_connect_timeout=CONNECT_TIMEOUT,
+        )
     return app
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from typing import Literal
 
 from broker.messages import Calibration, Counters, Energy, ModelOffer, Output, Power, TaskSpec
 from broker.settings import Settings
@@ -18,8 +19,6 @@ METHOD = "emulated"
 _IDLE_WATTS, _ACTIVE_WATTS = 1.0, 4.0
 #: Seconds between looks at `Stop` while it pretends to work.
 _TICK = 0.02
-#: A prompt beginning so ends the process, to test what a killer task meets.
-POISON = "@poison@"
 
 
 class EmulatedEngine:
@@ -80,3 +79,44 @@ class EmulatedEngine:
             before=before,
             after=self.counters(),
         )
+
+    def _work(self, task_id: str, spec: TaskSpec, stop: Stop) -> tuple[int, Literal["length", "deadline", "cancelled"]]:
+        """Tokens "generated" and why it ended."""
+        if self._speed is None:
+            return spec.max_tokens, "length"
+        began = time.monotonic()
+        with self._lock:
+            self._progress[task_id] = 0
+        try:
+            while True:
+                tokens = min(spec.max_tokens, int((time.monotonic() - began) * self._speed))
+                self._progress[task_id] = tokens
+                if tokens == spec.max_tokens:
+                    return tokens, "length"
+                match stop.reason:
+                    case "deadline" | "cancelled" as reason:
+                        return tokens, reason
+                stop.wait(min(_TICK, (spec.max_tokens - tokens) / self._speed))
+        finally:
+            with self._lock:
+                del self._progress[task_id]
+
+    def counters(self) -> Counters:
+        with self._lock:
+            return Counters(
+                steps=self._steps,
+                busy=self._busy,
+                generated=self._generated,
+                prefilled=self._prefilled,
+                sequence_steps=self._steps,
+                active=len(self._progress),
+                free_kv=self._context * (self.slots - len(self._progress)),
+                energy=self._busy * (_IDLE_WATTS + _ACTIVE_WATTS),
+            )
+
+    def progress(self) -> Mapping[str, int]:
+        with self._lock:
+            return dict(self._progress)
+
+    def close(self) -> None:
+        """Nothing to free."""

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from broker.messages import Counters, Energy, ModelOffer, Output, Power, TaskSpec
 
@@ -26,9 +26,13 @@ class Stop:
         """Ask the generation to end (cancelled, or its lease was lost)."""
         self._asked.set()
 
+    def wait(self, seconds: float) -> None:
+        """Sleep for so long, or until somebody asks."""
+        self._asked.wait(seconds)
+
     @property
-    def reason(self) -> str | None:
-        """`"cancelled"`, `"deadline"`, or None to go on. Cheap enough to read at every step."""
+    def reason(self) -> Literal["cancelled", "deadline"] | None:
+        """Why to end now, or None to go on. Cheap enough to read at every step."""
         if self._asked.is_set():
             return "cancelled"
         if self._until is not None and time.monotonic() >= self._until:
