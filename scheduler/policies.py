@@ -18,6 +18,18 @@ _MAKERS: dict[str, Callable[..., Policy]] = {
 }
 
 
+#: Ends the name of a baseline that runs with the mechanisms CS-UCB has: EDF, short node queues, dropping late tasks,
+#: abort at the deadline, admission.
+MECHANISMS = "+mech"
+#: Policies that always run with them.
+_ALWAYS = ("cs-ucb", "informed", "clairvoyant")
+
+
+def has_mechanisms(name: str) -> bool:
+    """Whether a simulation of this policy gives it the mechanisms. The live service always has them."""
+    return name.endswith(MECHANISMS) or name in _ALWAYS
+
+
 def policy_names() -> tuple[str, ...]:
     """All names `make_policy` knows."""
     return tuple(_MAKERS)

@@ -1,0 +1,120 @@
+"""A sweep's runs as a table, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from broker.errors import BadSetting
+from scheduler.simulator.result import CARRIED, Run, effective_capacity, mean
+
+
+def grouped(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
+    """Runs by policy and load, in the order they come."""
+    found: dict[str, dict[float, list[Run]]] = {}
+    for run in runs:
+        found.setdefault(run.policy, {}).setdefault(run.load, []).append(run)
+    return found
+
+
+def capacities(runs: Sequence[Run]) -> dict[str, float]:
+    """Effective capacity per policy, of the mean over seeds; only loads that were run count."""
+    return {
+        policy: effective_capacity([(load, mean(some, "on_time")) for load, some in loads.items()])
+        for policy, loads in grouped(runs).items()
+    }
+
+
+def table(title: str, runs: Sequence[Run]) -> Table:
+    """Means over seeds, a row per policy and load."""
+    view = Table(title=title, title_justify="left")
+    view.add_column("policy")
+    for name in ("load", "on time", "value", "goodput/s", "tok/s", "J/task", "+idle", "p50 s", "p95 s", "rejected"):
+        view.add_column(name, justify="right")
+    for policy, loads in grouped(runs).items():
+        for load, some in loads.items():
+            view.add_row(
+                policy,
+                f"{load:.0%}",
+                f"{mean(some, 'on_time'):.1%}",
+                f"{mean(some, 'on_time_value'):.1%}",
+                f"{mean(some, 'goodput'):.2f}",
+                f"{mean(some, 'tokens_s'):.0f}",
+                f"{mean(some, 'joules'):.1f}",
+                f"{mean(some, 'joules_idle'):.1f}",
+                f"{mean(some, 'latency_p50'):.2f}",
+                f"{mean(some, 'latency_p95'):.2f}",
+                f"{mean(some, 'rejected'):.0f}",
+            )
+        view.add_section()
+    return view
+
+
+def as_json(title: str, runs: Sequence[Run]) -> dict[str, Any]:
+    """Every run's figures and the effective capacity of each policy."""
+    return {
+        "title": title,
+        "carried": CARRIED,
+        "effective_capacity": capacities(runs),
+        "runs": [run.figures() for run in runs],
+    }
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in its place: there is no half-written file.
+
+    Raises BadSetting when it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+    except OSError as error:
+        raise BadSetting(f"output {path}: {error.strerror}") from None
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise BadSetting(f"output {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, title: str, runs: Sequence[Run]) -> None:
+    """Write `as_json` to `path`."""
+    write_whole(path, lambda p: _dump(p, as_json(title, runs)))
+
+
+def _dump(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def write_plot(path: Path, title: str, runs: Sequence[Run]) -> None:
+    """On-time share and energy per on-time task against load, a line per policy. Raises BadSetting without
+    matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError:
+        raise BadSetting("the plot needs matplotlib: pip install 'perllm[simulate]'") from None
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    share, energy = figure.subplots(1, 2)
+    for policy, loads in grouped(runs).items():
+        xs = sorted(loads)
+        share.plot([100 * x for x in xs], [100 * mean(loads[x], "on_time") for x in xs], marker="o", label=policy)
+        energy.plot([100 * x for x in xs], [mean(loads[x], "joules") for x in xs], marker="o", label=policy)
+    share.axhline(100 * CARRIED, color="grey", linewidth=0.8, linestyle=":")
+    share.set(xlabel="load, % of capacity", ylabel="tasks on time, %", ylim=(0, 100))
+    energy.set(xlabel="load, % of capacity", ylabel="energy per on-time task, J (idle power apart)", yscale="log")
+    share.legend(fontsize="small")
+    figure.suptitle(title)
+    write_whole(path, lambda p: figure.savefig(p, dpi=120))

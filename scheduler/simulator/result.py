@@ -1,0 +1,119 @@
+"""What came of a simulation, in figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from broker.messages import State
+
+if TYPE_CHECKING:
+    from scheduler.simulator.run import Simulation
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one task ended. Times s, energy J (idle power apart)."""
+
+    submitted: float
+    ended: float
+    state: State
+    on_time: bool
+    value: float
+    node: str | None
+    tokens: int
+    joules: float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One policy at one load with one seed. Rates are over the time in which tasks arrived."""
+
+    policy: str
+    load: float
+    seed: int
+    tasks: int
+    on_time: float  # share of all tasks
+    on_time_value: float  # share of all value
+    goodput: float  # on-time tasks/s
+    tokens_s: float  # tokens/s, all that were generated
+    joules: float  # J per on-time task, idle power apart
+    joules_idle: float  # J of idle power per on-time task
+    latency_p50: float  # s, of tasks that ran to their end
+    latency_p95: float
+    rejected: int
+    expired: int
+    late: int
+    failed: int
+    wall: float  # s the simulation took
+    outcomes: tuple[Outcome, ...] = field(repr=False)  # in order of arrival
+
+    @classmethod
+    def of(cls, simulation: Simulation, *, wall: float) -> Run:
+        """The figures of a finished simulation."""
+        outcomes = tuple(simulation.outcomes[a.event.id] for a in simulation.arrivals)
+        first, last = simulation.arrivals[0].event.at, simulation.arrivals[-1].event.at
+        span = max(last - first, 1e-9)
+        states = [o.state for o in outcomes]
+        good = sum(o.on_time for o in outcomes)
+        latencies = [o.ended - o.submitted for o in outcomes if o.state is State.SUCCEEDED] or [float("nan")]
+        nodes = simulation.nodes.values()
+        active = sum(n.joules + n.engine.joules for n in nodes)
+        links = sum(
+            simulation.nodes[o.node].spec.link.joules_per_byte * a.event.payload_bytes
+            for o, a in zip(outcomes, simulation.arrivals, strict=True)
+            if o.node is not None
+        )
+        per_task = 1.0 / good if good else float("nan")
+        return cls(
+            policy=simulation.name,
+            load=simulation.load,
+            seed=simulation.seed,
+            tasks=len(outcomes),
+            on_time=good / len(outcomes),
+            on_time_value=sum(o.value for o in outcomes if o.on_time) / sum(o.value for o in outcomes),
+            goodput=good / span,
+            tokens_s=sum(o.tokens for o in outcomes) / span,
+            joules=(active + links) * per_task,
+            joules_idle=sum(n.table.idle_watts for n in nodes) * span * per_task,
+            latency_p50=float(np.percentile(latencies, 50)),
+            latency_p95=float(np.percentile(latencies, 95)),
+            rejected=states.count(State.REJECTED),
+            expired=states.count(State.EXPIRED),
+            late=sum(o.state is State.SUCCEEDED and not o.on_time for o in outcomes),
+            failed=states.count(State.FAILED),
+            wall=wall,
+            outcomes=outcomes,
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """Everything but the single outcomes, as JSON-able data."""
+        data = asdict(self)
+        del data["outcomes"]
+        return data
+
+
+#: The share of tasks on time that counts as carrying a load.
+CARRIED = 0.8
+
+
+def effective_capacity(points: Iterable[tuple[float, float]], least: float = CARRIED) -> float:
+    """The highest load with at least `least` of the tasks on time, from (load, on-time share) points: linear between
+    the last point that holds and the next. Below the first load it is scaled from 0; beyond the last it is the last."""
+    before = (0.0, 1.0)
+    best = 0.0
+    for load, share in sorted(points):
+        if share >= least:
+            best = load
+        elif before[1] >= least:
+            best = before[0] + (load - before[0]) * (before[1] - least) / (before[1] - share)
+        before = (load, share)
+    return best
+
+
+def mean(runs: Sequence[Run], figure: str) -> float:
+    """The mean of a figure over runs (seeds)."""
+    return float(np.mean([getattr(r, figure) for r in runs]))

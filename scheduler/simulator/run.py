@@ -1,0 +1,215 @@
+"""One simulation: a scenario's arrivals through the live system's `Core` onto simulated nodes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from broker.messages import (
+    Candidate,
+    Completed,
+    Dispatched,
+    Ended,
+    Event,
+    NodeDown,
+    Returned,
+    State,
+    Submitted,
+)
+from scheduler.core.cluster import Cluster, Node, Task
+from scheduler.core.core import Core, Decision
+from scheduler.core.policy import Choice, Policy
+from scheduler.policies import has_mechanisms, make_policy
+from scheduler.simulator.clock import Clock
+from scheduler.simulator.node import Job, SimNode
+from scheduler.simulator.result import Outcome, Run
+from scheduler.simulator.scenario import Loss, NodeSpec, Scenario, names_of
+from scheduler.simulator.tables import StepTable, load_table
+from scheduler.simulator.workload import Arrival, make_arrivals, mean_task
+
+#: Tasks left waiting are looked at again after this long, s, as in the live service.
+TICK = 0.1
+
+
+class _Silent:
+    """A policy without its explanations: nobody reads them here, and they take time."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.name = policy.name
+        self.choose: Callable[[Task, Sequence[Node], Cluster, float], Choice] = policy.choose
+        self.observe = policy.observe
+        self.snapshot = policy.snapshot
+        self.restore = policy.restore
+
+    def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:  # noqa: ARG002
+        return ()
+
+
+def table_of(spec: NodeSpec) -> StepTable:
+    """The node's true step times. Raises BadSetting."""
+    watts = None
+    if spec.idle_watts is not None and spec.active_watts is not None:
+        watts = (spec.idle_watts, spec.active_watts)
+    return load_table(spec.profile, spec.slots, time=spec.time, power=spec.power, cpu_watts=watts)
+
+
+def capacity(scenario: Scenario) -> dict[str, float]:
+    """Tasks/s each node finishes when every slot is always taken by the scenario's mean task: its prefill, and its
+    share of the steps of a full batch. Load 1.0 is the sum."""
+    prompt, output, reserve = mean_task(scenario)
+    found: dict[str, float] = {}
+    for spec in scenario.node:
+        table = table_of(spec)
+        batch = max(1, min(spec.slots, int(spec.kv_tokens / reserve)))
+        step = table.decode(batch, batch * (prompt + output / 2))
+        prefill = table.prefill(prompt) - table.prefill_seconds[0]
+        found |= dict.fromkeys(names_of(spec), 1.0 / (prefill + output * step / batch))
+    return found
+
+
+class Simulation:
+    """Runs `scenario` under `policy` at `load` times the cluster's capacity. Everything drawn depends on `seed` only,
+    so every policy meets the same tasks, noise and faults."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        policy: str | Policy,
+        *,
+        load: float,
+        seed: int,
+        mechanisms: bool | None = None,
+        arrivals: list[Arrival] | None = None,
+    ) -> None:
+        self.scenario, self.load, self.seed = scenario, load, seed
+        self.clock = Clock(scenario.start)
+        self.rate = load * sum(capacity(scenario).values())
+        self.arrivals = arrivals if arrivals is not None else make_arrivals(scenario, self.rate, seed)
+        self.outcomes: dict[str, Outcome] = {}
+        name = policy if isinstance(policy, str) else policy.name
+        if isinstance(policy, str):
+            mechanisms = has_mechanisms(policy) if mechanisms is None else mechanisms
+            policy = make_policy(policy, seed)
+        self.mechanisms = bool(mechanisms)
+        self.policy, self.name = policy, name
+        self.core = Core(
+            _Silent(policy), queue_beyond_slots=scenario.queue_room if self.mechanisms else None, edf=self.mechanisms
+        )
+        self._by_id = {a.event.id: a for a in self.arrivals}
+        self._strikes: dict[str, int] = {}
+        self._ticking = False
+        self.nodes: dict[str, SimNode] = {}
+        prompt, output, _ = mean_task(scenario)
+        specs = [(name, spec) for spec in scenario.node for name in names_of(spec)]
+        for index, (name, spec) in enumerate(specs):
+            self.nodes[name] = SimNode(
+                name,
+                spec,
+                table_of(spec),
+                self.clock,
+                self.emit,
+                abort=self.mechanisms,
+                mean_task=(round(prompt), round(output)),
+                faults=scenario.fault,
+                lease=scenario.lease,
+                rng=np.random.default_rng([seed, 2, index]),
+            )
+            self.clock.at(scenario.start + scenario.heartbeat * (index + 1) / len(specs), partial(self._beat, name))
+        for fault in scenario.fault:
+            if isinstance(fault, Loss):
+                for name in fault.nodes:
+                    begin = scenario.start + fault.start
+                    self.clock.at(begin, self.nodes[name].die)
+                    self.clock.at(begin + scenario.lease, partial(self._notice, name))
+                    self.clock.at(scenario.start + fault.end, self.nodes[name].boot)
+        self._next = 0
+        self._arrive_at()
+
+    def run(self) -> Run:
+        """Simulate until every task has ended."""
+        began = time.perf_counter()
+        while len(self.outcomes) < len(self.arrivals):
+            self.clock.step()
+        return Run.of(self, wall=time.perf_counter() - began)
+
+    # --- what happens
+
+    def emit(self, event: Event) -> None:
+        """An event of the stream: the core takes it, and decides where it can have changed something."""
+        match event:
+            case Completed() | Ended():
+                self._record(event)
+            case Returned():
+                self._strikes[event.id] = event.strikes
+        self.core.handle(event)
+        if isinstance(event, Submitted | Completed | Ended | Returned) or event.type in ("node_up", "heartbeat"):
+            self._decide()
+
+    def _arrive_at(self) -> None:
+        if self._next < len(self.arrivals):
+            self.clock.at(self.arrivals[self._next].event.at, self._arrive)
+
+    def _arrive(self) -> None:
+        event = self.arrivals[self._next].event
+        self._next += 1
+        self._arrive_at()
+        self.emit(event)
+
+    def _beat(self, name: str) -> None:
+        if self.nodes[name].alive:
+            self.nodes[name].heartbeat()
+        self.clock.at(self.clock.now + self.scenario.heartbeat, partial(self._beat, name))
+
+    def _notice(self, name: str) -> None:
+        if not self.nodes[name].alive:
+            self.emit(NodeDown.model_construct(at=self.clock.now, node=name, reason="no heartbeat"))
+
+    def _tick(self) -> None:
+        self._ticking = False
+        self._decide()
+
+    def _decide(self) -> None:
+        for decision in self.core.decide(self.clock.now):
+            self._apply(decision)
+        if len(self.core.pending) and not self._ticking:
+            self._ticking = True
+            self.clock.at(self.clock.now + TICK, self._tick)
+
+    def _apply(self, decision: Decision) -> None:
+        task, now = decision.task, self.clock.now
+        if decision.action != "dispatch":
+            state = State.REJECTED if decision.action == "reject" else State.EXPIRED
+            ended = Ended.model_construct(
+                at=now, id=task.id, state=state, reason=decision.explanation.sentence, node=None
+            )
+            self._record(ended)
+            self.core.handle(ended)
+            return
+        assert decision.node is not None
+        assert decision.model is not None
+        self.core.handle(
+            Dispatched.model_construct(
+                at=now, id=task.id, node=decision.node.name, model=decision.model, attempt=task.attempt
+            )
+        )
+        job = Job(self._by_id[task.id], task.attempt, self._strikes.get(task.id, 0))
+        node = self.nodes[decision.node.name]
+        self.clock.at(now + self.scenario.hop, partial(node.accept, job))
+
+    def _record(self, event: Completed | Ended) -> None:
+        assert event.id not in self.outcomes, f"{event.id} ended twice"
+        submitted = self._by_id[event.id].event
+        receipt = event.receipt if isinstance(event, Completed) else None
+        self.outcomes[event.id] = Outcome(
+            submitted=submitted.at,
+            ended=event.at,
+            state=event.state,
+            on_time=isinstance(event, Completed) and event.on_time,
+            value=submitted.value,
+            node=event.node,
+            tokens=receipt.completion_tokens if receipt else 0,
+            joules=receipt.energy.inference + receipt.energy.transfer if receipt else 0.0,
+        )

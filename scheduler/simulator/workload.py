@@ -1,0 +1,212 @@
+"""What arrives: a list of tasks with their true output lengths, drawn from a scenario's classes and arrivals."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import assert_never
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker.errors import BadSetting
+from broker.messages import Submitted
+from scheduler.simulator.scenario import (
+    Constant,
+    Distribution,
+    Lognormal,
+    Mmpp,
+    Pareto,
+    Poisson,
+    Replay,
+    Scenario,
+    ServiceClass,
+    Uniform,
+)
+
+TRACES = Path(__file__).parent / "traces"
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One task as it arrives, and what nobody knows yet: the tokens it will generate if nothing stops it."""
+
+    event: Submitted
+    output: int  # tokens, true
+
+
+def draw(distribution: Distribution, size: int, rng: np.random.Generator) -> Floats:
+    """`size` independent values."""
+    match distribution:
+        case Constant():
+            return np.full(size, distribution.value)
+        case Uniform():
+            return rng.uniform(distribution.low, distribution.high, size)
+        case Lognormal():
+            values = distribution.median * np.exp(distribution.sigma * rng.standard_normal(size))
+            return _cut(values, distribution.most)
+        case Pareto():
+            return _cut(distribution.least * (1.0 + rng.pareto(distribution.alpha, size)), distribution.most)
+        case _:
+            assert_never(distribution)
+
+
+def _cut(values: Floats, most: float | None) -> Floats:
+    return values if most is None else np.minimum(values, most).astype(np.float64)
+
+
+def tokens(distribution: Distribution, size: int, rng: np.random.Generator, most: float = math.inf) -> Floats:
+    """Whole token counts, at least 1 and at most `most`."""
+    whole: Floats = np.clip(np.rint(draw(distribution, size, rng)), 1, most)
+    return whole
+
+
+def make_arrivals(scenario: Scenario, rate: float, seed: int) -> list[Arrival]:
+    """`scenario.tasks` arrivals at `rate` tasks/s in the mean, in order of time."""
+    rng = np.random.default_rng([seed, 1])
+    count = scenario.tasks
+    recorded = read_csv_trace(scenario.arrivals.file) if isinstance(scenario.arrivals, Replay) else None
+    if recorded is not None:
+        count = min(count, len(recorded.times))
+    times = scenario.start + _times(scenario, recorded, count, rate, rng)
+    shares = np.array([s.share for s in scenario.service])
+    kinds = rng.choice(len(shares), size=count, p=shares / shares.sum())
+    found: list[Arrival | None] = [None] * count
+    for index, service in enumerate(scenario.service):
+        chosen = np.flatnonzero(kinds == index)
+        columns = _columns(service, len(chosen), rng)
+        for position, row in zip(chosen.tolist(), zip(*columns, strict=True), strict=True):
+            prompt, output, deadline, payload, hint = row
+            if recorded is not None:
+                prompt, output = recorded.prompts[position], min(recorded.outputs[position], service.max_tokens)
+            at = float(times[position])
+            event = Submitted.model_construct(
+                id=f"t{position}",
+                at=at,
+                deadline=at + deadline,
+                value=service.value,
+                service=service.name,
+                model=None,
+                prompt_tokens=int(prompt),
+                payload_bytes=int(payload),
+                max_tokens=service.max_tokens,
+                expected_tokens=int(hint) if hint > 0 else None,
+                strikes=0,
+            )
+            found[position] = Arrival(event, int(output))
+    return [a for a in found if a is not None]
+
+
+@lru_cache(maxsize=16)
+def mean_task(scenario: Scenario) -> tuple[float, float, float]:
+    """The mean task's prompt, output and KV reservation (prompt and max_tokens), tokens. Estimated from draws, since
+    cut distributions have no handy mean; always the same ones."""
+    if isinstance(scenario.arrivals, Replay):
+        recorded = read_csv_trace(scenario.arrivals.file)
+        prompt, output = float(np.mean(recorded.prompts)), float(np.mean(recorded.outputs))
+        return prompt, output, prompt + max(s.max_tokens for s in scenario.service)
+    rng, shares = np.random.default_rng(0), sum(s.share for s in scenario.service)
+    means = np.zeros(3)
+    for service in scenario.service:
+        prompts = tokens(service.prompt, 20_000, rng)
+        outputs = tokens(service.output, 20_000, rng, service.max_tokens)
+        row = (prompts.mean(), outputs.mean(), prompts.mean() + service.max_tokens)
+        means += service.share / shares * np.array(row)
+    return float(means[0]), float(means[1]), float(means[2])
+
+
+def _columns(service: ServiceClass, size: int, rng: np.random.Generator) -> tuple[list[float], ...]:
+    """Prompt tokens, output tokens, deadline (s), payload (bytes), hint (tokens; 0: none) of `size` tasks."""
+    output = tokens(service.output, size, rng, service.max_tokens)
+    hint = np.zeros(size)
+    if service.hint is not None:
+        given = rng.random(size) < service.hint.share
+        guess = np.clip(np.rint(output * np.exp(service.hint.sigma * rng.standard_normal(size))), 1, service.max_tokens)
+        hint = np.where(given, guess, 0.0)
+    return (
+        tokens(service.prompt, size, rng).tolist(),
+        output.tolist(),
+        draw(service.deadline, size, rng).tolist(),
+        draw(service.payload, size, rng).tolist(),
+        hint.tolist(),
+    )
+
+
+def _times(scenario: Scenario, recorded: Recorded | None, count: int, rate: float, rng: np.random.Generator) -> Floats:
+    """Arrival times, s from the start, `rate` tasks/s in the mean."""
+    match scenario.arrivals:
+        case Poisson():
+            return np.cumsum(rng.exponential(1.0 / rate, count))
+        case Mmpp() as mmpp:
+            return _mmpp(mmpp, count, rate, rng)
+        case Replay():
+            assert recorded is not None
+            times: Floats = np.array(recorded.times[:count])
+            times *= count / rate / max(float(times[-1]), 1e-9)
+            return times
+        case _:
+            assert_never(scenario.arrivals)
+
+
+def _mmpp(mmpp: Mmpp, count: int, rate: float, rng: np.random.Generator) -> Floats:
+    """Exponential dwell times in two states; in each, Poisson arrivals at its rate."""
+    calm_rate = rate * (mmpp.busy + mmpp.calm) / (mmpp.busy * mmpp.burst + mmpp.calm)
+    times: list[float] = []
+    now, busy = 0.0, False
+    while len(times) < count:
+        dwell = rng.exponential(mmpp.busy if busy else mmpp.calm)
+        arrivals = rng.poisson(calm_rate * (mmpp.burst if busy else 1.0) * dwell)
+        times.extend((now + np.sort(rng.uniform(0.0, dwell, arrivals))).tolist())
+        now, busy = now + dwell, not busy
+    return np.array(times[:count])
+
+
+# --- recorded traces of other systems
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Columns of a recorded trace, in order of time: s from its start, prompt and output tokens."""
+
+    times: list[float]
+    prompts: list[int]
+    outputs: list[int]
+
+
+def read_csv_trace(name: str) -> Recorded:
+    """Read a CSV of TIMESTAMP, ContextTokens, GeneratedTokens (Azure's public LLM traces), by packaged name or path.
+
+    Raises BadSetting naming file, line and column.
+    """
+    path = TRACES / f"{name}.csv" if "/" not in name and not name.endswith(".csv") else Path(name)
+    rows: list[tuple[float, int, int]] = []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in (reader := csv.DictReader(file)):
+                rows.append(_row(row, f"trace {path}, line {reader.line_num}"))
+    except OSError as error:
+        raise BadSetting(f"trace {path}: {error.strerror}") from None
+    if len(rows) < 2:
+        raise BadSetting(f"trace {path}: fewer than two requests")
+    rows.sort()
+    first = rows[0][0]
+    return Recorded([t - first for t, _, _ in rows], [p for _, p, _ in rows], [o for _, _, o in rows])
+
+
+def _row(row: dict[str, str], where: str) -> tuple[float, int, int]:
+    try:
+        stamp = datetime.fromisoformat(row["TIMESTAMP"][:26])
+        prompt, output = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+    except KeyError as error:
+        raise BadSetting(f"{where}: column {error.args[0]} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise BadSetting(f"{where}: {error}") from None
+    if prompt < 1 or output < 1:
+        raise BadSetting(f"{where}: tokens must be at least 1")
+    return (stamp - datetime(1970, 1, 1)).total_seconds(), prompt, output
