@@ -1,0 +1,36 @@
+"""PerLLM's broker: what travels, where it rests, and the doors for producers."""
+
+from broker.client import AsyncClient, AsyncHandle, Client, Handle
+from broker.errors import (
+    BadSetting,
+    InvalidTask,
+    PerLLMError,
+    TaskExpired,
+    TaskFailed,
+    TaskNotFound,
+    TaskRejected,
+    Unreachable,
+    WaitTimeout,
+)
+from broker.messages import Message, Receipt, Result, State, TaskSpec
+
+__all__ = [
+    "AsyncClient",
+    "AsyncHandle",
+    "BadSetting",
+    "Client",
+    "Handle",
+    "InvalidTask",
+    "Message",
+    "PerLLMError",
+    "Receipt",
+    "Result",
+    "State",
+    "TaskExpired",
+    "TaskFailed",
+    "TaskNotFound",
+    "TaskRejected",
+    "TaskSpec",
+    "Unreachable",
+    "WaitTimeout",
+]

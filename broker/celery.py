@@ -16,7 +16,7 @@ from celery.exceptions import Ignore
 
 from broker import connection, logs
 from broker.celery_app import GENERATE, make_app
-from broker.door import accept
+from broker.door import Door
 from broker.errors import InvalidTask, PerLLMError
 from broker.ledger import Ledger
 from broker.settings import load_settings
@@ -30,6 +30,7 @@ except PerLLMError as error:
 
 app = make_app(settings, concurrency=4)
 _ledger = Ledger(settings)
+_door = Door(settings, _ledger)
 
 
 @signals.setup_logging.connect
@@ -54,7 +55,7 @@ def generate(task: Task, *args: Any, **fields: Any) -> None:
             raise InvalidTask("send the task's fields as keyword arguments, or as one object")
         fields = args[0]
     try:
-        _ledger.submit([(task.request.id, accept(fields, settings))])
+        _ledger.submit([(task.request.id, _door.accept(fields))])
     except InvalidTask as error:
         log.info("task_refused", task_id=task.request.id, reason=str(error))
         raise

@@ -10,9 +10,9 @@ seconds since the epoch; durations are measured on one machine with its monotoni
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypedDict
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
@@ -133,6 +133,33 @@ class TaskSpec(Sampling):
         )
         line = " ".join(text[: width * 4].split())
         return line if len(line) <= width else line[: width - 1] + "…"
+
+
+class TaskFields(TypedDict, total=False):
+    """`TaskSpec`'s optional fields as keyword arguments, for the producers' methods."""
+
+    messages: Sequence[Mapping[str, str] | Message]
+    deadline: float
+    value: float
+    max_tokens: int
+    model: str
+    service: str
+    tenant: str
+    expected_tokens: int
+    idempotency_key: str
+    metadata: Mapping[str, str]
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repeat_penalty: float
+    seed: int
+    stop: Sequence[str]
+    logprobs: int
+    json_schema: Mapping[str, Any]
+    grammar: str
 
 
 def new_id() -> str:

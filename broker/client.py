@@ -1,0 +1,320 @@
+"""For producers: submit tasks, wait for their results, cancel and explain them.
+
+from broker import Client
+
+with Client() as client:
+    task = client.submit("Why is the sky blue?", deadline=20, max_tokens=64)
+    print(task.result(timeout=30).text)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import redis
+import redis.asyncio
+
+from broker.connection import connect, reaching
+from broker.door import Door
+from broker.errors import TaskNotFound, WaitTimeout
+from broker.ledger import Ledger, TaskRecord
+from broker.messages import Explanation, Result, State, TaskFields, TaskSpec, new_id
+from broker.settings import Settings, load_settings
+
+#: Seconds after which a waiter looks for itself, in case an announcement was lost with a connection.
+LOOK_EVERY = 2.0
+#: Channels per SUBSCRIBE, ids per look.
+_CHUNK = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """One submitted task."""
+
+    id: str
+    _client: Client
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Wait for the final state and return it, whichever it is. Raises WaitTimeout, TaskNotFound."""
+        return self._client.result(self.id, timeout)
+
+    def status(self) -> TaskRecord:
+        """What the ledger holds of it now."""
+        return self._client.status(self.id)
+
+    def cancel(self) -> State:
+        """Cancel it; returns the state it was found in."""
+        return self._client.cancel(self.id)
+
+    def explain(self) -> Explanation | None:
+        """Why it was placed (or refused) as it was; None while it is undecided."""
+        return self._client.explain(self.id)
+
+
+class Client:
+    """A producer's connection. Thread-safe. `url` overrides PERLLM_REDIS_URL.
+
+    Every method raises broker.errors.Unreachable when the server cannot be used.
+    """
+
+    def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
+        self.settings = settings or (load_settings(redis_url=url) if url else load_settings())
+        self.ledger = Ledger(self.settings)
+        self._door = Door(self.settings, self.ledger)
+
+    def submit(self, prompt: str | None = None, **fields: Unpack[TaskFields]) -> Handle:
+        """Hand in one task: a `prompt`, or `messages=`. Raises InvalidTask; see TaskSpec for the fields."""
+        return Handle(self.ledger.submit([(new_id(), self.accept(_with_prompt(prompt, fields)))])[0], self)
+
+    def submit_many(self, tasks: Iterable[str | Mapping[str, Any] | TaskSpec]) -> list[Handle]:
+        """Hand in many tasks, pipelined: prompts, mappings of a TaskSpec's fields, or checked TaskSpecs. Raises
+        InvalidTask at the first bad one; those before it may be stored."""
+        specs = ((new_id(), t if isinstance(t, TaskSpec) else self.accept(_with_prompt(t, {}))) for t in tasks)
+        return [Handle(task_id, self) for task_id in self.ledger.submit(specs)]
+
+    def accept(self, fields: Mapping[str, Any]) -> TaskSpec:
+        """Check a task without submitting it. Raises InvalidTask naming every field that is wrong."""
+        return self._door.accept(fields)
+
+    def result(self, task_id: str, timeout: float | None = None) -> Result:
+        """Wait for a task's final state. Raises WaitTimeout, TaskNotFound."""
+        return next(self.wait([task_id], timeout))
+
+    def wait(self, task_ids: Iterable[str], timeout: float | None = None) -> Iterator[Result]:
+        """Results as tasks reach their final states, in that order. Raises WaitTimeout when `timeout` s have passed
+        and TaskNotFound for an id the ledger does not hold."""
+        left = dict.fromkeys(task_ids)
+        give_up = None if timeout is None else time.monotonic() + timeout
+        with reaching(self.settings), _Announcements(self.settings) as announcements:
+            announcements.listen(left)  # before looking, so that nothing ends unheard in between
+            fresh: list[str] | None = None
+            while left:
+                for result in self._look(list(left) if fresh is None else fresh, everything=fresh is None):
+                    del left[result.id]
+                    yield result
+                if not left:
+                    return
+                patience = LOOK_EVERY if give_up is None else min(LOOK_EVERY, give_up - time.monotonic())
+                if patience <= 0:
+                    raise WaitTimeout(f"{len(left)} task(s) not final after {timeout:g} s; they go on")
+                fresh = announcements.hear(patience, left)
+
+    def _look(self, task_ids: list[str], *, everything: bool) -> list[Result]:
+        """The results there are among these."""
+        found: list[Result] = []
+        for start in range(0, len(task_ids), _CHUNK):
+            chunk = task_ids[start : start + _CHUNK]
+            results = self.ledger.results(chunk)
+            found += [r for r in results if r is not None]
+            missing = [i for i, r in zip(chunk, results, strict=True) if r is None]
+            if everything and missing:
+                for task_id, known in zip(missing, self.ledger.known(missing), strict=True):
+                    if not known:
+                        raise TaskNotFound(f"no task {task_id!r} (unknown, or finished and forgotten)")
+        return found
+
+    def status(self, task_id: str) -> TaskRecord:
+        """Everything known of a task now. Raises TaskNotFound."""
+        record = self.ledger.task(task_id)
+        if record is None:
+            raise TaskNotFound(f"no task {task_id!r} (unknown, or finished and forgotten)")
+        return record
+
+    def cancel(self, task_id: str) -> State:
+        """Cancel a task; returns the state it was found in (a final one stays). Raises TaskNotFound."""
+        state = self.ledger.cancel(task_id)
+        if state is None:
+            raise TaskNotFound(f"no task {task_id!r} (unknown, or finished and forgotten)")
+        return state
+
+    def explain(self, task_id: str) -> Explanation | None:
+        """Why a task went where it went; None while it is undecided. Raises TaskNotFound."""
+        return self.status(task_id).why
+
+    def retry(self, task_id: str) -> Handle:
+        """Submit a finished task's work again as a new task, its deadline counted from now. Raises TaskNotFound."""
+        spec = self.status(task_id).spec.model_copy(update={"idempotency_key": None})
+        return self.submit_many([spec])[0]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.ledger.client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class AsyncHandle:
+    """One submitted task, for asyncio; see Handle."""
+
+    id: str
+    _client: AsyncClient
+
+    async def result(self, timeout: float | None = None) -> Result:
+        return await self._client.result(self.id, timeout)
+
+    async def status(self) -> TaskRecord:
+        return await self._client.status(self.id)
+
+    async def cancel(self) -> State:
+        return await self._client.cancel(self.id)
+
+    async def explain(self) -> Explanation | None:
+        return await self._client.explain(self.id)
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same methods, awaited. Thousands of results can be awaited at once over one connection.
+
+    Short calls run in threads; waiting uses one subscription shared by all waiters of this client.
+    """
+
+    def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
+        self._client = Client(url, settings=settings)
+        self.settings = self._client.settings
+        self._waiters: dict[str, asyncio.Future[None]] = {}
+        self._pubsub: redis.asyncio.client.PubSub | None = None
+        self._listener: asyncio.Task[None] | None = None
+
+    async def submit(self, prompt: str | None = None, **fields: Unpack[TaskFields]) -> AsyncHandle:
+        """See Client.submit."""
+        handle = await asyncio.to_thread(lambda: self._client.submit(prompt, **fields))
+        return AsyncHandle(handle.id, self)
+
+    async def submit_many(self, tasks: Iterable[str | Mapping[str, Any] | TaskSpec]) -> list[AsyncHandle]:
+        """See Client.submit_many."""
+        handles = await asyncio.to_thread(self._client.submit_many, tasks)
+        return [AsyncHandle(h.id, self) for h in handles]
+
+    async def result(self, task_id: str, timeout: float | None = None) -> Result:
+        """See Client.result."""
+        try:
+            return await asyncio.wait_for(self._result(task_id), timeout)
+        except TimeoutError:
+            raise WaitTimeout(f"task {task_id} not final after {timeout:g} s; it goes on") from None
+
+    async def _result(self, task_id: str) -> Result:
+        await self._listen()
+        assert self._pubsub is not None
+        announced = self._waiters.setdefault(task_id, asyncio.get_running_loop().create_future())
+        try:
+            await self._pubsub.subscribe(_channel(task_id))
+            everything = True
+            while True:
+                if found := await asyncio.to_thread(self._client._look, [task_id], everything=everything):
+                    return found[0]
+                done, _ = await asyncio.wait([announced], timeout=LOOK_EVERY)
+                everything = not done
+        finally:
+            if self._waiters.pop(task_id, None) is not None:
+                await self._pubsub.unsubscribe(_channel(task_id))
+
+    async def _listen(self) -> None:
+        if self._listener is None:
+            client = redis.asyncio.Redis.from_url(self.settings.url)
+            self._pubsub = client.pubsub(ignore_subscribe_messages=True)
+            self._listener = asyncio.create_task(self._hear(self._pubsub))
+
+    async def _hear(self, pubsub: redis.asyncio.client.PubSub) -> None:
+        while True:
+            try:
+                message = await pubsub.get_message(timeout=LOOK_EVERY) if pubsub.subscribed else None
+            except redis.exceptions.RedisError:
+                message = None  # waiters look for themselves until the connection is back
+                await asyncio.sleep(LOOK_EVERY)
+            if message is None:
+                await asyncio.sleep(0.01)
+            elif (waiter := self._waiters.get(_task_id(message["channel"]))) and not waiter.done():
+                waiter.set_result(None)
+
+    async def wait(self, task_ids: Iterable[str], timeout: float | None = None) -> AsyncIterator[Result]:
+        """See Client.wait."""
+        for next_done in asyncio.as_completed([self.result(i, timeout) for i in task_ids]):
+            yield await next_done
+
+    async def status(self, task_id: str) -> TaskRecord:
+        """See Client.status."""
+        return await asyncio.to_thread(self._client.status, task_id)
+
+    async def cancel(self, task_id: str) -> State:
+        """See Client.cancel."""
+        return await asyncio.to_thread(self._client.cancel, task_id)
+
+    async def explain(self, task_id: str) -> Explanation | None:
+        """See Client.explain."""
+        return await asyncio.to_thread(self._client.explain, task_id)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._listener is not None:
+            self._listener.cancel()
+        if self._pubsub is not None:
+            await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+        await asyncio.to_thread(self._client.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class _Announcements:
+    """The channels on which the ledger announces final states, for the tasks a waiter waits for."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._redis = connect(settings)
+        self._pubsub: redis.client.PubSub = self._redis.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
+
+    def listen(self, task_ids: Iterable[str]) -> None:
+        channels = [_channel(i) for i in task_ids]
+        for start in range(0, len(channels), _CHUNK):
+            self._pubsub.subscribe(*channels[start : start + _CHUNK])
+
+    def hear(self, patience: float, awaited: Mapping[str, object]) -> list[str] | None:
+        """Ids just announced, after waiting up to `patience` s for the first; None for silence."""
+        heard: dict[str, None] = {}
+        until = time.monotonic() + patience
+        while (left := until - time.monotonic()) > 0:
+            message = self._pubsub.get_message(timeout=0 if heard else left)
+            if message is not None and (task_id := _task_id(message["channel"])) in awaited:
+                heard[task_id] = None
+            elif message is None and (heard or not self._pubsub.subscribed):
+                break
+        return list(heard) or None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pubsub.close()
+        self._redis.close()
+
+
+def _channel(task_id: str) -> str:
+    return f"celery-task-meta-{task_id}"
+
+
+def _task_id(channel: bytes) -> str:
+    return channel.decode().removeprefix("celery-task-meta-")
+
+
+def _with_prompt(task: str | Mapping[str, Any] | None, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    if task is None:
+        return fields
+    return {"prompt": task, **fields} if isinstance(task, str) else {**task, **fields}
