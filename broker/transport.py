@@ -15,18 +15,18 @@ from kombu.transport import TRANSPORT_ALIASES, redis
 log = structlog.get_logger(__name__)
 
 
-class Channel(redis.Channel):  # type: ignore[misc]  # kombu is untyped
+class Channel(redis.Channel):
     """A channel whose reads skip foreign entries."""
 
     def _brpop_read(self, **options: Any) -> Any:
         try:
-            return super()._brpop_read(**options)
+            return super()._brpop_read(**options)  # type: ignore[no-untyped-call]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("foreign_message", reason=f"not a Celery message: {type(error).__name__}: {error}")
             raise Empty from None
 
 
-class Transport(redis.Transport):  # type: ignore[misc]
+class Transport(redis.Transport):
     """The transport `redis://`, `rediss://` and `redis+socket://` mean once `install` was called."""
 
     Channel = Channel
