@@ -33,17 +33,28 @@ class Task:
 
 @dataclass(slots=True)
 class Node:
-    """One registered node and the tasks it holds."""
+    """One registered node and the tasks it holds.
+
+    `version` grows with every change to the node or its tasks, so that what a policy works out of them can be kept as
+    long as it holds; `changed` is when that was (s).
+    """
 
     info: NodeInfo
     since: float  # s, when it registered
     counters: Counters = field(default_factory=Counters)
     heard: float = 0.0  # s, server clock of the last heartbeat
     flights: dict[str, Task] = field(default_factory=dict)  # dispatched or running here, oldest first
+    version: int = 0
+    changed: float = 0.0
 
     @property
     def name(self) -> str:
         return self.info.name
+
+    def touch(self, at: float) -> None:
+        """Note a change."""
+        self.version += 1
+        self.changed = max(self.changed, at)
 
 
 @dataclass(slots=True)

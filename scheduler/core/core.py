@@ -28,7 +28,8 @@ from scheduler.core.cluster import Cluster, Node, Task
 from scheduler.core.pending import Pending
 from scheduler.core.policy import Place, Policy, Reject, Wait
 
-#: Tasks one round may leave waiting before it ends: bounds a round's cost however long the backlog is.
+#: Tasks of one model a round may leave waiting before it goes on to others: bounds a round's cost however long the
+#: backlog is.
 LOOKAHEAD = 32
 
 
@@ -47,19 +48,26 @@ class Core:
     """Holds what is known of nodes and tasks and asks the policy where each pending task goes.
 
     `queue_beyond_slots` bounds the tasks a node holds to its slots plus that many (None: unbounded). `edf` orders
-    pending tasks by deadline instead of arrival.
+    pending tasks by deadline instead of arrival. Without `explain`, decisions carry no candidates, which saves time
+    where nobody reads them.
     """
 
-    def __init__(self, policy: Policy, *, queue_beyond_slots: int | None = 2, edf: bool = True) -> None:
+    def __init__(
+        self, policy: Policy, *, queue_beyond_slots: int | None = 2, edf: bool = True, explain: bool = True
+    ) -> None:
         self.policy = policy
         self.cluster = Cluster()
         self.pending = Pending(edf=edf)
         self._placed: dict[str, Task] = {}
         self._queue_beyond_slots = queue_beyond_slots
+        self._explain = explain
+        self._serving: dict[str | None, tuple[Node, ...]] = {None: ()}  # model → nodes that offer it
+        self._with_room: dict[str | None, tuple[Node, ...]] = {}  # those with room now; missing: not worked out
+        self._least_context: dict[str | None, int] = {}  # smallest context offered for the model, tokens
 
     def find(self, task_id: str) -> Task | None:
         """The unfinished task of this id, pending or placed."""
-        return self.pending.get(task_id) or self._placed.get(task_id)
+        return self._placed.get(task_id) or self.pending.get(task_id)
 
     # --- events in
 
@@ -77,9 +85,11 @@ class Core:
             case Claimed():
                 if task is not None and task.attempt == event.attempt:
                     task.claimed = event.at
+                    if node := self.cluster.nodes.get(event.node):
+                        node.touch(event.at)
             case Completed() | Ended():
                 if task is not None:
-                    self._take_out(task)
+                    self._take_out(task, event.at)
             case Returned():
                 if task is not None and task.attempt == event.attempt:
                     self._put_back(task, event)
@@ -89,37 +99,55 @@ class Core:
                 self._heartbeat(event)
             case NodeDown():
                 # Its tasks stay known as placed; the ledger returns each in an event of its own.
-                self.cluster.nodes.pop(event.node, None)
+                self._node_down(event.node)
             case _:
                 assert_never(event)
 
     def _place(self, task: Task, node_name: str, attempt: int, at: float) -> None:
         if task.node == node_name and task.attempt == attempt:
             return  # decided here, now confirmed by the stream
-        self._take_out(task)
+        self._take_out(task, at)
         task.node, task.attempt, task.dispatched, task.claimed, task.generated = node_name, attempt, at, None, 0
         self._placed[task.id] = task
         if node := self.cluster.nodes.get(node_name):
             node.flights[task.id] = task
+            node.touch(at)
+            if not self._has_room(node):
+                self._forget_rooms(node)
 
     def _put_back(self, task: Task, event: Returned) -> None:
-        self._take_out(task)
+        self._take_out(task, event.at)
         if event.cause != "handed_back":
             task.avoid |= {event.node}
         task.node = task.dispatched = task.claimed = None
         task.generated, task.strikes = 0, event.strikes
         self.pending.add(task)
 
-    def _take_out(self, task: Task) -> None:
+    def _take_out(self, task: Task, at: float) -> None:
         self.pending.remove(task.id)
         self._placed.pop(task.id, None)
-        if task.node is not None and (node := self.cluster.nodes.get(task.node)):
-            node.flights.pop(task.id, None)
+        if task.node is None or (node := self.cluster.nodes.get(task.node)) is None:
+            return
+        had_room = self._has_room(node)
+        if node.flights.pop(task.id, None) is not None:
+            node.touch(at)
+            self.pending.stir(_models(node))
+            if not had_room:
+                self._forget_rooms(node)
+
+    # --- nodes
 
     def _node_up(self, event: NodeUp) -> None:
-        node = Node(event.info, since=event.at, heard=event.at)
+        node = Node(event.info, since=event.at, heard=event.at, changed=event.at)
         node.flights = {t.id: t for t in self._placed.values() if t.node == node.name}
         self.cluster.nodes[node.name] = node
+        self._find_serving()
+        self.pending.stir(_models(node))
+
+    def _node_down(self, name: str) -> None:
+        if self.cluster.nodes.pop(name, None) is not None:
+            self._find_serving()
+            self.pending.stir(self._serving)  # a task may now go where it avoided to go
 
     def _heartbeat(self, event: Heartbeat) -> None:
         node = self.cluster.nodes.get(event.node)
@@ -129,58 +157,99 @@ class Core:
         for task_id, generated in event.progress.items():
             if flight := node.flights.get(task_id):
                 flight.generated = generated
+        node.touch(event.at)
+
+    def _find_serving(self) -> None:
+        serving: dict[str | None, list[Node]] = {None: []}
+        for node in self.cluster.nodes.values():
+            for model in _models(node):
+                serving.setdefault(model, []).append(node)
+        self._serving = {model: tuple(nodes) for model, nodes in serving.items()}
+        self._least_context = {
+            model: min(o.context for n in nodes if (o := n.info.offer(model)))
+            for model, nodes in serving.items()
+            if nodes
+        }
+        self._with_room.clear()
+
+    def _has_room(self, node: Node) -> bool:
+        beyond = self._queue_beyond_slots
+        return beyond is None or len(node.flights) < node.info.slots + beyond
+
+    def _forget_rooms(self, node: Node) -> None:
+        for model in _models(node):
+            self._with_room.pop(model, None)
+
+    def _room_for(self, model: str | None) -> tuple[Node, ...]:
+        """Nodes that offer the model and may hold one more task, in order of registration."""
+        nodes = self._with_room.get(model)
+        if nodes is None:
+            nodes = tuple(n for n in self._serving.get(model, ()) if self._has_room(n))
+            self._with_room[model] = nodes
+        return nodes
 
     # --- decisions out
 
     def decide(self, now: float) -> list[Decision]:
         """Decide the pending tasks that can be decided now, most urgent first. A task decided for a node counts as
         placed there at once; the stream's `Dispatched` event confirms it, `forget` or `take_back` undo it."""
-        decisions: list[Decision] = []
-        waiting: list[Task] = []
-        while len(waiting) < LOOKAHEAD and (task := self.pending.pop()) is not None:
-            decision = self._decide(task, now)
-            if decision is None:
-                waiting.append(task)
+        decisions = []
+        for late in self.pending.ring(now):
+            self.pending.remove(late.id)
+            decisions.append(self._end(late, "expire", "the deadline passed before a node could take it"))
+        waiting: list[tuple[Task, float | None]] = []
+        waits: dict[str | None, int] = {}
+        while (task := self.pending.take(self._lanes_to_look_at(waits))) is not None:
+            decided = self._decide(task, now)
+            if isinstance(decided, Decision):
+                self.pending.remove(task.id)
+                decisions.append(decided)
             else:
-                decisions.append(decision)
-        for task in waiting:
-            self.pending.add(task)
+                waiting.append((task, decided.until))
+                waits[task.model] = waits.get(task.model, 0) + 1
+        for waiter, until in waiting:
+            if until is None:
+                self.pending.put_back(waiter)
+            else:
+                self.pending.park(waiter, until)
+        self.pending.settle(self._lanes_to_look_at({}))
         return decisions
+
+    def _lanes_to_look_at(self, waits: dict[str | None, int]) -> list[str | None]:
+        """Models that some node has room for and that have not had their share of this round."""
+        return [m for m in self._serving if waits.get(m, 0) < LOOKAHEAD and self._room_for(m)]
 
     def forget(self, task: Task) -> None:
         """The ledger refused a decision about `task`: it is final, or somebody else placed it. If it still lives, the
         stream says where."""
-        self._take_out(task)
+        self._take_out(task, task.dispatched or 0.0)
 
     def take_back(self, task: Task) -> None:
         """The node `task` was just decided for is out of service; the stream says (or said) so too."""
         node_name = task.node
-        self._take_out(task)
+        self.forget(task)
         task.node, task.dispatched, task.attempt = None, None, task.attempt - 1
         self.pending.add(task)
         if node_name is not None:
-            self.cluster.nodes.pop(node_name, None)
+            self._node_down(node_name)
 
     def keep_only(self, task_ids: Set[str]) -> None:
         """Forget every task not among these."""
         for task in [t for t in (*self.pending, *self._placed.values()) if t.id not in task_ids]:
-            self._take_out(task)
+            self.forget(task)
 
-    def _decide(self, task: Task, now: float) -> Decision | None:
-        if task.deadline <= now:
-            return self._end(task, "expire", "the deadline passed before a node could take it")
-        candidates = [n for n in self.cluster.nodes.values() if self._can_take(n, task)]
+    def _decide(self, task: Task, now: float) -> Decision | Wait:
+        candidates = self._candidates(task)
         if not candidates:
             return self._never(task)
         choice = self.policy.choose(task, candidates, self.cluster, now)
+        if isinstance(choice, Wait):
+            return choice
+        looks = self.policy.explain(task, candidates, self.cluster, now) if self._explain else ()
         match choice:
-            case Wait():
-                return None
             case Reject(reason):
-                looks = self.policy.explain(task, candidates, self.cluster, now)
                 return self._end(task, "reject", reason, looks)
             case Place(name):
-                looks = self.policy.explain(task, candidates, self.cluster, now)
                 node = self.cluster.nodes[name]
                 offer = node.info.offer(task.model)
                 assert offer is not None  # only nodes that offer the model are candidates
@@ -193,22 +262,24 @@ class Core:
             case _:
                 assert_never(choice)
 
-    def _can_take(self, node: Node, task: Task) -> bool:
-        if not serves(node, task):
-            return False
-        if self._queue_beyond_slots is not None and len(node.flights) >= node.info.slots + self._queue_beyond_slots:
-            return False
-        return node.name not in task.avoid or not self._alternatives(task)
+    def _candidates(self, task: Task) -> tuple[Node, ...]:
+        """Nodes with room that can hold the task and, if any others serve it, did not lose it before."""
+        nodes = self._room_for(task.model)
+        if not fits(self._least_context.get(task.model, 0), task):
+            nodes = tuple(n for n in nodes if serves(n, task))
+        if task.avoid and self._alternatives(task):
+            nodes = tuple(n for n in nodes if n.name not in task.avoid)
+        return nodes
 
     def _alternatives(self, task: Task) -> bool:
         """Whether a node it has not failed on serves it: only then are the others avoided."""
-        return any(n.name not in task.avoid and serves(n, task) for n in self.cluster.nodes.values())
+        return any(n.name not in task.avoid and serves(n, task) for n in self._serving.get(task.model, ()))
 
-    def _never(self, task: Task) -> Decision | None:
-        """No node can take it now. Wait, unless live nodes serve its model and none could ever hold it."""
-        offers = [o for n in self.cluster.nodes.values() if (o := n.info.offer(task.model))]
+    def _never(self, task: Task) -> Decision | Wait:
+        """No node can take it now. Wait for room, unless live nodes serve its model and none could ever hold it."""
+        offers = [o for n in self._serving.get(task.model, ()) if (o := n.info.offer(task.model))]
         if not offers or any(fits(o.context, task) for o in offers):
-            return None
+            return Wait(until=task.deadline)
         need, most = task.prompt_tokens + task.max_tokens, max(o.context for o in offers)
         return self._end(
             task, "reject", f"prompt and max_tokens need about {need} tokens; the largest context offered is {most}"
@@ -237,6 +308,11 @@ class Core:
         if state.get("policy") != self.policy.name:
             raise ValueError(f"the snapshot is of policy {state.get('policy')!r}, not {self.policy.name!r}")
         self.policy.restore(state["state"])
+
+
+def _models(node: Node) -> list[str | None]:
+    """What tasks may ask for to be served by the node: any model, or one it offers by name."""
+    return [None, *(m.name for m in node.info.models)]
 
 
 def task_of(event: Submitted) -> Task:

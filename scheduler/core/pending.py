@@ -1,53 +1,288 @@
-"""The pending pool: unfinished tasks that are on no node, most urgent first."""
+"""The pending pool: unfinished tasks that are on no node, in order of urgency, in about 280 bytes each.
+
+A task's fields rest in a row of a numpy record array and become a `Task` when it is looked at. Tasks that any node with
+room for a model may take stand in one lane per model, so that work for a model that is full (or nowhere) never stands
+before work that could run. In its lane a task is `fresh`, to be looked at in the next round, or `parked`: it was looked
+at, nothing good enough was free, and it rests until room appears (`stir`) or a time comes. So a round costs what there
+is to decide, however many tasks wait.
+"""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from sys import intern
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from scheduler.core.cluster import Task
+from scheduler.core.heap import Heap, Ints
+
+_CHUNK = 1 << 13  # rows per array
+_ROW = np.dtype(
+    [
+        ("id", "O"),
+        ("service", "O"),
+        ("model", "O"),
+        ("deadline", "f8"),
+        ("submitted", "f8"),
+        ("alarm", "f8"),  # when it is looked at again or expires, s
+        ("value", "f8"),
+        ("payload_bytes", "u4"),
+        ("prompt_tokens", "u4"),
+        ("max_tokens", "u4"),
+        ("expected_tokens", "u4"),  # 0: none
+        ("attempt", "u4"),
+        ("serial", "u4"),  # order of arrival here; 0: the row is free
+        ("strikes", "u1"),
+        ("state", "u1"),
+    ]
+)
+_FRESH, _PARKED, _OUT = 1, 2, 3
+_MOST = 2**32 - 1
+
+
+class _Lane:
+    """The pending tasks of one model (or of any), in order of urgency."""
+
+    __slots__ = ("fresh", "live", "parked", "stirred")
+
+    def __init__(self) -> None:
+        self.fresh, self.parked = Heap(), Heap()
+        self.live = 0
+        self.stirred = False
 
 
 class Pending:
-    """A priority pool of tasks, ordered by deadline (EDF) or by arrival (FIFO).
+    """A priority pool of tasks, ordered by deadline (EDF) or by arrival (FIFO); ties by order of arrival here.
 
-    `add`, `remove` and `pop` cost O(log n). Removal is lazy: the heap keeps a dead entry until it surfaces.
+    `add`, `remove`, `take`, `park` cost O(log n). Removal is lazy: heaps keep dead entries until they surface or are
+    more than the living.
     """
 
     def __init__(self, *, edf: bool = True) -> None:
         self._edf = edf
-        self._tasks: dict[str, Task] = {}
-        self._heap: list[tuple[float, str]] = []
+        self._index: dict[str, int] = {}  # task id → row
+        self._chunks: list[NDArray[np.void]] = []
+        self._free: list[int] = []
+        self._rows = 0  # rows ever used
+        self._serial = 0
+        self._avoid: dict[int, frozenset[str]] = {}  # row → nodes; most tasks avoid none
+        self._lanes: dict[str | None, _Lane] = {}
+        self._alarms = Heap()
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self._index)
 
     def __contains__(self, task_id: str) -> bool:
-        return task_id in self._tasks
+        return task_id in self._index
 
     def __iter__(self) -> Iterator[Task]:
-        return iter(self._tasks.values())
+        return (self._task(row) for row in list(self._index.values()))
 
     def get(self, task_id: str) -> Task | None:
-        return self._tasks.get(task_id)
+        """A copy of the pending task of this id."""
+        row = self._index.get(task_id)
+        return None if row is None else self._task(row)
+
+    # --- in
 
     def add(self, task: Task) -> None:
-        if task.id not in self._tasks:
-            self._tasks[task.id] = task
-            heapq.heappush(self._heap, (self._key(task), task.id))
+        """Take in a task, fresh. A task that is here stays as it is."""
+        if task.id in self._index:
+            return
+        row = self._free.pop() if self._free else self._grow()
+        self._serial = serial = self._serial % _MOST + 1
+        self._chunks[row // _CHUNK][row % _CHUNK] = (
+            task.id,
+            intern(task.service),
+            task.model if task.model is None else intern(task.model),
+            task.deadline,
+            task.submitted,
+            task.deadline,
+            task.value,
+            min(task.payload_bytes, _MOST),
+            min(task.prompt_tokens, _MOST),
+            min(task.max_tokens, _MOST),
+            task.expected_tokens or 0,
+            task.attempt,
+            serial,
+            min(task.strikes, 255),
+            _FRESH,
+        )
+        self._index[task.id] = row
+        if task.avoid:
+            self._avoid[row] = task.avoid
+        lane = self._lanes.get(task.model)
+        if lane is None:
+            lane = self._lanes[task.model] = _Lane()
+        lane.live += 1
+        item = serial << 32 | row
+        lane.fresh.push(self._key(task), item)
+        self._alarms.push(task.deadline, item)
 
-    def remove(self, task_id: str) -> Task | None:
-        return self._tasks.pop(task_id, None)
+    def park(self, task: Task, until: float) -> None:
+        """A taken task rests until `until` (s), or until its lane is stirred."""
+        self._return(task, _PARKED, min(until, task.deadline))
 
-    def pop(self) -> Task | None:
-        """Take the most urgent task out; None when empty."""
-        while self._heap:
-            key, task_id = heapq.heappop(self._heap)
-            task = self._tasks.get(task_id)
-            if task is not None and self._key(task) == key:
-                del self._tasks[task_id]
-                return task
-        return None
+    def put_back(self, task: Task) -> None:
+        """A taken task is fresh again."""
+        self._return(task, _FRESH, task.deadline)
+
+    def _return(self, task: Task, state: int, alarm: float) -> None:
+        row = self._index[task.id]
+        record = self._record(row)
+        item = int(record["serial"]) << 32 | row
+        lane = self._lanes[task.model]
+        heap = lane.parked if state == _PARKED else lane.fresh
+        heap.push(self._key(task), item)
+        if record["alarm"] != alarm:
+            record["alarm"] = alarm
+            self._alarms.push(alarm, item)
+            if len(self._alarms) > 4 * len(self._index) + 64:
+                self._tidy_alarms()
+        record["state"] = state
+        if len(heap) > 2 * lane.live + 64:
+            self._tidy(heap, state)
+
+    # --- out
+
+    def remove(self, task_id: str) -> None:
+        """Drop a task, wherever it is."""
+        row = self._index.pop(task_id, None)
+        if row is None:
+            return
+        record = self._record(row)
+        model = record["model"]
+        lane = self._lanes[model]
+        lane.live -= 1
+        if not lane.live:
+            del self._lanes[model]
+        self._avoid.pop(row, None)
+        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, *(0,) * 12)
+        self._free.append(row)
+        if len(self._alarms) > 4 * len(self._index) + 64:
+            self._tidy_alarms()
+
+    def take(self, models: Iterable[str | None]) -> Task | None:
+        """Take the most urgent fresh (or stirred) task of these models in hand; None when there is none.
+
+        It stays in the pool until `remove`; until `park` or `put_back` it is not taken again.
+        """
+        best: Heap | None = None
+        key = (0.0, 0)
+        for model in models:
+            if (lane := self._lanes.get(model)) is not None:
+                for heap, state in ((lane.fresh, _FRESH), (lane.parked, _PARKED)):
+                    if state == _PARKED and not lane.stirred:
+                        continue
+                    head = self._head(heap, state)
+                    if head is not None and (best is None or head < key):
+                        best, key = heap, head
+        if best is None:
+            return None
+        best.pop()
+        row = key[1] & 0xFFFFFFFF
+        self._record(row)["state"] = _OUT
+        return self._task(row)
+
+    def stir(self, models: Iterable[str | None]) -> None:
+        """Room appeared for these models: parked tasks may be looked at, until `settle`."""
+        for model in models:
+            if (lane := self._lanes.get(model)) is not None:
+                lane.stirred = True
+
+    def settle(self, models: Iterable[str | None]) -> None:
+        """A round has looked at enough of these models' tasks: the parked rest again."""
+        for model in models:
+            if (lane := self._lanes.get(model)) is not None:
+                lane.stirred = False
+
+    def ring(self, now: float) -> list[Task]:
+        """Parked tasks whose time has come are fresh again. Returns those whose deadline has passed, taken in hand."""
+        late = []
+        alarms = self._alarms
+        while len(alarms) and alarms.peek()[0] <= now:
+            when, item = alarms.pop()
+            row = item & 0xFFFFFFFF
+            record = self._record(row)
+            if record["serial"] != item >> 32 or record["alarm"] != when:
+                continue
+            record["alarm"] = -np.inf  # set anew when it returns
+            if record["state"] == _OUT:
+                continue
+            task = self._task(row)
+            if task.deadline <= now:
+                record["state"] = _OUT
+                late.append(task)
+            else:
+                self._return(task, _FRESH, task.deadline)
+        return late
+
+    # --- rows
+
+    def _grow(self) -> int:
+        if self._rows == len(self._chunks) * _CHUNK:
+            self._chunks.append(np.zeros(_CHUNK, _ROW))
+        self._rows += 1
+        return self._rows - 1
+
+    def _record(self, row: int) -> np.void:
+        record: np.void = self._chunks[row // _CHUNK][row % _CHUNK]
+        return record
+
+    def _task(self, row: int) -> Task:
+        values: Any = self._record(row).item()
+        task_id, service, model, deadline, submitted, _, value, payload, prompt, most, expected, attempt = values[:12]
+        return Task(
+            id=task_id,
+            submitted=submitted,
+            deadline=deadline,
+            value=value,
+            service=service,
+            model=model,
+            prompt_tokens=prompt,
+            payload_bytes=payload,
+            max_tokens=most,
+            expected_tokens=expected or None,
+            strikes=values[13],
+            attempt=attempt,
+            avoid=self._avoid.get(row, frozenset()),
+        )
 
     def _key(self, task: Task) -> float:
         return task.deadline if self._edf else task.submitted
+
+    # --- dead entries
+
+    def _head(self, heap: Heap, state: int) -> tuple[float, int] | None:
+        """The first living entry."""
+        while len(heap):
+            head = heap.peek()
+            record = self._record(head[1] & 0xFFFFFFFF)
+            if record["serial"] == head[1] >> 32 and record["state"] == state:
+                return head
+            heap.pop()
+        return None
+
+    def _tidy(self, heap: Heap, state: int) -> None:
+        """Keep each living entry of a lane's heap once."""
+        keys, items = heap.entries()
+        items, first = np.unique(items, return_index=True)
+        keep = self._column("state", items) == state
+        keep &= self._column("serial", items) == items >> 32
+        heap.replace(keys[first][keep], items[keep])
+
+    def _tidy_alarms(self) -> None:
+        keys, items = self._alarms.entries()
+        keep = self._column("alarm", items) == keys
+        keep &= self._column("serial", items) == items >> 32
+        keys, items = keys[keep], items[keep]
+        items, first = np.unique(items, return_index=True)
+        self._alarms.replace(keys[first], items)
+
+    def _column(self, name: str, items: Ints) -> NDArray[np.float64]:
+        """One column of the rows of heap entries."""
+        column: NDArray[np.float64] = np.concatenate([chunk[name] for chunk in self._chunks])[items & 0xFFFFFFFF]
+        return column

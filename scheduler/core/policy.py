@@ -19,7 +19,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Leave the task pending; ask again when something changes."""
+    """Leave the task pending. Without `until` it is asked about again in every round; with it, only when room appears
+    on a node that serves its model, and at `until` (s) at the latest."""
+
+    until: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

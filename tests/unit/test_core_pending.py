@@ -1,0 +1,186 @@
+"""The pending pool against a plain list, and what it costs in memory."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from scheduler.core.cluster import Task
+from scheduler.core.heap import Heap
+from scheduler.core.pending import Pending
+
+
+def task(task_id: str, deadline: float = 10.0, model: str | None = None, submitted: float = 0.0) -> Task:
+    return Task(
+        id=task_id,
+        submitted=submitted,
+        deadline=deadline,
+        value=1.0,
+        service="chat",
+        model=model,
+        prompt_tokens=5,
+        payload_bytes=20,
+        max_tokens=64,
+    )
+
+
+@dataclass
+class Entry:
+    task: Task
+    order: int
+    until: float | None = None  # parked until then; None: fresh
+    out: bool = False
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Every operation on the pool, beside a model that looks at all tasks each time."""
+
+    MODELS = (None, "a", "b")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = Pending()
+        self.model: dict[str, Entry] = {}
+        self.stirred: set[str | None] = set()
+        self.count = 0
+        self.now = 0.0
+
+    @rule(deadline=st.integers(1, 8), model=st.sampled_from(MODELS), again=st.booleans())
+    def add(self, deadline: int, model: str | None, again: bool) -> None:
+        if again and self.model:
+            self.pool.add(next(iter(self.model.values())).task)
+            return
+        self.count += 1
+        new = task(f"t{self.count}", self.now + deadline, model)
+        self.pool.add(new)
+        self.model[new.id] = Entry(new, self.count)
+
+    @rule(models=st.sets(st.sampled_from(MODELS)))
+    def take(self, models: set[str | None]) -> None:
+        able = [
+            e
+            for e in self.model.values()
+            if e.task.model in models and not e.out and (e.until is None or e.task.model in self.stirred)
+        ]
+        best = min(able, key=lambda e: (e.task.deadline, e.order), default=None)
+        got = self.pool.take(models)
+        assert got == (best.task if best else None)
+        if best:
+            best.out = True
+
+    def _one_out(self) -> Entry | None:
+        return next((e for e in self.model.values() if e.out), None)
+
+    @precondition(lambda self: self._one_out())
+    @rule(rest=st.integers(0, 9))
+    def park(self, rest: int) -> None:
+        if entry := self._one_out():
+            self.pool.park(entry.task, self.now + rest)
+            entry.out, entry.until = False, min(self.now + rest, entry.task.deadline)
+
+    @precondition(lambda self: self._one_out())
+    @rule()
+    def put_back(self) -> None:
+        if entry := self._one_out():
+            self.pool.put_back(entry.task)
+            entry.out, entry.until = False, None
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        task_id = data.draw(st.sampled_from(sorted(self.model)))
+        self.pool.remove(task_id)
+        gone = self.model.pop(task_id)
+        if all(e.task.model != gone.task.model for e in self.model.values()):
+            self.stirred.discard(gone.task.model)  # an empty lane forgets
+
+    @rule(models=st.sets(st.sampled_from(MODELS)), stir=st.booleans())
+    def stir_or_settle(self, models: set[str | None], stir: bool) -> None:
+        alive = {e.task.model for e in self.model.values()}
+        if stir:
+            self.pool.stir(models)
+            self.stirred |= models & alive
+        else:
+            self.pool.settle(models)
+            self.stirred -= models
+
+    @rule(step=st.integers(0, 4))
+    def ring(self, step: int) -> None:
+        self.now += step
+        late = {t.id for t in self.pool.ring(self.now)}
+        idle = [e for e in self.model.values() if not e.out]
+        assert late == {e.task.id for e in idle if e.task.deadline <= self.now}
+        for entry in idle:
+            if entry.task.id in late:
+                entry.out = True
+            elif entry.until is not None and entry.until <= self.now:
+                entry.until = None
+
+    @invariant()
+    def agree(self) -> None:
+        assert len(self.pool) == len(self.model)
+        assert {t.id: t for t in self.pool} == {i: e.task for i, e in self.model.items()}
+        for task_id in self.model:
+            assert task_id in self.pool
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+def test_arrival_order_without_edf() -> None:
+    pool = Pending(edf=False)
+    pool.add(task("late", deadline=9, submitted=2))
+    pool.add(task("early", deadline=99, submitted=1))
+    got = pool.take([None])
+    assert got is not None
+    assert got.id == "early"
+
+
+def test_every_field_survives() -> None:
+    given = task("x", model="m")
+    given.value, given.expected_tokens, given.strikes, given.attempt = 0.1, 77, 2, 3
+    given.avoid = frozenset({"edge-1"})
+    pool = Pending()
+    pool.add(given)
+    assert pool.get("x") == given
+
+
+def test_parking_for_ever_leaves_no_dead_entries_behind() -> None:
+    pool = Pending()
+    for i in range(10):
+        pool.add(task(f"t{i}", deadline=1e6))
+    for step in range(3000):
+        pool.stir([None])
+        got = pool.take([None])
+        assert got is not None
+        pool.park(got, until=10.0 + step)
+    lane = pool._lanes[None]
+    assert max(len(lane.parked), len(lane.fresh), len(pool._alarms)) <= 4 * 10 + 64
+
+
+def test_a_row_is_used_again() -> None:
+    pool = Pending()
+    for i in range(20_000):
+        pool.add(task(f"t{i}", deadline=1e6 + i))
+        if i >= 100:
+            pool.remove(f"t{i - 100}")
+    assert pool._rows <= 101
+    assert len(pool._alarms) <= 4 * 100 + 64 + 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_heap_sorts(seed: int) -> None:
+    rng = random.Random(seed)
+    heap, pairs = Heap(), []
+    for i in range(500):
+        key = rng.choice([1.0, 2.0, rng.random()])
+        pairs.append((key, i))
+        heap.push(key, i)
+    out = [heap.pop() for _ in range(500)]
+    assert out == sorted(pairs)

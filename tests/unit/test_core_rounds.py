@@ -1,0 +1,256 @@
+"""Rounds of the core: who is looked at, when, and that waiting costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from broker.messages import (
+    Calibration,
+    Candidate,
+    Completed,
+    Dispatched,
+    Energy,
+    Event,
+    Heartbeat,
+    ModelOffer,
+    NodeDown,
+    NodeInfo,
+    NodeUp,
+    Power,
+    Receipt,
+    Returned,
+    State,
+    Submitted,
+)
+from scheduler.core.cluster import Cluster, Node, Task
+from scheduler.core.core import LOOKAHEAD, Core
+from scheduler.core.policy import Choice, Place, Reject, Wait
+
+
+def info(name: str, slots: int = 2, models: Sequence[str] = ("m",), context: int = 4096) -> NodeInfo:
+    cal = Calibration(step=0.02, sequence=0.001, prefill=0.0001)
+    return NodeInfo(
+        name=name,
+        tier="edge",
+        boot=f"{name}.1",
+        slots=slots,
+        models=tuple(ModelOffer(name=m, context=context, kv_tokens=65536, calibration=cal) for m in models),
+        power=Power(idle=10, active=100, method="emulated", estimated=True),
+        bandwidth=1e7,
+        engine="test",
+    )
+
+
+def submitted(task_id: str, at: float = 0.0, deadline: float = 100.0, **fields: Any) -> Submitted:
+    return Submitted(id=task_id, at=at, deadline=deadline, **fields)
+
+
+def completed(task_id: str, node: str, at: float, attempt: int = 1) -> Completed:
+    receipt = Receipt(node=node, model="m", attempt=attempt, energy=Energy(method="emulated", estimated=True))
+    return Completed(
+        id=task_id,
+        node=node,
+        attempt=attempt,
+        at=at,
+        state=State.SUCCEEDED,
+        on_time=True,
+        latency=1,
+        queued=0,
+        receipt=receipt,
+    )
+
+
+class Scripted:
+    """Answers what it is told to and keeps what it was asked."""
+
+    name = "scripted"
+
+    def __init__(self, answer: Choice | None = None) -> None:
+        self.answer = answer
+        self.asked: list[tuple[str, tuple[str, ...]]] = []
+
+    def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
+        self.asked.append((task.id, tuple(n.name for n in candidates)))
+        return self.answer or Place(candidates[0].name)
+
+    def observe(self, event: Event, task: Task | None, cluster: Cluster) -> None:
+        pass
+
+    def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
+        return tuple(Candidate(node=n.name) for n in candidates)
+
+    def snapshot(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def core_with(policy: Scripted, *infos: NodeInfo) -> Core:
+    core = Core(policy)
+    for one in infos:
+        core.handle(NodeUp(at=0, info=one))
+    return core
+
+
+def test_most_urgent_first_until_the_nodes_are_full() -> None:
+    core = core_with(Scripted(), info("n", slots=1))  # holds 1 + 2
+    for i in range(5):
+        core.handle(submitted(f"t{i}", deadline=100 - i))
+    assert [d.task.id for d in core.decide(0)] == ["t4", "t3", "t2"]
+    assert core.decide(0) == []
+    core.handle(completed("t3", "n", 1))
+    assert [d.task.id for d in core.decide(1)] == ["t1"]
+
+
+def test_parked_tasks_are_asked_about_only_with_cause() -> None:
+    policy = Scripted(Wait(until=50.0))
+    core = core_with(policy, info("n", slots=8))
+    for i in range(10):
+        core.handle(submitted(f"t{i}"))
+    core.decide(0)
+    assert len(policy.asked) == 10
+    for now in range(1, 20):
+        core.decide(now)
+    assert len(policy.asked) == 10  # nothing happened, nobody asked
+    policy.answer = None
+    core.handle(submitted("new", at=20))
+    core.decide(20)
+    assert len(policy.asked) == 11  # the new one alone
+    core.handle(completed("new", "n", 21))
+    assert len(core.decide(21)) == 10  # room appeared
+
+
+def test_parked_tasks_wake_by_themselves() -> None:
+    policy = Scripted(Wait(until=50.0))
+    core = core_with(policy, info("n"))
+    core.handle(submitted("t"))
+    core.decide(0)
+    policy.answer = None
+    assert core.decide(49) == []
+    assert [d.action for d in core.decide(50)] == ["dispatch"]
+
+
+def test_a_round_is_bounded_whatever_waits() -> None:
+    policy = Scripted(Wait(until=1e9))
+    core = core_with(policy, info("n", slots=8))
+    for i in range(5 * LOOKAHEAD):
+        core.handle(submitted(f"t{i}", deadline=1e9 + i))
+    core.decide(0)
+    assert len(policy.asked) == LOOKAHEAD
+    core.handle(submitted("urgent", deadline=5))
+    core.decide(0)
+    assert policy.asked[LOOKAHEAD][0] == "urgent"
+
+
+def test_work_for_a_full_model_does_not_stand_before_other_work() -> None:
+    policy = Scripted()
+    core = core_with(policy, info("a", slots=1, models=("x",)), info("b", slots=1, models=("y",)))
+    for i in range(3 * LOOKAHEAD):
+        core.handle(submitted(f"x{i}", deadline=10, model="x"))
+    core.handle(submitted("y", deadline=1000, model="y"))
+    assert "y" in [d.task.id for d in core.decide(0)]
+
+
+def test_a_waiting_task_without_a_time_is_asked_about_every_round() -> None:
+    policy = Scripted(Wait())
+    core = core_with(policy, info("n"))
+    core.handle(submitted("t"))
+    for now in range(3):
+        core.decide(now)
+    assert len(policy.asked) == 3
+
+
+def test_expired_tasks_leave_even_where_no_node_serves_them() -> None:
+    core = core_with(Scripted(), info("n", models=("x",)))
+    core.handle(submitted("t", deadline=5, model="nowhere"))
+    assert core.decide(4) == []
+    assert [d.action for d in core.decide(5)] == ["expire"]
+    assert len(core.pending) == 0
+
+
+def test_a_task_is_not_sent_to_a_node_that_lost_it_while_others_serve_it() -> None:
+    policy = Scripted()
+    core = core_with(policy, info("a"), info("b"))
+    core.handle(submitted("t"))
+    (first,) = core.decide(0)
+    assert first.node is not None
+    assert first.node.name == "a"
+    core.handle(Returned(id="t", node="a", attempt=1, at=1, cause="lease_expired", strikes=1))
+    (second,) = core.decide(1)
+    assert second.node is not None
+    assert second.node.name == "b"
+    core.handle(NodeDown(at=2, node="b"))
+    core.handle(Returned(id="t", node="b", attempt=2, at=2, cause="lease_expired", strikes=2))
+    (third,) = core.decide(2)
+    assert third.node is not None
+    assert third.node.name == "a"  # nobody else
+
+
+def test_too_long_for_every_context_is_rejected_and_too_long_for_some_goes_elsewhere() -> None:
+    core = core_with(Scripted(), info("small", context=100), info("large", context=4096))
+    core.handle(submitted("huge", prompt_tokens=100_000))
+    core.handle(submitted("long", prompt_tokens=1000))
+    decisions = {d.task.id: d for d in core.decide(0)}
+    assert decisions["huge"].action == "reject"
+    assert "4096" in decisions["huge"].explanation.sentence
+    assert decisions["long"].node is not None
+    assert decisions["long"].node.name == "large"
+
+
+def test_a_refused_decision_is_forgotten_and_a_taken_back_one_is_pending_again() -> None:
+    core = core_with(Scripted(), info("a"), info("b"))
+    core.handle(submitted("t"))
+    core.handle(submitted("u"))
+    first, second = core.decide(0)
+    core.forget(first.task)
+    assert core.find(first.task.id) is None
+    core.take_back(second.task)
+    assert "a" not in core.cluster.nodes
+    (again,) = core.decide(1)
+    assert again.task.id == second.task.id
+    assert again.task.attempt == 1
+    assert again.node is not None
+    assert again.node.name == "b"
+
+
+def test_a_node_version_tells_every_change() -> None:
+    core = core_with(Scripted(), info("a"))
+    node = core.cluster.nodes["a"]
+    seen = [node.version]
+
+    def changed() -> bool:
+        seen.append(node.version)
+        return seen[-1] != seen[-2]
+
+    core.handle(submitted("t"))
+    assert not changed()
+    core.decide(1)
+    assert changed()
+    assert node.changed == 1
+    core.handle(Dispatched(id="t", node="a", model="m", attempt=1, at=1.1))
+    assert not changed()  # known already
+    core.handle(Heartbeat(at=2, node="a", boot="a.1", counters=node.counters, progress={"t": 3}))
+    assert changed()
+    assert node.flights["t"].generated == 3
+    core.handle(completed("t", "a", 3))
+    assert changed()
+    assert node.changed == 3
+
+
+def test_rejecting_removes_and_says_why() -> None:
+    core = core_with(Scripted(Reject("no use")), info("a"))
+    core.handle(submitted("t"))
+    (decision,) = core.decide(0)
+    assert (decision.action, decision.explanation.sentence) == ("reject", "no use")
+    assert len(decision.explanation.candidates) == 1
+    assert core.find("t") is None
+
+
+def test_without_explanations_nothing_is_explained() -> None:
+    core = Core(Scripted(), explain=False)
+    core.handle(NodeUp(at=0, info=info("a")))
+    core.handle(submitted("t"))
+    (decision,) = core.decide(0)
+    assert decision.explanation.candidates == ()
