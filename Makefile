@@ -1,0 +1,69 @@
+# `make help` lists the targets.
+PYTHON ?= python3
+
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+LOCKS := $(filter-out requirements/bench.txt,$(wildcard requirements/*.txt))
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: env
+env: .venv/.complete ## build .venv from the locks (PYTHON=python3.12 chooses the interpreter)
+
+.venv/.complete: $(LOCKS) pyproject.toml scripts/build_env.py scripts/llama_library_only.cmake
+	@$(PYTHON) scripts/build_env.py
+
+.PHONY: demo
+demo: env ## a batch of real tasks with deadlines on two edge workers and one cloud worker
+	@$(BIN)/perllm demo
+
+.PHONY: up
+up: env ## the same system, running until interrupted
+	@$(BIN)/perllm up
+
+.PHONY: test
+test: env ## the whole test suite
+	$(BIN)/pytest
+
+.PHONY: test-fast
+test-fast: env ## the unit tests only
+	$(BIN)/pytest tests/unit
+
+.PHONY: lint
+lint: env ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Each benchmark is a module of benchmarks/ that prints JSON and compares with a peer.
+bench-%: .venv/.bench ## run a benchmark: bench-dispatch, bench-decision, bench-schedule, bench-edge, bench-cloud, bench-api
+	@$(BIN)/python -m benchmarks.$*
+
+.venv/.bench: requirements/bench.txt .venv/.complete
+	@echo "installing the peers the benchmarks compare with"
+	@$(BIN)/pip install --quiet --no-deps --require-hashes -r $<
+	@touch $@
+
+UV := .build/lock/bin/uv
+COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile --quiet --universal --python-version 3.11 \
+	--fork-strategy fewest --generate-hashes $(if $(UPGRADE),--upgrade)
+EXTRAS := --extra edge --extra api --extra simulate --extra dev
+
+.PHONY: lock
+lock: $(UV) ## bring requirements/*.txt up to date with pyproject.toml (UPGRADE=1 for newer versions)
+	$(COMPILE) $(EXTRAS) --no-emit-package llama-cpp-python pyproject.toml -o requirements/lock.txt
+	$(COMPILE) --extra bench -c requirements/lock.txt pyproject.toml -o requirements/bench.txt
+	$(COMPILE) --no-deps requirements/source.in -o requirements/source.txt
+	$(COMPILE) --no-deps requirements/model.in -o requirements/model.txt
+	$(COMPILE) requirements/build.in -o requirements/build.txt
+
+$(UV):
+	$(PYTHON) -m venv .build/lock
+	.build/lock/bin/pip install --quiet uv
+
+.PHONY: clean
+clean: ## remove the environment and everything built (not the cache of compiled wheels)
+	rm -rf .venv .build build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
