@@ -1,0 +1,66 @@
+"""`celery -A cloud_worker worker`: a cloud node."""
+
+from __future__ import annotations
+
+import importlib.util
+from broker.errors import BadSetting
+from broker.settings import Settings
+from broker.worker.app import worker_app
+from broker.worker.emulated import EmulatedEngine
+from broker.worker.engine import Engine
+from cloud_worker.nvml import no_gpu
+
+
+def make_engine(settings: Settings) -> Engine:
+    """vLLM on the GPU, an OpenAI-compatible server, or, where there is no GPU, llama.cpp on the CPU.
+
+    Nothing is loaded and CUDA is not touched: the GPU is looked for with NVML. Raises BadSetting.
+    """
+    match settings.engine:
+        case "emulated":
+            return EmulatedEngine(settings)
+        case "llama":
+            return _llama(settings, "as set")
+        case "openai":
+            from cloud_worker.remote import RemoteEngine  # noqa: PLC0415  only this needs httpx
+
+            return RemoteEngine(settings)
+        case "vllm":
+            if missing := no_vllm():
+                raise BadSetting(f"PERLLM_ENGINE=vllm cannot be used: {missing}")
+            return _vllm(settings)
+        case "auto":
+            if missing := no_vllm():
+                return _llama(settings, missing)
+            return _vllm(settings)
+
+
+def no_vllm() -> str | None:
+    """Why vLLM cannot run here, and what to do about it; None when it can."""
+    if missing := no_gpu():
+        return missing
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed: pip install 'perllm[cloud]'"
+    return None
+
+
+def _vllm(settings: Settings) -> Engine:
+    from cloud_worker.vllm_engine import VLLMEngine  # noqa: PLC0415  only this needs vLLM
+
+    return VLLMEngine(settings)
+
+
+def _llama(settings: Settings, why: str) -> Engine:
+    from edge_worker.engine import LlamaEngine  # noqa: PLC0415  only this needs llama-cpp-python
+
+    class CPUEngine(LlamaEngine):
+        """llama.cpp in the cloud node's place, which says so wherever the node is shown."""
+
+        def start(self) -> None:
+            super().start()
+            self.description = f"{self.description}, on the CPU: {why}"
+
+    return CPUEngine(settings)
+
+
+app = worker_app("cloud", make_engine)
