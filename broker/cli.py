@@ -217,8 +217,9 @@ def tasks(
         _print_json(found)
         return
     table = Table()
-    for name in ("id", "state", "node", "attempt", "deadline in s", "prompt"):
-        table.add_column(name, justify="right" if name in ("attempt", "deadline in s") else "left")
+    table.add_column("id", no_wrap=True)
+    for name in ("state", "node", "attempt", "left s", "prompt"):
+        table.add_column(name, justify="right" if name in ("attempt", "left s") else "left")
     for row in found:
         left = "-" if row["deadline_in"] is None else f"{row['deadline_in']:.1f}"
         table.add_row(row["id"], row["state"], row["node"] or "-", str(row["attempt"]), left, row["prompt"])

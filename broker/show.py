@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from broker.messages import Explanation, Heartbeat, NodeInfo, Result, State
+from broker.messages import Counters, Explanation, Heartbeat, NodeInfo, Result, State
 
 #: Seconds between progress lines where there is no terminal to draw on.
 _LINE_EVERY = 5.0
@@ -150,20 +150,22 @@ def explanation(task_id: str, why: Explanation) -> Group:
 def nodes(rows: Sequence[tuple[NodeInfo, Heartbeat | None, bool]]) -> Table:
     """Live nodes with what they last said of themselves."""
     table = Table()
-    for name in ("node", "queue", "models", "engine"):
-        table.add_column(name)
-    for name in ("slots", "active", "waiting", "steps", "tokens", "energy J"):
-        table.add_column(name, justify="right")
-    table.add_column("state")
+    table.add_column("queue", no_wrap=True)
+    table.add_column("engine and models")
+    for name in ("active", "waiting", "tokens", "energy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
     for info, beat, draining in rows:
-        c = beat.counters if beat else None
-        numbers = [c.active, c.waiting, c.steps, c.generated, f"{c.energy:.0f}"] if c else ["-"] * 5
-        names = ", ".join(m.name for m in info.models)
-        estimated = " (estimated)" if info.power.estimated else ""
+        c = beat.counters if beat else Counters()
         table.add_row(
-            info.name, info.queue, names, info.engine, str(info.slots), *map(str, numbers[:4]),
-            f"{numbers[4]}{estimated}", "draining" if draining else "up",
-        )  # fmt: skip
+            info.queue,
+            f"{info.engine}\n{', '.join(m.name for m in info.models)}",
+            f"{c.active} of {info.slots}",
+            str(c.waiting),
+            str(c.generated),
+            f"{c.energy:.0f} J{' est.' if info.power.estimated else ''}",
+            "draining" if draining else "up",
+        )
     return table
 
 

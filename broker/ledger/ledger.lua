@@ -266,7 +266,7 @@ function ops.cancel()
     local t = read(id, unpack(PLACED))
     if not t then return false end
     if not FINAL[t.state] then
-        ended(id, t, 'cancelled', 'cancelled')
+        ended(id, t, 'cancelled', 'cancelled on request')
         if t.state == 'running' then redis.call('PUBLISH', P .. 'signal:' .. t.node, id) end
     end
     return t.state
