@@ -1,0 +1,186 @@
+"""`make bench-dispatch`: what the ledger and the scheduler cost over plain Celery, on one server, in one run.
+
+Three comparisons, ours and Celery's alternating, medians over the rounds:
+
+- submission: `Client.submit_many` and `Client.submit` against `apply_async`, tasks/s;
+- end to end: no-op tasks/s from the first submission to the last stored result, ours through the scheduler. Both
+  workers: one process, threads pool, the same concurrency, results stored, task events on; plain Celery also with
+  events off;
+- latency on an idle system: submission to the engine's (the task's) first instruction, ours less plain Celery's, ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.common import emit, median_and_spread
+from broker import Client, State
+from broker.embedded import EmbeddedServer
+from broker.process import spawn
+
+SLOTS = 8
+PROMPT = "Why is the sky blue? Answer in one short sentence."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tasks", type=int, default=2000, help="tasks per end-to-end round")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, EmbeddedServer(Path(folder)) as server:
+        os.environ.update(PERLLM_REDIS_URL=server.url, PERLLM_SLOTS=str(SLOTS), PERLLM_POLICY="least-loaded")
+        from benchmarks.plain_celery import stamp  # noqa: PLC0415  reads the URL just set
+
+        bench = Bench(Path(folder), stamp, options.tasks)
+        samples: dict[str, list[float]] = {}
+        for number in range(options.rounds):
+            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+            for name, value in bench.round().items():
+                samples.setdefault(name, []).append(value)
+    figures, spread = median_and_spread(samples)
+    emit("dispatch", figures, spread, rounds=options.rounds, slots=SLOTS, tasks=options.tasks)
+
+
+class Bench:
+    """One round measures every figure once."""
+
+    def __init__(self, folder: Path, stamp: object, tasks: int) -> None:
+        self.folder, self.stamp, self.tasks = folder, stamp, tasks
+        self.client = Client()
+
+    def round(self) -> dict[str, float]:
+        figures = self.submission()
+        ours, plain, bare = (
+            self.end_to_end_ours(),
+            self.end_to_end_plain(events=True),
+            self.end_to_end_plain(events=False),
+        )
+        figures |= {
+            "end_to_end_per_s": ours,
+            "celery_end_to_end_per_s": plain,
+            "end_to_end_over_celery": ours / plain,
+            "end_to_end_over_celery_without_events": ours / bare,
+        }
+        return figures | self.latency()
+
+    def submission(self) -> dict[str, float]:
+        """Nobody consumes meanwhile; what was submitted is cleared."""
+        task = {"prompt": PROMPT, "deadline": 600}
+        began = time.perf_counter()
+        for _ in range(2000):
+            self.stamp.apply_async((PROMPT,))  # type: ignore[attr-defined]
+        celery = 2000 / (time.perf_counter() - began)
+        began = time.perf_counter()
+        for _ in range(2000):
+            self.client.submit(PROMPT, deadline=600)
+        one = 2000 / (time.perf_counter() - began)
+        began = time.perf_counter()
+        self.client.submit_many([task] * 20_000)
+        many = 20_000 / (time.perf_counter() - began)
+        self.client.ledger.client.flushdb()
+        return {
+            "apply_async_per_s": celery,
+            "submit_per_s": one,
+            "submit_many_per_s": many,
+            "submit_over_apply_async": one / celery,
+            "submit_many_over_apply_async": many / celery,
+        }
+
+    def end_to_end_ours(self) -> float:
+        with self.scheduler(), self.node():
+            began = time.perf_counter()
+            self.client.submit_many([{"prompt": PROMPT, "deadline": 600}] * self.tasks)
+            while self.client.ledger.counts()[State.SUCCEEDED] < self.tasks:
+                time.sleep(0.02)
+            took = time.perf_counter() - began
+        self.client.ledger.client.flushdb()
+        return self.tasks / took
+
+    def end_to_end_plain(self, *, events: bool) -> float:
+        with self.plain_worker(events=events):
+            began = time.perf_counter()
+            keys = [f"celery-task-meta-{self.stamp.apply_async((PROMPT,)).id}" for _ in range(self.tasks)]  # type: ignore[attr-defined]
+            while self.client.ledger.client.exists(*keys) < self.tasks:
+                time.sleep(0.02)
+            took = time.perf_counter() - began
+        self.client.ledger.client.flushdb()
+        return self.tasks / took
+
+    def latency(self, pairs: int = 200) -> dict[str, float]:
+        ours, plain = [], []
+        with self.scheduler(), self.node(), self.plain_worker(events=True):
+            for number in range(pairs + 20):
+                began = time.monotonic_ns()
+                mine = int(self.client.submit(PROMPT, deadline=60).result(30).text) - began
+                began = time.monotonic_ns()
+                theirs = int(self.stamp.apply_async((PROMPT,)).get(timeout=30)) - began  # type: ignore[attr-defined]
+                if number >= 20:  # the first ones open connections
+                    ours.append(mine / 1e6)
+                    plain.append(theirs / 1e6)
+        self.client.ledger.client.flushdb()
+        p50, p99 = statistics.median, lambda xs: statistics.quantiles(xs, n=100)[98]
+        return {
+            "p50_ms": p50(ours),
+            "p99_ms": p99(ours),
+            "celery_p50_ms": p50(plain),
+            "celery_p99_ms": p99(plain),
+            "added_p50_ms": p50(ours) - p50(plain),
+            "added_p99_ms": p99(ours) - p99(plain),
+        }
+
+    @contextmanager
+    def scheduler(self) -> Iterator[None]:
+        with self.process("scheduler", [sys.executable, "-m", "scheduler"]):
+            yield
+
+    @contextmanager
+    def node(self) -> Iterator[None]:
+        with self.celery("benchmarks.stamping_worker", {"PERLLM_NODE_NAME": "bench"}):
+            _until(lambda: bool(self.client.ledger.nodes()))
+            yield
+
+    @contextmanager
+    def plain_worker(self, *, events: bool) -> Iterator[None]:
+        with self.celery("benchmarks.plain_celery", {"PLAIN_EVENTS": str(int(events))}):
+            self.stamp.apply_async((PROMPT,)).get(timeout=60)  # type: ignore[attr-defined]
+            yield
+
+    @contextmanager
+    def celery(self, app: str, environment: dict[str, str]) -> Iterator[None]:
+        command = [sys.executable, "-m", "celery", "-A", app, "worker", "-n", f"{app}@bench"]
+        with self.process(app, [*command, "--without-gossip", "--without-mingle"], environment):
+            yield
+
+    @contextmanager
+    def process(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> Iterator[None]:
+        child = spawn(command, self.folder / f"{name}.log", environment={**os.environ, **(environment or {})})
+        try:
+            yield
+        finally:
+            child.terminate()
+            try:
+                child.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+def _until(condition: object, patience: float = 60.0) -> None:
+    give_up = time.monotonic() + patience
+    while not condition():  # type: ignore[operator]
+        if time.monotonic() > give_up:
+            raise SystemExit("a process did not come up")
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The worker `benchmarks.dispatch` measures: a real node whose engine does nothing but say when it was called."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from broker.messages import Output, TaskSpec
+from broker.settings import Settings
+from broker.worker.app import worker_app
+from broker.worker.emulated import EmulatedEngine
+from broker.worker.engine import Generation, OnText, Stop
+
+
+class StampingEngine(EmulatedEngine):
+    """Its output is the machine's monotonic clock when `generate` began, ns."""
+
+    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
+        began = time.monotonic_ns()
+        done = super().generate(task_id, spec, stop, on_text)
+        return replace(done, output=Output(text=str(began), finish_reason="stop"))
+
+
+def make_engine(settings: Settings) -> StampingEngine:
+    return StampingEngine(settings)
+
+
+app = worker_app("edge", make_engine)
