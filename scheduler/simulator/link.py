@@ -42,6 +42,11 @@ class SharedLink:
         self._plan()
         return transfer
 
+    def left(self, transfer: Transfer) -> float:
+        """Bytes a transfer in progress has yet to receive."""
+        self._catch_up()
+        return max(transfer.until - self._virtual, 0.0)
+
     def cancel(self, transfer: Transfer) -> None:
         """Stop a transfer in progress; its `done` is never called."""
         self._catch_up()

@@ -74,6 +74,7 @@ class SimNode:
         mean_task: tuple[int, int],
         faults: Sequence[Fault],
         lease: float,
+        boot_error: float,
         rng: np.random.Generator,
     ) -> None:
         self.name, self.spec, self.table = name, spec, table
@@ -82,11 +83,11 @@ class SimNode:
         self.pace = SpeedPace(spec, speed_changes(name, faults, begin, rng), begin, rng)
         self.link_pace = BandwidthPace(spec.link, link_changes(name, faults, begin), begin, rng)
         self._stalls = [c for c in self.pace.changes if math.isinf(c.factor)]
+        self._boot_error = boot_error
         self._calibration = table.calibration(prompt=mean_task[0], output=mean_task[1])
         self._boots = 0
         self.alive = False
         self.joules = 0.0  # of engines that are gone, idle power apart
-        self.boot()
 
     # --- life
 
@@ -143,7 +144,7 @@ class SimNode:
         """The registration: what the node measured at boot (off by `boot_error`), its power and its link's nominal
         bandwidth."""
         spec, cal, table = self.spec, self._calibration, self.table
-        wrong = cal.model_copy(update={k: v * spec.boot_error for k, v in cal.model_dump().items()})
+        wrong = cal.model_copy(update={k: v * self._boot_error for k, v in cal.model_dump().items()})
         return NodeInfo(
             name=self.name,
             tier=spec.tier,
@@ -173,6 +174,22 @@ class SimNode:
                 draining=False,
             )
         )
+
+    def inside(self) -> dict[str, tuple[float, int, int]]:
+        """The truth about every job that has a slot: s until its payload is there (about), prompt tokens yet to
+        prefill, tokens generated."""
+        per_byte = self.link_pace.at(self._clock.now)[0]
+        travelling = [job for job in self._running.values() if job.transfer is not None]
+        found = {}
+        for job in travelling:
+            assert job.transfer is not None
+            left = self._link.left(job.transfer) * per_byte * len(travelling)
+            found[job.id] = (left, job.arrival.event.prompt_tokens, 0)
+        for task_id, generated in self.engine.progress().items():
+            sequence = self._running[task_id].generation
+            assert sequence is not None
+            found[task_id] = (0.0, sequence.prompt - sequence.prefilled, generated)
+        return found
 
     # --- jobs
 

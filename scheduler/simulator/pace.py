@@ -62,6 +62,18 @@ class SpeedPace(Pace):
         super().__init__(NOISE_EVERY, changes, begin)
         self._spec, self._rng = spec, rng
         self._drift = spec.drift * rng.standard_normal()
+        self._drifts: list[float] = []
+
+    def trend(self, time: float) -> tuple[float, float]:
+        """The truth without its noise: s for which the node stands still from `time` on, and the factor after that."""
+        after = time
+        while math.isinf(self.at(after)[0]):
+            after = self.at(after)[1]
+        factor = math.exp(self._drifts[int((after - self.begin) / self.every)])
+        for change in self.changes:
+            if change.start <= after < change.end:
+                factor *= change.factor
+        return after - time, factor
 
     def _more(self) -> list[float]:
         spec, size = self._spec, 256
@@ -71,6 +83,7 @@ class SpeedPace(Pace):
         factors = []
         for i in range(size):
             self._drift = keep * self._drift + pushes[i]
+            self._drifts.append(self._drift)
             factors.append(math.exp(noise[i] + self._drift))
         return factors
 

@@ -25,6 +25,7 @@ from scheduler.core.policy import Choice, Policy
 from scheduler.policies import has_mechanisms, make_policy
 from scheduler.simulator.clock import Clock
 from scheduler.simulator.node import Job, SimNode
+from scheduler.simulator.oracles import ORACLES
 from scheduler.simulator.result import Outcome, Run
 from scheduler.simulator.scenario import Loss, NodeSpec, Scenario, names_of
 from scheduler.simulator.tables import StepTable, load_table
@@ -89,19 +90,26 @@ class Simulation:
         self.rate = load * sum(capacity(scenario).values())
         self.arrivals = arrivals if arrivals is not None else make_arrivals(scenario, self.rate, seed)
         self.outcomes: dict[str, Outcome] = {}
-        name = policy if isinstance(policy, str) else policy.name
-        if isinstance(policy, str):
-            mechanisms = has_mechanisms(policy) if mechanisms is None else mechanisms
-            policy = make_policy(policy, seed)
-        self.mechanisms = bool(mechanisms)
-        self.policy, self.name = policy, name
-        self.core = Core(
-            _Silent(policy), queue_beyond_slots=scenario.queue_room if self.mechanisms else None, edf=self.mechanisms
-        )
+        self.name = policy if isinstance(policy, str) else policy.name
+        if mechanisms is None:
+            mechanisms = has_mechanisms(self.name)
         self._by_id = {a.event.id: a for a in self.arrivals}
         self._strikes: dict[str, int] = {}
         self._ticking = False
         self.nodes: dict[str, SimNode] = {}
+        self._make_nodes(abort=mechanisms)
+        if isinstance(policy, str):
+            policy = ORACLES[policy](self) if policy in ORACLES else make_policy(policy, seed)
+        self.core = Core(
+            _Silent(policy), queue_beyond_slots=scenario.queue_room if mechanisms else None, edf=mechanisms
+        )
+        for node in self.nodes.values():
+            node.boot()
+        self._next = 0
+        self._arrive_at()
+
+    def _make_nodes(self, *, abort: bool) -> None:
+        scenario, seed = self.scenario, self.seed
         prompt, output, _ = mean_task(scenario)
         specs = [(name, spec) for spec in scenario.node for name in names_of(spec)]
         for index, (name, spec) in enumerate(specs):
@@ -111,10 +119,11 @@ class Simulation:
                 table_of(spec),
                 self.clock,
                 self.emit,
-                abort=self.mechanisms,
+                abort=abort,
                 mean_task=(round(prompt), round(output)),
                 faults=scenario.fault,
                 lease=scenario.lease,
+                boot_error=scenario.boot_error.get(name, 1.0),
                 rng=np.random.default_rng([seed, 2, index]),
             )
             self.clock.at(scenario.start + scenario.heartbeat * (index + 1) / len(specs), partial(self._beat, name))
@@ -125,8 +134,6 @@ class Simulation:
                     self.clock.at(begin, self.nodes[name].die)
                     self.clock.at(begin + scenario.lease, partial(self._notice, name))
                     self.clock.at(scenario.start + fault.end, self.nodes[name].boot)
-        self._next = 0
-        self._arrive_at()
 
     def run(self) -> Run:
         """Simulate until every task has ended."""
@@ -134,6 +141,10 @@ class Simulation:
         while len(self.outcomes) < len(self.arrivals):
             self.clock.step()
         return Run.of(self, wall=time.perf_counter() - began)
+
+    def arrival(self, task_id: str) -> Arrival:
+        """The truth about a task."""
+        return self._by_id[task_id]
 
     # --- what happens
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -88,7 +88,7 @@ class NodeSpec(_Part):
 
     `profile` names a measured table; `time` and `power` scale it, to stand for other hardware of the same shape.
     `noise` is the σ of the logarithm of the speed, drawn every 0.5 s; `drift` that of a slow wandering (correlation
-    time `drift_time`). `boot_error` multiplies the step times a node announces at boot: 1 is right.
+    time `drift_time`).
     """
 
     name: NodeName
@@ -107,7 +107,6 @@ class NodeSpec(_Part):
     noise: Annotated[float, Field(ge=0, le=1)] = 0.05
     drift: Annotated[float, Field(ge=0, le=1)] = 0.0
     drift_time: Positive = 120.0
-    boot_error: Positive = 1.0
 
     @model_validator(mode="after")
     def _kv_holds_one(self) -> Self:
@@ -239,6 +238,7 @@ class Scenario(_Part):
     node: Annotated[tuple[NodeSpec, ...], Field(min_length=1)]
     service: Annotated[tuple[ServiceClass, ...], Field(min_length=1)]
     fault: tuple[Fault, ...] = ()
+    boot_error: dict[str, Positive] = Field(default_factory=dict)  # node → factor on the step times it announces
     heartbeat: Positive = 1.0  # s
     lease: Positive = 4.0  # s until a dead node's tasks are pending again
     hop: NonNegative = 0.003  # s from a decision to the node's queue
@@ -253,9 +253,10 @@ class Scenario(_Part):
         classes = [s.name for s in self.service]
         if len(set(classes)) < len(classes):
             raise ValueError("two service classes have the same name")
-        for i, fault in enumerate(self.fault):
-            if unknown := [n for n in fault.nodes if n not in names]:
-                raise ValueError(f"fault.{i}.nodes: there is no node {unknown[0]!r}; nodes are {', '.join(names)}")
+        named = {f"fault.{i}.nodes": set(fault.nodes) for i, fault in enumerate(self.fault)}
+        for key, given in (named | {"boot_error": set(self.boot_error)}).items():
+            if unknown := sorted(given - set(names)):
+                raise ValueError(f"{key}: there is no node {unknown[0]!r}; nodes are {', '.join(names)}")
         return self
 
 
@@ -271,6 +272,30 @@ def scenario_names() -> list[str]:
 
 def load_scenario(name_or_path: str) -> Scenario:
     """Read a packaged scenario by name or a file by path. Raises BadSetting naming the file and the key or line."""
+    return parse_scenario(*_text(name_or_path))
+
+
+def parse_scenario(text: str, where: str) -> Scenario:
+    """A scenario from TOML text; `where` names the source in errors. Raises BadSetting.
+
+    A key `base` names a scenario to start from: keys given here replace that one's.
+    """
+    data = _table(text, where)
+    if (base := data.pop("base", None)) is not None:
+        if not isinstance(base, str):
+            raise BadSetting(f"scenario {where}: base: give the name of a scenario")
+        inherited = _table(*_text(base))
+        if "base" in inherited:
+            raise BadSetting(f"scenario {where}: base: {base!r} has a base itself")
+        data = inherited | data
+    try:
+        return Scenario.model_validate(data)
+    except ValidationError as error:
+        raise BadSetting(field_errors(error, where=f"scenario {where}")) from None
+
+
+def _text(name_or_path: str) -> tuple[str, str]:
+    """A scenario file's text and path."""
     path = Path(name_or_path)
     if "/" not in name_or_path and path.suffix != ".toml":
         path = SCENARIOS / f"{name_or_path}.toml"
@@ -280,18 +305,15 @@ def load_scenario(name_or_path: str) -> Scenario:
                 f"choose one of {', '.join(scenario_names())}, or give a .toml file"
             )
     try:
-        return parse_scenario(path.read_text(encoding="utf-8"), str(path))
+        return path.read_text(encoding="utf-8"), str(path)
     except OSError as error:
         raise BadSetting(f"scenario {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise BadSetting(f"scenario {path}: not UTF-8 text") from None
 
 
-def parse_scenario(text: str, where: str) -> Scenario:
-    """A scenario from TOML text; `where` names the source in errors. Raises BadSetting."""
+def _table(text: str, where: str) -> dict[str, Any]:
     try:
-        return Scenario.model_validate(tomllib.loads(text))
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BadSetting(f"scenario {where}: not valid TOML: {error}") from None
-    except ValidationError as error:
-        raise BadSetting(field_errors(error, where=f"scenario {where}")) from None

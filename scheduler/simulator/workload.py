@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from broker.errors import BadSetting
 from broker.messages import Submitted
 from scheduler.simulator.scenario import (
+    Arrivals,
     Constant,
     Distribution,
     Lognormal,
@@ -103,17 +104,21 @@ def make_arrivals(scenario: Scenario, rate: float, seed: int) -> list[Arrival]:
     return [a for a in found if a is not None]
 
 
-@lru_cache(maxsize=16)
 def mean_task(scenario: Scenario) -> tuple[float, float, float]:
     """The mean task's prompt, output and KV reservation (prompt and max_tokens), tokens. Estimated from draws, since
     cut distributions have no handy mean; always the same ones."""
-    if isinstance(scenario.arrivals, Replay):
-        recorded = read_csv_trace(scenario.arrivals.file)
+    return _mean_task(scenario.arrivals, scenario.service)
+
+
+@lru_cache(maxsize=16)
+def _mean_task(arrivals: Arrivals, services: tuple[ServiceClass, ...]) -> tuple[float, float, float]:
+    if isinstance(arrivals, Replay):
+        recorded = read_csv_trace(arrivals.file)
         prompt, output = float(np.mean(recorded.prompts)), float(np.mean(recorded.outputs))
-        return prompt, output, prompt + max(s.max_tokens for s in scenario.service)
-    rng, shares = np.random.default_rng(0), sum(s.share for s in scenario.service)
+        return prompt, output, prompt + max(s.max_tokens for s in services)
+    rng, shares = np.random.default_rng(0), sum(s.share for s in services)
     means = np.zeros(3)
-    for service in scenario.service:
+    for service in services:
         prompts = tokens(service.prompt, 20_000, rng)
         outputs = tokens(service.output, 20_000, rng, service.max_tokens)
         row = (prompts.mean(), outputs.mean(), prompts.mean() + service.max_tokens)
@@ -179,6 +184,7 @@ class Recorded:
     outputs: list[int]
 
 
+@lru_cache(maxsize=4)
 def read_csv_trace(name: str) -> Recorded:
     """Read a CSV of TIMESTAMP, ContextTokens, GeneratedTokens (Azure's public LLM traces), by packaged name or path.
 

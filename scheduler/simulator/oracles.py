@@ -1,0 +1,259 @@
+"""Upper references: policies that are told the simulator's truth, as no live scheduler can be.
+
+Both are greedy: they place a task where it adds the most to V·(on-time value on that node) − energy/E0, found by
+playing the node's future forward with and without it, and refuse it when that is not above 0. `clairvoyant` knows every
+task's output length; `informed` only the distribution its length was drawn from, and averages over samples of it. Both
+know each node's true step times, its true present speed and its link's present bandwidth, but not future noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from broker.messages import Event
+from scheduler.baselines.base import Baseline
+from scheduler.core.cluster import Cluster, Node, Task
+from scheduler.core.policy import Choice, Place, Reject
+from scheduler.simulator.scenario import Replay
+from scheduler.simulator.workload import read_csv_trace, tokens
+
+if TYPE_CHECKING:
+    from scheduler.simulator.run import Simulation
+
+#: What a unit of on-time value is worth, in units of E0.
+V = 6.0
+#: Energy scale, J.
+E0 = 100.0
+#: Steps are played this much slower than they are: a margin for the noise nobody can foresee.
+MARGIN = 1.05
+#: Output lengths `informed` draws per task.
+SAMPLES = 16
+
+Floats = NDArray[np.float64]
+
+
+class _Oracle(Baseline):
+    """Greedy on the node's played-forward future."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        super().__init__(simulation.seed)
+        self._sim = simulation
+        self._tables = {
+            name: (
+                np.array(node.table.base),
+                np.array(node.table.slope),
+                np.array(node.table.watts) - node.table.idle_watts,
+                np.array(node.table.prefill_tokens),
+                np.array(node.table.prefill_seconds),
+                node.table.prefill_watts - node.table.idle_watts,
+            )
+            for name, node in simulation.nodes.items()
+        }
+
+    def lengths(self, task_id: str, generated: int) -> Floats:
+        """Output lengths to play, tokens: each above `generated`."""
+        raise NotImplementedError
+
+    @override
+    def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
+        best, gain = None, 0.0
+        for node in candidates:
+            score = self._gain(task, node, now)
+            if score > gain:
+                best, gain = node, score
+        return Reject("no node can finish it in time at a price worth paying") if best is None else Place(best.name)
+
+    def _gain(self, task: Task, node: Node, now: float) -> float:
+        """V·Δ(on-time value) − Δenergy/E0 of putting `task` on `node`."""
+        sim = self._sim.nodes[node.name]
+        inside = sim.inside()
+        flights = sorted(node.flights.values(), key=lambda flight: flight.id not in inside)
+        rows = np.zeros((len(flights) + 1, 5))
+        lengths = []
+        for i, flight in enumerate([*flights, task]):
+            event = self._sim.arrival(flight.id).event
+            travel = event.payload_bytes * sim.link_pace.at(now)[0]
+            ready, prefill, generated = inside.get(flight.id, (travel, event.prompt_tokens, 0))
+            rows[i] = ready, prefill, event.prompt_tokens + generated, event.deadline - now, event.value
+            lengths.append(self.lengths(flight.id, generated) - generated)
+        left = np.ascontiguousarray(np.array(lengths).T)
+        holding = sum(flight.id in inside for flight in flights)
+        frozen, factor = sim.pace.trend(now)
+        factor *= MARGIN
+        args = (rows, left, holding, sim.spec.slots, sim.spec.chunk, frozen, factor, *self._tables[node.name])
+        value_with, joules_with = play(len(rows), *args)
+        value_without, joules_without = play(len(flights), *args)
+        return V * (value_with - value_without) - (joules_with - joules_without) / E0
+
+    @override
+    def snapshot(self) -> dict[str, Any]:
+        raise NotImplementedError("an oracle lives in one simulation")
+
+
+class Clairvoyant(_Oracle):
+    """Knows every task's true output length."""
+
+    name = "clairvoyant"
+
+    @override
+    def lengths(self, task_id: str, generated: int) -> Floats:
+        arrival = self._sim.arrival(task_id)
+        return np.array([max(generated + 1, min(arrival.output, arrival.event.max_tokens))], dtype=float)
+
+
+class Informed(_Oracle):
+    """Knows the distribution each class's output lengths are drawn from."""
+
+    name = "informed"
+
+    def __init__(self, simulation: Simulation) -> None:
+        super().__init__(simulation)
+        scenario = simulation.scenario
+        rng = np.random.default_rng(0)
+        self._sorted: dict[str, Floats] = {}
+        for service in scenario.service:
+            if isinstance(scenario.arrivals, Replay):
+                drawn = np.minimum(np.array(read_csv_trace(scenario.arrivals.file).outputs, float), service.max_tokens)
+            else:
+                drawn = tokens(service.output, 8192, rng, service.max_tokens)
+            self._sorted[service.name] = np.sort(drawn)
+        self._uniform: dict[str, Floats] = {}
+
+    @override
+    def lengths(self, task_id: str, generated: int) -> Floats:
+        known = self._sorted[self._sim.arrival(task_id).event.service]
+        # The same quantiles for a task every time, so that two looks differ by what happened, not by chance.
+        uniform = self._uniform.get(task_id)
+        if uniform is None:
+            uniform = (self.rng.permutation(SAMPLES) + self.rng.random()) / SAMPLES
+            self._uniform[task_id] = uniform
+        begin = int(np.searchsorted(known, generated, side="right"))
+        if begin == len(known):
+            return np.full(SAMPLES, generated + 1.0)
+        chosen: Floats = known[begin + (uniform * (len(known) - begin)).astype(int)]
+        return chosen
+
+    @override
+    def observe(self, event: Event, task: Task | None, cluster: Cluster) -> None:
+        if event.type in ("completed", "ended"):
+            self._uniform.pop(event.id, None)
+
+
+ORACLES: dict[str, type[_Oracle]] = {"clairvoyant": Clairvoyant, "informed": Informed}
+
+
+@numba.njit(cache=True)
+def play(  # noqa: PLR0915 (one loop over one machine's time; numba inlines no objects)
+    count: int,
+    rows: Floats,
+    left: Floats,
+    holding: int,
+    slots: int,
+    chunk: int,
+    frozen: float,
+    factor: float,
+    base: Floats,
+    slope: Floats,
+    watts: Floats,
+    prefill_tokens: Floats,
+    prefill_seconds: Floats,
+    prefill_watts: float,
+) -> tuple[float, float]:
+    """Play a node's future: the on-time value and the J (idle apart) of its first `count` jobs, means over samples.
+
+    `rows`[job] is (s until its payload is there once it has a slot, prompt tokens yet to prefill, tokens held, s to its
+    deadline, value), in queue order, of which the first `holding` have slots; `left`[sample, job] the tokens it has yet
+    to generate. Steps are frozen for `frozen` s and then take `factor` times the table's time; `watts` leave idle power
+    out. A job stops at its deadline. A prefill is played as one stretch in which the others decode on.
+    """
+    queued, travelling, prefilling, decoding, over = 0, 1, 2, 3, 4
+    value, joules = 0.0, 0.0
+    state = np.empty(count, np.int64)
+    todo, held, ready = np.empty(count), np.empty(count), np.empty(count)
+    for sample in range(left.shape[0]):
+        time, used, head = frozen, 0, min(holding, count)
+        for j in range(count):
+            todo[j], held[j], ready[j] = left[sample, j], rows[j, 2], rows[j, 0]
+            if j >= holding:
+                state[j] = queued
+                continue
+            used += 1
+            state[j] = travelling if ready[j] > time else prefilling if rows[j, 1] > 0 else decoding
+        while True:
+            for j in range(count):  # who has run out of time gives up his slot
+                if state[j] != over and rows[j, 3] <= time:
+                    used -= 1 if state[j] != queued else 0
+                    state[j] = over
+            while head < count and used < slots:
+                if state[head] == queued:
+                    state[head], ready[head] = travelling, time + rows[head, 0]
+                    used += 1
+                head += 1
+            active, context, prompt_of, soonest, fewest = 0, 0.0, -1, math.inf, math.inf
+            for j in range(count):
+                if state[j] == travelling:
+                    if ready[j] <= time:
+                        state[j] = prefilling
+                    else:
+                        soonest = min(soonest, ready[j])
+                if state[j] == prefilling and prompt_of < 0:
+                    prompt_of = j
+                if state[j] == decoding:
+                    active, context, fewest = active + 1, context + held[j], min(fewest, todo[j])
+                if state[j] != queued and state[j] != over:
+                    soonest = min(soonest, rows[j, 3])
+            steps = 0.0
+            if prompt_of >= 0:
+                prompt = rows[prompt_of, 1]
+                steps = math.ceil(prompt / chunk)
+                i = 1
+                while i < len(prefill_tokens) - 1 and prefill_tokens[i] < prompt / steps:
+                    i += 1
+                rise = (prefill_seconds[i] - prefill_seconds[i - 1]) / (prefill_tokens[i] - prefill_tokens[i - 1])
+                extra = prefill_seconds[i - 1] + rise * (prompt / steps - prefill_tokens[i - 1])
+                decode = 0.0
+                if active > 0:
+                    decode = base[active] + slope[active] * context
+                    extra -= prefill_seconds[0]
+                joules += factor * steps * (decode * watts[active] + extra * prefill_watts)
+                time += factor * steps * (decode + extra)
+            elif active > 0:
+                first = factor * (base[active] + slope[active] * context)
+                growth = factor * slope[active] * active
+                span = max(soonest - time, 0.0)
+                steps = fewest
+                if steps * first + growth * steps * (steps - 1) / 2 > span:
+                    if growth > 0:
+                        b = first - growth / 2
+                        steps = math.ceil((math.sqrt(b * b + 2 * growth * span) - b) / growth)
+                    else:
+                        steps = math.ceil(span / first)
+                    steps = min(max(steps, 1.0), fewest)
+                taken = steps * first + growth * steps * (steps - 1) / 2
+                joules += taken * watts[active]
+                time += taken
+            elif not math.isinf(soonest):
+                time = soonest
+            else:
+                break
+            for j in range(count):
+                if state[j] == decoding:
+                    todo[j] -= steps
+                    held[j] += steps
+                elif j == prompt_of:
+                    state[j] = decoding
+                    todo[j] -= 1
+                    held[j] += 1
+                if state[j] == decoding and todo[j] <= 0:
+                    state[j] = over
+                    used -= 1
+                    if time <= rows[j, 3]:
+                        value += rows[j, 4]
+    return value / left.shape[0], joules / left.shape[0]
