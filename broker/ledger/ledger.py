@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple, cast
@@ -136,10 +137,16 @@ class Ledger:
         Sent in pipelined pieces, so `tasks` may be a long iterator. If this raises, a beginning of them may have been
         stored; submitting the same ids again is harmless.
         """
-        out: list[str] = []
         calls = self._submissions(tasks)
-        while piece := list(islice(calls, SUBMIT_CALLS)):
-            out += [cast(bytes, i).decode() for ids in self._pipeline(piece) for i in ids]
+        piece = list(islice(calls, SUBMIT_CALLS))
+        if len(piece) < SUBMIT_CALLS:
+            return _ids(self._pipeline(piece))
+        out: list[str] = []
+        with ThreadPoolExecutor(1) as sender:  # the server works on one piece while the next is made
+            while piece:
+                sent = sender.submit(self._pipeline, piece)
+                piece = list(islice(calls, SUBMIT_CALLS))
+                out += _ids(sent.result())
         return out
 
     @staticmethod
@@ -375,6 +382,10 @@ class Ledger:
             for info, beat, draining in rows
             if info
         ]
+
+
+def _ids(replies: list[list[bytes]]) -> list[str]:
+    return [task_id.decode() for reply in replies for task_id in reply]
 
 
 def _features(spec: TaskSpec, payload_bytes: int) -> str:
