@@ -1,0 +1,412 @@
+"""Continuous batching: many requests in one context, stepped together.
+
+Every step gives each decoding request one token and the prompts a bounded chunk. Requests join and leave between steps.
+All methods belong to the one thread that steps, but for those marked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, Literal
+
+import structlog
+
+from broker.messages import Calibration, Counters, TaskSpec
+from broker.worker.energy import Attribution
+from broker.worker.engine import EngineError, Stop
+from edge_worker import llama
+from edge_worker.cells import Cells
+from edge_worker.plan import choose_victim, share_prefill
+from edge_worker.prefixes import SHORTEST, Prefixes, common_prefix
+from edge_worker.sampling import token_logprobs
+from edge_worker.text import TextStream
+
+log = structlog.get_logger(__name__)
+
+#: A step that takes so many times its expected time, and `STALL_SECONDS` more, was held up by something else.
+STALL_FACTOR, STALL_SECONDS = 3.0, 0.2
+#: A request joins others only if, beyond its prompt, each of them and itself has so many free cells to grow into.
+HEADROOM = 16
+
+FinishReason = Literal["stop", "length", "deadline", "cancelled"]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One call of `generate`, from the waiting line to its end. Times are `time.monotonic()`."""
+
+    task_id: str
+    spec: TaskSpec
+    stop: Stop
+    tokens: list[int]  # the prompt's; the output's are appended
+    sampler: llama.Sampler | None  # None: always the most likely token
+    text: TextStream
+    accepted: float
+    streams: bool = False  # put pieces of text into `outbox`
+    outbox: SimpleQueue[str | None] = field(default_factory=SimpleQueue)  # None: it ended
+    prompt_tokens: int = 0
+
+    # In the batch
+    sequence: int = -1
+    prefilling: bool = True
+    leader: Request | None = None  # prefills a beginning this one waits to share …
+    shared: int = 0  # … of so many tokens
+    cached: int = 0
+    logprobs: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # (characters before it, entry)
+    before: Counters | None = None
+    began: float | None = None  # first prefill step
+    first: float | None = None  # first token
+    last: float | None = None  # last token
+    stalled: bool = False
+    inference: float = 0.0  # J
+    idle: float = 0.0  # J
+
+    # At the end
+    finish: FinishReason | None = None
+    error: EngineError | None = None
+    after: Counters | None = None
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.tokens)
+
+    @property
+    def generated(self) -> int:
+        """Tokens of output so far."""
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def over(self) -> bool:
+        return self.finish is not None or self.error is not None
+
+
+class Gauges:
+    """An engine's running totals, over all its models. Read from any thread."""
+
+    def __init__(self) -> None:
+        self.steps = self.generated = self.prefilled = self.sequence_steps = self.context_steps = 0
+        self.busy = 0.0
+        self.progress = 0.0  # when a step last ended, or work came after there was none
+        self._longest = (0.0, 0.0)  # of this half minute and of the last
+        self._half_minute = 0
+
+    def step(self, began: float, ended: float, *, sequences: int, prefilled: int, context: int) -> None:
+        self.steps += 1
+        self.busy += ended - began
+        self.sequence_steps += sequences
+        self.prefilled += prefilled
+        self.context_steps += context
+        self.progress = ended
+        self._turn(ended)
+        self._longest = (max(self._longest[0], ended - began), self._longest[1])
+
+    def longest_step(self, now: float) -> float:
+        """Of the last 30 to 60 seconds, s."""
+        self._turn(now)
+        return max(self._longest)
+
+    def _turn(self, now: float) -> None:
+        if (half := int(now // 30)) != self._half_minute:
+            self._longest = (0.0, self._longest[0] if half == self._half_minute + 1 else 0.0)
+            self._half_minute = half
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a batch is stepped: found by calibration."""
+
+    chunk: int  # prompt tokens of one step at most
+    splits: Sequence[tuple[int, ...]]  # splits[n]: the widths in which n sequences decode
+    calibration: Calibration
+
+    def work(self, tokens: int, *, prefill: bool, decoding: int) -> float:
+        """The cost of one request's part in a step, s: what its energy is shared by."""
+        speed = self.calibration
+        return tokens * speed.prefill if prefill else speed.sequence + speed.step / max(1, decoding)
+
+    def step(self, *, sequences: int, prefilled: int, context: int) -> float:
+        """The expected time of a step, s."""
+        speed = self.calibration
+        return speed.step + speed.sequence * sequences + speed.prefill * prefilled + speed.context * context
+
+
+class Batch:
+    """The requests in one model's context."""
+
+    def __init__(
+        self,
+        model: llama.Model,
+        context: llama.Context,
+        pace: Pace,
+        *,
+        slots: int,
+        remembered: int,
+        gauges: Gauges,
+        energy: Attribution,
+        counters: Callable[[], Counters],
+    ) -> None:
+        """`context` holds `slots` + `remembered` sequences; the latter keep ended requests' prompts."""
+        self.model, self.context = model, context
+        self.pace, self._gauges, self._energy, self._counters = pace, gauges, energy, counters
+        self.waiting: deque[Request] = deque()
+        self.active: list[Request] = []  # oldest first
+        self._unused = list(range(slots))
+        self._cells = Cells(context.kv_tokens, slots)
+        self._prefixes = Prefixes(range(slots, slots + remembered), context, self._cells)
+        self._stepping: tuple[Request, ...] = ()
+
+    @property
+    def busy(self) -> bool:
+        """From any thread."""
+        return bool(self.active or self.waiting)
+
+    @property
+    def free_kv(self) -> int:
+        """Tokens of KV cache free, or held only for reuse. From any thread."""
+        return self._cells.free + self._cells.idle
+
+    def interrupt(self) -> None:
+        """A request was asked to stop: if all in the present step were, end it now. From any thread.
+
+        With others in the step their work would be lost, and the step is short anyway. (Should the step end in between,
+        the next one is aborted instead, and repeated.)
+        """
+        stepping = self._stepping
+        if stepping and all(request.stop.reason for request in stepping):
+            self.context.abort(True)
+
+    def step(self) -> None:
+        """Admit, plan, decode, sample. A request that fails ends with its error; the others go on."""
+        for request in (*self.active, *self.waiting):
+            if reason := request.stop.reason:
+                request.finish = reason
+                self._end(request)
+        self._admit()
+        prefilling, decoding = self._ready()
+        if not prefilling and not decoding:
+            return
+        began = time.monotonic()
+        sequences, context = len(self.active), sum(self._cells.length(r.sequence) for r in self.active)
+        for request in prefilling:
+            request.began = request.began or began
+        done = [part for group in self._groups(prefilling, decoding) for part in self._decode(group)]
+        ended = time.monotonic()
+        fresh = set(prefilling)
+        prefilled = sum(tokens for request, tokens in done if request in fresh)
+        work = {r: self.pace.work(tokens, prefill=r in fresh, decoding=len(decoding)) for r, tokens in done}
+        if not work:
+            return
+        self._gauges.step(began, ended, sequences=sequences, prefilled=prefilled, context=context)
+        if ended - began > STALL_SECONDS + STALL_FACTOR * self.pace.step(
+            sequences=sequences, prefilled=prefilled, context=context
+        ):
+            for request in self.active:
+                request.stalled = True
+        self._energy.work({request: amount for request, amount in work.items() if request.sequence >= 0})
+        for request in work:
+            if request.over:
+                self._end(request)
+
+    def fail(self, error: EngineError) -> None:
+        """End every request with `error` and forget all state: the engine itself failed, or closes."""
+        for request in (*self.active, *self.waiting):
+            request.error = error
+            self._end(request)
+        self._prefixes.lose()
+        self.context.clear()
+
+    # --- who is in
+
+    def _admit(self) -> None:
+        while self.waiting and self._unused:
+            request = self.waiting[0]
+            need = len(request.tokens) + HEADROOM * (len(self.active) + 1)
+            if self.active and need > self.free_kv:
+                return
+            self.waiting.popleft()
+            request.before = request.before or self._counters()
+            request.sequence = self._unused.pop()
+            request.prefilling = True
+            self._energy.enter(request)
+            self.active.append(request)
+            if self.model.shares_prefixes:
+                self._find_prefix(request)
+
+    def _find_prefix(self, request: Request) -> None:
+        """Share the longest beginning that another request or a remembered prompt has computed, or is computing."""
+        source, shared = self._prefixes.longest(request.tokens)
+        if shared:
+            self._prefixes.touch(source)
+        leader = None
+        for other in self.active:
+            if other is request:
+                break  # only older ones: nobody waits in a circle
+            common = common_prefix(other.tokens, request.tokens)
+            if common > shared:
+                source, shared, leader = other.sequence, common, other
+        shared = min(shared, len(request.tokens) - 1)  # the last token's logits are needed
+        if shared < SHORTEST:
+            return
+        if leader is not None and self._cells.length(leader.sequence) < shared:
+            request.leader, request.shared = leader, shared
+            return
+        self.context.copy(source, request.sequence, shared)
+        self._cells.share(source, request.sequence, shared)
+        request.cached = max(request.cached, min(shared, request.prompt_tokens))
+
+    def _ready(self) -> tuple[list[Request], list[Request]]:
+        """The requests to prefill and to decode in this step."""
+        for request in self.active:
+            leader = request.leader
+            if leader and (leader.sequence < 0 or self._cells.length(leader.sequence) >= request.shared):
+                request.leader = None
+                self._find_prefix(request)
+        prefilling = [r for r in self.active if r.prefilling and r.leader is None]
+        return prefilling, [r for r in self.active if not r.prefilling]
+
+    def _groups(self, prefilling: list[Request], decoding: list[Request]) -> list[list[tuple[Request, int]]]:
+        """The decodes of this step: (request, tokens) each. Beside a prefill all go in one."""
+        if prefilling:
+            remaining = [len(r.tokens) - self._cells.length(r.sequence) for r in prefilling]
+            chunks = share_prefill(remaining, self.pace.chunk)
+            parts = [(r, n) for r, n in zip(prefilling, chunks, strict=True) if n]
+            return [[*((r, 1) for r in decoding), *parts]]
+        rest = iter(decoding)
+        return [[(next(rest), 1) for _ in range(width)] for width in self.pace.splits[len(decoding)]]
+
+    # --- one decode
+
+    def _decode(self, group: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+        """Compute (request, tokens) in one pass and sample. Returns those that were computed."""
+        while True:
+            group = [(r, n) for r, n in group if r.sequence >= 0]  # without the preempted
+            if not group:
+                return []
+            if not self._make_room(sum(n for _, n in group)):
+                continue
+            rows = self._fill(group)
+            self._stepping = tuple(r for r, _ in group)
+            self.context.abort(False)
+            status = self.context.decode()
+            self._stepping = ()
+            if status != llama.NO_KV_SLOT:
+                break
+            self._preempt()
+        if status == llama.ABORTED:
+            return []
+        if status != llama.OK:
+            self._lose(group, status)
+            return []
+        for request, tokens in group:
+            self._cells.grow(request.sequence, tokens)
+        for request, row in rows:
+            request.prefilling = False
+            try:
+                self._sample(request, row)
+            except Exception as error:  # one request's sampling must not take the others with it
+                log.exception("sampling_failed", task_id=request.task_id)
+                request.error = EngineError(f"sampling failed: {type(error).__name__}: {error}", retry=True)
+        return group
+
+    def _fill(self, group: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+        """Fill the context's batch; returns (request, row) for each that gets a token out of it."""
+        rows = []
+        self.context.begin()
+        for request, tokens in group:
+            start = self._cells.length(request.sequence)
+            last = start + tokens == len(request.tokens)
+            row = self.context.add(request.sequence, start, request.tokens[start : start + tokens], output=last)
+            if last:
+                rows.append((request, row))
+        return rows
+
+    def _lose(self, group: list[tuple[Request, int]], status: int) -> None:
+        """llama.cpp failed: what it left in memory for these requests is unknown."""
+        reason = f"llama.cpp could not compute the batch (status {status}): {llama.complaint()}"
+        log.error("decode_failed", status=status, requests=len(group))
+        for request, _ in group:
+            request.error = EngineError(reason, retry=True)
+            self._end(request, remember=False)
+
+    def _make_room(self, cells: int) -> bool:
+        """Whether so many cells are free, after forgetting remembered prompts; otherwise preempts one request."""
+        while self._cells.free < cells and self._prefixes.forget_oldest():
+            pass
+        if self._cells.free >= cells:
+            return True
+        self._preempt()
+        return False
+
+    def _preempt(self) -> None:
+        """KV cache full: put the request of least value per remaining work back into the line. Its output so far is
+        kept, and prefilled again when it returns."""
+        if self._prefixes.forget_oldest():
+            return
+        worth = [(r.spec.value, len(r.tokens) + r.spec.max_tokens - r.generated) for r in self.active]
+        victim = self.active[choose_victim(worth)]
+        if len(self.active) == 1:
+            victim.error = EngineError(
+                f"{len(victim.tokens)} tokens do not fit into the KV cache of {self.context.kv_tokens}", retry=False
+            )
+            self._end(victim, remember=False)
+            return
+        log.info("request_preempted", task_id=victim.task_id, tokens=len(victim.tokens), active=len(self.active))
+        self._leave(victim)
+        self.waiting.appendleft(victim)
+
+    def _sample(self, request: Request, row: int) -> None:
+        logits = self.context.logits(row)
+        token = int(logits.argmax()) if request.sampler is None else request.sampler.draw(logits)
+        if token is None:
+            request.error = EngineError("grammar: it allows none of the model's tokens here", retry=False)
+            return
+        now = time.monotonic()
+        request.first = request.first or now
+        request.last = now
+        self._gauges.generated += 1
+        if self.model.ends(token):
+            request.finish = "stop"
+        else:
+            if request.spec.logprobs is not None:
+                entry = token_logprobs(self.model, logits, token, request.spec.logprobs)
+                request.logprobs.append((request.text.length, entry))
+            request.tokens.append(token)
+            piece = request.text.push(self.model.piece(token))
+            if request.streams and piece:
+                request.outbox.put(piece)
+            if request.text.stopped:
+                request.finish = "stop"
+            elif request.generated == request.spec.max_tokens:
+                request.finish = "length"
+
+    # --- leaving
+
+    def _leave(self, request: Request) -> None:
+        """Take a request out of the batch and free its memory."""
+        self.active.remove(request)
+        self.context.remove(request.sequence)
+        self._cells.drop(request.sequence)
+        self._unused.append(request.sequence)
+        request.sequence, request.leader = -1, None
+        used = self._energy.leave(request)
+        request.inference += used.inference
+        request.idle += used.idle
+
+    def _end(self, request: Request, *, remember: bool = True) -> None:
+        """A request is over: free what it holds and tell its caller."""
+        if request.sequence >= 0:
+            if remember and self.model.shares_prefixes and not request.prefilling:
+                self._prefixes.remember(request.sequence, request.tokens[: request.prompt_tokens])
+            self._leave(request)
+            self._prefixes.trim()
+        else:
+            self.waiting.remove(request)
+        if request.sampler is not None:
+            request.sampler.close()
+        if (rest := request.text.finish()) and request.streams:
+            request.outbox.put(rest)
+        request.after = self._counters()
+        request.outbox.put(None)

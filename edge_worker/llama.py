@@ -1,0 +1,336 @@
+"""llama.cpp's low-level API, typed: a model, a context holding many sequences, samplers. No policy here.
+
+A C++ exception or failed assertion inside llama.cpp ends the process, so callers check first what llama.cpp would not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as lib
+import numpy as np
+import numpy.typing as npt
+import structlog
+from llama_cpp import __version__
+
+log = structlog.get_logger(__name__)
+
+#: Of llama-cpp-python, which pins its llama.cpp.
+VERSION: str = __version__
+#: `llama_decode` results (llama.h); below −1 the error is fatal.
+OK, NO_KV_SLOT, ABORTED = 0, 1, 2
+#: Sequences one context can hold (LLAMA_MAX_SEQ in llama-cparams.h).
+MAX_SEQUENCES = 256
+_INFO, _WARN, _ERROR = 1, 2, 3  # ggml_log_level; what is finer is noise
+
+Logits = npt.NDArray[np.float32]
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+
+_ready = threading.Lock()
+_complaints: deque[str] = deque(maxlen=8)
+
+
+def _hear(level: int, text: bytes, _: Any) -> None:
+    if level not in (_INFO, _WARN, _ERROR):
+        return
+    line = text.decode(errors="replace").strip()
+    if level == _ERROR:
+        _complaints.append(line)
+    log.debug("llama_cpp", line=line)
+
+
+_log_callback = lib.llama_log_callback(_hear)  # kept: llama.cpp holds only the pointer
+_backend_up = False
+
+
+def prepare() -> None:
+    """Initialise llama.cpp once per process and turn its own printing into log events at debug level."""
+    global _backend_up  # noqa: PLW0603
+    with _ready:
+        if not _backend_up:
+            lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
+            lib.llama_backend_init()
+            _backend_up = True
+
+
+def complaint() -> str:
+    """What llama.cpp last complained of, forgotten once told."""
+    text = "; ".join(dict.fromkeys(_complaints))
+    _complaints.clear()
+    return text
+
+
+class LlamaError(Exception):
+    """llama.cpp refused something; the message is its own."""
+
+
+class Model:
+    """A loaded GGUF: weights, vocabulary, chat template. Tokenising is thread-safe."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises LlamaError when llama.cpp does not take the file."""
+        prepare()
+        complaint()
+        self._model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+        if not self._model:
+            raise LlamaError(complaint() or "unknown reason")
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self.vocab_size: int = lib.llama_vocab_n_tokens(self._vocab)
+        self.adds_bos: bool = lib.llama_vocab_get_add_bos(self._vocab)
+        self.bos: int = lib.llama_vocab_bos(self._vocab)
+        self.eos: int = lib.llama_vocab_eos(self._vocab)
+        self._pieces: dict[int, bytes] = {}
+        # Scratch of the samplers, so of the decode thread
+        self.ids = np.arange(self.vocab_size, dtype=np.int32)
+        self.candidates = np.zeros(self.vocab_size, _CANDIDATE)
+
+    @property
+    def handle(self) -> Any:
+        return self._model
+
+    @property
+    def vocab(self) -> Any:
+        return self._vocab
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return int(lib.llama_model_size(self._model))
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether part of a sequence's memory can be copied: not so for recurrent and windowed models."""
+        return not (
+            lib.llama_model_is_recurrent(self._model)
+            or lib.llama_model_is_hybrid(self._model)
+            or lib.llama_model_n_swa(self._model)
+        )
+
+    @property
+    def generates(self) -> bool:
+        """Whether this is a text generator (not an encoder or a diffusion model)."""
+        return bool(
+            lib.llama_model_has_decoder(self._model)
+            and not lib.llama_model_has_encoder(self._model)
+            and not lib.llama_model_is_diffusion(self._model)
+        )
+
+    def chat_template(self) -> str | None:
+        """The Jinja template in the GGUF."""
+        raw = lib.llama_model_chat_template(self._model, None)
+        return raw.decode() if raw else None
+
+    def token_text(self, token: int) -> str:
+        """A token as the vocabulary spells it (`<|im_end|>`); empty for −1, which means there is none."""
+        return lib.llama_vocab_get_text(self._vocab, token).decode(errors="replace") if token >= 0 else ""
+
+    def tokenize(self, text: str, *, special: bool, add_bos: bool) -> list[int]:
+        """Token ids of `text`; `special` reads control tokens such as `<|im_start|>` as such."""
+        raw = text.encode()
+        room = len(raw) + 8
+        while True:
+            out = (lib.llama_token * room)()
+            count = lib.llama_tokenize(self._vocab, raw, len(raw), out, room, add_bos, special)
+            if count >= 0:
+                return list(out[:count])
+            room = -count
+
+    def ends(self, token: int) -> bool:
+        """Whether `token` ends a generation."""
+        return bool(lib.llama_vocab_is_eog(self._vocab, token))
+
+    def piece(self, token: int) -> bytes:
+        """The bytes `token` stands for, empty for control tokens; maybe part of a UTF-8 character."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            room = 64
+            while True:
+                out = ctypes.create_string_buffer(room)
+                count = lib.llama_token_to_piece(self._vocab, token, out, room, 0, False)
+                if count >= 0:
+                    piece = out.raw[:count]
+                    break
+                room = -count
+            self._pieces[token] = piece
+        return piece
+
+    def close(self) -> None:
+        if self._model:
+            lib.llama_model_free(self._model)
+            self._model = None
+
+
+class _Flag:
+    """A flag C code reads without the interpreter: llama.cpp asks before every graph node whether to abort, hundreds of
+    times a step, and a Python callback would take the interpreter lock each time. `strlen` of a buffer is 0 or 1."""
+
+    def __init__(self) -> None:
+        self._bytes = ctypes.create_string_buffer(2)
+        strlen = ctypes.cast(ctypes.CDLL(None).strlen, ctypes.c_void_p).value
+        assert strlen is not None
+        self.callback = lib.ggml_abort_callback(strlen)
+        self.address = ctypes.cast(self._bytes, ctypes.c_void_p)
+
+    def set(self, up: bool) -> None:
+        self._bytes[0] = b"\x01" if up else b"\x00"
+
+
+class Context:
+    """The KV cache of one model and the means to step it. One thread only, but for `abort`."""
+
+    def __init__(self, model: Model, *, kv_tokens: int, sequences: int, batch: int, threads: int) -> None:
+        """`batch` is the most tokens one `decode` takes. Raises LlamaError (most likely out of memory)."""
+        params = lib.llama_context_default_params()
+        params.n_ctx = kv_tokens
+        params.n_batch = params.n_ubatch = batch  # one compute pass per decode: an abort leaves nothing half done
+        params.n_seq_max = sequences
+        params.n_threads = params.n_threads_batch = threads
+        params.kv_unified = True  # sequences share one cache, and prefixes in it without copying
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.no_perf = True
+        self._abort = _Flag()
+        params.abort_callback = self._abort.callback
+        params.abort_callback_data = self._abort.address
+        complaint()
+        self._context = lib.llama_init_from_model(model.handle, params)
+        if not self._context:
+            raise LlamaError(complaint() or "no memory for the context")
+        self._memory = lib.llama_get_memory(self._context)
+        self._vocab_size = model.vocab_size
+        self.kv_tokens: int = lib.llama_n_ctx(self._context)
+        self._tokens = np.zeros(batch, np.int32)
+        self._positions = np.zeros(batch, np.int32)
+        self._outputs = np.zeros(batch, np.int8)
+        self._counts = np.ones(batch, np.int32)
+        self._sequences = np.zeros(batch, np.int32)
+        pointer = ctypes.POINTER(ctypes.c_int32)
+        start = self._sequences.ctypes.data
+        rows = [ctypes.cast(start + 4 * i, pointer) for i in range(batch)]
+        self._rows = (pointer * batch)(*rows)
+        self._batch = lib.llama_batch(
+            n_tokens=0,
+            token=self._tokens.ctypes.data_as(pointer),
+            pos=self._positions.ctypes.data_as(pointer),
+            n_seq_id=self._counts.ctypes.data_as(pointer),
+            seq_id=self._rows,
+            logits=self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        self._filled = 0
+
+    def begin(self) -> None:
+        """Start filling the next batch."""
+        self._filled = 0
+
+    def add(self, sequence: int, position: int, tokens: Sequence[int], *, output: bool) -> int:
+        """Add `tokens` of a sequence from `position` on; `output` asks for the last one's logits. Returns its row."""
+        start, end = self._filled, self._filled + len(tokens)
+        self._tokens[start:end] = tokens
+        self._positions[start:end] = np.arange(position, position + len(tokens), dtype=np.int32)
+        self._sequences[start:end] = sequence
+        self._outputs[start:end] = 0
+        self._outputs[end - 1] = output
+        self._filled = end
+        return end - 1
+
+    def decode(self) -> int:
+        """Run the batch. Returns OK, NO_KV_SLOT, ABORTED, or a negative number."""
+        self._batch.n_tokens = self._filled
+        return int(lib.llama_decode(self._context, self._batch))
+
+    def logits(self, row: int) -> Logits:
+        """The logits of a row added with `output`, shape (vocab_size,). A view: gone with the next decode."""
+        pointer = lib.llama_get_logits_ith(self._context, row)
+        return np.ctypeslib.as_array(pointer, (self._vocab_size,))
+
+    def abort(self, now: bool) -> None:
+        """Make the running decode (and any later one) end with ABORTED, until taken back. From any thread."""
+        self._abort.set(now)
+
+    def remove(self, sequence: int, start: int = 0) -> None:
+        """Forget a sequence's tokens from position `start` on."""
+        lib.llama_memory_seq_rm(self._memory, sequence, start, -1)
+
+    def copy(self, source: int, target: int, end: int) -> None:
+        """Let `target` share the first `end` tokens of `source`."""
+        lib.llama_memory_seq_cp(self._memory, source, target, 0, end)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        lib.llama_memory_clear(self._memory, False)
+
+    def close(self) -> None:
+        if self._context:
+            lib.llama_free(self._context)
+            self._context = None
+
+
+class Sampler:
+    """Draws tokens from logits by a chain of llama.cpp's samplers, within a grammar if there is one."""
+
+    def __init__(self, model: Model, chain: Sequence[Callable[[], Any]], grammar: str | None = None) -> None:
+        """`chain` makes the samplers in order, the last one choosing. Raises LlamaError for a grammar that does not
+        parse."""
+        self._chain: Any = None
+        self._grammar: Any = None
+        if grammar is not None:
+            complaint()
+            self._grammar = lib.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
+            if not self._grammar:
+                raise LlamaError(complaint() or "it does not parse")
+        self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        for make in chain:
+            lib.llama_sampler_chain_add(self._chain, make())
+        self._model = model
+
+    def draw(self, logits: Logits) -> int | None:
+        """The next token, accepted into the grammar and the penalties; None when the grammar allows none."""
+        token = self._choose(logits, within_grammar=False)
+        if self._grammar is not None and not self._allowed(token):  # cheaper than always asking for all tokens
+            token = self._choose(logits, within_grammar=True)
+            if token is None or not self._allowed(token):
+                return None
+        if self._grammar is not None:
+            lib.llama_sampler_accept(self._grammar, token)
+        lib.llama_sampler_accept(self._chain, token)
+        return token
+
+    def _choose(self, logits: Logits, *, within_grammar: bool) -> int | None:
+        candidates = self._model.candidates
+        candidates["id"] = self._model.ids
+        candidates["logit"] = logits
+        array = self._array(candidates)
+        if within_grammar:
+            lib.llama_sampler_apply(self._grammar, ctypes.byref(array))
+            if not np.isfinite(candidates["logit"]).any():
+                return None
+        lib.llama_sampler_apply(self._chain, ctypes.byref(array))
+        return int(array.data[array.selected].id)
+
+    def _allowed(self, token: int | None) -> bool:
+        """Whether the grammar takes `token` next. Accepting one it does not take would end the process."""
+        single = np.zeros(1, _CANDIDATE)
+        single["id"], single["logit"] = token, 1.0
+        lib.llama_sampler_apply(self._grammar, ctypes.byref(self._array(single)))
+        return bool(np.isfinite(single["logit"][0]))
+
+    @staticmethod
+    def _array(candidates: npt.NDArray[Any]) -> Any:
+        return lib.llama_token_data_array(
+            data=candidates.ctypes.data_as(lib.llama_token_data_p), size=len(candidates), selected=-1, sorted=False
+        )
+
+    def close(self) -> None:
+        if self._chain:
+            lib.llama_sampler_free(self._chain)
+            self._chain = None
+        if self._grammar:
+            lib.llama_sampler_free(self._grammar)
+            self._grammar = None
+
+    def __del__(self) -> None:
+        self.close()
