@@ -102,49 +102,49 @@ def node_summary(results: Sequence[Result]) -> list[dict[str, Any]]:
 def node_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """`node_summary` as a table."""
     table = Table(title="What each node did", title_justify="left")
-    for name in ("node", "model"):
-        table.add_column(name)
+    table.add_column("node", no_wrap=True)
     for name in ("tasks", "on time", "p50 s", "p95 s", "tokens/s", "J/task"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("energy by")
     for row in rows:
         rate = row["tokens_per_s"]
         table.add_row(
             row["node"],
-            row["model"],
             str(row["tasks"]),
             f"{row['on_time'] / row['tasks']:.0%}",
             f"{row['latency_p50']:.2f}",
             f"{row['latency_p95']:.2f}",
             "-" if rate is None else f"{rate:.1f}",
             f"{row['joules_per_task']:.2f}",
-            row["energy_method"] + (" (estimated)" if row["energy_estimated"] else " (measured)"),
+            f"{row['energy_method']}, {'estimated' if row['energy_estimated'] else 'measured'}",
         )
     return table
 
 
 def explanation(task_id: str, why: Explanation) -> Group:
     """One decision: its sentence, and how every node looked."""
+    head = Text(f"Why {task_id}: {why.action} by {why.policy}.\n{why.sentence}")
+    if not why.candidates:
+        return Group(head)
     table = Table(show_edge=False)
-    table.add_column("node")
-    for name in ("index", "finish s", "p(on time)", "ΔJ", "slacks"):
-        table.add_column(name, justify="right")
-    table.add_column("note")
+    table.add_column("node", no_wrap=True)
+    for name in ("index", "finish s", "p(on time)", "ΔJ"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("slacks and reasons")
     for c in why.candidates:
-        slacks = " ".join(f"{k} {v:+.2f}" for k, v in c.slacks.items())
+        slacks = ", ".join(f"{name} {slack:+.2f}" for name, slack in c.slacks.items())
+        reasons = [slacks + ("" if c.feasible else " (infeasible)"), c.note]
         chosen = c.node == why.node
         table.add_row(
-            f"▶ {c.node}" if chosen else f"  {c.node}",
+            f"{'▶' if chosen else ' '} {c.node}",
             _number(c.index),
             _number(c.finish),
             _number(c.p_on_time),
             _number(c.marginal_energy),
-            slacks + ("" if c.feasible else " (infeasible)"),
-            c.note,
+            "\n".join(r for r in reasons if r),
             style="bold" if chosen else "",
         )
-    head = Text(f"Why {task_id}: {why.action} by {why.policy}. {why.sentence}")
-    return Group(head, table) if why.candidates else Group(head)
+    return Group(head, table)
 
 
 def nodes(rows: Sequence[tuple[NodeInfo, Heartbeat | None, bool]]) -> Table:
