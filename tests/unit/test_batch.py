@@ -1,0 +1,122 @@
+"""The OpenAI Batch file format: every line is a request or one clear error, and results keep their order and ids."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import make
+
+from broker import batch
+from broker.errors import InvalidTask
+from broker.messages import Result, State, TaskSpec
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def line(custom_id: str = "a", **body: object) -> str:
+    return json.dumps({"custom_id": custom_id, "body": {"prompt": "hi", **body}})
+
+
+@given(st.lists(st.text() | json_values.map(json.dumps), max_size=8))
+def test_any_text_gives_one_outcome_per_line_that_is_not_blank(lines: list[str]) -> None:
+    outcomes = list(batch.read(lines))
+    assert [o.number for o in outcomes] == [n for n, text in enumerate(lines, 1) if text.strip()]
+
+
+@given(st.dictionaries(st.sampled_from([*TaskSpec.model_fields, "stop", "logprobs", "n", "nonsense"]), json_values))
+def test_any_body_gives_fields_or_an_error(body: dict[str, object]) -> None:
+    try:
+        fields = batch.task_fields(body)
+    except InvalidTask:
+        return
+    assert set(fields) <= set(TaskSpec.model_fields)
+
+
+def test_a_chat_request_becomes_a_task() -> None:
+    text = json.dumps(
+        {
+            "custom_id": "one",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {
+                "model": "m",
+                "messages": [{"role": "user", "content": "hi"}],
+                "max_completion_tokens": 7,
+                "stop": "END",
+                "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
+                "user": "somebody",
+            },
+            "deadline": 5,
+        }
+    )
+    (read,) = batch.read([text])
+    assert isinstance(read, batch.Line)
+    spec = TaskSpec.model_validate(read.fields)
+    assert (spec.model, spec.max_tokens, spec.stop, spec.deadline) == ("m", 7, ("END",), 5)
+    assert spec.json_schema == {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ("{}", "custom_id"),
+        ('{"custom_id": 3, "body": {}}', "custom_id"),
+        ('{"custom_id": "a", "method": "GET", "body": {}}', "method"),
+        ('{"custom_id": "a", "url": "/v1/embeddings", "body": {}}', "url"),
+        ('{"custom_id": "a"}', "body"),
+        (line(response_format={"type": "xml"}), "response_format"),
+        (line(tools=[]), "tools"),
+    ],
+)
+def test_a_bad_line_names_what_is_wrong(text: str, named: str) -> None:
+    (read,) = batch.read([text])
+    assert isinstance(read, batch.BadLine)
+    assert named in read.reason
+
+
+def test_a_repeated_custom_id_is_an_error_of_the_later_line_only() -> None:
+    first, second, third = batch.read([line("a"), line("a"), line("b")])
+    assert isinstance(first, batch.Line)
+    assert isinstance(third, batch.Line)
+    assert isinstance(second, batch.BadLine)
+    assert second.number == 2
+
+
+def result(state: State) -> Result:
+    succeeded = state is State.SUCCEEDED
+    return Result(
+        id="t-1",
+        state=state,
+        on_time=succeeded,
+        latency=1.5,
+        reason=None if succeeded else "because",
+        output=make.output() if succeeded else None,
+        receipt=make.receipt("one", tokens=3) if succeeded else None,
+    )
+
+
+def test_a_success_is_an_openai_response_with_energy_beside_the_usage() -> None:
+    written = batch.output_line("mine", batch.CHAT, result(State.SUCCEEDED))
+    body = written["response"]["body"]
+    assert written["custom_id"] == "mine"
+    assert written["error"] is None
+    assert body["choices"][0]["message"]["content"] == "some text"
+    assert body["usage"]["completion_tokens"] == 3
+    assert body["energy"]["total"] == pytest.approx(2.5)
+    assert body["energy"]["estimated"] is True
+
+
+@pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.REJECTED, State.CANCELLED])
+def test_anything_else_is_an_error_with_its_reason(state: State) -> None:
+    written = batch.output_line("mine", batch.CHAT, result(state))
+    assert written["response"] is None
+    assert written["error"] == {"code": f"task_{state}", "message": "because"}
