@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
@@ -43,15 +44,12 @@ class TaskRejected(PerLLMError):
     """Raised by `AsyncResult.get()` in Celery producers for a task the scheduler refused, with its reason."""
 
 
-def field_errors(error: ValidationError, *, where: str = "") -> str:
-    """A validation error as one line: each field, what is wrong with it and (short) what was given."""
-    parts = []
-    for item in error.errors(include_url=False, include_context=False):
-        name = ".".join(str(p) for p in item["loc"]) or "task"
-        message = item["msg"].removeprefix("Value error, ")
-        parts.append(f"{name}: {message}{_given(item)}")
-    text = "; ".join(parts)
-    return f"{where}: {text}" if where else text
+def field_errors(error: ValidationError, name: Callable[[str], str] = str) -> str:
+    """A validation error as one line: each field (spelt by `name`), what is wrong with it, and what was given."""
+    return "; ".join(
+        f"{name('.'.join(map(str, item['loc'])) or 'task')}: {item['msg'].removeprefix('Value error, ')}{_given(item)}"
+        for item in error.errors(include_url=False, include_context=False)
+    )
 
 
 def _given(item: Any) -> str:

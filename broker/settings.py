@@ -108,4 +108,4 @@ def load_settings(**overrides: object) -> Settings:
     try:
         return Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
-        raise BadSetting("PERLLM_" + field_errors(error).replace("; ", "; PERLLM_")) from None
+        raise BadSetting(field_errors(error, name=lambda field: f"PERLLM_{field.upper()}")) from None

@@ -291,7 +291,7 @@ def parse_scenario(text: str, where: str) -> Scenario:
     try:
         return Scenario.model_validate(data)
     except ValidationError as error:
-        raise BadSetting(field_errors(error, where=f"scenario {where}")) from None
+        raise BadSetting(f"scenario {where}: {field_errors(error)}") from None
 
 
 def _text(name_or_path: str) -> tuple[str, str]:

@@ -11,9 +11,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from support.wait import eventually
 
+from broker import Client, InvalidTask
 from broker.settings import Settings
 from broker.stack import Stack
 
@@ -23,8 +25,8 @@ EMULATED = {"PERLLM_ENGINE": "emulated", "PERLLM_SLOTS": "4", "PERLLM_EMULATED_S
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    settings = Settings(data_dir=tmp_path_factory.mktemp("stack"), heartbeat=0.2)
-    nodes = {name: EMULATED for name in ("one", "two")}
+    settings = Settings(data_dir=tmp_path_factory.mktemp("stack"))
+    nodes = dict.fromkeys(("one", "two"), EMULATED)
     with Stack(settings, edges=("one", "two"), clouds=(), node_environment=nodes) as running:
         eventually(lambda: not running.waiting_for(), "both nodes are up")
         yield running
@@ -126,8 +128,6 @@ def test_a_dead_task_is_listed_and_retried_as_a_new_one(stack: Stack) -> None:
 )
 def test_a_mistake_is_one_line_that_names_it(stack: Stack, arguments: list[str], named: str) -> None:
     if any(len(a) > 100_000 for a in arguments):  # beyond what a command line holds: as a producer would send it
-        from broker import Client, InvalidTask
-
         with pytest.raises(InvalidTask, match=named), Client(stack.url) as client:
             client.submit(arguments[1])
         return
@@ -188,6 +188,4 @@ def test_killing_up_kills_all_it_started(tmp_path: Path) -> None:
 
 
 def _descendants(pid: int) -> set[int]:
-    import psutil
-
     return {child.pid for child in psutil.Process(pid).children(recursive=True)}
