@@ -229,7 +229,7 @@ function ops.complete()
     local id, attempt, token, state, output, receipt, reason = unpack(ARGV, 2, 8)
     local t = running_under(id, attempt, token)
     if not t then return 'void' end
-    if t.state ~= 'running' then return FINAL[t.state] and 'ok' or 'void' end
+    if t.state ~= 'running' then return t.state == state and 'ok' or 'void' end
     local on_time = state == 'succeeded' and now <= tonumber(t.deadline)
     local latency = finish(id, t, state, on_time, reason ~= '' and reason or nil, ',"output":' .. output .. ',"receipt":' .. receipt)
     event('{"type":"completed","at":' .. num(now) .. ',"id":' .. str(id) .. ',"node":' .. str(t.node) .. ',"attempt":' .. attempt
