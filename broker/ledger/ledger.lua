@@ -20,7 +20,7 @@
 --   node:<name>        hash    of a live node: info (NodeInfo, JSON), boot, beat (last Heartbeat, JSON), draining
 --   node:<name>:tasks  set     the tasks dispatched to or running on it
 --   nodes              zset    live nodes by the time until which they count as alive
---   key:<tenant>:<key> string  idempotency key → task id, kept for the retention time
+--   key:<tenant> <key> string  idempotency key → task id, kept for the retention time
 --   events             stream  one field `e`: an Event, JSON; trimmed to about the length given
 --   totals             hash    submitted, succeeded, failed, expired, rejected, cancelled, forgotten: ever
 --   epoch, leader      string  the scheduler's fencing number, and who leads under it (expires)

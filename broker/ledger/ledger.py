@@ -155,7 +155,8 @@ class Ledger:
         size = 0
         for task_id, spec in tasks:
             payload = spec.model_dump_json(exclude_defaults=True)
-            key = f"{spec.tenant}:{spec.idempotency_key}" if spec.idempotency_key else ""
+            # A tenant's name holds no space, so two tenants' keys are never the same.
+            key = f"{spec.tenant} {spec.idempotency_key}" if spec.idempotency_key else ""
             call += (task_id, payload, _features(spec, len(payload)), spec.deadline, key)
             size += len(payload)
             if len(call) > 5 * SUBMIT_TASKS or size > SUBMIT_BYTES:
