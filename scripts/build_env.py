@@ -118,11 +118,13 @@ def wait(jobs: list[Job], started: float) -> None:
                 shown = now
                 line = " · ".join(f"{job.name} {job.progress}" for job in jobs) + f" · {now - started:.0f} s"
                 print(f"\r\x1b[K{line}" if live else line, end="" if live else "\n", flush=True)
+    except BaseException:
+        for job in jobs:
+            job.stop()
+        raise
     finally:
         if live:
             print("\r\x1b[K", end="", flush=True)
-        for job in jobs:
-            job.stop()
 
 
 def run(name: str, command: list[str]) -> None:
@@ -217,7 +219,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: run it again, it starts anew where nothing is cached", file=sys.stderr)
+        print("interrupted; the next `make env` starts afresh", file=sys.stderr)
         return 130
     return 0
 
