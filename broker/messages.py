@@ -345,6 +345,7 @@ class Submitted(_TaskEvent):
     max_tokens: int = 128
     expected_tokens: int | None = None
     strikes: int = 0
+    attempt: int = 0  # attempts made before, where this tells of a task that is older
 
 
 class Dispatched(_TaskEvent):

@@ -429,6 +429,7 @@ def _placement(task_id: str, row: list[bytes | None]) -> Placement:
         "at": float(submitted),
         "deadline": float(deadline),
         "strikes": int(strikes),
+        "attempt": int(attempt),
     }
     placed = (
         Dispatched(id=task_id, at=float(dispatched), node=node, model=model, attempt=int(attempt)) if node else None

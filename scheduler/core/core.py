@@ -329,6 +329,7 @@ def task_of(event: Submitted) -> Task:
         max_tokens=event.max_tokens,
         expected_tokens=event.expected_tokens,
         strikes=event.strikes,
+        attempt=event.attempt,
     )
 
 
