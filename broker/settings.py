@@ -16,6 +16,11 @@ from broker.messages import NodeName
 _SCHEMES = ("redis", "rediss", "unix")
 
 
+def _default_model_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "perllm" / "models"
+
+
 def default_data_dir() -> Path:
     """Where the embedded server keeps its data and socket: `$XDG_STATE_HOME/perllm` or `~/.local/state/perllm`."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
@@ -53,6 +58,7 @@ class Settings(BaseSettings):
     grace: Annotated[float, Field(ge=0, le=3600)] = 10.0  # running work may finish for so long after SIGTERM
     engine: Literal["auto", "llama", "vllm", "openai", "emulated"] = "auto"
     model: str | None = None  # a GGUF path (edge), a Hugging Face folder or name (vLLM)
+    model_cache: Path = Field(default_factory=_default_model_cache)  # models made from others are kept here
     model_name: str | None = None  # the name producers use; default: derived from the model
     emulated_speed: Annotated[float, Field(gt=0)] | None = None  # tokens/s of the emulated engine; None: at once
     context: Annotated[int, Field(ge=64)] | None = None  # tokens per sequence

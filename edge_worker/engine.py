@@ -90,7 +90,7 @@ class LlamaEngine:
     def _find(self) -> GGUF:
         if self._settings.model is not None:
             return read_gguf(Path(self._settings.model).expanduser())
-        return read_gguf(quantised(default_gguf(), DEFAULT_QUANTISATION, self._settings.data_dir / "models"))
+        return read_gguf(quantised(default_gguf(), DEFAULT_QUANTISATION, self._settings.model_cache))
 
     def _threads(self) -> int:
         cores, others = available_cores(), self._claim.others()

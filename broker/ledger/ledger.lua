@@ -17,7 +17,7 @@
 --                              when final: result (a Result, JSON), finished
 --   in:<state>         zset    the tasks in that state: a task is in exactly one of them. Scores:
 --                              pending: its deadline; dispatched, running: when its lease ends; final: when it ended
---   node:<name>        hash    of a live node: info (NodeInfo, JSON), boot, beat (last Heartbeat, JSON), draining
+--   node:<name>        hash    of a live node: info (NodeInfo, JSON), boot, queue, beat (last Heartbeat, JSON), draining
 --   node:<name>:tasks  set     the tasks dispatched to or running on it
 --   nodes              zset    live nodes by the time until which they count as alive
 --   key:<tenant> <key> string  idempotency key → task id, kept for the retention time
@@ -137,9 +137,12 @@ local function node_down(name, reason)
     placed_tasks(name, { dispatched = true }, function(id, t) give_back(id, t, 'handed_back', reason) end)
 end
 
+-- Every message in its queue is void by now, so the queue goes too.
 local function forget_node(name)
+    local queue = redis.call('HGET', P .. 'node:' .. name, 'queue')
     redis.call('ZREM', P .. 'nodes', name)
     redis.call('DEL', P .. 'node:' .. name)
+    if queue then redis.call('DEL', queue) end
 end
 
 local function leads(epoch) return redis.call('GET', P .. 'epoch') == epoch end
@@ -272,9 +275,9 @@ function ops.cancel()
     return t.state
 end
 
--- register name boot info ttl max_strikes → 'ok' | seconds until a live namesake's registration would lapse
+-- register name boot info queue ttl max_strikes → 'ok' | seconds until a live namesake's registration would lapse
 function ops.register()
-    local name, boot, info, ttl, max_strikes = unpack(ARGV, 2, 6)
+    local name, boot, info, queue, ttl, max_strikes = unpack(ARGV, 2, 7)
     local key = P .. 'node:' .. name
     local before = redis.call('HGET', key, 'boot')
     if before and before ~= boot then
@@ -284,7 +287,7 @@ function ops.register()
             give_back(id, t, 'lease_expired', 'node ' .. name .. ' was restarted', t.state == 'running', tonumber(max_strikes))
         end)
     end
-    redis.call('HSET', key, 'info', info, 'boot', boot)
+    redis.call('HSET', key, 'info', info, 'boot', boot, 'queue', queue)
     redis.call('HDEL', key, 'draining', 'beat')
     redis.call('ZADD', P .. 'nodes', num(now + tonumber(ttl)), name)
     event('{"type":"node_up","at":' .. num(now) .. ',"info":' .. info .. '}')

@@ -14,6 +14,7 @@ import structlog
 from pydantic import ValidationError
 
 from broker.connection import connect, reaching
+from broker.errors import field_errors
 from broker.ledger.script import Argument, Script
 from broker.messages import (
     BYTES_PER_TOKEN,
@@ -297,8 +298,9 @@ class Ledger:
 
     def register(self, info: NodeInfo) -> float | None:
         """Put a node in service. None when done, or the seconds until a live namesake's registration could lapse."""
+        s = self._settings
         reply = self._call(
-            "register", info.name, info.boot, info.model_dump_json(), self._node_ttl, self._settings.max_strikes
+            "register", info.name, info.boot, info.model_dump_json(), info.queue, self._node_ttl, s.max_strikes
         )
         return None if reply == b"ok" else float(reply)
 
@@ -378,11 +380,7 @@ class Ledger:
             for name in names:
                 pipe.hmget(f"{self.prefix}node:{name.decode()}", "info", "beat", "draining")
             rows = pipe.execute()
-        return [
-            (NodeInfo.model_validate_json(info), Heartbeat.model_validate_json(beat) if beat else None, bool(draining))
-            for info, beat, draining in rows
-            if info
-        ]
+        return [node for row in rows if (node := _node(row)) is not None]
 
 
 def _ids(replies: list[list[bytes]]) -> list[str]:
@@ -436,6 +434,18 @@ def _placement(task_id: str, row: list[bytes | None]) -> Placement:
     )
     begun = Claimed(id=task_id, at=float(claimed), node=node, attempt=int(attempt)) if claimed else None
     return Placement(Submitted.model_validate(event), placed, begun)
+
+
+def _node(row: list[bytes | None]) -> tuple[NodeInfo, Heartbeat | None, bool] | None:
+    info, beat, draining = row
+    if info is None:
+        return None
+    try:
+        heartbeat = Heartbeat.model_validate_json(beat) if beat else None
+        return NodeInfo.model_validate_json(info), heartbeat, bool(draining)
+    except ValidationError as error:  # one node's nonsense must not hide the others
+        log.warning("node_unreadable", reason=field_errors(error))
+        return None
 
 
 def _record(task_id: str, raw: dict[bytes, bytes]) -> TaskRecord:
