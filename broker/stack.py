@@ -24,6 +24,7 @@ from broker.errors import BadSetting
 from broker.ledger import Ledger
 from broker.process import spawn
 from broker.settings import Settings, load_settings
+from broker.worker.cores import available_cores
 
 #: Seconds the slowest part (an engine that loads, requantises and calibrates its model) may take to appear.
 START_TIMEOUT = 180.0
@@ -107,10 +108,12 @@ class Stack:
         quiet = ["--without-gossip", "--without-mingle"]
         self._launch("scheduler", [sys.executable, "-m", "scheduler"])
         self._launch("inbox", [*celery, "broker", "worker", "-n", "inbox@perllm", *quiet])
-        for tier, names in (("edge", self.edges), ("cloud", self.clouds)):
+        edge_threads, cloud_threads = share_cores(available_cores(), len(self.edges), len(self.clouds))
+        for tier, names, threads in (("edge", self.edges, edge_threads), ("cloud", self.clouds, cloud_threads)):
             for name in names:
                 command = [*celery, f"{tier}_worker", "worker", "-n", f"{tier}.{name}@perllm", *quiet]
-                self._launch(f"{tier}.{name}", command, PERLLM_NODE_NAME=name, **self.node_environment.get(name, {}))
+                own = {"PERLLM_NODE_NAME": name, "PERLLM_THREADS": str(self.settings.threads or threads)}
+                self._launch(f"{tier}.{name}", command, **own, **self.node_environment.get(name, {}))
         if self.flower_port is not None:
             where = ["--address=127.0.0.1", f"--port={self.flower_port}"]
             self._launch("flower", [*celery, "broker", "flower", *where], FLOWER_UNAUTHENTICATED_API="true")
@@ -160,6 +163,13 @@ class Stack:
         if self._server is not None:
             self._server.stop()
             self._server = None
+
+
+def share_cores(cores: int, edges: int, clouds: int) -> tuple[int, int]:
+    """Threads for each edge and each cloud engine, a cloud one weighing as two: llama.cpp's threads spin, so together
+    they do not exceed the cores unless there are more engines than cores."""
+    each = max(1, cores // max(1, edges + 2 * clouds))
+    return each, max(1, (cores - edges * each) // max(1, clouds))
 
 
 def _reap(child: _Child, patience: float) -> None:
