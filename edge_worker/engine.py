@@ -32,6 +32,7 @@ from edge_worker.meters import make_meter
 from edge_worker.models import DEFAULT_QUANTISATION, default_gguf, quantised, variant_name
 from edge_worker.sampling import Prompter, greedy, make_sampler
 from edge_worker.text import TextStream
+from edge_worker.trial import try_model
 
 log = structlog.get_logger(__name__)
 
@@ -113,6 +114,8 @@ class LlamaEngine:
                 f"PERLLM_CONTEXT is {self._context_size}, but {path} was trained for {gguf.context} tokens: lower it"
             )
         kv_tokens = self._kv_tokens(gguf)
+        if self._settings.model is not None:
+            try_model(path)
         began = time.monotonic()
         try:
             self._model = Model(path)

@@ -6,6 +6,7 @@ A C++ exception or failed assertion inside llama.cpp ends the process, so caller
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ VERSION: str = __version__
 OK, NO_KV_SLOT, ABORTED = 0, 1, 2
 #: Sequences one context can hold (LLAMA_MAX_SEQ in llama-cparams.h).
 MAX_SEQUENCES = 256
-_INFO, _WARN, _ERROR = 1, 2, 3  # ggml_log_level; what is finer is noise
+_INFO, _WARN, _ERROR = 2, 3, 4  # enum ggml_log_level in ggml.h
 
 Logits = npt.NDArray[np.float32]
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
@@ -59,10 +60,10 @@ def prepare() -> None:
 
 
 def complaint() -> str:
-    """What llama.cpp last complained of, forgotten once told."""
-    text = "; ".join(dict.fromkeys(_complaints))
+    """What llama.cpp complained of since last asked: its first line, which is the cause."""
+    text = _complaints[0] if _complaints else ""
     _complaints.clear()
-    return text
+    return re.sub(r"^(?:\w+: |error loading model(?: hyperparameters)?: )+", "", text)
 
 
 class LlamaError(Exception):
