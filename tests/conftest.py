@@ -1,0 +1,66 @@
+"""Fixtures shared by all tests. Servers and workers are real processes; each dies with the test run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+from support.servers import DebianRedis, Server
+
+from broker.embedded import EmbeddedServer
+from broker.ledger import Ledger
+from broker.settings import Settings
+
+hypothesis.settings.register_profile("perllm", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("perllm")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_from_outside() -> Iterator[None]:
+    """Tests do not see the developer's PERLLM_* variables."""
+    kept = {k: os.environ.pop(k) for k in list(os.environ) if k.startswith("PERLLM_")}
+    yield
+    os.environ.update(kept)
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """The embedded server."""
+    with EmbeddedServer(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def debian_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DebianRedis]:
+    """Debian's redis-server, where there is one."""
+    version = DebianRedis.version()
+    if version is None or version < (7, 0):
+        pytest.skip("no redis-server >= 7.0 on PATH")
+    server = DebianRedis(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session", params=["valkey", "debian_redis"])
+def server(request: pytest.FixtureRequest) -> Server:
+    """Each server the system supports, in turn."""
+    found: Server = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def settings(server: Server) -> Settings:
+    """Settings for an empty server. Leases outlast any test, so that only tests decide what lapses."""
+    return Settings.model_validate({"redis_url": server.url, "lease": 300, "heartbeat": 60})
+
+
+@pytest.fixture
+def ledger(settings: Settings) -> Iterator[Ledger]:
+    """A ledger on an empty server."""
+    one = Ledger(settings)
+    one.client.flushall()
+    yield one
+    one.client.close()

@@ -1,0 +1,1 @@
+"""Helpers shared by the tests: servers, real processes around them, and ready-made messages."""
