@@ -9,7 +9,7 @@ import redis
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
-from broker.errors import Unreachable
+from broker.errors import BadSetting, Unreachable
 from broker.settings import Settings
 
 #: Seconds a connection attempt, and a reply, may take.
@@ -18,12 +18,18 @@ REPLY_TIMEOUT = 30.0
 
 
 def connect(settings: Settings, *, reply_timeout: float | None = REPLY_TIMEOUT) -> redis.Redis:
-    """A client for the server in force. Connects on first use, retries a lost connection with backoff and jitter."""
+    """A client for the server in force. Connects on first use, retries a lost connection with backoff and jitter.
+
+    Raises BadSetting for a URL with an option there is not."""
     retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries=5)
     options: dict[str, object] = {"socket_timeout": reply_timeout, "retry": retry, "health_check_interval": 15}
     if not settings.url.startswith("unix:"):
         options |= {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_keepalive": True}
-    client: redis.Redis = redis.Redis.from_url(settings.url, **options)
+    try:
+        client: redis.Redis = redis.Redis.from_url(settings.url, **options)
+        client.connection_pool.make_connection()  # connects nothing yet, but finds what the URL may not say
+    except (TypeError, ValueError) as error:
+        raise BadSetting(f"PERLLM_REDIS_URL: {str(error).rpartition('() ')[2]}") from None
     return client
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Literal
-from urllib.parse import parse_qs, urlsplit
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from broker.errors import BadSetting, field_errors
 from broker.messages import NodeName
 
 _SCHEMES = ("redis", "rediss", "unix")
+_PORT_AND_DATABASE = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/]+)(:\d+)?(/\d*)?")
 
 
 def _default_model_cache() -> Path:
@@ -30,7 +32,9 @@ def default_data_dir() -> Path:
 class Settings(BaseSettings):
     """Every field can be set as `PERLLM_<FIELD>`. Times in seconds, sizes in bytes."""
 
-    model_config = SettingsConfigDict(env_prefix="PERLLM_", env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="PERLLM_", env_file=".env", extra="ignore", frozen=True, allow_inf_nan=False
+    )
 
     # Where everything meets
     redis_url: SecretStr | None = None  # redis://, rediss:// (user:password@ for ACL users) or unix://; None: embedded
@@ -60,6 +64,8 @@ class Settings(BaseSettings):
     model: str | None = None  # a GGUF path (edge), a Hugging Face folder or name (vLLM)
     model_cache: Path = Field(default_factory=_default_model_cache)  # models made from others are kept here
     model_name: str | None = None  # the name producers use; default: derived from the model
+    variants: str | None = None  # edge: quantisations of the model to offer, e.g. "q8_0,q4_0"; the first is the default
+    model_memory: Annotated[int, Field(gt=0)] | None = None  # edge: bytes loaded models may take; default: what is free
     emulated_speed: Annotated[float, Field(gt=0)] | None = None  # tokens/s of the emulated engine; None: at once
     context: Annotated[int, Field(ge=64)] | None = None  # tokens per sequence
     threads: Annotated[int, Field(ge=1)] | None = None
@@ -68,15 +74,42 @@ class Settings(BaseSettings):
     idle_watts: Annotated[float, Field(ge=0)] | None = None
     tdp_watts: Annotated[float, Field(gt=0)] | None = None
 
+    # vLLM
+    vllm_args: dict[str, Any] = Field(default_factory=dict)  # JSON: further fields of vLLM's AsyncEngineArgs
+    adapters: dict[str, Path] = Field(default_factory=dict)  # JSON: LoRA folders, offered as "<model>:<name>"
+
+    # An OpenAI-compatible server (PERLLM_ENGINE=openai); `model` is its name there
+    openai_base_url: str | None = None  # up to and with the version: https://host/v1
+    openai_api_key: SecretStr | None = None
+    openai_api_key_file: Path | None = None  # holds the key and nothing else
+    openai_timeout: Annotated[float, Field(gt=0)] = 60.0  # a request counts as hung after so long without a byte
+    openai_joules_per_token: Annotated[float, Field(ge=0)] | None = None  # what a generated token is to cost, and …
+    openai_joules_per_prompt_token: Annotated[float, Field(ge=0)] = 0.0  # … a prompt's; of a price in money: its worth
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
 
     @field_validator("redis_url")
     @classmethod
-    def _known_scheme(cls, url: SecretStr | None) -> SecretStr | None:
-        if url is not None and urlsplit(url.get_secret_value()).scheme not in _SCHEMES:
+    def _usable(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is None:
+            return None
+        parts = urlsplit(url.get_secret_value())
+        if parts.scheme not in _SCHEMES:
             raise ValueError("must begin with redis://, rediss:// or unix://")
+        if parts.scheme == "unix":
+            if not parts.path or parts.netloc.rpartition("@")[2]:
+                raise ValueError("must name a socket by its whole path, as in unix:///run/redis.sock")
+        elif not _PORT_AND_DATABASE.fullmatch(f"{parts.netloc.rpartition('@')[2]}{parts.path}"):
+            raise ValueError("must name a host, and may name a port and a database's number: redis://host:6379/0")
+        else:
+            _ = parts.port  # raises ValueError when out of range
         return url
+
+    @field_validator("data_dir")
+    @classmethod
+    def _whole_path(cls, path: Path) -> Path:
+        return path.expanduser().absolute()
 
     @property
     def socket(self) -> Path:
@@ -86,15 +119,16 @@ class Settings(BaseSettings):
     @property
     def url(self) -> str:
         """The Redis URL in force, secrets included: never log it, use `address`."""
-        return self.redis_url.get_secret_value() if self.redis_url else f"unix://{self.socket}"
+        return self.redis_url.get_secret_value() if self.redis_url else f"unix://{quote(str(self.socket))}"
 
     @property
     def address(self) -> str:
         """The server's address without user or password, for people and logs."""
         parts = urlsplit(self.url)
         if parts.scheme == "unix":
-            return f"unix://{parts.path}"
-        return f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}"
+            return f"unix://{unquote(parts.path)}"
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        return f"{parts.scheme}://{host}:{parts.port or 6379}"
 
     @property
     def celery_url(self) -> str:
@@ -115,3 +149,5 @@ def load_settings(**overrides: object) -> Settings:
         return Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
         raise BadSetting(field_errors(error, name=lambda field: f"PERLLM_{field.upper()}")) from None
+    except SettingsError as error:  # a field of several values that is not JSON
+        raise BadSetting(f"{str(error).partition(' from source')[0]}: it must be JSON (of PERLLM_* in capitals)") from None

@@ -1,0 +1,100 @@
+"""Settings: what is accepted, how the server's address is spelt, and what an error says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from broker.connection import connect
+from broker.errors import BadSetting
+from broker.settings import Settings, load_settings
+
+SECRET = "hunter2"
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        (f"http://:{SECRET}@host", "must begin with redis://, rediss:// or unix://"),
+        ("", "must begin with"),
+        (f"redis://:{SECRET}@host:99999", "Port out of range"),
+        (f"redis://:{SECRET}@host:port", "redis://host:6379/0"),
+        (f"redis://:{SECRET}@host/name", "redis://host:6379/0"),
+        ("redis://", "must name a host"),
+        ("redis://[::1", "Invalid IPv6"),
+        ("unix://", "unix:///run/redis.sock"),
+        ("unix://run/redis.sock", "by its whole path"),
+    ],
+)
+def test_a_bad_url_is_one_line_without_its_secret(monkeypatch: pytest.MonkeyPatch, url: str, says: str) -> None:
+    monkeypatch.setenv("PERLLM_REDIS_URL", url)
+    with pytest.raises(BadSetting, match="^PERLLM_REDIS_URL: .*") as caught:
+        load_settings()
+    assert says in str(caught.value)
+    assert SECRET not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["redis://host?colour=blue", "redis://host?db=x"])
+def test_an_option_there_is_not_is_a_bad_setting(url: str) -> None:
+    with pytest.raises(BadSetting, match="^PERLLM_REDIS_URL: "):
+        connect(Settings(redis_url=url))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("PERLLM_LEASE", "soon"),
+        ("PERLLM_LEASE", "nan"),
+        ("PERLLM_LEASE", "0.1"),
+        ("PERLLM_SLOTS", ""),
+        ("PERLLM_SLOTS", "-1"),
+        ("PERLLM_NODE_NAME", "a b"),
+        ("PERLLM_CELL", "a}b"),
+        ("PERLLM_ENGINE", "gpt"),
+        ("PERLLM_RETENTION", "0"),
+        ("PERLLM_BANDWIDTH", "inf"),
+        ("PERLLM_GRACE", "nan"),
+        ("PERLLM_HEARTBEAT", "inf"),
+    ],
+)
+def test_an_error_names_the_variable(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(BadSetting, match=f"^{variable}: "):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("url", "address", "celery"),
+    [
+        ("redis://:p%40ss@host", "redis://host:6379", "redis://:p%40ss@host"),
+        ("redis://user:pw@[::1]:7000/2", "redis://[::1]:7000", "redis://user:pw@[::1]:7000/2"),
+        ("rediss://user:pw@host/1", "rediss://host:6379", "rediss://user:pw@host/1?ssl_cert_reqs=required"),
+        (
+            "rediss://host?ssl_ca_certs=%2Fca.pem",
+            "rediss://host:6379",
+            "rediss://host?ssl_ca_certs=%2Fca.pem&ssl_cert_reqs=required",
+        ),
+        ("rediss://host?ssl_cert_reqs=none", "rediss://host:6379", "rediss://host?ssl_cert_reqs=none"),
+        ("unix:///run/r.sock", "unix:///run/r.sock", "redis+socket:///run/r.sock?virtual_host=0"),
+        ("unix://u:p@/run/r.sock?db=3", "unix:///run/r.sock", "redis+socket://u:p@/run/r.sock?virtual_host=3"),
+    ],
+)
+def test_one_server_in_every_spelling(url: str, address: str, celery: str) -> None:
+    settings = Settings(redis_url=url)
+    assert settings.address == address
+    assert settings.celery_url == celery
+
+
+def test_no_secret_in_a_repr() -> None:
+    assert SECRET not in repr(Settings(redis_url=f"redis://:{SECRET}@host"))
+
+
+def test_a_data_folder_may_be_relative_and_hold_any_character(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(data_dir=Path("da ta#1%20?"))
+    assert settings.data_dir == tmp_path / "da ta#1%20?"
+    assert connect(settings).get_connection_kwargs()["path"] == str(settings.socket)
+    assert settings.address == f"unix://{settings.socket}"
+    assert Settings(data_dir=Path("~/x")).data_dir == Path.home() / "x"
