@@ -149,5 +149,6 @@ def load_settings(**overrides: object) -> Settings:
         return Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
         raise BadSetting(field_errors(error, name=lambda field: f"PERLLM_{field.upper()}")) from None
-    except SettingsError as error:  # a field of several values that is not JSON
-        raise BadSetting(f"{str(error).partition(' from source')[0]}: it must be JSON (of PERLLM_* in capitals)") from None
+    except SettingsError as error:
+        field = re.search(r'field "(\w+)"', str(error))
+        raise BadSetting(f"PERLLM_{field[1].upper() if field else '*'}: not valid JSON: {error.__cause__}") from None

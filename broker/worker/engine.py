@@ -71,6 +71,15 @@ class EngineError(Exception):
         self.retry = retry
 
 
+class EngineDown(EngineError):
+    """The engine died and is coming back by itself. `inside` says whether the request was in it when it died: it may
+    have been the cause."""
+
+    def __init__(self, message: str, *, inside: bool) -> None:
+        super().__init__(message, retry=True)
+        self.inside = inside
+
+
 #: Called with each piece of text (whole UTF-8 characters) as it is generated.
 OnText = Callable[[str], None]
 
@@ -96,11 +105,12 @@ class Engine(Protocol):
         """Run one task to its end or until `stop`. Thread-safe, blocking.
 
         Raises EngineError: retry=False for a request that can never be served here (prompt beyond the context, bad
-        grammar), retry=True when the engine itself failed.
+        grammar), retry=True when the engine itself failed. EngineDown: no request can be served for now.
         """
 
     def counters(self) -> Counters:
-        """Totals since `start` and the present state."""
+        """Totals since `start` and the present state. Raises EngineDown while the engine is: the node leaves the
+        cluster until this answers again."""
 
     def progress(self) -> Mapping[str, int]:
         """Task id → tokens generated so far, of every task inside."""

@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 from broker.errors import BadSetting, TaskExpired, TaskFailed, Unreachable
 from broker.ledger import Claim, Ledger
-from broker.messages import Energy, Heartbeat, NodeInfo, Receipt, TaskSpec
+from broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec
 from broker.settings import Settings
-from broker.worker.engine import Engine, EngineError, Generation, Stop
+from broker.worker.engine import Engine, EngineDown, EngineError, Generation, Stop
 
 #: Seconds a worker keeps trying to deliver a result to a server that does not answer.
 DELIVERY_PATIENCE = 60.0
@@ -51,6 +51,8 @@ class NodeWorker:
         self._idle = threading.Condition()
         self._handing_back = threading.Event()
         self._closed = threading.Event()
+        self._away = False  # out of the cluster while the engine is down
+        self._leaving = threading.Lock()
         self._beating = threading.Thread(target=self._beat_until_closed, name="perllm-heartbeat", daemon=True)
 
     # --- service
@@ -112,6 +114,13 @@ class NodeWorker:
         try:
             spec = TaskSpec.model_validate_json(claim.payload).model_copy(update={"model": claim.model})
             done = self._engine.generate(task_id, spec, attempt.stop)
+        except EngineDown as error:
+            reason = str(error)
+            self._step_out(reason)  # before the task goes back, or it could come straight here again
+            if error.inside:
+                return self._failed(task_id, attempt, reason, retry=True)
+            self._patiently(lambda: self._ledger.hand_back(task_id, attempt.number, attempt.token, reason))
+            return f"handed back: {reason}"
         except EngineError as error:
             return self._failed(task_id, attempt, str(error), retry=error.retry)
         except ValidationError as error:
@@ -222,18 +231,41 @@ class NodeWorker:
             if signals.get_message(timeout=min(left, 0.2)) is not None:
                 return
 
+    def _step_out(self, reason: str) -> None:
+        """The engine is down: nothing more is to be sent here until it is back."""
+        with self._leaving:
+            if not self._away:
+                self._away = True
+                log.warning("node_away", node=self.info.name, reason=reason)
+                self._quietly(lambda: self._ledger.drain(self.info.name, self.info.boot, reason))
+
+    def _counters(self) -> Counters:
+        """The engine's counters; none while it is down. Notes that it went or came back."""
+        try:
+            counters = self._engine.counters()
+        except EngineDown as error:
+            self._step_out(str(error))
+            return Counters()
+        if self._away:
+            self._register()
+            self._away = False
+            log.info("node_back", node=self.info.name)
+        return counters
+
     def _beat(self) -> None:
+        counters = self._counters()
         running = [(task_id, a.number, a.token) for task_id, a in list(self._running.items())]
         heartbeat = Heartbeat(
             at=0.0,  # the server writes its own time
             node=self.info.name,
             boot=self.info.boot,
-            counters=self._engine.counters(),
+            counters=counters,
             progress=dict(self._engine.progress()),
         )
         must_stop = self._ledger.beat(heartbeat, running)
         if must_stop is None:
-            self._register()
+            if not self._away:
+                self._register()
             return
         for task_id in must_stop:
             attempt = self._running.get(task_id)
