@@ -143,19 +143,21 @@ class Batch:
         pace: Pace,
         *,
         slots: int,
-        remembered: int,
+        remember: int,
         gauges: Gauges,
         energy: Attribution,
         counters: Callable[[], Counters],
     ) -> None:
-        """`context` holds `slots` + `remembered` sequences; the latter keep ended requests' prompts."""
+        """`context` holds `slots` + `remember` sequences; the latter keep ended requests' prompts. With none of them
+        no prefixes are shared."""
         self.model, self.context = model, context
         self.pace, self._gauges, self._energy, self._counters = pace, gauges, energy, counters
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []  # oldest first
         self._unused = list(range(slots))
         self._cells = Cells(context.kv_tokens, slots)
-        self._prefixes = Prefixes(range(slots, slots + remembered), context, self._cells)
+        self._prefixes = Prefixes(range(slots, slots + remember), context, self._cells)
+        self._shares = remember > 0
         self._stepping: tuple[Request, ...] = ()
 
     @property
@@ -232,7 +234,7 @@ class Batch:
             request.prefilling = True
             self._energy.enter(request)
             self.active.append(request)
-            if self.model.shares_prefixes:
+            if self._shares:
                 self._find_prefix(request)
 
     def _find_prefix(self, request: Request) -> None:
@@ -398,7 +400,7 @@ class Batch:
     def _end(self, request: Request, *, remember: bool = True) -> None:
         """A request is over: free what it holds and tell its caller."""
         if request.sequence >= 0:
-            if remember and self.model.shares_prefixes and not request.prefilling:
+            if remember and self._shares and not request.prefilling:
                 self._prefixes.remember(request.sequence, request.tokens[: request.prompt_tokens])
             self._leave(request)
             self._prefixes.trim()

@@ -17,6 +17,7 @@ import llama_cpp.llama_cpp as lib
 import structlog
 
 from broker.errors import BadSetting
+from broker.settings import Settings
 from edge_worker.gguf import GGUF, read_gguf
 from edge_worker.llama import complaint, prepare
 
@@ -63,9 +64,12 @@ def base_name(gguf: GGUF) -> str:
     return re.sub(r"[^a-z0-9._+-]+", "-", stem).strip("-._") or "model"
 
 
-def variant_name(gguf: GGUF) -> str:
-    """E.g. `smollm2-135m-instruct:q8_0`."""
-    return f"{base_name(gguf)}:{gguf.quantisation}"
+def model_name(settings: Settings, gguf: GGUF) -> str:
+    """What producers call it: e.g. `smollm2-135m-instruct:q8_0`, or as set (and the quantisation if several)."""
+    if settings.model_name is None:
+        return f"{base_name(gguf)}:{gguf.quantisation}"
+    several = settings.variants is not None and "," in settings.variants
+    return f"{settings.model_name}:{gguf.quantisation}" if several else settings.model_name
 
 
 def quantised(source: Path, quantisation: str, folder: Path, *, threads: int = 1) -> Path:
