@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import exp
 
 from broker.messages import Counters, NodeInfo
+
+
+#: Seconds over which a node's pace is taken.
+PACE_WINDOW = 1.0
 
 
 @dataclass(slots=True)
@@ -46,10 +51,17 @@ class Node:
     flights: dict[str, Task] = field(default_factory=dict)  # dispatched or running here, oldest first
     version: int = 0
     changed: float = 0.0
+    pace: float = 0.0  # tasks/s it finished lately
+    finished: float = 0.0  # s, when it last finished one
 
     @property
     def name(self) -> str:
         return self.info.name
+
+    def finish(self, at: float) -> None:
+        """Note that it finished a task: its pace is the rate over an exponential window of PACE_WINDOW."""
+        self.pace = self.pace * exp(-max(0.0, at - self.finished) / PACE_WINDOW) + 1 / PACE_WINDOW
+        self.finished = at
 
     def touch(self, at: float) -> None:
         """Note a change."""

@@ -31,6 +31,10 @@ from scheduler.core.policy import Place, Policy, Reject, Wait
 #: Tasks of one model a round may leave waiting before it goes on to others: bounds a round's cost however long the
 #: backlog is.
 LOOKAHEAD = 32
+#: A node that finishes tasks quickly may hold this many seconds' worth beyond its slots, up to MOST_BEYOND, so that it
+#: never idles for as long as a decision takes to reach it.
+FEED = 0.05
+MOST_BEYOND = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,8 @@ class Decision:
 class Core:
     """Holds what is known of nodes and tasks and asks the policy where each pending task goes.
 
-    `queue_beyond_slots` bounds the tasks a node holds to its slots plus that many (None: unbounded). `edf` orders
+    `queue_beyond_slots` bounds the tasks a node holds to its slots plus that many, or FEED seconds' worth (None:
+    unbounded). `edf` orders
     pending tasks by deadline instead of arrival. Without `explain`, decisions carry no candidates, which saves time
     where nobody reads them.
     """
@@ -87,7 +92,10 @@ class Core:
                     task.claimed = event.at
                     if node := self.cluster.nodes.get(event.node):
                         node.touch(event.at)
-            case Completed() | Ended():
+            case Completed():
+                if task is not None:
+                    self._finished(task, event)
+            case Ended():
                 if task is not None:
                     self._take_out(task, event.at)
             case Returned():
@@ -114,6 +122,12 @@ class Core:
             node.touch(at)
             if not self._has_room(node):
                 self._forget_rooms(node)
+
+    def _finished(self, task: Task, event: Completed) -> None:
+        if node := self.cluster.nodes.get(event.node):
+            node.finish(event.at)
+            self._forget_rooms(node)
+        self._take_out(task, event.at)
 
     def _put_back(self, task: Task, event: Returned) -> None:
         self._take_out(task, event.at)
@@ -174,7 +188,9 @@ class Core:
 
     def _has_room(self, node: Node) -> bool:
         beyond = self._queue_beyond_slots
-        return beyond is None or len(node.flights) < node.info.slots + beyond
+        if beyond is None:
+            return True
+        return len(node.flights) < node.info.slots + max(beyond, min(MOST_BEYOND, int(node.pace * FEED)))
 
     def _forget_rooms(self, node: Node) -> None:
         for model in _models(node):
