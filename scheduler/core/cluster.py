@@ -7,7 +7,6 @@ from math import exp
 
 from broker.messages import Counters, NodeInfo
 
-
 #: Seconds over which a node's pace is taken.
 PACE_WINDOW = 1.0
 
