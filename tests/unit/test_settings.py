@@ -29,7 +29,7 @@ SECRET = "hunter2"
 )
 def test_a_bad_url_is_one_line_without_its_secret(monkeypatch: pytest.MonkeyPatch, url: str, says: str) -> None:
     monkeypatch.setenv("PERLLM_REDIS_URL", url)
-    with pytest.raises(BadSetting, match="^PERLLM_REDIS_URL: .*") as caught:
+    with pytest.raises(BadSetting, match=r"^PERLLM_REDIS_URL: .*") as caught:
         load_settings()
     assert says in str(caught.value)
     assert SECRET not in str(caught.value)
@@ -38,7 +38,7 @@ def test_a_bad_url_is_one_line_without_its_secret(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("url", ["redis://host?colour=blue", "redis://host?db=x"])
 def test_an_option_there_is_not_is_a_bad_setting(url: str) -> None:
-    with pytest.raises(BadSetting, match="^PERLLM_REDIS_URL: "):
+    with pytest.raises(BadSetting, match=r"^PERLLM_REDIS_URL: "):
         connect(Settings(redis_url=url))
 
 
@@ -61,7 +61,7 @@ def test_an_option_there_is_not_is_a_bad_setting(url: str) -> None:
 )
 def test_an_error_names_the_variable(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)
-    with pytest.raises(BadSetting, match=f"^{variable}: "):
+    with pytest.raises(BadSetting, match=rf"^{variable}: "):
         load_settings()
 
 
