@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from broker.errors import BadSetting
+from scheduler.baselines.admission import WithAdmission
+from scheduler.baselines.bandits import LinUcb, Thompson, Ucb1
 from scheduler.baselines.cs_ucb_paper import CsUcbPaper
+from scheduler.baselines.forecasting import CheapestFeasible, EarliestCompletion
 from scheduler.baselines.least_loaded import LeastLoaded
+from scheduler.baselines.one_tier import CloudOnly, EdgeOnly, FineInfer
+from scheduler.baselines.power_of_two import PowerOfTwo
+from scheduler.baselines.random_choice import Random
 from scheduler.baselines.round_robin import RoundRobin
 from scheduler.core.policy import Policy
 
-_MAKERS: dict[str, Callable[..., Policy]] = {
-    "cs-ucb-paper": CsUcbPaper,
-    "least-loaded": LeastLoaded,
+#: Baselines: each can also be had with MECHANISMS appended.
+_BASELINES: dict[str, Callable[..., Policy]] = {
+    "random": Random,
     "round-robin": RoundRobin,
+    "least-loaded": LeastLoaded,
+    "power-of-two": PowerOfTwo,
+    "edge-only": EdgeOnly,
+    "cloud-only": CloudOnly,
+    "fineinfer": FineInfer,
+    "ucb1": Ucb1,
+    "thompson": Thompson,
+    "linucb": LinUcb,
+    "cs-ucb-paper": CsUcbPaper,
+    "cheapest-feasible": CheapestFeasible,
+    "earliest-completion": EarliestCompletion,
 }
 
-
 #: Ends the name of a baseline that runs with the mechanisms CS-UCB has: EDF, short node queues, dropping late tasks,
-#: abort at the deadline, admission.
+#: abort at the deadline, admission. In the live service all but admission are always there.
 MECHANISMS = "+mech"
 #: Policies that always run with them.
 _ALWAYS = ("cs-ucb", "informed", "clairvoyant")
 
 
 def has_mechanisms(name: str) -> bool:
-    """Whether a simulation of this policy gives it the mechanisms. The live service always has them."""
+    """Whether a simulation of this policy gives it the mechanisms."""
     return name.endswith(MECHANISMS) or name in _ALWAYS
 
 
 def policy_names() -> tuple[str, ...]:
-    """All names `make_policy` knows."""
-    return tuple(_MAKERS)
+    """All names `make_policy` knows, those with MECHANISMS left out."""
+    return tuple(_BASELINES)
 
 
 def make_policy(name: str, seed: int = 0, **options: Any) -> Policy:
@@ -40,10 +57,13 @@ def make_policy(name: str, seed: int = 0, **options: Any) -> Policy:
 
     Raises BadSetting for an unknown name (listing those there are) or option.
     """
-    maker = _MAKERS.get(name)
+    plain = name.removesuffix(MECHANISMS)
+    maker = _BASELINES.get(plain)
     if maker is None:
-        raise BadSetting(f"policy: there is no {name!r}; choose one of {', '.join(_MAKERS)}")
+        raise BadSetting(f"policy: there is no {name!r}; choose one of {', '.join(policy_names())}")
     try:
-        return maker(seed, **options)
+        inspect.signature(maker).bind(seed, **options)
     except TypeError as error:
         raise BadSetting(f"policy {name!r}: {error}") from None
+    policy = maker(seed, **options)
+    return policy if plain == name else WithAdmission(policy)

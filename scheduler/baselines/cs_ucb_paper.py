@@ -14,7 +14,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from broker.messages import Candidate, Completed, Ended, Event, Returned
+from broker.messages import Candidate, Completed, Ended, Event, Returned, State
 from scheduler.baselines.base import Baseline
 from scheduler.baselines.forecast import MeanLength, forecast
 from scheduler.core.cluster import Cluster, Node, Task
@@ -125,8 +125,14 @@ class CsUcbPaper(Baseline):
                 self._learn(event, task, 1.0 if room is None else room, event.at - task.dispatched)
 
     def _learn(self, event: Completed, task: Task, room: float, delay: float) -> None:
-        """R = −Σ ω·E / E_norm + λ·f, with the delay that was measured in f's deadline slack."""
+        """R = −Σ ω·E / E_norm + λ·f, with the delay that was measured in f's deadline slack.
+
+        The paper lets late tasks run on. Of one that was cut at its deadline the delay is not known; it counts as twice
+        the deadline (slack −1), since taking the cut for the end would praise the node that was too slow.
+        """
         allowed = max(task.deadline - event.at + delay, _MIN_TIME)
+        if event.state is State.EXPIRED:
+            delay = 2 * allowed
         f = min((allowed - delay) / allowed, room)
         energy = event.receipt.energy
         joules = sum(w * e for w, e in zip(self.weights, (energy.transfer, energy.inference, energy.idle), strict=True))

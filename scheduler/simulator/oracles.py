@@ -32,7 +32,7 @@ V = 6.0
 #: Energy scale, J.
 E0 = 100.0
 #: Steps are played this much slower than they are: a margin for the noise nobody can foresee.
-MARGIN = 1.05
+MARGIN = 1.1
 #: Output lengths `informed` draws per task.
 SAMPLES = 16
 

@@ -1,0 +1,23 @@
+"""Power of two choices (Mitzenmacher 2001): the less loaded of two candidates drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from typing_extensions import override
+
+from scheduler.baselines.base import Baseline
+from scheduler.baselines.least_loaded import load
+from scheduler.core.cluster import Cluster, Node, Task
+from scheduler.core.policy import Choice, Place
+
+
+class PowerOfTwo(Baseline):
+    """Draws two candidates and takes the one with fewer tasks per slot."""
+
+    name = "power-of-two"
+
+    @override
+    def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
+        drawn = self.rng.choice(len(candidates), size=min(2, len(candidates)), replace=False)
+        return Place(min((candidates[int(i)] for i in drawn), key=load).name)

@@ -1,0 +1,21 @@
+"""Random: any candidate, all alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from typing_extensions import override
+
+from scheduler.baselines.base import Baseline
+from scheduler.core.cluster import Cluster, Node, Task
+from scheduler.core.policy import Choice, Place
+
+
+class Random(Baseline):
+    """A candidate drawn at random."""
+
+    name = "random"
+
+    @override
+    def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
+        return Place(candidates[int(self.rng.integers(len(candidates)))].name)
