@@ -18,8 +18,8 @@ from scheduler.core.policy import Choice, Policy, Reject, Wait
 
 
 class WithAdmission(Policy):
-    """Decides whether, never where: `policy` chooses as it always does, once some node is forecast to finish the task in
-    time. Until one is, the task waits; it is refused when no node could, even with nothing else to do."""
+    """Decides whether, never where: `policy` chooses as it always does, once some node is forecast to finish the task
+    in time. Until one is, the task waits; it is refused when no node could, even with nothing else to do."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy

@@ -16,7 +16,8 @@ from scheduler.policies import policy_names
 from scheduler.simulator import report
 from scheduler.simulator.result import CARRIED, Run
 from scheduler.simulator.scenario import Scenario, load_scenario, scenario_names
-from scheduler.simulator.sweep import check, points, sweep
+from scheduler.simulator.sweep import check, points, sweep, trace_load
+from scheduler.simulator.trace import arrivals_of, read_trace
 
 #: Where results go when `--out` is not given.
 DEFAULT_OUT = Path("perllm-simulation")
@@ -37,6 +38,13 @@ def simulate(
         str | None, typer.Option(help="Loads as shares of capacity, e.g. 0.5,0.9; default: the scenario's.")
     ] = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Tasks per run; default: the scenario's.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Replay this exported event stream instead of the scenario's arrivals; as fast as it was recorded, or "
+            "at --load."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help=f"Folder for the JSON file and the plot; default: {DEFAULT_OUT}.")
     ] = None,
@@ -56,6 +64,10 @@ def simulate(
     if not policies:
         raise BadSetting("--policy: name at least one policy")
     check(chosen, policies)
+    recorded = arrivals_of(read_trace(trace)) if trace is not None else None
+    if recorded is not None:
+        recorded = recorded[:tasks]
+        chosen = chosen.model_copy(update={"loads": (trace_load(chosen, recorded),)})
     todo = points(policies, _loads(load) or chosen.loads, range(first_seed, first_seed + seeds))
     with _progress(quiet=as_json) as progress:
         bar = progress.add_task("simulating", total=len(todo), now="")
@@ -63,7 +75,7 @@ def simulate(
         def done(run: Run) -> None:
             progress.update(bar, advance=1, now=f"{run.policy} at {run.load:.0%}, seed {run.seed}")
 
-        runs = sweep(chosen, todo, jobs=jobs, done=done)
+        runs = sweep(chosen, todo, jobs=jobs, trace=recorded, done=done)
     _show(chosen, Path(scenario).stem, runs, out, as_json=as_json)
     if len(runs) < len(todo):
         print(f"interrupted: {len(runs)} of {len(todo)} runs finished and kept", file=sys.stderr)

@@ -137,6 +137,7 @@ class Engine:
         """Totals and state now. Only whole steps count."""
         now, active = self._clock.now, len(self._decoding)
         steps, context_steps, busy, joules, last = 0, 0.0, 0.0, 0.0, self._runs[0].start if self._runs else now
+        longest = self._longest_until(now)
         context = self._context
         if not self._chunks:  # a step with prefill is planned alone, and over when it is accounted for
             for run in self._runs:
@@ -149,6 +150,8 @@ class Engine:
                 context_steps += done * context + active * (done * (done - 1) / 2)
                 context += done * active
                 steps, busy, last = steps + done, busy + time, run.start + time
+                if done and last > now - _WINDOW:
+                    longest = max(longest, run.first + run.growth * (done - 1))
                 joules += (self._table.watts[active] - self._table.idle_watts) * time
         return Counters.model_construct(
             steps=self._steps + steps,
@@ -161,7 +164,7 @@ class Engine:
             waiting=len(self._waiting),
             free_kv=self._kv_tokens - self._kv_used,
             since_progress=now - last if self._runs else 0.0,
-            longest_step=self._longest_now(now),
+            longest_step=longest,
             energy=self._joules + joules + self._table.idle_watts * (now - self._born),
         )
 
@@ -175,7 +178,7 @@ class Engine:
             found[s.id] = s.output - (s.last_step - done)
         return found
 
-    def _longest_now(self, now: float) -> float:
+    def _longest_until(self, now: float) -> float:
         window, here, before = self._longest
         passed = int(now / _WINDOW) - window
         return max(here, before) if passed == 0 else here if passed == 1 else 0.0

@@ -21,8 +21,6 @@ from broker.messages import Event
 from scheduler.baselines.base import Baseline
 from scheduler.core.cluster import Cluster, Node, Task
 from scheduler.core.policy import Choice, Place, Reject
-from scheduler.simulator.scenario import Replay
-from scheduler.simulator.workload import read_csv_trace, tokens
 
 if TYPE_CHECKING:
     from scheduler.simulator.run import Simulation
@@ -115,15 +113,7 @@ class Informed(_Oracle):
 
     def __init__(self, simulation: Simulation) -> None:
         super().__init__(simulation)
-        scenario = simulation.scenario
-        rng = np.random.default_rng(0)
-        self._sorted: dict[str, Floats] = {}
-        for service in scenario.service:
-            if isinstance(scenario.arrivals, Replay):
-                drawn = np.minimum(np.array(read_csv_trace(scenario.arrivals.file).outputs, float), service.max_tokens)
-            else:
-                drawn = tokens(service.output, 8192, rng, service.max_tokens)
-            self._sorted[service.name] = np.sort(drawn)
+        self._sorted = {name: np.sort(lengths) for name, lengths in simulation.true_lengths().items()}
         self._uniform: dict[str, Floats] = {}
 
     @override

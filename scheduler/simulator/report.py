@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from broker.errors import BadSetting
@@ -32,19 +33,17 @@ def capacities(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def table(title: str, runs: Sequence[Run]) -> Table:
-    """Means over seeds, a row per policy and load."""
-    view = Table(title=title, title_justify="left")
-    view.add_column("policy")
-    for name in ("load", "on time", "value", "goodput/s", "tok/s", "J/task", "+idle", "p50 s", "p95 s", "rejected"):
-        view.add_column(name, justify="right")
+    """Means over seeds, a row per policy and load. Energy is per on-time task."""
+    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    view.add_column("policy", no_wrap=True)
+    for name in ("load", "on time", "tok/s", "J", "+idle J", "p50 s", "p95 s", "rejected"):
+        view.add_column(name, justify="right", no_wrap=True)
     for policy, loads in grouped(runs).items():
         for load, some in loads.items():
             view.add_row(
                 policy,
                 f"{load:.0%}",
                 f"{mean(some, 'on_time'):.1%}",
-                f"{mean(some, 'on_time_value'):.1%}",
-                f"{mean(some, 'goodput'):.2f}",
                 f"{mean(some, 'tokens_s'):.0f}",
                 f"{mean(some, 'joules'):.1f}",
                 f"{mean(some, 'joules_idle'):.1f}",

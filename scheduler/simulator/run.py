@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from broker.messages import (
     Candidate,
@@ -27,9 +28,9 @@ from scheduler.simulator.clock import Clock
 from scheduler.simulator.node import Job, SimNode
 from scheduler.simulator.oracles import ORACLES
 from scheduler.simulator.result import Outcome, Run
-from scheduler.simulator.scenario import Loss, NodeSpec, Scenario, names_of
+from scheduler.simulator.scenario import Loss, NodeSpec, Replay, Scenario, names_of
 from scheduler.simulator.tables import StepTable, load_table
-from scheduler.simulator.workload import Arrival, make_arrivals, mean_task
+from scheduler.simulator.workload import Arrival, make_arrivals, mean_task, tokens
 
 #: Tasks left waiting are looked at again after this long, s, as in the live service.
 TICK = 0.1
@@ -89,6 +90,7 @@ class Simulation:
         self.clock = Clock(scenario.start)
         self.rate = load * sum(capacity(scenario).values())
         self.arrivals = arrivals if arrivals is not None else make_arrivals(scenario, self.rate, seed)
+        self._recorded = arrivals is not None
         self.outcomes: dict[str, Outcome] = {}
         self.name = policy if isinstance(policy, str) else policy.name
         if mechanisms is None:
@@ -145,6 +147,18 @@ class Simulation:
     def arrival(self, task_id: str) -> Arrival:
         """The truth about a task."""
         return self._by_id[task_id]
+
+    def true_lengths(self) -> dict[str, NDArray[np.float64]]:
+        """Per service class, output lengths (tokens) of the distribution its tasks are drawn from; the tasks' own
+        where they are recorded ones."""
+        scenario = self.scenario
+        if self._recorded or isinstance(scenario.arrivals, Replay):
+            found: dict[str, list[float]] = {}
+            for arrival in self.arrivals:
+                found.setdefault(arrival.event.service, []).append(arrival.output)
+            return {name: np.array(lengths) for name, lengths in found.items()}
+        rng = np.random.default_rng(0)
+        return {s.name: tokens(s.output, 8192, rng, s.max_tokens) for s in scenario.service}
 
     # --- what happens
 

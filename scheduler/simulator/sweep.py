@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
+from broker.errors import BadSetting
 from scheduler.policies import make_policy
 from scheduler.simulator.oracles import ORACLES
 from scheduler.simulator.result import Run
 from scheduler.simulator.run import Simulation, capacity
 from scheduler.simulator.scenario import Scenario
-from scheduler.simulator.workload import make_arrivals
+from scheduler.simulator.trace import stretched
+from scheduler.simulator.workload import Arrival, make_arrivals
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +38,39 @@ def check(scenario: Scenario, policies: Sequence[str]) -> None:
     make_arrivals(scenario.model_copy(update={"tasks": 1}), 1.0, 0)
     for name in policies:
         if name not in ORACLES:
-            make_policy(name)
+            try:
+                make_policy(name)
+            except BadSetting as error:
+                raise BadSetting(f"{error}; in simulations also {', '.join(ORACLES)}") from None
 
 
-def simulate_one(scenario: Scenario, point: Point) -> Run:
-    """Run one point."""
-    return Simulation(scenario, point.policy, load=point.load, seed=point.seed).run()
+def simulate_one(scenario: Scenario, point: Point, trace: Sequence[Arrival] | None = None) -> Run:
+    """Run one point, of the scenario's own arrivals or of a trace's."""
+    arrivals = None
+    if trace is not None:
+        arrivals = stretched(trace, trace_load(scenario, trace) / point.load, scenario.start)
+    return Simulation(scenario, point.policy, load=point.load, seed=point.seed, arrivals=arrivals).run()
+
+
+def trace_load(scenario: Scenario, trace: Sequence[Arrival]) -> float:
+    """The load a trace is to the scenario's cluster as it was recorded."""
+    span = max(trace[-1].event.at - trace[0].event.at, 1e-9)
+    return len(trace) / span / sum(capacity(scenario).values())
 
 
 def sweep(
-    scenario: Scenario, todo: Sequence[Point], *, jobs: int = 1, done: Callable[[Run], None] | None = None
+    scenario: Scenario,
+    todo: Sequence[Point],
+    *,
+    jobs: int = 1,
+    trace: Sequence[Arrival] | None = None,
+    done: Callable[[Run], None] | None = None,
 ) -> list[Run]:
     """Run all points on `jobs` processes and return their runs in the order of `todo`; `done` hears of each as it
     ends. After Ctrl-C, returns those that had ended."""
     finished: dict[Point, Run] = {}
-    runs = _here(scenario, todo) if jobs == 1 else _spread(scenario, todo, jobs)
+    one = partial(simulate_one, scenario, trace=trace)
+    runs = ((point, one(point)) for point in todo) if jobs == 1 else _spread(one, todo, jobs)
     try:
         for point, run in runs:
             finished[point] = run
@@ -60,14 +81,9 @@ def sweep(
     return [finished[point] for point in todo if point in finished]
 
 
-def _here(scenario: Scenario, todo: Sequence[Point]) -> Iterator[tuple[Point, Run]]:
-    for point in todo:
-        yield point, simulate_one(scenario, point)
-
-
-def _spread(scenario: Scenario, todo: Sequence[Point], jobs: int) -> Iterator[tuple[Point, Run]]:
+def _spread(one: Callable[[Point], Run], todo: Sequence[Point], jobs: int) -> Iterator[tuple[Point, Run]]:
     with ProcessPoolExecutor(jobs) as pool:
-        futures = {pool.submit(simulate_one, scenario, point): point for point in todo}
+        futures = {pool.submit(one, point): point for point in todo}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
