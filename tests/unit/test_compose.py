@@ -153,7 +153,7 @@ def test_base_images_are_pinned_and_final_ones_do_not_run_as_root() -> None:
     targets = {service["build"]["target"] for service in services().values() if "build" in service}
     assert targets == {"base", "edge", "cloud"}
     for target in targets:
-        assert re.search(r"^USER perllm$", stages[target], re.MULTILINE), target
+        assert re.search(r"^USER 10001:10001$", stages[target], re.MULTILINE), target
 
 
 def test_what_it_copies_exists_and_is_not_kept_out() -> None:
