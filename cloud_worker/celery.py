@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+
 from broker.errors import BadSetting
 from broker.settings import Settings
 from broker.worker.app import worker_app

@@ -1,0 +1,499 @@
+"""An OpenAI-compatible server as this node's engine.
+
+Every request is a stream of its own, so that progress shows and a cancel closes it. How the server batches is its own
+affair: each token of each request counts as a step of one sequence. Energy is not measured but priced, and says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import re
+import time
+from collections.abc import Mapping
+from concurrent.futures import CancelledError
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import structlog
+
+from broker.errors import BadSetting
+from broker.messages import (
+    BYTES_PER_TOKEN,
+    Calibration,
+    Counters,
+    Energy,
+    ModelOffer,
+    Output,
+    Power,
+    TaskSpec,
+)
+from broker.settings import Settings
+from broker.worker.engine import EngineDown, EngineError, Generation, OnText, Stop
+from broker.worker.gauges import Gauges
+from cloud_worker.loop import LoopThread
+from cloud_worker.openai_api import (
+    Chunk,
+    Garbled,
+    OpenAIClient,
+    Refused,
+    ServerError,
+    Unavailable,
+    Unreachable,
+    Usage,
+)
+
+log = structlog.get_logger(__name__)
+
+METHOD = "remote-price"
+#: Requests at once unless set.
+DEFAULT_SLOTS = 16
+#: Tokens of context assumed where neither the server nor PERLLM_CONTEXT tells.
+DEFAULT_CONTEXT = 8192
+#: How often a request is tried while the server is overloaded or away, and the longest pause between, s.
+MAX_TRIES, MAX_PAUSE = 5, 60.0
+#: How often `Stop` is looked at while the server is silent, s.
+LOOK = 0.05
+#: Words of the two prompts that the server is tried with at the start, and the words (about a token each).
+PROBES = (10, 300)
+WORDS = ("sun", "tree", "river", "stone", "cloud", "bird", "house", "road", "night", "light", "water", "wind")
+
+FinishReason = Literal["stop", "length", "deadline", "cancelled"]
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """One call of `generate`. Times are `time.monotonic()`."""
+
+    task_id: str
+    spec: TaskSpec
+    stop: Stop
+    on_text: OnText | None = None
+    accepted: float = field(default_factory=time.monotonic)
+    sent: float | None = None
+    first: float | None = None
+    last: float | None = None
+    text: list[str] = field(default_factory=list)
+    tokens: int = 0
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    finish: str | None = None  # as the server says it
+    usage: Usage | None = None
+
+
+class RemoteEngine:
+    """See the module's head. `patience` is the first pause after a failure, s; it doubles from try to try."""
+
+    def __init__(self, settings: Settings, *, patience: float = 0.5) -> None:
+        self._settings, self._patience = settings, patience
+        self._url = _checked_url(settings.openai_base_url)
+        if settings.openai_joules_per_token is None:
+            raise BadSetting(
+                "set PERLLM_OPENAI_JOULES_PER_TOKEN: a remote server's energy cannot be measured, and what counts as "
+                "free would get all the work (an H200 was measured at 0.07 to 9 J per token, by batch and model)"
+            )
+        self._price = settings.openai_joules_per_token
+        self.slots = settings.slots or DEFAULT_SLOTS
+        self.description = f"OpenAI-compatible server at {self._url}, not started"
+        # What servers differ in, learned from what they refuse:
+        self._limit = "max_tokens"  # newer OpenAI models call it max_completion_tokens
+        self._own_schema = False  # llama-cpp-python's server has a form of its own for JSON schemas
+        self._gauges = Gauges()
+        self._joules = 0.0
+        self._requests: dict[_Request, None] = {}
+        self._open_at = 0.0  # the server asked not to be asked before
+        self._down: str | None = None
+        self._reviving: asyncio.Task[None] | None = None
+        self._loop: LoopThread | None = None
+        self._client = OpenAIClient(self._url, _key(settings), silence=settings.openai_timeout, connections=self.slots)
+
+    # --- life
+
+    def start(self) -> None:
+        """Find the model on the server and try it (a few seconds). Raises BadSetting with what to change."""
+        self._loop = LoopThread("perllm-remote")
+        try:
+            self._loop.run(self._start())
+        except ServerError as error:
+            raise BadSetting(self._way_out(error)) from None
+        except EngineError as error:
+            raise BadSetting(str(error)) from None
+        self.description = f"OpenAI-compatible server at {self._url}, {self._model}"
+
+    async def _start(self) -> None:
+        self._model, self._context = await self._find_model()
+        self._name = self._settings.model_name or _producer_name(self._model)
+        self._calibration = await self._calibrate()
+        self._gauges = Gauges()  # the trials are not the tasks'
+        self._joules = 0.0
+
+    async def _find_model(self) -> tuple[str, int]:
+        """(the model's name there, its context in tokens)."""
+        wanted, context = self._settings.model, self._settings.context
+        try:
+            offered = {model.id: model for model in await self._client.models()}
+        except Refused as error:
+            if error.status in (401, 403) or wanted is None:
+                raise
+            return wanted, context or DEFAULT_CONTEXT  # a server without a list
+        names = ", ".join(sorted(offered)[:20]) or "none"
+        if wanted is None:
+            if len(offered) != 1:
+                raise BadSetting(f"set PERLLM_MODEL to one of the models {self._url} offers: {names}")
+            wanted = next(iter(offered))
+        if wanted not in offered:
+            raise BadSetting(f"PERLLM_MODEL: {self._url} does not offer {wanted!r}, but: {names}")
+        return wanted, context or offered[wanted].max_model_len or DEFAULT_CONTEXT
+
+    async def _calibrate(self) -> Calibration:
+        """Time a short prompt and a long one. Network and queue are in the times, as they will be in the tasks'."""
+        await self._try(PROBES[0])  # the first one wakes the server up
+        short, long = [await self._try(words) for words in PROBES]
+        more_tokens = max(1, _prompt_tokens(long) - _prompt_tokens(short))
+        return Calibration(
+            step=_gap(short),
+            sequence=0.0,
+            prefill=max(0.0, _latency(long) - _latency(short)) / more_tokens,
+        )
+
+    async def _try(self, words: int) -> _Request:
+        prompt = " ".join(random.choices(WORDS, k=words))  # another each time, which no cache knows
+        spec = TaskSpec(prompt=prompt, max_tokens=16 if words == min(PROBES) else 1)
+        request = _Request("calibration", spec, Stop(self._settings.openai_timeout))
+        await self._talk(request)
+        return request
+
+    def _way_out(self, error: ServerError) -> str:
+        match error:
+            case Refused(status=401 | 403):
+                return f"{self._url} refuses the key ({error}): set PERLLM_OPENAI_API_KEY or PERLLM_OPENAI_API_KEY_FILE"
+            case Refused() | Garbled():
+                return f"PERLLM_OPENAI_BASE_URL: {self._url} does not answer as an OpenAI-compatible server: {error}"
+            case _:
+                return f"PERLLM_OPENAI_BASE_URL: {self._url}: {error}"
+
+    def close(self) -> None:
+        """Stop every generation. Idempotent."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.close(self._client.close())
+
+    # --- what the worker asks
+
+    def offers(self) -> tuple[ModelOffer, ...]:
+        """The model served, with the calibration of the start."""
+        return (
+            ModelOffer(
+                name=self._name,
+                context=self._context,
+                kv_tokens=self._context * self.slots,
+                calibration=self._calibration,
+            ),
+        )
+
+    def power(self) -> Power:
+        """The price, as the watts one request's tokens come to."""
+        pace = self._calibration.step
+        return Power(
+            idle=0.0,
+            active=self._price / pace if pace else 0.0,
+            joules_per_byte=self._settings.joules_per_byte,
+            method=METHOD,
+            estimated=True,
+        )
+
+    def counters(self) -> Counters:
+        """Totals since `start` and the present state. Raises EngineDown while the server cannot be used."""
+        if self._down is not None:
+            raise EngineDown(self._down, inside=False)
+        now, gauges, active = time.monotonic(), self._gauges, len(self._requests)
+        return Counters(
+            steps=gauges.steps,
+            busy=gauges.busy,
+            generated=gauges.generated,
+            prefilled=gauges.prefilled,
+            sequence_steps=gauges.sequence_steps,
+            active=active,
+            free_kv=self._context * max(0, self.slots - active),
+            since_progress=max(0.0, now - gauges.progress) if active else 0.0,
+            longest_step=gauges.longest_step(now),
+            energy=self._joules,
+        )
+
+    def progress(self) -> Mapping[str, int]:
+        """Task id → tokens generated so far."""
+        return {request.task_id: request.tokens for request in list(self._requests)}
+
+    # --- one request
+
+    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
+        """Run one task to its end or until `stop`. Raises EngineError."""
+        if spec.model not in (None, self._name):
+            raise EngineError(f"model: {spec.model!r} is not served here, only {self._name!r}", retry=False)
+        loop = self._loop
+        if loop is None:
+            raise EngineError("the engine is closed", retry=True)
+        try:
+            return loop.run(self._generate(_Request(task_id, spec, stop, on_text)))
+        except CancelledError:
+            raise EngineError("the engine is closing", retry=True) from None
+
+    async def _generate(self, request: _Request) -> Generation:
+        before = self.counters()  # raises EngineDown
+        if not self._requests:
+            self._gauges.progress = time.monotonic()
+        self._requests[request] = None
+        talk = asyncio.ensure_future(self._talk(request))
+        try:
+            while not talk.done():
+                remaining = request.stop.remaining
+                await asyncio.wait({talk}, timeout=LOOK if remaining is None else min(LOOK, remaining + 0.001))
+                if request.stop.reason is not None:
+                    talk.cancel()
+            if not talk.cancelled():
+                talk.result()
+        finally:
+            talk.cancel()
+            del self._requests[request]
+        return self._generation(request, before, self._finish(request))
+
+    @staticmethod
+    def _finish(request: _Request) -> FinishReason:
+        match request.finish:
+            case None:
+                assert request.stop.reason is not None
+                return request.stop.reason
+            case "length":
+                return "length"
+            case "content_filter":
+                raise EngineError("the server's content filter stopped it", retry=False)
+            case _:
+                return "stop"
+
+    def _generation(self, request: _Request, before: Counters, finish: FinishReason) -> Generation:
+        usage = request.usage or Usage()
+        prompt, tokens = _prompt_tokens(request), usage.completion_tokens or request.tokens
+        cached = (usage.prompt_tokens_details.cached_tokens or 0) if usage.prompt_tokens_details else 0
+        joules = prompt * self._settings.openai_joules_per_prompt_token + tokens * self._price
+        if request.sent is None:  # it was never sent: nothing to pay
+            prompt, joules = 0, 0.0
+        self._joules += joules
+        self._gauges.prefilled += max(0, prompt - cached)
+        self._gauges.generated += tokens - request.tokens
+        now = time.monotonic()
+        sent, first = request.sent or now, request.first or now
+        return Generation(
+            output=Output(
+                text="".join(request.text),
+                finish_reason=finish,
+                logprobs=request.logprobs if request.spec.logprobs is not None else None,
+            ),
+            model=self._name,
+            prompt_tokens=prompt,
+            completion_tokens=tokens,
+            wait=sent - request.accepted,
+            prefill=max(0.0, first - sent),
+            decode=request.last - first if request.first and request.last else 0.0,
+            energy=Energy(inference=joules, method=METHOD, estimated=True),
+            before=before,
+            after=self._last_counters(),
+            cached_tokens=cached,
+        )
+
+    def _last_counters(self) -> Counters:
+        try:
+            return self.counters()
+        except EngineDown:
+            return Counters()
+
+    async def _talk(self, request: _Request) -> None:
+        """Ask, and ask again after a pause while the server fails. Raises EngineError."""
+        tries = 0
+        while request.finish is None:
+            await self._wait_until_open()
+            try:
+                await self._listen(request)
+            except ServerError as error:
+                if self._adapt(str(error), request.spec):
+                    continue
+                tries += 1
+                pause = self._pause(request, error, tries)
+                log.info("remote_unavailable", reason=str(error), pause=round(pause, 2), tries=tries)
+                await asyncio.sleep(pause)
+
+    def _adapt(self, complaint: str, spec: TaskSpec) -> bool:
+        """Whether the server complains of a form that is to be put otherwise from now on."""
+        if "max_completion_tokens" in complaint and self._limit == "max_tokens":
+            self._limit = "max_completion_tokens"
+            return True
+        if "response_format" in complaint and spec.json_schema is not None and not self._own_schema:
+            self._own_schema = True
+            return True
+        return False
+
+    def _pause(self, request: _Request, error: ServerError, tries: int) -> float:
+        """Seconds to wait before it is asked again. Raises EngineError where that is of no use."""
+        match error:
+            case Unreachable():
+                raise self._go_down(f"{self._url}: {error}") from None
+            case Refused(status=401 | 403):
+                raise self._go_down(self._way_out(error)) from None
+            case Refused():
+                raise EngineError(f"the server refuses it: {error}", retry=False) from None
+            case Unavailable() if tries < MAX_TRIES and not request.tokens:
+                pause = _backoff(self._patience, tries) if error.wait is None else error.wait
+                remaining = request.stop.remaining
+                if remaining is None or pause < remaining:
+                    if error.wait is not None:
+                        self._open_at = max(self._open_at, time.monotonic() + pause)  # it asks this of everybody
+                    return pause
+        after = f" after {request.tokens} tokens" if request.tokens else ""
+        raise EngineError(f"{self._url}{after}: {error}", retry=True) from None
+
+    async def _wait_until_open(self) -> None:
+        """Nobody asks the server while it wants a pause; afterwards they do not all ask at once."""
+        while (pause := self._open_at - time.monotonic()) > 0:
+            await asyncio.sleep(pause * random.uniform(1.0, 1.1))
+
+    async def _listen(self, request: _Request) -> None:
+        """One stream, to its end. Raises ServerError."""
+        request.sent = request.last = time.monotonic()
+        try:
+            async with aclosing(self._client.chat(self._body(request.spec))) as chunks:
+                async for chunk in chunks:
+                    self._take(request, chunk)
+        except ServerError:
+            if request.finish is None:
+                raise
+        if request.finish is None:
+            raise Garbled("the stream broke off before it was finished")
+
+    def _take(self, request: _Request, chunk: Chunk) -> None:
+        request.usage = chunk.usage or request.usage
+        for choice in chunk.choices[:1]:
+            entries = (choice.logprobs.content or []) if choice.logprobs else []
+            request.logprobs += entries
+            if text := choice.delta.content:
+                now = time.monotonic()
+                assert request.last is not None
+                self._gauges.step(request.last, now, sequences=1, prefilled=0, context=0)
+                tokens = max(1, len(entries))
+                self._gauges.generated += tokens
+                request.tokens += tokens
+                request.first = request.first or now
+                request.last = now
+                request.text.append(text)
+                if request.on_text is not None:
+                    request.on_text(text)
+            request.finish = choice.finish_reason or request.finish
+
+    def _body(self, spec: TaskSpec) -> dict[str, Any]:
+        """The request. What not every server knows is sent only where it is asked for."""
+        messages = [m.model_dump() for m in spec.messages or ()] or [{"role": "user", "content": spec.prompt}]
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": messages,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            self._limit: spec.max_tokens,
+            "temperature": spec.temperature,
+        }
+        neutral = TaskSpec(prompt="-")
+        for ours in ("top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "top_k", "min_p", "grammar"):
+            if (value := getattr(spec, ours)) != getattr(neutral, ours):
+                body[ours] = value
+        if spec.repeat_penalty != neutral.repeat_penalty:
+            body["repeat_penalty"] = body["repetition_penalty"] = spec.repeat_penalty  # llama.cpp's name, vLLM's
+        if spec.logprobs is not None:
+            body["logprobs"], body["top_logprobs"] = True, spec.logprobs
+        if spec.json_schema is not None:
+            schema = {"name": "answer", "schema": spec.json_schema, "strict": True}
+            standard = {"type": "json_schema", "json_schema": schema}
+            body["response_format"] = (
+                {"type": "json_object", "schema": spec.json_schema} if self._own_schema else standard
+            )
+        return body
+
+    # --- when the server is away
+
+    def _go_down(self, reason: str) -> EngineDown:
+        """The server cannot be used at all: leave the cluster, and look for it until it is back."""
+        if self._down is None:
+            self._down = reason
+            log.error("remote_down", reason=reason)
+            self._reviving = asyncio.ensure_future(self._revive())
+        return EngineDown(reason, inside=False)
+
+    async def _revive(self) -> None:
+        for tries in itertools.count(1):
+            await asyncio.sleep(_backoff(self._patience, tries))
+            try:
+                await self._client.models()
+            except Refused as error:
+                if error.status in (401, 403):
+                    continue
+            except ServerError:
+                continue
+            self._down = None
+            log.info("remote_back")
+            return
+
+
+def _latency(request: _Request) -> float:
+    """Seconds to the first token (to the end, where there was none)."""
+    return (request.first or request.last or 0.0) - (request.sent or 0.0)
+
+
+def _gap(request: _Request) -> float:
+    """Mean seconds from token to token."""
+    if request.tokens > 1 and request.first and request.last:
+        return (request.last - request.first) / (request.tokens - 1)
+    return _latency(request)
+
+
+def _prompt_tokens(request: _Request) -> int:
+    """As the server counted them, or about."""
+    if request.usage is not None and request.usage.prompt_tokens:
+        return request.usage.prompt_tokens
+    return request.spec.text_bytes() // BYTES_PER_TOKEN + 1
+
+
+def _backoff(first: float, tries: int) -> float:
+    """Doubling from `first`, jittered by half (s)."""
+    return min(MAX_PAUSE, first * 2.0 ** (tries - 1)) * random.uniform(0.5, 1.5)
+
+
+def _checked_url(url: str | None) -> str:
+    if url is None:
+        raise BadSetting("PERLLM_ENGINE=openai needs PERLLM_OPENAI_BASE_URL, e.g. http://localhost:8000/v1")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        raise BadSetting("PERLLM_OPENAI_BASE_URL: must be http://host[:port]/… or https://…, without a password in it")
+    return url.rstrip("/")
+
+
+def _key(settings: Settings) -> str | None:
+    path = settings.openai_api_key_file
+    if settings.openai_api_key is not None:
+        key = settings.openai_api_key.get_secret_value()
+    elif path is not None:
+        try:
+            key = path.expanduser().read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadSetting(f"PERLLM_OPENAI_API_KEY_FILE: cannot read {path}: {error}") from None
+    else:
+        return None
+    if not key or not key.isascii() or not key.isprintable():
+        where = "PERLLM_OPENAI_API_KEY" if settings.openai_api_key is not None else str(path)
+        raise BadSetting(f"{where}: holds no key (one line of printable characters)")
+    return key
+
+
+def _producer_name(model: str) -> str:
+    """The server's name for a model as producers may write it (a path becomes its last part)."""
+    return (
+        re.sub(r"[^A-Za-z0-9._:/@+-]+", "-", model.rstrip("/").removesuffix(".gguf").rpartition("/")[2]).strip("-")
+        or "model"
+    )
