@@ -41,12 +41,8 @@ TaskId = Annotated[str, typer.Argument(help="A task's id.", show_default=False)]
 def main() -> None:
     """The console script: the user's mistakes are one line and status 1, never a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` cleans up as Ctrl-C does
-    for entry in entry_points(group="perllm.commands"):
-        plugin = entry.load()
-        if isinstance(plugin, typer.Typer):
-            app.add_typer(plugin, name=entry.name)
-        else:
-            app.command(entry.name)(plugin)
+    if len(sys.argv) < 2 or sys.argv[1] not in _own_commands():
+        _add_plugins()  # only then: importing the simulator takes longer than most commands
     try:
         app()
     except PerLLMError as error:
@@ -54,6 +50,20 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _own_commands() -> set[str]:
+    names = {c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands}
+    return names | {g.name for g in app.registered_groups if g.name}
+
+
+def _add_plugins() -> None:
+    for entry in entry_points(group="perllm.commands"):
+        plugin = entry.load()
+        if isinstance(plugin, typer.Typer):
+            app.add_typer(plugin, name=entry.name)
+        else:
+            app.command(entry.name)(plugin)
 
 
 # --- the system
