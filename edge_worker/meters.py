@@ -170,7 +170,8 @@ def zones(powercap: Path = POWERCAP) -> list[Path]:
     """
     packages: dict[str, Path] = {}
     whole: list[Path] = []
-    for folder in sorted(powercap.glob("intel-rapl*:*")) if powercap.is_dir() else ():
+    found = powercap.glob("intel-rapl*:*") if powercap.is_dir() else ()
+    for folder in sorted(found, key=lambda folder: (folder.name.startswith("intel-rapl-mmio"), folder.name)):
         name = _name(folder)
         if name.startswith("package") and folder.name.count(":") == 1:
             packages.setdefault(name, folder)

@@ -199,7 +199,7 @@ class Variants:
         if possible < context:
             raise BadSetting(
                 f"{gguf.path} needs {_gigabytes(gguf.size + SCRATCH)}, and {_gigabytes(context * per_token)} for a "
-                f"context of {context} tokens; {_gigabytes(self._memory)} of {_gigabytes(free)} free memory may be used: "
+                f"context of {context} tokens; {_gigabytes(self._memory)} of {_gigabytes(free)} free may be used: "
                 "choose a smaller model or quantisation, or lower PERLLM_CONTEXT"
             )
         return Variant(model_name(settings, gguf), gguf, context, min(wanted, possible))

@@ -7,9 +7,10 @@ their speed model, so that a prefill token and a decode token weigh what they co
 empty node's idle power, foreign work) is kept as `unattributed`. Always: Σ shares + unattributed = the meter.
 
 A request's receipt is final the moment it leaves, yet a coarse meter may not have moved since the window began. It
-then pays an advance: the power seen in the last busy window, for the time since, by its part of the work so far. When
-the window closes, advances are taken off what is left to the others; an advance that proves too high is carried as a
-debt against the next windows' energy. So no receipt waits or changes, and the sum still holds exactly.
+then pays an advance: what its work in the open window cost at the price of recent windows, J per unit of work. When the
+window closes, advances are taken off what is left to the others. And where a counter moves in ticks, a window holds one
+tick too many or too few: what differs from the expected by no more than a tick is carried over to the next windows
+instead of falling on whoever is there. So no receipt waits or changes, and the sum still holds exactly.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from broker.messages import Energy
 
 #: Shortest window, s, over which a reading is split (DESIGN section 6).
 WINDOW = 0.1
+#: How much of the older windows' weight in the price of work is kept at each new one: about the last ten count.
+_MEMORY = 0.9
 
 
 class Meter(Protocol):
@@ -66,10 +69,11 @@ class Attribution:
         self._clock = clock
         self._lock = threading.Lock()
         self._accounts: dict[Hashable, _Account] = {}
-        self._power = meter.active  # W beyond idle, in the last window with work
+        self._worked = 0.0  # units of work in recent windows …
+        self._paid = 0.0  # … and the J beyond idle they cost
         self._start = meter.read()
-        self._unattributed = 0.0  # J; negative while advances exceed what the meter has shown
-        self._debt = 0.0  # J ≤ 0
+        self._unattributed = 0.0  # J
+        self._carried = 0.0  # J metered and not charged yet; negative when charged and not metered yet
         self._open(self._start, clock())
 
     def _open(self, reading: float, now: float) -> None:
@@ -126,9 +130,9 @@ class Attribution:
 
     @property
     def unattributed(self) -> float:
-        """Joules of the closed windows that no request was charged for."""
+        """Joules of the closed windows that no request was charged for; negative while advances exceed them."""
         with self._lock:
-            return self._unattributed + self._debt - self._advanced
+            return self._unattributed + self._carried - self._advanced
 
     def _pass_time(self, now: float) -> None:
         passed, self._seen = now - self._seen, now
@@ -138,8 +142,11 @@ class Attribution:
             account.seconds += passed / len(self._accounts)
 
     def _advance(self, account: _Account, now: float) -> None:
-        work = sum(a.work for a in self._accounts.values()) + self._advanced_work
-        inference = self._power * (now - self._opened) * account.work / work if work else 0.0
+        if self._worked:
+            inference = self._paid / self._worked * account.work
+        else:  # nothing is known yet but the meter's word
+            work = sum(a.work for a in self._accounts.values()) + self._advanced_work
+            inference = self.meter.active * (now - self._opened) * account.work / work if work else 0.0
         idle = self.meter.idle * account.seconds
         account.inference += inference
         account.idle += idle
@@ -149,12 +156,13 @@ class Attribution:
     def _close(self, now: float) -> None:
         self._pass_time(now)
         reading = self.meter.read()
-        energy = reading - self._reading - self._advanced + self._debt
-        self._debt = min(0.0, energy)
-        energy = max(0.0, energy)
+        metered = reading - self._reading
         seconds = self._empty + sum(a.seconds for a in self._accounts.values())
-        idle = min(energy, self.meter.idle * seconds)
         work = sum(a.work for a in self._accounts.values())
+        left = metered - self._advanced + self._carried
+        energy = max(0.0, left - self._tick_error(left, metered, seconds, work, now))
+        self._carried = left - energy
+        idle = min(energy, self.meter.idle * seconds)
         charged = 0.0
         for account in self._accounts.values():
             of_idle = idle * account.seconds / seconds if seconds else 0.0
@@ -163,7 +171,17 @@ class Attribution:
             account.inference += of_work
             charged += of_idle + of_work
         self._unattributed += energy - charged
-        if work and now - self._opened >= self._window:
-            beyond_idle = reading - self._reading - self.meter.idle * (now - self._opened)
-            self._power = max(0.0, beyond_idle / (now - self._opened))
+        if work + self._advanced_work:
+            beyond_idle = metered - self.meter.idle * (now - self._opened)
+            self._worked = _MEMORY * self._worked + work + self._advanced_work
+            self._paid = max(0.0, _MEMORY * self._paid + beyond_idle)
         self._open(reading, now)
+
+    def _tick_error(self, left: float, metered: float, seconds: float, work: float, now: float) -> float:
+        """How much of `left` is likely to be there only because the counter moves in ticks, J."""
+        elapsed = now - self._opened
+        if not self._worked or elapsed <= 0:
+            return 0.0
+        expected = self.meter.idle * seconds + self._paid / self._worked * work
+        tick = metered / elapsed * self.meter.resolution
+        return max(-tick, min(tick, left - expected))

@@ -1,0 +1,171 @@
+"""The batch's decisions: shares of a prefill budget, widths of decodes, whom to preempt, which cells are taken."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+
+from edge_worker.cells import Cells
+from edge_worker.plan import OLDEST_SHARE, best_splits, choose_victim, share_prefill
+from edge_worker.prefixes import common_prefix
+
+
+@given(st.lists(st.integers(1, 3000), max_size=20), st.integers(1, 512))
+def test_prefill_uses_the_budget_and_starves_nobody(remaining: list[int], budget: int) -> None:
+    given_ = share_prefill(remaining, budget)
+    assert all(0 <= g <= r for g, r in zip(given_, remaining, strict=True))
+    assert sum(given_) == min(budget, sum(remaining))
+    if remaining:
+        assert given_[0] >= min(remaining[0], max(1, int(budget * OLDEST_SHARE)))
+
+
+def test_a_short_prompt_is_done_at_once_beside_a_long_one() -> None:
+    assert share_prefill([2000, 30], 100) == [70, 30]
+
+
+def test_among_equals_the_older_goes_first() -> None:
+    assert share_prefill([50, 50, 50], 100) == [50, 50, 0]
+
+
+COSTS = st.dictionaries(st.integers(2, 16), st.floats(0.1, 100), max_size=8)
+
+
+@given(COSTS, st.floats(0.1, 100), st.integers(1, 16))
+def test_splits_serve_everyone_and_never_cost_more_than_one_decode(
+    cost: dict[int, float], one: float, widest: int
+) -> None:
+    cost[1] = one
+    splits = best_splits(cost, widest)
+    assert len(splits) == widest + 1
+    for n, widths in enumerate(splits):
+        assert sum(widths) == n
+        if n in cost and all(w in cost for w in widths):
+            assert sum(cost[w] for w in widths) <= cost[n] + 1e-9
+
+
+def test_one_decode_where_batching_pays() -> None:
+    costs = {1: 10.0, 2: 11.0, 4: 13.0, 8: 17.0}
+    assert best_splits(costs, 8) == [(), *((n,) for n in range(1, 9))]
+
+
+def test_a_split_where_the_kernels_are_slow() -> None:
+    """Measured: SmolLM2 Q8_0, AVX-512: narrow batches cost more than one after another, wide ones less."""
+    costs = {1: 5.7, 2: 24.3, 3: 30.3, 4: 34.5, 6: 45.0, 8: 42.7, 12: 50.2, 16: 49.5}
+    splits = best_splits(costs, 16)
+    assert splits[2] == (1, 1)
+    assert splits[4] == (1, 1, 1, 1)
+    assert splits[16] == (16,)
+
+
+def test_a_gain_within_the_noise_is_not_taken() -> None:
+    assert best_splits({1: 10.0, 2: 21.0}, 2)[2] == (2,)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 100), st.integers(1, 1000)), min_size=1))
+def test_the_victim_has_the_least_value_per_work(worth: list[tuple[float, int]]) -> None:
+    value, work = worth[choose_victim(worth)]
+    assert all(value / work <= v / w for v, w in worth)
+
+
+def test_of_equals_the_youngest_goes() -> None:
+    assert choose_victim([(1.0, 10), (1.0, 10), (2.0, 10)]) == 1
+
+
+@given(st.lists(st.integers(0, 2), max_size=30), st.lists(st.integers(0, 2), max_size=30))
+def test_common_prefix(a: list[int], b: list[int]) -> None:
+    want = 0
+    while want < min(len(a), len(b)) and a[want] == b[want]:
+        want += 1
+    assert common_prefix(a, b) == want
+
+
+class CellsMachine(RuleBasedStateMachine):
+    """Cells beside a model that gives every token a name and asks who holds it."""
+
+    SIZE, LIVE = 40, 4
+    live = Bundle("live")
+    kept = Bundle("kept")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = Cells(self.SIZE, self.LIVE)
+        self.model: dict[int, list[int]] = {}
+        self.names = 0
+        self.ids = list(range(self.LIVE))
+        self.kept_ids = list(range(self.LIVE, 2 * self.LIVE))
+
+    def used(self) -> set[int]:
+        return {name for held in self.model.values() for name in held}
+
+    @precondition(lambda self: self.ids)
+    @rule(target=live)
+    def enter(self) -> int:
+        sequence = self.ids.pop()
+        self.model[sequence] = []
+        return sequence
+
+    @rule(sequence=live, count=st.integers(1, 15))
+    def grow(self, sequence: int, count: int) -> None:
+        if count > self.SIZE - len(self.used()):
+            try:
+                self.cells.grow(sequence, count)
+            except IndexError:
+                return
+            raise AssertionError("took cells that are not free")
+        self.cells.grow(sequence, count)
+        self.model[sequence] += range(self.names, self.names + count)
+        self.names += count
+
+    @rule(source=live, into=live, count=st.integers(0, 20))
+    def share(self, source: int, into: int, count: int) -> None:
+        if source == into or self.model[into] or not self.model[source]:
+            return
+        self.cells.share(source, into, count)
+        self.model[into] = self.model[source][:count]
+
+    @precondition(lambda self: self.kept_ids)
+    @rule(target=kept, source=live, count=st.integers(1, 20))
+    def remember(self, source: int, count: int) -> int:
+        sequence = self.kept_ids.pop()
+        if self.model[source]:
+            self.cells.share(source, sequence, count)
+        self.model[sequence] = self.model[source][:count]
+        return sequence
+
+    @rule(source=kept, into=live, count=st.integers(1, 20))
+    def reuse(self, source: int, into: int, count: int) -> None:
+        if self.model[into] or not self.model[source]:
+            return
+        self.cells.share(source, into, count)
+        self.model[into] = self.model[source][:count]
+
+    @rule(sequence=consumes(live))
+    def leave(self, sequence: int) -> None:
+        self.cells.drop(sequence)
+        del self.model[sequence]
+        self.ids.append(sequence)
+
+    @rule(sequence=consumes(kept))
+    def forget(self, sequence: int) -> None:
+        self.cells.drop(sequence)
+        del self.model[sequence]
+        self.kept_ids.append(sequence)
+
+    @invariant()
+    def counts_agree(self) -> None:
+        live = {name for s, held in self.model.items() if s < self.LIVE for name in held}
+        assert self.cells.free == self.SIZE - len(self.used())
+        assert self.cells.idle == len(self.used() - live)
+        assert all(self.cells.length(s) == len(held) for s, held in self.model.items())
+
+
+TestCells = CellsMachine.TestCase
+TestCells.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_splits_are_ordered_like_the_numbers_they_serve() -> None:
+    splits = best_splits({1: 1.0}, 5)
+    assert all(sum(a) + 1 == sum(b) for a, b in pairwise(splits))
