@@ -15,6 +15,7 @@ from scheduler.baselines.least_loaded import LeastLoaded
 from scheduler.baselines.one_tier import CloudOnly, EdgeOnly, FineInfer
 from scheduler.baselines.power_of_two import PowerOfTwo
 from scheduler.baselines.random_choice import Random
+from scheduler.baselines.rewardless_guidance import RewardlessGuidance
 from scheduler.baselines.round_robin import RoundRobin
 from scheduler.core.policy import Policy
 
@@ -31,6 +32,7 @@ _BASELINES: dict[str, Callable[..., Policy]] = {
     "thompson": Thompson,
     "linucb": LinUcb,
     "cs-ucb-paper": CsUcbPaper,
+    "rewardless-guidance": RewardlessGuidance,
     "cheapest-feasible": CheapestFeasible,
     "earliest-completion": EarliestCompletion,
 }

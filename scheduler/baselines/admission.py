@@ -48,10 +48,10 @@ class WithAdmission(Policy):
 
     @override
     def snapshot(self) -> dict[str, Any]:
-        return {"lengths": self.lengths.sums, "policy": self.policy.snapshot()}
+        return {"lengths": self.lengths.snapshot(), "policy": self.policy.snapshot()}
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        lengths = MeanLength(dict(state["lengths"]))
+        lengths = MeanLength.restored(state["lengths"])
         self.policy.restore(state["policy"])
         self.lengths = lengths

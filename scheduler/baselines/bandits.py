@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,8 @@ class LinUcb(Baseline):
         self.sums: dict[str, Floats] = {}  # node → Σ reward·x, (features,)
         self.placed: dict[str, list[float]] = {}  # task id → x when it was placed
 
-    def _x(self, task: Task, node: Node, now: float) -> list[float]:
+    def x(self, task: Task, node: Node, now: float) -> list[float]:
+        """The features of `task` on `node`."""
         held = len(node.flights) / node.info.slots
         length = self.lengths.tokens(task)
         left = task.deadline - now
@@ -110,7 +112,7 @@ class LinUcb(Baseline):
     def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
         best, top, chosen = candidates[0], -math.inf, [0.0]
         for node in candidates:
-            x = self._x(task, node, now)
+            x = self.x(task, node, now)
             index = self.index(node.name, np.array(x))
             if index > top:
                 best, top, chosen = node, index, x
@@ -146,15 +148,15 @@ class LinUcb(Baseline):
     def snapshot(self) -> dict[str, Any]:
         return {
             **super().snapshot(),
-            "lengths": self.lengths.sums,
+            "lengths": self.lengths.snapshot(),
             "inverse": {node: a.tolist() for node, a in self.inverse.items()},
             "sums": {node: b.tolist() for node, b in self.sums.items()},
-            "placed": self.placed,
+            "placed": deepcopy(self.placed),
         }
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        lengths, placed = MeanLength(dict(state["lengths"])), dict(state["placed"])
+        lengths, placed = MeanLength.restored(state["lengths"]), deepcopy(state["placed"])
         inverse = {node: np.array(a) for node, a in state["inverse"].items()}
         sums = {node: np.array(b) for node, b in state["sums"].items()}
         super().restore(state)

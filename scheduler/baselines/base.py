@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,12 @@ class Baseline(Policy):
 
     @override
     def snapshot(self) -> dict[str, Any]:
-        state: dict[str, Any] = {field: getattr(self, field) for field in self.state_fields}
-        return {"rng": self.rng.bit_generator.state, **state}
+        state = {field: getattr(self, field) for field in self.state_fields}
+        return {"rng": self.rng.bit_generator.state, **deepcopy(state)}
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        learned = {field: state[field] for field in self.state_fields}  # all there, before anything changes
+        learned = deepcopy({field: state[field] for field in self.state_fields})  # all there, before anything changes
         self.rng.bit_generator.state = state["rng"]
         for field, value in learned.items():
             setattr(self, field, value)

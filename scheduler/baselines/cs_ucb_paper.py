@@ -173,15 +173,15 @@ class CsUcbPaper(Baseline):
             "arms": [[service, node, asdict(arm)] for (service, node), arm in self.arms.items()],
             "feedbacks": self.feedbacks,
             "energy_norm": self.energy_norm,
-            "lengths": self.lengths.sums,
-            "placed": self.placed,
+            "lengths": self.lengths.snapshot(),
+            "placed": dict(self.placed),
         }
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
         arms = {(service, node): Arm(**arm) for service, node, arm in state["arms"]}
         feedbacks, energy_norm = int(state["feedbacks"]), float(state["energy_norm"])
-        lengths, placed = MeanLength(dict(state["lengths"])), dict(state["placed"])
+        lengths, placed = MeanLength.restored(state["lengths"]), dict(state["placed"])
         super().restore(state)
         self.arms, self.feedbacks, self.energy_norm, self.lengths, self.placed = (
             arms,

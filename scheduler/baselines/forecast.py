@@ -21,6 +21,15 @@ class MeanLength:
 
     sums: dict[str, list[float]] = field(default_factory=dict)
 
+    def snapshot(self) -> dict[str, list[float]]:
+        """The sums, as JSON-able data of their own."""
+        return {service: list(entry) for service, entry in self.sums.items()}
+
+    @classmethod
+    def restored(cls, state: dict[str, list[float]]) -> MeanLength:
+        """From what `snapshot` returned."""
+        return cls({service: [float(x) for x in entry] for service, entry in state.items()})
+
     def observe(self, event: Event, task: Task | None) -> None:
         """Count a task that ran to its end; one cut at its deadline says only that it was longer."""
         if isinstance(event, Completed) and task is not None and event.state is State.SUCCEEDED:

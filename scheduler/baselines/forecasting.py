@@ -46,11 +46,11 @@ class _Forecasting(Baseline):
 
     @override
     def snapshot(self) -> dict[str, Any]:
-        return {**super().snapshot(), "lengths": self.lengths.sums}
+        return {**super().snapshot(), "lengths": self.lengths.snapshot()}
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        lengths = MeanLength(dict(state["lengths"]))
+        lengths = MeanLength.restored(state["lengths"])
         super().restore(state)
         self.lengths = lengths
 

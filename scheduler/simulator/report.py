@@ -34,9 +34,9 @@ def capacities(runs: Sequence[Run]) -> dict[str, float]:
 
 def table(title: str, runs: Sequence[Run]) -> Table:
     """Means over seeds, a row per policy and load. Energy is per on-time task."""
-    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     view.add_column("policy", no_wrap=True)
-    for name in ("load", "on time", "tok/s", "J", "+idle J", "p50 s", "p95 s", "rejected"):
+    for name in ("load", "on time", "J", "idle J", "p50 s", "p95 s", "refused"):
         view.add_column(name, justify="right", no_wrap=True)
     for policy, loads in grouped(runs).items():
         for load, some in loads.items():
@@ -44,7 +44,6 @@ def table(title: str, runs: Sequence[Run]) -> Table:
                 policy,
                 f"{load:.0%}",
                 f"{mean(some, 'on_time'):.1%}",
-                f"{mean(some, 'tokens_s'):.0f}",
                 f"{mean(some, 'joules'):.1f}",
                 f"{mean(some, 'joules_idle'):.1f}",
                 f"{mean(some, 'latency_p50'):.2f}",
