@@ -7,7 +7,6 @@ import fcntl
 import importlib.util
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,13 +71,19 @@ def model_name(settings: Settings, gguf: GGUF) -> str:
     return f"{settings.model_name}:{gguf.quantisation}" if several else settings.model_name
 
 
+def check_quantisation(name: str) -> str:
+    """A quantisation's name as used here. Raises BadSetting with the names there are."""
+    if name.lower() not in QUANTISATIONS:
+        raise BadSetting(f"unknown quantisation {name!r}: choose one of {', '.join(QUANTISATIONS)}")
+    return name.lower()
+
+
 def quantised(source: Path, quantisation: str, folder: Path, *, threads: int = 1) -> Path:
     """`source` in another quantisation, made by llama.cpp's own quantiser on first use and kept in `folder`.
 
     Processes that ask at once wait for the one that makes it; the file appears whole or not at all. Raises BadSetting.
     """
-    if quantisation not in QUANTISATIONS:
-        raise BadSetting(f"unknown quantisation {quantisation!r}: choose one of {', '.join(QUANTISATIONS)}")
+    quantisation = check_quantisation(quantisation)
     gguf = read_gguf(source)
     stat = source.stat()
     # The source's size and time are in the path, so another file of the same name is not mistaken for it.
@@ -100,16 +105,17 @@ def quantise(source: Path, target: Path, quantisation: str, *, threads: int = 1)
     params.ftype = QUANTISATIONS[quantisation]
     params.allow_requantize = True
     complaint()
+    part = target.with_name(f".{target.name}-{os.getpid()}.part")
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}-", suffix=".part") as part:
-            status = lib.llama_model_quantize(str(source).encode(), part.name.encode(), ctypes.byref(params))
-            if status != 0:
-                raise BadSetting(f"llama.cpp cannot quantise {source} to {quantisation}: {complaint() or status}")
-            os.fsync(part.fileno())
-            os.link(part.name, unnamed := Path(f"{part.name}.whole"))  # the temporary name goes with the context
-            unnamed.replace(target)
+        part.touch(exist_ok=False)  # llama.cpp does not say why it cannot write
+        status = lib.llama_model_quantize(str(source).encode(), str(part).encode(), ctypes.byref(params))
+        if status != 0:
+            raise BadSetting(f"llama.cpp cannot quantise {source} to {quantisation}: {complaint() or status}")
+        part.replace(target)
     except OSError as error:
         raise BadSetting(f"cannot write {target}: {error.strerror or error}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager
