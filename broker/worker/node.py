@@ -25,6 +25,8 @@ from broker.worker.engine import Engine, EngineDown, EngineError, Generation, St
 
 #: Seconds a worker keeps trying to deliver a result to a server that does not answer.
 DELIVERY_PATIENCE = 60.0
+#: The reason given for work handed back by a graceful stop.
+STOPPING = "the worker is stopping"
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -47,8 +49,10 @@ class NodeWorker:
         self._settings = settings
         self._ledger = ledger
         self._engine = engine
-        self._running: dict[str, _Attempt] = {}
-        self._idle = threading.Condition()
+        self._inside: dict[str, int] = {}  # tasks a thread is busy with, and the attempt's number
+        self._running: dict[str, _Attempt] = {}  # those of them that are claimed
+        self._change = threading.Condition()  # of these two
+        self._stopping = threading.Event()
         self._handing_back = threading.Event()
         self._closed = threading.Event()
         self._away = False  # out of the cluster while the engine is down
@@ -68,13 +72,14 @@ class NodeWorker:
         """Graceful stop: unstarted work goes back at once, running work may finish within the grace period and is
         handed back after it. Returns when nothing runs."""
         log.info("node_draining", node=self.info.name, running=len(self._running))
-        self._quietly(lambda: self._ledger.drain(self.info.name, self.info.boot, "the worker is stopping"))
-        with self._idle:
-            if not self._idle.wait_for(lambda: not self._running, timeout=self._settings.grace):
+        self._stopping.set()
+        self._quietly(lambda: self._ledger.drain(self.info.name, self.info.boot, STOPPING))
+        with self._change:
+            if not self._change.wait_for(lambda: not self._inside, timeout=self._settings.grace):
                 self._handing_back.set()
-                for attempt in list(self._running.values()):
+                for attempt in self._running.values():
                     attempt.stop.ask()
-                self._idle.wait_for(lambda: not self._running, timeout=self._settings.lease)
+                self._change.wait_for(lambda: not self._inside, timeout=self._settings.lease)
 
     def close(self) -> None:
         """Leave the cluster and free the engine. Idempotent."""
@@ -94,6 +99,30 @@ class NodeWorker:
 
         Raises TaskFailed or TaskExpired when the task ended so, after the ledger knows.
         """
+        if not self._enter(task_id, number):
+            return "void: an attempt at this task is here already"
+        try:
+            return self._run_alone(task_id, number)
+        finally:
+            with self._change:
+                del self._inside[task_id]
+                self._running.pop(task_id, None)
+                self._change.notify_all()
+
+    def _enter(self, task_id: str, number: int) -> bool:
+        """Whether this attempt may begin. One that lost its lease may still be here when the next is sent: it is
+        stopped first, so that the engine never has a task twice."""
+        with self._change:
+            if self._inside.get(task_id, number) < number:
+                if older := self._running.get(task_id):
+                    older.stop.ask()
+                self._change.wait_for(lambda: task_id not in self._inside, timeout=self._settings.lease)
+            if task_id in self._inside:
+                return False
+            self._inside[task_id] = number
+            return True
+
+    def _run_alone(self, task_id: str, number: int) -> str:
         token = uuid4().hex
         began = time.monotonic()
         claim = self._ledger.claim(task_id, number, self.info.name, token)
@@ -102,13 +131,11 @@ class NodeWorker:
             log.info("attempt_void", task_id=task_id, attempt=number)
             return "void: placed elsewhere, cancelled or expired meanwhile"
         attempt = _Attempt(number, token, Stop(claim.deadline))
-        self._running[task_id] = attempt
-        try:
-            return self._run_claimed(task_id, attempt, claim, transfer)
-        finally:
-            with self._idle:
-                del self._running[task_id]
-                self._idle.notify_all()
+        with self._change:
+            self._running[task_id] = attempt
+            if self._handing_back.is_set():
+                attempt.stop.ask()
+        return self._run_claimed(task_id, attempt, claim, transfer)
 
     def _run_claimed(self, task_id: str, attempt: _Attempt, claim: Claim, transfer: float) -> str:
         try:
@@ -147,7 +174,7 @@ class NodeWorker:
                 raise TaskExpired(reason)
             case "cancelled":
                 if self._handing_back.is_set():
-                    self._patiently(lambda: ledger.hand_back(task_id, number, token, "the worker is stopping"))
+                    self._patiently(lambda: ledger.hand_back(task_id, number, token, STOPPING))
                     return f"handed back after {cost}"
                 return f"stopped after {cost}"
             case _:
@@ -209,6 +236,8 @@ class NodeWorker:
                 raise BadSetting(f"a node named {self.info.name!r} is already in service: set another PERLLM_NODE_NAME")
             log.info("node_name_taken", node=self.info.name, seconds=taken)
             time.sleep(min(taken + 0.05, 1.0))
+        if self._stopping.is_set():  # it lapsed while it was stopping: it is back only to finish what it runs
+            self._ledger.drain(self.info.name, self.info.boot, STOPPING)
 
     def _beat_until_closed(self) -> None:
         while not self._closed.is_set():
@@ -254,7 +283,8 @@ class NodeWorker:
 
     def _beat(self) -> None:
         counters = self._counters()
-        running = [(task_id, a.number, a.token) for task_id, a in list(self._running.items())]
+        with self._change:
+            running = dict(self._running)
         heartbeat = Heartbeat(
             at=0.0,  # the server writes its own time
             node=self.info.name,
@@ -262,13 +292,11 @@ class NodeWorker:
             counters=counters,
             progress=dict(self._engine.progress()),
         )
-        must_stop = self._ledger.beat(heartbeat, running)
+        must_stop = self._ledger.beat(heartbeat, [(i, a.number, a.token) for i, a in running.items()])
         if must_stop is None:
             if not self._away:
                 self._register()
             return
         for task_id in must_stop:
-            attempt = self._running.get(task_id)
-            if attempt is not None:
-                log.info("attempt_stopped", task_id=task_id)
-                attempt.stop.ask()
+            log.info("attempt_stopped", task_id=task_id)
+            running[task_id].stop.ask()
