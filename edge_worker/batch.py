@@ -273,7 +273,7 @@ class Batch:
         """The decodes of this step: (request, tokens) each. Beside a prefill all go in one."""
         if prefilling:
             remaining = [len(r.tokens) - self._cells.length(r.sequence) for r in prefilling]
-            chunks = share_prefill(remaining, self.pace.chunk)
+            chunks = share_prefill(remaining, min(self.pace.chunk, self.context.batch_tokens - len(decoding)))
             parts = [(r, n) for r, n in zip(prefilling, chunks, strict=True) if n]
             return [[*((r, 1) for r in decoding), *parts]]
         rest = iter(decoding)

@@ -6,10 +6,14 @@ A C++ exception or failed assertion inside llama.cpp ends the process, so caller
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+import sys
+import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +68,31 @@ def complaint() -> str:
     text = _complaints[0] if _complaints else ""
     _complaints.clear()
     return re.sub(r"^(?:\w+: |error loading model(?: hyperparameters)?: )+", "", text)
+
+
+_stderr = threading.Lock()
+
+
+@contextmanager
+def _stderr_heard() -> Iterator[list[str]]:
+    """Collects the grammar parser's complaints, which it prints to stderr past the log callback; whatever else is
+    written there meanwhile is passed on."""
+    heard: list[str] = []
+    with _stderr, tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield heard
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            text = file.read().decode(errors="replace")
+            found = re.search(r"^parse: error parsing grammar: (.*)", text, re.MULTILINE)
+            if found:
+                heard.append(found[1].strip()[:200])
+            elif text:
+                sys.stderr.write(text)
 
 
 class LlamaError(Exception):
@@ -203,6 +232,7 @@ class Context:
             raise LlamaError(complaint() or "no memory for the context")
         self._memory = lib.llama_get_memory(self._context)
         self._vocab_size = model.vocab_size
+        self.batch_tokens = batch
         self.kv_tokens: int = lib.llama_n_ctx(self._context)
         self._tokens = np.zeros(batch, np.int32)
         self._positions = np.zeros(batch, np.int32)
@@ -280,9 +310,10 @@ class Sampler:
         self._grammar: Any = None
         if grammar is not None:
             complaint()
-            self._grammar = lib.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
+            with _stderr_heard() as heard:
+                self._grammar = lib.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
             if not self._grammar:
-                raise LlamaError(complaint() or "it does not parse")
+                raise LlamaError(heard[0] if heard else complaint() or "it does not parse")
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         for make in chain:
             lib.llama_sampler_chain_add(self._chain, make())

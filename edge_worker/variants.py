@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 DEFAULT_CONTEXT = 4096
 #: KV cache per slot that is aimed for, tokens: requests rarely use their whole context.
 KV_PER_SLOT = 1024
+#: llama.cpp rounds a KV cache up to a multiple of this, tokens.
+KV_STEP = 256
 #: Most tokens of one llama_decode.
 BATCH = 512
 #: Part of the memory free at the start that loaded models may take together, unless set.
@@ -202,7 +204,8 @@ class Variants:
                 f"context of {context} tokens; {_gigabytes(self._memory)} of {_gigabytes(free)} free may be used: "
                 "choose a smaller model or quantisation, or lower PERLLM_CONTEXT"
             )
-        return Variant(model_name(settings, gguf), gguf, context, min(wanted, possible))
+        kv_tokens = -(-min(wanted, possible) // KV_STEP) * KV_STEP
+        return Variant(model_name(settings, gguf), gguf, context, kv_tokens)
 
     def _make_room(self, variant: Variant) -> bool:
         """Whether there is memory for `variant`, after unloading others nobody uses, least recently used first."""

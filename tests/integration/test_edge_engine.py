@@ -269,7 +269,7 @@ def test_the_calibration_is_of_this_machine(engine: LlamaEngine) -> None:
     [
         ({"prompt": "many words " * 3000}, r"prompt of \d+ tokens and max_tokens 4 exceed the context of 4096 tokens"),
         ({"max_tokens": 4090}, r"lower max_tokens to 40\d\d"),
-        ({"grammar": "root ::= ("}, "grammar: "),
+        ({"grammar": "root ::= ("}, r"grammar: expecting '\)'"),
         ({"grammar": 'other ::= "a"'}, "grammar: .*root"),
         ({"grammar": "(" * 5000}, "grammar: nested deeper than"),
         ({"grammar": 'root ::= root "a"'}, "grammar: .*left recursion"),
