@@ -69,6 +69,9 @@ def simulate(
         recorded = recorded[:tasks]
         chosen = chosen.model_copy(update={"loads": (trace_load(chosen, recorded),)})
     todo = points(policies, _loads(load) or chosen.loads, range(first_seed, first_seed + seeds))
+    folder = None if as_json and out is None else out or DEFAULT_OUT
+    if folder is not None:
+        report.make_folder(folder)
     with _progress(quiet=as_json) as progress:
         bar = progress.add_task("simulating", total=len(todo), now="")
 
@@ -76,7 +79,7 @@ def simulate(
             progress.update(bar, advance=1, now=f"{run.policy} at {run.load:.0%}, seed {run.seed}")
 
         runs = sweep(chosen, todo, jobs=jobs, trace=recorded, done=done)
-    _show(chosen, Path(scenario).stem, runs, out, as_json=as_json)
+    _show(chosen, Path(scenario).stem, runs, folder, as_json=as_json)
     if len(runs) < len(todo):
         print(f"interrupted: {len(runs)} of {len(todo)} runs finished and kept", file=sys.stderr)
         raise typer.Exit(130)
@@ -107,7 +110,7 @@ def _loads(text: str | None) -> tuple[float, ...]:
     return loads
 
 
-def _show(scenario: Scenario, stem: str, runs: list[Run], out: Path | None, *, as_json: bool) -> None:
+def _show(scenario: Scenario, stem: str, runs: list[Run], folder: Path | None, *, as_json: bool) -> None:
     if not runs:
         return
     if as_json:
@@ -117,8 +120,7 @@ def _show(scenario: Scenario, stem: str, runs: list[Run], out: Path | None, *, a
         console.print(report.table(scenario.title, runs))
         for policy, capacity in report.capacities(runs).items():
             console.print(f"{policy}: at least {CARRIED:.0%} on time up to {capacity:.0%} load", highlight=False)
-    if out is not None or not as_json:
-        folder = out or DEFAULT_OUT
+    if folder is not None:
         report.write_json(folder / f"{stem}.json", scenario.title, runs)
         report.write_plot(folder / f"{stem}.png", scenario.title, runs)
         if not as_json:

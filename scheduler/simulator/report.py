@@ -64,13 +64,21 @@ def as_json(title: str, runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
+def make_folder(folder: Path) -> None:
+    """Make sure there is such a folder. Raises BadSetting."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadSetting(f"output {folder}: {error.strerror}") from None
+
+
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in its place: there is no half-written file.
 
     Raises BadSetting when it cannot be written.
     """
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
     except OSError as error:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from broker.messages import (
     Candidate,
+    Claimed,
     Completed,
     Dispatched,
     Ended,
@@ -18,7 +19,6 @@ from broker.messages import (
     NodeDown,
     Returned,
     State,
-    Submitted,
 )
 from scheduler.core.cluster import Cluster, Node, Task
 from scheduler.core.core import Core, Decision
@@ -74,7 +74,7 @@ def capacity(scenario: Scenario) -> dict[str, float]:
 
 class Simulation:
     """Runs `scenario` under `policy` at `load` times the cluster's capacity. Everything drawn depends on `seed` only,
-    so every policy meets the same tasks, noise and faults."""
+    so every policy meets the same tasks, noise and faults. `listen` hears every event of the stream."""
 
     def __init__(
         self,
@@ -85,12 +85,13 @@ class Simulation:
         seed: int,
         mechanisms: bool | None = None,
         arrivals: list[Arrival] | None = None,
+        listen: Callable[[Event], None] | None = None,
     ) -> None:
         self.scenario, self.load, self.seed = scenario, load, seed
         self.clock = Clock(scenario.start)
         self.rate = load * sum(capacity(scenario).values())
         self.arrivals = arrivals if arrivals is not None else make_arrivals(scenario, self.rate, seed)
-        self._recorded = arrivals is not None
+        self._recorded, self._listen = arrivals is not None, listen
         self.outcomes: dict[str, Outcome] = {}
         self.name = policy if isinstance(policy, str) else policy.name
         if mechanisms is None:
@@ -164,14 +165,19 @@ class Simulation:
 
     def emit(self, event: Event) -> None:
         """An event of the stream: the core takes it, and decides where it can have changed something."""
+        self._tell(event)
+        if not isinstance(event, Claimed | Dispatched):
+            self._decide()
+
+    def _tell(self, event: Event) -> None:
         match event:
             case Completed() | Ended():
                 self._record(event)
             case Returned():
                 self._strikes[event.id] = event.strikes
+        if self._listen is not None:
+            self._listen(event)
         self.core.handle(event)
-        if isinstance(event, Submitted | Completed | Ended | Returned) or event.type in ("node_up", "heartbeat"):
-            self._decide()
 
     def _arrive_at(self) -> None:
         if self._next < len(self.arrivals):
@@ -207,15 +213,12 @@ class Simulation:
         task, now = decision.task, self.clock.now
         if decision.action != "dispatch":
             state = State.REJECTED if decision.action == "reject" else State.EXPIRED
-            ended = Ended.model_construct(
-                at=now, id=task.id, state=state, reason=decision.explanation.sentence, node=None
-            )
-            self._record(ended)
-            self.core.handle(ended)
+            sentence = decision.explanation.sentence
+            self._tell(Ended.model_construct(at=now, id=task.id, state=state, reason=sentence, node=None))
             return
         assert decision.node is not None
         assert decision.model is not None
-        self.core.handle(
+        self._tell(
             Dispatched.model_construct(
                 at=now, id=task.id, node=decision.node.name, model=decision.model, attempt=task.attempt
             )

@@ -67,7 +67,7 @@ class StepTable:
         """What a node measures of itself at boot: the linear form fitted over batches up to its slots, at the context
         of a mean task (`prompt`, `output` in tokens)."""
         slots = len(self.base) - 1
-        batches = sorted({1, 2, max(1, slots // 4), max(1, slots // 2), slots})
+        batches = sorted({1, min(2, slots), max(1, slots // 4), max(1, slots // 2), slots})
         contexts = (float(prompt), float(prompt + output))
         rows = [(1.0, b, b * c, self.decode(b, b * c)) for b in batches for c in contexts]
         matrix = np.array([r[:3] for r in rows])
