@@ -16,7 +16,6 @@ from scheduler.policies import policy_names
 from scheduler.simulator import report
 from scheduler.simulator.result import CARRIED, Run
 from scheduler.simulator.scenario import Scenario, load_scenario, scenario_names
-from scheduler.simulator.sweep import check, points, sweep, trace_load
 from scheduler.simulator.trace import arrivals_of, read_trace
 
 #: Where results go when `--out` is not given.
@@ -57,6 +56,10 @@ def simulate(
 
     Ctrl-C ends it and keeps what has finished.
     """
+    try:
+        from scheduler.simulator.sweep import check, points, sweep, trace_load  # noqa: PLC0415
+    except ImportError as error:
+        raise BadSetting(f"simulations need {error.name}: pip install 'perllm[simulate]'") from None
     chosen = load_scenario(scenario)
     if tasks is not None:
         chosen = chosen.model_copy(update={"tasks": tasks})

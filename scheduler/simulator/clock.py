@@ -1,14 +1,15 @@
-"""The event loop: callbacks in order of time.
+"""Simulated time: callbacks at moments, on simpy's event queue.
 
-A heap of callbacks and not simpy: an engine's run of decode steps is planned in closed form and cut short by whatever
-happens first, so nearly every wait is replaced before it fires. See `benchmarks/schedule.py --loops` for the measured
-difference.
+Callbacks and not simpy's processes: an engine's run of decode steps is planned in closed form and cut short by whatever
+happens first, which a callback that can be cancelled says more plainly than a process that is interrupted.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
+
+from simpy import Environment
+from simpy.events import Timeout
 
 Callback = Callable[[], None]
 
@@ -16,36 +17,36 @@ Callback = Callable[[], None]
 class Timer:
     """One scheduled callback; `cancel` keeps it from being called."""
 
-    __slots__ = ("callback",)
+    __slots__ = ("_event",)
 
-    def __init__(self, callback: Callback) -> None:
-        self.callback: Callback | None = callback
+    def __init__(self, event: Timeout) -> None:
+        self._event = event
 
     def cancel(self) -> None:
-        self.callback = None
+        """Do not call it. Harmless when it was called already."""
+        self._event.callbacks = []
 
 
 class Clock:
     """Simulated time, s. Callbacks for the same moment are called in the order they were asked for."""
 
     def __init__(self, now: float = 0.0) -> None:
-        self.now = now
-        self._heap: list[tuple[float, int, Timer]] = []
-        self._count = 0
+        self._simpy = Environment(now)
+
+    @property
+    def now(self) -> float:
+        """The present, s."""
+        return float(self._simpy.now)
 
     def at(self, when: float, callback: Callback) -> Timer:
         """Call `callback` at `when`, or now if that has passed."""
-        timer = Timer(callback)
-        self._count += 1
-        heapq.heappush(self._heap, (max(when, self.now), self._count, timer))
-        return timer
+        event = self._simpy.timeout(max(when - self._simpy.now, 0.0))
+        event.callbacks.append(lambda _: callback())
+        return Timer(event)
 
     def step(self) -> bool:
         """Run the next callback; False when there is none."""
-        while self._heap:
-            when, _, timer = heapq.heappop(self._heap)
-            if timer.callback is not None:
-                self.now = when
-                timer.callback()
-                return True
-        return False
+        if self._simpy.peek() == float("inf"):
+            return False
+        self._simpy.step()
+        return True
