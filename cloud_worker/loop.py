@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from broker.worker.engine import OnText, Stop
+
 T = TypeVar("T")
+#: Pieces of text on their way from the loop to the thread that wants them; None: there are no more.
+Pieces = SimpleQueue[str | None]
 
 
 class LoopThread:
@@ -21,6 +26,24 @@ class LoopThread:
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run it in the loop and wait for its result. From any thread but the loop's own."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def run_streaming(self, coroutine: Coroutine[Any, Any, T], pieces: Pieces, on_text: OnText, stop: Stop) -> T:
+        """As `run`, while the calling thread passes on what the coroutine puts into `pieces`. Should `on_text` fail,
+        `stop` is asked, and the failure raised once the coroutine has ended."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        future.add_done_callback(lambda _: pieces.put(None))
+        failure: BaseException | None = None
+        while (piece := pieces.get()) is not None:
+            if failure is None:
+                try:
+                    on_text(piece)
+                except BaseException as error:
+                    failure = error
+                    stop.ask()
+        result = future.result()
+        if failure is not None:
+            raise failure
+        return result
 
     def close(self, last: Coroutine[Any, Any, None]) -> None:
         """Cancel what still runs, run `last`, and end the thread."""

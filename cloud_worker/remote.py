@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import CancelledError
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -34,7 +35,7 @@ from broker.messages import (
 from broker.settings import Settings
 from broker.worker.engine import EngineDown, EngineError, Generation, OnText, Stop
 from broker.worker.gauges import Gauges
-from cloud_worker.loop import LoopThread
+from cloud_worker.loop import LoopThread, Pieces
 from cloud_worker.openai_api import (
     Chunk,
     Garbled,
@@ -71,7 +72,7 @@ class _Request:
     task_id: str
     spec: TaskSpec
     stop: Stop
-    on_text: OnText | None = None
+    pieces: Pieces | None = None  # where text goes as it comes
     accepted: float = field(default_factory=time.monotonic)
     sent: float | None = None
     first: float | None = None
@@ -236,7 +237,10 @@ class RemoteEngine:
         if loop is None:
             raise EngineError("the engine is closed", retry=True)
         try:
-            return loop.run(self._generate(_Request(task_id, spec, stop, on_text)))
+            if on_text is None:
+                return loop.run(self._generate(_Request(task_id, spec, stop)))
+            pieces: Pieces = SimpleQueue()
+            return loop.run_streaming(self._generate(_Request(task_id, spec, stop, pieces)), pieces, on_text, stop)
         except CancelledError:
             raise EngineError("the engine is closing", retry=True) from None
 
@@ -385,8 +389,8 @@ class RemoteEngine:
                 request.first = request.first or now
                 request.last = now
                 request.text.append(text)
-                if request.on_text is not None:
-                    request.on_text(text)
+                if request.pieces is not None:
+                    request.pieces.put(text)
             request.finish = choice.finish_reason or request.finish
 
     def _body(self, spec: TaskSpec) -> dict[str, Any]:

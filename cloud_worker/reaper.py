@@ -1,0 +1,57 @@
+"""vLLM's processes do not notice when the worker is killed, and would keep the GPU's memory: somebody must end them."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import threading
+
+import psutil
+
+#: Learns process ids line by line; when its input ends, its parent is gone, whatever it died of.
+_SCRIPT = 'while read -r pid; do pids="$pids $pid"; done; [ -z "$pids" ] || kill -KILL $pids 2>/dev/null'
+#: Seconds between looks for new processes while the engine starts.
+_LOOK = 0.2
+
+
+class Reaper:
+    """Sees to it that every process this one starts between `watch` and `dismiss` dies with it, even by SIGKILL."""
+
+    def __init__(self) -> None:
+        # A session of its own: what ends the worker's process group must not end it too.
+        self._shell = subprocess.Popen(
+            ["/bin/sh", "-c", _SCRIPT], stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._known = {child.pid for child in psutil.Process().children(recursive=True)}
+        self._started = threading.Event()
+
+    def watch(self) -> None:
+        """Look for new processes until `started`."""
+        threading.Thread(target=self._watch, name="perllm-reaper", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._started.wait(_LOOK):
+            self._tell()
+
+    def started(self) -> None:
+        """The engine's processes are all there."""
+        self._started.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        assert self._shell.stdin is not None
+        with contextlib.suppress(psutil.NoSuchProcess, OSError, ValueError):
+            for child in psutil.Process().children(recursive=True):
+                if child.pid not in self._known:
+                    self._known.add(child.pid)
+                    self._shell.stdin.write(f"{child.pid}\n")
+            self._shell.stdin.flush()
+
+    def dismiss(self) -> None:
+        """The processes have ended: nothing is to be killed any more. Idempotent."""
+        self._started.set()
+        self._shell.kill()
+        self._shell.wait()
+        with contextlib.suppress(OSError):
+            if self._shell.stdin is not None:
+                self._shell.stdin.close()

@@ -1,0 +1,213 @@
+"""All that is bound to vLLM's own signatures (as of 0.25.1). Imported only where vLLM is about to run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+import vllm
+from pydantic import ValidationError
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from broker.errors import BadSetting
+from broker.messages import Sampling, TaskSpec
+from broker.settings import Settings
+from broker.worker.engine import EngineError
+
+__all__ = [
+    "AsyncEngineArgs",
+    "AsyncLLM",
+    "EngineDeadError",
+    "EngineGenerateError",
+    "LoRARequest",
+    "Prompter",
+    "RequestOutput",
+    "engine_args",
+    "kv_tokens",
+    "lora_requests",
+    "open_engine",
+    "openai_logprobs",
+    "sampling_params",
+    "tokens_input",
+    "trial_params",
+]
+
+#: The versions this was written and tested for.
+TESTED = ("0.25.",)
+VERSION: str = vllm.__version__
+#: Ranks vLLM can reserve memory for.
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+log = structlog.get_logger(__name__)
+
+#: Called after every engine step with running and waiting requests, the KV cache's used part, tokens generated, prompt
+#: tokens computed, and requests that finished.
+OnStep = Callable[[int, int, float, int, int, int], None]
+
+
+def engine_args(settings: Settings, slots: int) -> Any:
+    """What vLLM is started with; `settings.vllm_args` has the last word. Raises BadSetting."""
+    given: dict[str, Any] = {
+        "model": settings.model,
+        "max_model_len": settings.context,
+        "max_num_seqs": slots,
+        "scheduling_policy": "priority",
+        "disable_log_stats": True,  # its own logs of them: ours are a stat logger beside
+    }
+    if settings.adapters:
+        ranks = [_rank(name, path) for name, path in settings.adapters.items()]
+        given |= {
+            "enable_lora": True,
+            "max_loras": len(ranks),
+            "max_lora_rank": next((r for r in LORA_RANKS if r >= max(ranks)), max(ranks)),
+        }
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    if unknown := sorted(set(settings.vllm_args) - known):
+        raise BadSetting(f"PERLLM_VLLM_ARGS: {', '.join(unknown)}: vLLM {VERSION} has no such engine argument")
+    return AsyncEngineArgs(**(given | settings.vllm_args))
+
+
+def _rank(name: str, path: Path) -> int:
+    try:
+        return int(json.loads((path / "adapter_config.json").read_text())["r"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadSetting(
+            f"PERLLM_ADAPTERS: {name}: {path} is no LoRA adapter ({type(error).__name__}: {error})"
+        ) from None
+
+
+def open_engine(args: Any, on_step: OnStep) -> Any:
+    """Start the engine (its processes load the model: seconds to minutes). In the event loop that is to own it.
+
+    Raises BadSetting for what the configuration rules out, RuntimeError when the engine's processes fail.
+    """
+    if not VERSION.startswith(TESTED):
+        log.warning("vllm_untested", version=VERSION, tested=TESTED)
+
+    class StepLogger(StatLoggerBase):  # type: ignore[misc, unused-ignore]
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None: ...
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, **_: Any) -> None:
+            if scheduler_stats is not None:
+                on_step(
+                    scheduler_stats.num_running_reqs,
+                    scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
+                    scheduler_stats.kv_cache_usage,
+                    iteration_stats.num_generation_tokens if iteration_stats else 0,
+                    iteration_stats.prompt_token_stats.computed if iteration_stats else 0,
+                    len(iteration_stats.finished_requests) if iteration_stats else 0,
+                )
+
+        def log_engine_initialized(self) -> None: ...
+
+    try:
+        return AsyncLLM.from_engine_args(args, stat_loggers=[StepLogger])
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]["msg"].removeprefix("Value error, ")
+        raise BadSetting(f"vLLM cannot serve PERLLM_MODEL={args.model}: {first}") from None
+    except (ValueError, OSError) as error:
+        raise BadSetting(f"vLLM cannot serve PERLLM_MODEL={args.model}: {error}") from None
+
+
+def kv_tokens(llm: Any) -> int:
+    """Tokens its KV cache holds."""
+    cache = llm.vllm_config.cache_config
+    return int(cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size)
+
+
+def lora_requests(adapters: Mapping[str, Path], prefix: str) -> dict[str, Any]:
+    """Name for producers → what vLLM calls the adapter by."""
+    return {
+        f"{prefix}:{name}": LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path))
+        for number, (name, path) in enumerate(adapters.items(), start=1)
+    }
+
+
+def sampling_params(spec: Sampling, max_tokens: int) -> Any:
+    """`spec` in vLLM's terms. Raises EngineError (retry=False) for what vLLM does not accept."""
+    structured = None
+    try:
+        if spec.json_schema is not None:
+            structured = StructuredOutputsParams(json=spec.json_schema)
+        elif spec.grammar is not None:
+            structured = StructuredOutputsParams(grammar=spec.grammar)
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+            top_k=spec.top_k,
+            min_p=spec.min_p,
+            presence_penalty=spec.presence_penalty,
+            frequency_penalty=spec.frequency_penalty,
+            repetition_penalty=spec.repeat_penalty,
+            seed=spec.seed,
+            stop=list(spec.stop),
+            logprobs=spec.logprobs,
+            structured_outputs=structured,
+            output_kind=RequestOutputKind.DELTA,
+        )
+    except ValueError as error:
+        raise EngineError(f"vLLM does not accept it: {error}", retry=False) from None
+
+
+def trial_params(tokens: int) -> Any:
+    """For calibration: exactly so many tokens, and no text."""
+    return SamplingParams(
+        max_tokens=tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA, temperature=0.0
+    )
+
+
+def openai_logprobs(tokens: Sequence[int], positions: Sequence[Mapping[int, Any]], top: int) -> list[dict[str, Any]]:
+    """vLLM's log-probabilities as entries of the OpenAI API's `logprobs.content`: under the model itself, before
+    penalties and temperature."""
+    return [
+        _entry(position[token])
+        | {
+            "top_logprobs": [
+                _entry(one) for one in sorted(position.values(), key=lambda p: p.rank or 0) if (one.rank or 0) <= top
+            ]
+        }
+        for token, position in zip(tokens, positions, strict=True)
+    ]
+
+
+def _entry(one: Any) -> dict[str, Any]:
+    text = one.decoded_token or ""
+    return {"token": text, "logprob": one.logprob, "bytes": list(text.encode())}
+
+
+class Prompter:
+    """Renders tasks with the model's chat template, in the caller's thread. A `prompt` is one user turn, when the model
+    has a template; without one it is completed as it is, and `messages` are refused."""
+
+    def __init__(self, llm: Any) -> None:
+        self._tokenizer: Any = copy.deepcopy(llm.get_tokenizer())  # vLLM's own is in use by its loop
+        self._lock = threading.Lock()
+        self._chats = bool(getattr(self._tokenizer, "chat_template", None))
+
+    def tokens(self, spec: TaskSpec) -> list[int]:
+        """The prompt's tokens. Raises EngineError (retry=False)."""
+        if not self._chats and spec.prompt is None:
+            raise EngineError("messages: this model has no chat template; give a prompt", retry=False)
+        with self._lock:
+            if not self._chats:
+                return list(self._tokenizer.encode(spec.prompt))
+            messages = [m.model_dump() for m in spec.messages or ()] or [{"role": "user", "content": spec.prompt}]
+            try:
+                text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # templates are programs; theirs are the errors
+                raise EngineError(f"messages: the model's chat template refuses them: {error}", retry=False) from None
+            return list(self._tokenizer.encode(text, add_special_tokens=False))

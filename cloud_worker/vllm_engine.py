@@ -1,0 +1,584 @@
+"""vLLM in this process: one event-loop thread owns AsyncLLM, Celery's threads submit to it and wait.
+
+All requests share vLLM's continuous batch. None is ever cancelled in asyncio's way, which can leak a request that is
+just being added (vllm issue 57061): a request that is to stop is aborted by its id, and then ends by itself.
+
+The engine proper runs in processes of its own. When they die, the requests inside fail at once, and the engine is
+started anew; meanwhile `counters` and `generate` raise EngineDown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import signal
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal
+
+import structlog
+
+from broker.errors import BadSetting
+from broker.messages import Calibration, Counters, Energy, ModelOffer, Output, Power, TaskSpec
+from broker.settings import Settings
+from broker.worker.energy import WINDOW, Attribution
+from broker.worker.engine import EngineDown, EngineError, Generation, OnText, Stop
+from broker.worker.gauges import Gauges
+from cloud_worker import pace
+from cloud_worker.loop import LoopThread, Pieces
+from cloud_worker.nvml import GPU, NVMLDevice, NVMLMeter, PowerLimitMeter, Unreadable, make_meter, visible_gpus
+from cloud_worker.reaper import Reaper
+
+log = structlog.get_logger(__name__)
+
+#: Requests in the batch at once unless set.
+DEFAULT_SLOTS = 256
+#: How often requests that see no tokens are looked at for `Stop`, s.
+LOOK = 0.02
+#: A step that takes so many times its expected time, and `STALL_SECONDS` more, was held up by something else.
+STALL_FACTOR, STALL_SECONDS = 3.0, 0.2
+#: Pauses before the engine is started anew: the first and the longest, s, and how often it is tried.
+RESTART_PAUSE, RESTART_LONGEST, RESTART_TRIES = 1.0, 60.0, 10
+#: Calibration: requests at once and tokens of context at most, and seconds of idling and of decoding that are metered.
+TRIAL_WIDTH, TRIAL_DEPTH, METERED = 64, 1024, 1.0
+
+FinishReason = Literal["stop", "length", "deadline", "cancelled"]
+AnyMeter = NVMLMeter | PowerLimitMeter
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """One call of `generate`. Times are `time.monotonic()`."""
+
+    task_id: str
+    key: str  # vLLM's name for it
+    spec: TaskSpec
+    stop: Stop
+    prompt: list[int]
+    params: Any
+    lora: Any = None
+    pieces: Pieces | None = None
+    accepted: float = field(default_factory=time.monotonic)
+
+    first: float | None = None  # when its first token was seen here
+    tokens: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    finish: str | None = None  # as vLLM says it
+    cached: int = 0
+    metrics: Any = None  # vLLM's RequestStateStats: when it was scheduled, …
+    stalled: bool = False
+
+    credited: int = 0  # prompt tokens whose energy was shared out as they were computed
+    work: float = 0.0  # since the energy was last shared out, s of the speed model
+    energy: Energy | None = None
+
+
+class VLLMEngine:
+    """See the module's head. Thread-safe after `start`. `meter` is NVML's unless given."""
+
+    def __init__(self, settings: Settings, *, meter: AnyMeter | None = None) -> None:
+        if settings.model is None:
+            raise BadSetting("vLLM needs a model: set PERLLM_MODEL to a Hugging Face name or a folder")
+        self._settings, self._meter_given = settings, meter
+        self.slots = settings.slots or DEFAULT_SLOTS
+        self.description = f"vLLM, {settings.model}, not started"
+        self._name = settings.model_name or _producer_name(settings.model)
+        self._gauges = Gauges()
+        self._speed = Calibration(step=0.01, sequence=0.0, prefill=1e-5)  # until it is measured
+        self._keys = itertools.count()
+        self._present: dict[_Request, None] = {}  # oldest first
+        self._prefilling: dict[_Request, None] = {}  # those of them without a token yet
+        self._running = self._waiting = 0
+        self._kv_used = 0.0
+        self._step_ended = self._shared_out = 0.0
+        self._before = 0.0, 0  # of the step before: when it began, and the prompt tokens it had room for
+        self._trial: list[pace.Step] | None = None
+        self._down: str | None = None
+        self._hardware = "hardware unknown"
+        self._loop: LoopThread | None = None
+        self._reaper: Reaper | None = None
+        self._meter: AnyMeter
+        self._energy: Attribution
+        self._llm: Any = None
+
+    # --- life
+
+    def start(self) -> None:
+        """Load and calibrate the model. Raises BadSetting with what to change."""
+        _quiet_environment()
+        from cloud_worker import vllm_api  # noqa: PLC0415  takes seconds, and much memory
+
+        self._api = vllm_api
+        self._args = vllm_api.engine_args(self._settings, self.slots)
+        self._loras = vllm_api.lora_requests(self._settings.adapters, self._name)
+        if missing := _missing_folder(self._args.model):
+            raise BadSetting(missing)
+        self._meter = self._meter_given or self._nvml_meter()
+        self._loop = LoopThread("perllm-vllm")
+        began = time.monotonic()
+        try:
+            self._loop.run(self._open())
+        except RuntimeError as error:
+            raise BadSetting(
+                f"vLLM could not start with PERLLM_MODEL={self._args.model} ({error}). The cause is in its own log "
+                "lines above, usually too little GPU memory: lower PERLLM_CONTEXT or PERLLM_SLOTS, choose a smaller "
+                "model, or more GPUs with PERLLM_VLLM_ARGS='{\"tensor_parallel_size\": 2}'"
+            ) from None
+        self._prompter = vllm_api.Prompter(self._llm)
+        self._loop.run(self._calibrate())
+        self._energy = Attribution(self._meter)
+        self._loop.loop.call_soon_threadsafe(self._begin_watch)
+        self.description = f"vLLM {vllm_api.VERSION}, {self._name}, {self._hardware}"
+        log.info(
+            "model_loaded",
+            model=self._name,
+            seconds=round(time.monotonic() - began, 1),
+            kv_tokens=self._kv_tokens,
+            step_ms=round(1e3 * (self._speed.step + self._speed.sequence), 2),
+            prefill_tokens_per_s=round(1 / max(self._speed.prefill, 1e-9)),
+            watts=round(self._meter.active),
+        )
+
+    def _nvml_meter(self) -> AnyMeter:
+        args = self._args
+        wanted = args.tensor_parallel_size * args.pipeline_parallel_size * args.data_parallel_size
+        try:
+            visible = visible_gpus()
+            gpus = [NVMLDevice(which) for which in visible[:wanted]]
+        except Unreadable as error:
+            raise BadSetting(f"vLLM needs an NVIDIA GPU: {error}") from None
+        if len(gpus) < wanted:
+            raise BadSetting(f"PERLLM_VLLM_ARGS asks for {wanted} GPUs, and {len(visible)} can be seen")
+        self._hardware = f"{wanted} × {gpus[0].name}"
+        if args.kv_cache_memory_bytes is None:
+            _check_memory(gpus, args.gpu_memory_utilization)
+        settings = self._settings
+        return make_meter(gpus, lambda: self._gauges.busy, tdp=settings.tdp_watts, idle=settings.idle_watts)
+
+    async def _open(self) -> None:
+        """Start vLLM in this loop. Raises BadSetting, RuntimeError."""
+        self._reaper = Reaper()
+        self._reaper.watch()
+        self._llm = self._api.open_engine(self._args, self._stepped)
+        self._reaper.started()
+        config = self._llm.vllm_config
+        self._kv_tokens = self._api.kv_tokens(self._llm)
+        self._context = int(config.model_config.max_model_len)
+        self._budget = int(config.scheduler_config.max_num_batched_tokens)
+        await self._llm.get_supported_tasks()  # asked once, and kept by vLLM
+        for name, lora in self._loras.items():
+            try:
+                await self._llm.add_lora(lora)
+            except Exception as error:  # vLLM's utility calls raise nothing more special
+                raise BadSetting(f"PERLLM_ADAPTERS: vLLM cannot load {name}: {error}") from None
+
+    def _shut(self) -> None:
+        """End vLLM's processes. In the loop."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.shutdown()
+        if self._reaper is not None:
+            self._reaper.dismiss()
+
+    def close(self) -> None:
+        """Stop every generation and free the GPU. Idempotent."""
+        loop, self._loop = self._loop, None
+        if loop is None:
+            return
+        loop.close(self._finish())
+        self._meter.close()
+
+    async def _finish(self) -> None:
+        self._shut()
+
+    # --- what the worker asks
+
+    def offers(self) -> tuple[ModelOffer, ...]:
+        """The model, and each adapter as "<model>:<adapter>". They share one KV cache and one speed."""
+        return tuple(
+            ModelOffer(name=name, context=self._context, kv_tokens=self._kv_tokens, calibration=self._speed)
+            for name in (self._name, *self._loras)
+        )
+
+    def power(self) -> Power:
+        """Measured at the start: idle with the model loaded, and beyond that while a full batch decodes."""
+        meter = self._meter
+        return Power(
+            idle=meter.idle,
+            active=meter.active,
+            joules_per_byte=self._settings.joules_per_byte,
+            method=meter.method,
+            estimated=meter.estimated,
+        )
+
+    def counters(self) -> Counters:
+        """Totals since `start` and the present state. Raises EngineDown."""
+        if self._down is not None:
+            raise EngineDown(self._down, inside=False)
+        now, gauges, present = time.monotonic(), self._gauges, len(self._present)
+        running = min(self._running, present)
+        return Counters(
+            steps=gauges.steps,
+            busy=gauges.busy,
+            generated=gauges.generated,
+            prefilled=gauges.prefilled,
+            sequence_steps=gauges.sequence_steps,
+            context_steps=gauges.context_steps,
+            active=running,
+            waiting=present - running,
+            free_kv=round((1.0 - self._kv_used) * self._kv_tokens) if present else self._kv_tokens,
+            since_progress=max(0.0, now - gauges.progress) if present else 0.0,
+            longest_step=gauges.longest_step(now),
+            energy=self._meter.read(),
+        )
+
+    def progress(self) -> Mapping[str, int]:
+        """Task id → tokens generated so far."""
+        return {request.task_id: len(request.tokens) for request in list(self._present)}
+
+    # --- one request
+
+    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
+        """Run one task to its end or until `stop`. Raises EngineError."""
+        if spec.model is not None and spec.model != self._name and spec.model not in self._loras:
+            served = ", ".join((self._name, *self._loras))
+            raise EngineError(f"model: {spec.model!r} is not served here, only {served}", retry=False)
+        accepted = time.monotonic()
+        prompt = self._checked_prompt(spec)
+        request = _Request(
+            task_id,
+            f"{task_id}.{next(self._keys)}",
+            spec,
+            stop,
+            prompt,
+            self._api.sampling_params(spec, spec.max_tokens),
+            self._loras.get(spec.model or ""),
+            None if on_text is None else SimpleQueue(),
+            accepted,
+        )
+        before = self.counters()  # raises EngineDown
+        loop = self._loop
+        if loop is None:
+            raise EngineError("the engine is closed", retry=True)
+        try:
+            if on_text is None or request.pieces is None:
+                loop.run(self._serve(request))
+            else:
+                loop.run_streaming(self._serve(request), request.pieces, on_text, stop)
+        except CancelledError:
+            raise EngineError("the engine is closing", retry=True) from None
+        return self._generation(request, before)
+
+    def _checked_prompt(self, spec: TaskSpec) -> list[int]:
+        prompt = self._prompter.tokens(spec)
+        if not prompt:
+            raise EngineError("prompt: has no tokens", retry=False)
+        if len(prompt) + spec.max_tokens > self._context:
+            room = self._context - len(prompt)
+            way_out = f"lower max_tokens to {room}" if room > 0 else "shorten the prompt"
+            raise EngineError(
+                f"prompt of {len(prompt)} tokens and max_tokens {spec.max_tokens} exceed the context of "
+                f"{self._context} tokens: {way_out}",
+                retry=False,
+            )
+        return prompt
+
+    async def _serve(self, request: _Request) -> None:
+        """From vLLM's waiting line to the last token. Raises EngineError."""
+        if self._down is not None:
+            raise EngineDown(self._down, inside=False)
+        now = time.monotonic()
+        if not self._present:
+            self._step_ended = self._gauges.progress = now
+        self._present[request] = self._prefilling[request] = None
+        self._energy.enter(request)
+        try:
+            async for output in self._outputs(request):
+                self._take(request, output)
+                if request.stop.reason is not None and not output.finished:
+                    await self._llm.abort(request.key)
+        except self._api.EngineDeadError:
+            raise self._died(inside=True) from None
+        except self._api.EngineGenerateError as error:
+            if self._llm is None or self._llm.errored:
+                raise self._died(inside=True) from None
+            raise EngineError(f"vLLM failed: {error.__cause__ or error}", retry=True) from None
+        except ValueError as error:
+            raise EngineError(f"vLLM does not accept it: {error}", retry=False) from None
+        finally:
+            self._share_out()
+            request.energy = self._energy.leave(request)
+            del self._present[request]
+            self._prefilling.pop(request, None)
+
+    def _outputs(self, request: _Request) -> Any:
+        spec, remaining = request.spec, request.stop.remaining
+        tokens = spec.expected_tokens or spec.max_tokens
+        work = tokens * pace.expected(self._speed, sequences=len(self._present))
+        return self._llm.generate(
+            self._api.tokens_input(request.prompt),
+            request.params,
+            request.key,
+            lora_request=request.lora,
+            priority=pace.urgency(time.monotonic(), remaining, spec.value, work),
+        )
+
+    def _take(self, request: _Request, output: Any) -> None:
+        """One engine step's output for one request. Called tens of thousands of times a second: little may be done."""
+        (completion,) = output.outputs
+        tokens = completion.token_ids
+        if tokens:
+            if request.first is None:
+                request.first = time.monotonic()
+                request.cached = output.num_cached_tokens or 0
+                del self._prefilling[request]
+                left = len(request.prompt) - request.cached - request.credited
+                request.work += max(0, left) * self._speed.prefill
+            request.tokens.extend(tokens)
+            request.work += len(tokens) * pace.decode_work(
+                self._speed, sequences=self._running, context=len(request.prompt) + len(request.tokens)
+            )
+        if completion.text:
+            request.text.append(completion.text)
+            if request.pieces is not None:
+                request.pieces.put(completion.text)
+        if completion.logprobs:
+            request.logprobs.extend(completion.logprobs)
+        request.finish = completion.finish_reason
+        request.metrics = output.metrics
+
+    def _generation(self, request: _Request, before: Counters) -> Generation:
+        spec, now = request.spec, time.monotonic()
+        prefill = decode = 0.0
+        if request.first is not None and request.metrics is not None:  # the engine's own clock: differences only
+            stats = request.metrics
+            prefill = max(0.0, stats.first_token_ts - stats.scheduled_ts) if stats.scheduled_ts else 0.0
+            decode = max(0.0, stats.last_token_ts - stats.first_token_ts)
+        assert request.energy is not None
+        logprobs = None
+        if spec.logprobs is not None:
+            logprobs = self._api.openai_logprobs(request.tokens, request.logprobs, spec.logprobs)
+        return Generation(
+            output=Output(text="".join(request.text), finish_reason=self._finish_reason(request), logprobs=logprobs),
+            model=spec.model or self._name,
+            prompt_tokens=len(request.prompt),
+            completion_tokens=len(request.tokens),
+            wait=max(0.0, (request.first or now) - request.accepted - prefill),
+            prefill=prefill,
+            decode=decode,
+            energy=request.energy,
+            before=before,
+            after=self._last_counters(),
+            cached_tokens=request.cached,
+            stalled=request.stalled,
+        )
+
+    @staticmethod
+    def _finish_reason(request: _Request) -> FinishReason:
+        match request.finish:
+            case "length":
+                return "length"
+            case "stop" | "repetition":
+                return "stop"
+            case "abort" if request.stop.reason is not None:
+                return request.stop.reason
+            case other:
+                raise EngineError(f"vLLM ended it by itself ({other})", retry=True)
+
+    def _last_counters(self) -> Counters:
+        try:
+            return self.counters()
+        except EngineDown:
+            return Counters()
+
+    # --- in the loop, beside the requests
+
+    def _stepped(
+        self, running: int, waiting: int, kv_used: float, generated: int, prefilled: int, finished: int
+    ) -> None:
+        """vLLM ended a step. (Its figures are of the time after it: what finished in it is not among the running.)"""
+        now = time.monotonic()
+        self._running, self._waiting, self._kv_used = running, waiting, kv_used
+        sequences = running + finished
+        if sequences == 0:
+            return
+        began, self._step_ended = self._step_ended, now
+        context = round(kv_used * self._kv_tokens)
+        self._gauges.step(began, now, sequences=sequences, prefilled=prefilled, context=context)
+        self._gauges.generated += generated
+        if self._trial is not None:
+            self._trial.append(pace.Step(now - began, sequences, prefilled, context))
+            return
+        self._credit_prefills(*self._before)
+        self._before = began, self._budget - generated
+        expected = pace.expected(self._speed, sequences=sequences, prefilled=self._budget, context=context)
+        if now - began > STALL_SECONDS + STALL_FACTOR * expected:
+            for request in self._present:
+                request.stalled = True
+        if now - self._shared_out >= WINDOW:
+            self._share_out()
+
+    def _credit_prefills(self, began: float, budget: int) -> None:
+        """Prompts longer than a step's budget are computed over several, and vLLM tells of them only at the end. So
+        the budget of a step is credited to those that still wait for their first token after it, in the order they
+        came."""
+        for request in self._prefilling:
+            if budget <= 0:
+                return
+            if request.accepted < began:
+                tokens = min(budget, len(request.prompt) - request.credited)
+                request.credited += tokens
+                request.work += tokens * self._speed.prefill
+                budget -= tokens
+
+    def _share_out(self) -> None:
+        """Split the energy since the last time over the work since the last time."""
+        self._shared_out = time.monotonic()
+        work: dict[Hashable, float] = {}
+        for request in self._present:
+            if request.work:
+                work[request] = request.work
+                request.work = 0.0
+        self._energy.work(work)
+
+    def _begin_watch(self) -> None:
+        self._watching = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        """Stop requests that get no tokens just now, and notice an engine that died with nobody inside."""
+        while True:
+            await asyncio.sleep(LOOK)
+            if self._down is not None:
+                continue
+            if self._llm.errored:
+                self._died(inside=True)
+                continue
+            stopped = [request.key for request in self._present if request.stop.reason is not None]
+            if stopped:
+                try:
+                    await self._llm.abort(stopped)
+                except Exception as error:  # the engine may be dying; then its requests end anyway
+                    log.warning("abort_failed", reason=str(error))
+
+    # --- death and return
+
+    def _died(self, *, inside: bool) -> EngineDown:
+        if self._down is None:
+            self._down = "vLLM's engine died and is being started anew"
+            log.error("engine_died", requests=len(self._present))
+            self._returning = asyncio.ensure_future(self._come_back())
+        return EngineDown(self._down, inside=inside)
+
+    async def _come_back(self) -> None:
+        for tries in range(1, RESTART_TRIES + 1):
+            pause = min(RESTART_LONGEST, RESTART_PAUSE * 2.0 ** (tries - 1)) * random.uniform(0.5, 1.5)
+            await asyncio.sleep(pause)
+            try:
+                self._shut()
+                await self._open()
+            except Exception as error:  # whatever it was, it may be better the next time
+                log.error("engine_restart_failed", tries=tries, reason=str(error))
+            else:
+                self._running = self._waiting = 0
+                self._kv_used = 0.0
+                self._down = None
+                log.info("engine_back", tries=tries)
+                return
+        log.critical("engine_lost", hint="the worker ends: vLLM cannot be started any more")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # --- calibration
+
+    async def _calibrate(self) -> None:
+        """Meter the idle GPU, time steps of several kinds, and meter a full batch (a few seconds)."""
+        width = min(self.slots, TRIAL_WIDTH)
+        depth = max(16, min(TRIAL_DEPTH, self._context // 2, self._budget // 2, self._kv_tokens // (2 * width)))
+        for count, prompt in ((1, depth), (width, 16)):  # kernels are compiled when they are first needed
+            await self._try(count, prompt, 4)
+        idle = await self._metered(asyncio.sleep(METERED))
+        decodes = [(1, 16), (width, 16), (width, depth), (1, depth)]
+        steps = [_decode(await self._try(count, prompt, 24), count) for count, prompt in decodes]
+        for prompt in (depth // 2, depth, depth // 2, depth):
+            steps += [step for step in await self._try(1, prompt, 1) if step.prefilled]
+        self._speed = pace.fit([step for step in steps if step is not None])
+        seconds = pace.expected(self._speed, sequences=width, context=16 * width)
+        tokens = int(min(self._context - 16, max(24, METERED / max(seconds, 1e-6))))
+        full = await self._metered(self._try(width, 16, tokens))
+        meter = self._meter
+        meter.idle = self._settings.idle_watts if self._settings.idle_watts is not None else idle
+        meter.active = max(0.0, full - meter.idle)
+        meter.method = f"{meter.method} ({pace.weights(self._speed)})"
+        self._gauges = Gauges()  # the trials are not the tasks'
+
+    async def _metered(self, doing: Any) -> float:
+        """Mean W while it was done."""
+        began, joules = time.monotonic(), self._meter.read()
+        await doing
+        return (self._meter.read() - joules) / (time.monotonic() - began)
+
+    async def _try(self, count: int, prompt: int, tokens: int) -> list[pace.Step]:
+        """The steps of `count` requests at once, of so many tokens each way. No two prompts are alike."""
+        steps = self._trial = []
+        self._step_ended = time.monotonic()
+        await asyncio.gather(*(self._trial_request(prompt, tokens) for _ in range(count)))
+        self._trial = None
+        return steps
+
+    async def _trial_request(self, prompt: int, tokens: int) -> None:
+        vocabulary = self._llm.vllm_config.model_config.get_vocab_size()
+        ids = random.choices(range(vocabulary), k=prompt)
+        key, params = f"calibration.{next(self._keys)}", self._api.trial_params(tokens)
+        async for _ in self._llm.generate(self._api.tokens_input(ids), params, key):
+            pass
+
+
+def _decode(steps: Sequence[pace.Step], count: int) -> pace.Step | None:
+    """The usual step in which all `count` sequences decode and nothing is prefilled: the median by time."""
+    steps = sorted((s for s in steps if s.prefilled == 0 and s.sequences == count), key=lambda s: s.seconds)
+    return steps[len(steps) // 2] if steps else None
+
+
+def _quiet_environment() -> None:
+    """Defaults for what vLLM reads from the environment; what the user has set stays."""
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads: it must not be forked
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def _missing_folder(model: str) -> str | None:
+    """What is wrong with a model that is given as a path; None for one that is there, or for a name."""
+    if not model.startswith(("/", ".", "~")):
+        return None
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return f"PERLLM_MODEL: there is no folder {folder}"
+    if not (folder / "config.json").is_file():
+        return f"PERLLM_MODEL: {folder} holds no config.json: it is not a Hugging Face model"
+    return None
+
+
+def _check_memory(gpus: Sequence[GPU], share: float) -> None:
+    """vLLM takes `share` of each GPU's memory at once, and fails when less is free."""
+    for gpu in gpus:
+        try:
+            free, total = gpu.memory()
+        except Unreadable:
+            continue  # vLLM will look itself
+        if free < share * total:
+            fits = int(100 * free / total) / 100
+            raise BadSetting(
+                f"{gpu.name} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, and vLLM would take {share:.0%} "
+                f"of all: stop what else uses it, or set PERLLM_VLLM_ARGS='{{\"gpu_memory_utilization\": {fits}}}'"
+            )
+
+
+def _producer_name(model: str) -> str:
+    """A Hugging Face name as it is; a folder's last part."""
+    return Path(model).expanduser().name if model.startswith(("/", ".", "~")) else model
