@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker.messages import (
-    Candidate,
     Claimed,
     Completed,
     Dispatched,
@@ -20,9 +19,8 @@ from broker.messages import (
     Returned,
     State,
 )
-from scheduler.core.cluster import Cluster, Node, Task
 from scheduler.core.core import Core, Decision
-from scheduler.core.policy import Choice, Policy
+from scheduler.core.policy import Policy
 from scheduler.policies import has_mechanisms, make_policy
 from scheduler.simulator.clock import Clock
 from scheduler.simulator.node import Job, SimNode
@@ -34,20 +32,6 @@ from scheduler.simulator.workload import Arrival, make_arrivals, mean_task, toke
 
 #: Tasks left waiting are looked at again after this long, s, as in the live service.
 TICK = 0.1
-
-
-class _Silent:
-    """A policy without its explanations: nobody reads them here, and they take time."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.name = policy.name
-        self.choose: Callable[[Task, Sequence[Node], Cluster, float], Choice] = policy.choose
-        self.observe = policy.observe
-        self.snapshot = policy.snapshot
-        self.restore = policy.restore
-
-    def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:  # noqa: ARG002
-        return ()
 
 
 def table_of(spec: NodeSpec) -> StepTable:
@@ -103,9 +87,8 @@ class Simulation:
         self._make_nodes(abort=mechanisms)
         if isinstance(policy, str):
             policy = ORACLES[policy](self) if policy in ORACLES else make_policy(policy, seed)
-        self.core = Core(
-            _Silent(policy), queue_beyond_slots=scenario.queue_room if mechanisms else None, edf=mechanisms
-        )
+        room = scenario.queue_room if mechanisms else None
+        self.core = Core(policy, queue_beyond_slots=room, edf=mechanisms, explain=False)
         for node in self.nodes.values():
             node.boot()
         self._next = 0
