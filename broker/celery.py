@@ -7,8 +7,11 @@ pending until the ledger stores the real result under that id.
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import Any
+import time
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import structlog
 from celery import Task, signals
@@ -17,19 +20,33 @@ from celery.exceptions import Ignore
 from broker import connection, logs
 from broker.celery_app import GENERATE, make_app
 from broker.door import Door
-from broker.errors import InvalidTask, PerLLMError
+from broker.errors import InvalidTask, PerLLMError, Unreachable
 from broker.ledger import Ledger
 from broker.settings import load_settings
 
+#: Seconds after which a message that an inbox took and did not finish (it was killed) is taken up again.
+REDELIVERY = 60.0
+#: Seconds it keeps trying to hand a task in while the server does not answer.
+PATIENCE = 60.0
+
 log = structlog.get_logger(__name__)
+#: Ids are the producers' own; they become parts of keys and messages.
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,254}")
+
+
+def _die(error: PerLLMError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
 
 try:
     settings = load_settings()
+    _ledger = Ledger(settings)
 except PerLLMError as error:
-    sys.exit(f"error: {error}")
+    _die(error)
 
 app = make_app(settings, concurrency=4)
-_ledger = Ledger(settings)
+app.conf.broker_transport_options["visibility_timeout"] = REDELIVERY
 _door = Door(settings, _ledger)
 
 
@@ -43,11 +60,18 @@ def _check(**_: Any) -> None:
     try:
         connection.check(settings)
     except PerLLMError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _die(error)
 
 
-@app.task(bind=True, name=GENERATE, typing=False, ignore_result=False, throws=(InvalidTask,), max_retries=None)
+# Acknowledged late: handing in the same id twice does no harm, losing one would.
+@app.task(
+    bind=True,
+    name=GENERATE,
+    typing=False,
+    acks_late=True,
+    ignore_result=False,
+    throws=(InvalidTask,),
+)
 def generate(task: Task, *args: Any, **fields: Any) -> None:
     """Submit to the ledger under this message's id. Raises InvalidTask for the producer's `AsyncResult` to show."""
     if args:
@@ -55,8 +79,31 @@ def generate(task: Task, *args: Any, **fields: Any) -> None:
             raise InvalidTask("send the task's fields as keyword arguments, or as one object")
         fields = args[0]
     try:
-        _ledger.submit([(task.request.id, _door.accept(fields))])
+        _patiently(task.request.id, fields)
     except InvalidTask as error:
         log.info("task_refused", task_id=task.request.id, reason=str(error))
         raise
     raise Ignore
+
+
+def _patiently(task_id: str, fields: Mapping[str, Any]) -> None:
+    give_up = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return _hand_in(task_id, fields)
+        except Unreachable as error:
+            log.warning("submission_delayed", task_id=task_id, reason=str(error))
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.5)
+
+
+def _hand_in(task_id: str, fields: Mapping[str, Any]) -> None:
+    if not _ID.fullmatch(task_id):
+        raise InvalidTask(
+            f"the message's id must be at most 255 letters, digits and any of ._:- (given {task_id[:40]!r})"
+        )
+    spec = _door.accept(fields)
+    in_force = _ledger.submit([(task_id, spec)])[0]
+    if in_force != task_id:  # nothing will ever be stored under this id
+        raise InvalidTask(f"idempotency_key: {spec.idempotency_key!r} is task {in_force}'s: ask for its result instead")

@@ -83,6 +83,8 @@ def node_message(task_id: str, attempt: int, queue: str) -> str:
         "root_id": task_id,
         "parent_id": None,
         "group": None,
+        "group_index": None,
+        "shadow": None,
         "retries": 0,
         "eta": None,
         "expires": None,
@@ -91,6 +93,9 @@ def node_message(task_id: str, attempt: int, queue: str) -> str:
         "kwargsrepr": f"{{'attempt': {attempt}, 'prompt': '{PREVIEW}'}}",
         "origin": "perllm-scheduler",
         "ignore_result": True,
+        "replaced_task_nesting": 0,
+        "stamped_headers": None,
+        "stamps": {},
     }
     message = {
         "body": base64.b64encode(json.dumps(body).encode()).decode(),

@@ -17,6 +17,12 @@ hypothesis.settings.register_profile("perllm", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("perllm")
 
 
+def skip_without_debian_redis() -> None:
+    version = DebianRedis.version()
+    if version is None or version < (7, 0):
+        pytest.skip("no redis-server >= 7.0 on PATH")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_settings_from_outside() -> Iterator[None]:
     """Tests do not see the developer's PERLLM_* variables."""
@@ -32,23 +38,25 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
         yield server
 
 
-@pytest.fixture(scope="session")
-def debian_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DebianRedis]:
-    """Debian's redis-server, where there is one."""
-    version = DebianRedis.version()
-    if version is None or version < (7, 0):
-        pytest.skip("no redis-server >= 7.0 on PATH")
-    server = DebianRedis(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.stop()
-
-
 @pytest.fixture(scope="session", params=["valkey", "debian_redis"])
-def server(request: pytest.FixtureRequest) -> Server:
-    """Each server the system supports, in turn."""
-    found: Server = request.getfixturevalue(request.param)
-    return found
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Each kind of server the system supports, in turn."""
+    if request.param == "valkey":
+        yield request.getfixturevalue("valkey")
+    else:
+        skip_without_debian_redis()
+        with DebianRedis(tmp_path_factory.mktemp("redis")) as redis_server:
+            yield redis_server
+
+
+@pytest.fixture(scope="module", params=["valkey", "debian_redis"])
+def own_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same, but one that no other module empties."""
+    folder = tmp_path_factory.mktemp("server")
+    if request.param != "valkey":
+        skip_without_debian_redis()
+    with EmbeddedServer(folder) if request.param == "valkey" else DebianRedis(folder) as started:
+        yield started
 
 
 @pytest.fixture

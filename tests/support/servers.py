@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import redis
 
@@ -47,6 +49,15 @@ class DebianRedis:
             self._process.terminate()
             self._process.wait()
             self._process = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
 
 
 Server = EmbeddedServer | DebianRedis
