@@ -44,14 +44,14 @@ class Reaper:
             for child in psutil.Process().children(recursive=True):
                 if child.pid not in self._known:
                     self._known.add(child.pid)
-                    self._shell.stdin.write(f"{child.pid}\n")
+                    if not any("resource_tracker" in word for word in child.cmdline()):  # it serves this process
+                        self._shell.stdin.write(f"{child.pid}\n")
             self._shell.stdin.flush()
 
     def dismiss(self) -> None:
-        """The processes have ended: nothing is to be killed any more. Idempotent."""
+        """Have whatever is left of them killed now. Idempotent."""
         self._started.set()
-        self._shell.kill()
-        self._shell.wait()
         with contextlib.suppress(OSError):
-            if self._shell.stdin is not None:
-                self._shell.stdin.close()
+            assert self._shell.stdin is not None
+            self._shell.stdin.close()
+        self._shell.wait()
