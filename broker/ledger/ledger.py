@@ -260,12 +260,17 @@ class Ledger:
     def events(self, after: str, *, count: int = 1000, block: float | None = None) -> list[tuple[str, Event]]:
         """Up to `count` events later than the stream position `after`, waiting up to `block` s for one. An entry that
         is no event is logged and skipped."""
-        with reaching(self._settings):
-            wait = None if block is None else max(1, int(block * 1000))
-            reply = cast(
-                "list[Any] | None", self.client.xread({f"{self.prefix}events": after}, count=count, block=wait)
-            )
-        return list(_events(reply[0][1])) if reply else []
+        wait = None if block is None else max(1, int(block * 1000))
+        while True:
+            with reaching(self._settings):
+                reply = cast(
+                    "list[Any] | None", self.client.xread({f"{self.prefix}events": after}, count=count, block=wait)
+                )
+            if not reply:
+                return []
+            if events := list(_events(reply[0][1])):
+                return events
+            after = reply[0][1][-1][0]  # none of these is readable; what follows may be
 
     def first_and_last_event(self) -> tuple[str, str]:
         """Stream positions of the oldest event kept and the newest ("0-0" for an empty stream)."""

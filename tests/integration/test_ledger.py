@@ -1,0 +1,275 @@
+"""The ledger on each real server: what the state machine beside this does not reach, and what it reaches rarely."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.make import node_info, output, receipt, why
+
+from broker.celery_app import node_message
+from broker.errors import Unreachable
+from broker.ledger import Dispatch, Ledger
+from broker.ledger.ledger import SWEEP_LIMIT
+from broker.messages import Counters, Heartbeat, State, Submitted, TaskSpec, new_id
+from broker.settings import Settings
+
+
+def submit(ledger: Ledger, **fields: object) -> str:
+    return ledger.submit([(new_id(), TaskSpec.model_validate({"prompt": "hi"} | fields))])[0]
+
+
+def run(ledger: Ledger, task_id: str, attempt: int = 1, token: str = "token") -> None:
+    """Bring a pending task to running on node n."""
+    epoch = ledger.lead("test", 60)
+    assert epoch is not None
+    if not ledger.nodes():
+        assert ledger.register(node_info("n")) is None
+    message = node_message(task_id, attempt, "edge.n")
+    sent = Dispatch(task_id, attempt, "n", "boot-1", "emulated", "edge.n", message, why())
+    assert ledger.dispatch(epoch, [sent]) == ["ok"]
+    assert ledger.claim(task_id, attempt, "n", token) is not None
+
+
+def lapse(ledger: Ledger, task_id: str, state: str) -> None:
+    """Move the end of a lease into the past."""
+    ledger.client.zadd(f"{ledger.prefix}in:{state}", {task_id: ledger.now() - 1})
+
+
+# --- text
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(min_size=1), answer=st.text(), reason=st.text())
+def test_any_text_comes_back_as_it_was(ledger: Ledger, text: str, answer: str, reason: str) -> None:
+    good, bad = submit(ledger, prompt=text, metadata={"k": text[:100]}), submit(ledger, prompt=text)
+    for task_id in (good, bad):
+        run(ledger, task_id)
+    assert ledger.complete(good, 1, "token", "succeeded", output(answer), receipt("n")) == "ok"
+    assert ledger.fail(bad, 1, "token", reason, retry=False) == "ok"
+    done, failed = ledger.results([good, bad])
+    assert done is not None
+    assert failed is not None
+    assert (done.text, failed.reason) == (answer, reason)
+    record = ledger.task(good)
+    assert record is not None
+    assert (record.spec.prompt, record.spec.metadata) == (text, {"k": text[:100]})
+    assert json.loads(ledger.client.get(f"celery-task-meta-{bad}") or b"")["result"]["exc_message"] == [reason]
+    assert [e.reason for _, e in ledger.events("0-0") if e.type == "ended"][-1] == reason
+
+
+# --- submitting
+
+
+def test_a_long_iterator_goes_in_pieces_and_in_order(ledger: Ledger) -> None:
+    def tasks() -> Iterator[tuple[str, TaskSpec]]:
+        for n in range(3000):
+            yield f"t{n}", TaskSpec(prompt="x" * (300_000 if n % 500 == 0 else 10))
+
+    assert ledger.submit(tasks()) == [f"t{n}" for n in range(3000)]
+    assert ledger.counts()[State.PENDING] == ledger.totals()["submitted"] == 3000
+    assert [e.id for _, e in ledger.events("0-0", count=5000) if isinstance(e, Submitted)] == [
+        f"t{n}" for n in range(3000)
+    ]
+
+
+def test_nothing_to_submit(ledger: Ledger) -> None:
+    assert ledger.submit([]) == []
+
+
+def test_tenants_do_not_share_keys(ledger: Ledger) -> None:
+    ids = [
+        submit(ledger, tenant="a", idempotency_key="b:c"),
+        submit(ledger, tenant="a:b", idempotency_key="c"),
+        submit(ledger, tenant="a", idempotency_key="b"),
+    ]
+    assert len(set(ids)) == 3
+    assert submit(ledger, tenant="a", idempotency_key="b:c") == ids[0]
+
+
+def test_one_key_twice_in_one_call(ledger: Ledger) -> None:
+    spec = TaskSpec(prompt="hi", idempotency_key="k")
+    assert ledger.submit([("first", spec), ("second", spec)]) == ["first", "first"]
+
+
+def test_the_script_may_be_flushed_at_any_time(ledger: Ledger) -> None:
+    submit(ledger)
+    ledger.client.script_flush()
+    assert ledger.submit((f"t{n}", TaskSpec(prompt="hi")) for n in range(500)) == [f"t{n}" for n in range(500)]
+
+
+def test_a_full_server_stores_nothing_and_says_so(ledger: Ledger) -> None:
+    used = int(ledger.client.info("memory")["used_memory"])
+    ledger.client.config_set("maxmemory-policy", "noeviction")
+    ledger.client.config_set("maxmemory", used)
+    try:
+        with pytest.raises(Unreachable, match="out of memory and stored nothing"):
+            submit(ledger, prompt="x" * 100_000)
+        assert ledger.counts()[State.PENDING] == 0
+        assert ledger.totals() == {}
+    finally:
+        ledger.client.config_set("maxmemory", 0)
+    submit(ledger)
+
+
+# --- attempts
+
+
+def test_a_result_for_a_cancelled_task_is_void(ledger: Ledger) -> None:
+    task_id = submit(ledger)
+    run(ledger, task_id)
+    ledger.cancel(task_id)
+    assert ledger.complete(task_id, 1, "token", "succeeded", output(), receipt("n")) == "void"
+
+
+def test_a_repeated_completion_is_ok_and_changes_nothing(ledger: Ledger) -> None:
+    task_id = submit(ledger)
+    run(ledger, task_id)
+    assert ledger.complete(task_id, 1, "token", "succeeded", output("first"), receipt("n")) == "ok"
+    assert ledger.complete(task_id, 1, "token", "succeeded", output("second"), receipt("n")) == "ok"
+    result = ledger.results([task_id])[0]
+    assert result is not None
+    assert result.text == "first"
+    assert ledger.totals()["succeeded"] == 1
+
+
+def test_the_same_token_under_another_attempt_is_void(ledger: Ledger) -> None:
+    task_id = submit(ledger)
+    run(ledger, task_id)
+    ledger.hand_back(task_id, 1, "token", "stopping")
+    run(ledger, task_id, attempt=2)
+    assert ledger.complete(task_id, 1, "token", "succeeded", output(), receipt("n")) == "void"
+    assert ledger.complete(task_id, 2, "token", "succeeded", output(), receipt("n", attempt=2)) == "ok"
+
+
+def test_work_that_hangs_beyond_its_deadline_is_renewed_no_more(ledger: Ledger) -> None:
+    task_id = submit(ledger)
+    run(ledger, task_id)
+    heartbeat = Heartbeat(at=0, node="n", boot="boot-1", counters=Counters())
+    lapse(ledger, task_id, "running")
+    assert ledger.beat(heartbeat, [(task_id, 1, "token")]) == []
+    assert ledger.sweep() == 0
+    long_ago = ledger.now() - 1000
+    ledger.client.hset(f"{ledger.prefix}task:{task_id}", "deadline", long_ago)  # moves time
+    lapse(ledger, task_id, "running")
+    assert ledger.beat(heartbeat, [(task_id, 1, "token")]) == []
+    assert ledger.sweep() == 1
+
+
+def test_waiting_too_long_in_a_nodes_queue_is_no_strike(ledger: Ledger) -> None:
+    task_id = submit(ledger)
+    run(ledger, task_id)
+    ledger.hand_back(task_id, 1, "token", "stopping")
+    message = node_message(task_id, 2, "edge.n")
+    sent = Dispatch(task_id, 2, "n", "boot-1", "emulated", "edge.n", message, why())
+    assert ledger.dispatch(ledger.lead("test", 60) or 0, [sent]) == ["ok"]
+    lapse(ledger, task_id, "dispatched")
+    assert ledger.sweep() == 1
+    record = ledger.task(task_id)
+    assert record is not None
+    assert (record.state, record.strikes, record.node) == ("pending", 0, None)
+    assert ledger.claim(task_id, 2, "n", "token") is None
+
+
+def test_a_sweep_is_bounded_and_ends(ledger: Ledger) -> None:
+    count = SWEEP_LIMIT + 10
+    ids = ledger.submit((f"t{n}", TaskSpec(prompt="hi")) for n in range(count))
+    ledger.client.zadd(f"{ledger.prefix}in:pending", dict.fromkeys(ids, 1.0))  # moves time
+    assert [ledger.sweep(), ledger.sweep(), ledger.sweep()] == [SWEEP_LIMIT, 10, 0]
+    assert ledger.counts()[State.EXPIRED] == count
+
+
+# --- reading
+
+
+def test_what_the_scheduler_takes_over(ledger: Ledger) -> None:
+    waits, returned, runs = (submit(ledger, value=2, service="chat", expected_tokens=7) for _ in range(3))
+    run(ledger, returned)
+    ledger.fail(returned, 1, "token", "broke", retry=True)
+    run(ledger, runs)
+    placements = dict(zip((waits, returned, runs), ledger.features([waits, returned, runs]), strict=True))
+    for placement in placements.values():
+        assert placement is not None
+        told = placement.submitted
+        assert (told.value, told.service, told.expected_tokens) == (2, "chat", 7)
+        assert told.deadline == pytest.approx(told.at + 60)
+    at = {i: (p.submitted.attempt, p.submitted.strikes, p.dispatched, p.claimed) for i, p in placements.items() if p}
+    assert at[waits] == (0, 0, None, None)
+    assert at[returned] == (1, 1, None, None)
+    dispatched, claimed = at[runs][2:]
+    assert dispatched is not None
+    assert claimed is not None
+    assert (dispatched.node, dispatched.attempt, claimed.attempt) == ("n", 1, 1)
+    assert ledger.features(["nobody"]) == [None]
+    assert {i for _, i in ledger.unfinished()} == {waits, returned, runs}
+
+
+def test_unreadable_events_are_passed_over_however_many(ledger: Ledger) -> None:
+    stream = f"{ledger.prefix}events"
+    for entry in ({"e": "not JSON"}, {"e": '{"type":"of the future"}'}, {"x": "no event"}, {"e": b"\xff"}):
+        for _ in range(4):
+            ledger.client.xadd(stream, entry)
+    task_id = submit(ledger)
+    seen = ledger.events("0-0", count=3)
+    assert [e.id for _, e in seen if isinstance(e, Submitted)] == [task_id]
+    assert ledger.events(seen[-1][0], count=3, block=0.01) == []
+
+
+def test_the_stream_is_trimmed(ledger: Ledger, settings: Settings) -> None:
+    short = Ledger(settings.model_copy(update={"stream_length": 1000}))
+    short.submit((f"t{n}", TaskSpec(prompt="hi")) for n in range(5000))
+    assert 1000 <= ledger.client.xlen(f"{ledger.prefix}events") < 1500
+    short.client.close()
+
+
+def test_a_node_that_is_nonsense_hides_no_other(ledger: Ledger) -> None:
+    assert ledger.register(node_info("n")) is None
+    for name, info in (("x", "not JSON"), ("y", '{"name": "y", "slots": -3}')):
+        ledger.client.hset(f"{ledger.prefix}node:{name}", mapping={"info": info, "boot": "b"})
+        ledger.client.zadd(f"{ledger.prefix}nodes", {name: ledger.now() + 60})
+    ledger.client.zadd(f"{ledger.prefix}nodes", {"z": ledger.now() + 60})
+    assert [info.name for info, _, _ in ledger.nodes()] == ["n"]
+
+
+def test_results_of_many(ledger: Ledger) -> None:
+    done, waits = submit(ledger), submit(ledger)
+    ledger.cancel(done)
+    results = ledger.results([waits, done, "nobody"])
+    assert [r and r.state for r in results] == [None, State.CANCELLED, None]
+    assert ledger.known([waits, done, "nobody"]) == [True, True, False]
+    assert ledger.ids(State.PENDING) == [waits]
+    assert ledger.ids(State.CANCELLED, newest=True, limit=1) == [done]
+    assert ledger.task("nobody") is None
+
+
+def test_cells_on_one_server_do_not_meet(ledger: Ledger, settings: Settings) -> None:
+    other = Ledger(settings.model_copy(update={"cell": "other"}))
+    submit(ledger)
+    assert other.counts()[State.PENDING] == 0
+    assert other.lead("x", 60) == ledger.lead("y", 60) == 1
+    other.client.close()
+
+
+# --- leadership
+
+
+def test_a_leader_that_resigns_is_followed_at_once(ledger: Ledger) -> None:
+    assert ledger.lead("a", 60) == 1
+    assert ledger.lead("b", 60) is None
+    ledger.resign("b")  # not its to give up
+    assert ledger.lead("b", 60) is None
+    ledger.resign("a")
+    assert ledger.lead("b", 60) == 2
+    assert not ledger.save_snapshot(1, {"old": True})
+    assert ledger.save_snapshot(2, {"new": True})
+    assert ledger.load_snapshot() == {"new": True}
+
+
+def test_leadership_lapses(ledger: Ledger) -> None:
+    assert ledger.lead("a", 0.001) == 1
+    while (epoch := ledger.lead("b", 60)) is None:
+        pass
+    assert epoch == 2
