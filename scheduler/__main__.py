@@ -11,6 +11,7 @@ from broker.ledger import Ledger
 from broker.settings import load_settings
 from scheduler.core.core import Core
 from scheduler.policies import make_policy
+from scheduler.rehearsal import rehearse
 from scheduler.service import Service
 
 
@@ -19,16 +20,16 @@ def main() -> int:
     try:
         settings = load_settings()
         logs.configure(settings)
-        make_policy(settings.policy)  # an unknown name is an error now, not at the first takeover
         connection.check(settings)
+
+        def make_core() -> Core:
+            return Core(make_policy(settings.policy), queue_beyond_slots=settings.queue_beyond_slots)
+
+        rehearse(make_core())  # an unknown policy is an error now, and the first real task finds all compiled
     except PerLLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    service = Service(
-        settings,
-        Ledger(settings),
-        lambda: Core(make_policy(settings.policy), queue_beyond_slots=settings.queue_beyond_slots),
-    )
+    service = Service(settings, Ledger(settings), make_core)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     service.run()
