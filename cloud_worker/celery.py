@@ -31,7 +31,7 @@ def make_engine(settings: Settings) -> Engine:
                 raise BadSetting(f"PERLLM_ENGINE=vllm cannot be used: {missing}")
             return _vllm(settings)
         case "auto":
-            if missing := no_vllm():
+            if missing := no_vllm() or _no_model(settings):
                 return _llama(settings, missing)
             return _vllm(settings)
 
@@ -43,6 +43,13 @@ def no_vllm() -> str | None:
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed: pip install 'perllm[cloud]'"
     return None
+
+
+def _no_model(settings: Settings) -> str | None:
+    """Why there is nothing for vLLM to serve; None when there is."""
+    if settings.model is None:
+        return "PERLLM_MODEL names no model for vLLM"
+    return "PERLLM_MODEL is a GGUF file" if settings.model.endswith(".gguf") else None
 
 
 def _vllm(settings: Settings) -> Engine:

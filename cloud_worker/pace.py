@@ -26,7 +26,7 @@ class Step:
 
 
 def fit(steps: Sequence[Step]) -> Calibration:
-    """The speed model (DESIGN section 5) whose relative errors on `steps` are least, no coefficient below zero.
+    """The speed model (DESIGN section 5) with the least relative errors on `steps` (one at least), none of it negative.
 
     Four unknowns, so the best of the 15 least-squares fits on a subset of them that has no negative coefficient is the
     non-negative least-squares fit.

@@ -45,7 +45,7 @@ LOOK = 0.02
 STALL_FACTOR, STALL_SECONDS = 3.0, 0.2
 #: Pauses before the engine is started anew: the first and the longest, s, and how often it is tried.
 RESTART_PAUSE, RESTART_LONGEST, RESTART_TRIES = 1.0, 60.0, 10
-#: Calibration: requests at once and tokens of context at most, and seconds of idling and of decoding that are metered.
+#: Calibration: requests at once with a long context and its tokens, at most; seconds of idling and decoding metered.
 TRIAL_WIDTH, TRIAL_DEPTH, METERED = 64, 1024, 1.0
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled"]
@@ -500,17 +500,17 @@ class VLLMEngine:
         """Meter the idle GPU, time steps of several kinds, and meter a full batch (a few seconds)."""
         width = min(self.slots, TRIAL_WIDTH)
         depth = max(16, min(TRIAL_DEPTH, self._context // 2, self._budget // 2, self._kv_tokens // (2 * width)))
-        for count, prompt in ((1, depth), (width, 16)):  # kernels are compiled when they are first needed
+        for count, prompt in ((1, depth), (self.slots, 16)):  # kernels are compiled when they are first needed
             await self._try(count, prompt, 4)
         idle = await self._metered(asyncio.sleep(METERED))
-        decodes = [(1, 16), (width, 16), (width, depth), (1, depth)]
+        decodes = [(1, 16), (1, depth), (width, 16), (width, depth), (self.slots, 16)]
         steps = [_decode(await self._try(count, prompt, 24), count) for count, prompt in decodes]
         for prompt in (depth // 2, depth, depth // 2, depth):
             steps += [step for step in await self._try(1, prompt, 1) if step.prefilled]
         self._speed = pace.fit([step for step in steps if step is not None])
-        seconds = pace.expected(self._speed, sequences=width, context=16 * width)
+        seconds = pace.expected(self._speed, sequences=self.slots, context=16 * self.slots)
         tokens = int(min(self._context - 16, max(24, METERED / max(seconds, 1e-6))))
-        full = await self._metered(self._try(width, 16, tokens))
+        full = await self._metered(self._try(self.slots, 16, tokens))
         meter = self._meter
         meter.idle = self._settings.idle_watts if self._settings.idle_watts is not None else idle
         meter.active = max(0.0, full - meter.idle)
