@@ -19,6 +19,7 @@ class Outcome:
     """How one task ended. Times s, energy J (idle power apart)."""
 
     submitted: float
+    deadline: float
     ended: float
     state: State
     on_time: bool

@@ -58,7 +58,11 @@ def capacity(scenario: Scenario) -> dict[str, float]:
 
 class Simulation:
     """Runs `scenario` under `policy` at `load` times the cluster's capacity. Everything drawn depends on `seed` only,
-    so every policy meets the same tasks, noise and faults. `listen` hears every event of the stream."""
+    so every policy meets the same tasks, noise and faults.
+
+    `mechanisms` (None: as the policy's name says) are EDF, short node queues and stopping at the deadline; `abort`
+    overrides the last. `arrivals` replace the scenario's. `listen` hears every event of the stream.
+    """
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class Simulation:
         load: float,
         seed: int,
         mechanisms: bool | None = None,
+        abort: bool | None = None,
         arrivals: list[Arrival] | None = None,
         listen: Callable[[Event], None] | None = None,
     ) -> None:
@@ -84,7 +89,7 @@ class Simulation:
         self._strikes: dict[str, int] = {}
         self._ticking = False
         self.nodes: dict[str, SimNode] = {}
-        self._make_nodes(abort=mechanisms)
+        self._make_nodes(abort=mechanisms if abort is None else abort)
         if isinstance(policy, str):
             policy = ORACLES[policy](self) if policy in ORACLES else make_policy(policy, seed)
         room = scenario.queue_room if mechanisms else None
@@ -216,6 +221,7 @@ class Simulation:
         receipt = event.receipt if isinstance(event, Completed) else None
         self.outcomes[event.id] = Outcome(
             submitted=submitted.at,
+            deadline=submitted.deadline,
             ended=event.at,
             state=event.state,
             on_time=isinstance(event, Completed) and event.on_time,

@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import Any
 
 from broker.errors import BadSetting
 from scheduler.policies import make_policy
@@ -20,11 +21,13 @@ from scheduler.simulator.workload import Arrival, make_arrivals
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One simulation to do."""
+    """One simulation to do. `options` are the policy's own keywords, as pairs; `abort` as in `Simulation`."""
 
     policy: str
     load: float
     seed: int
+    options: tuple[tuple[str, Any], ...] = ()
+    abort: bool | None = None
 
 
 def points(policies: Sequence[str], loads: Sequence[float], seeds: Sequence[int]) -> list[Point]:
@@ -49,7 +52,8 @@ def simulate_one(scenario: Scenario, point: Point, trace: Sequence[Arrival] | No
     arrivals = None
     if trace is not None:
         arrivals = stretched(trace, trace_load(scenario, trace) / point.load, scenario.start)
-    return Simulation(scenario, point.policy, load=point.load, seed=point.seed, arrivals=arrivals).run()
+    policy = make_policy(point.policy, point.seed, **dict(point.options)) if point.options else point.policy
+    return Simulation(scenario, policy, load=point.load, seed=point.seed, abort=point.abort, arrivals=arrivals).run()
 
 
 def trace_load(scenario: Scenario, trace: Sequence[Arrival]) -> float:
