@@ -6,16 +6,18 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NoReturn
 from uuid import uuid4
 
 import structlog
 from celery import Celery, Task, signals
+from pydantic import ValidationError
 
 from broker import connection, logs
 from broker.celery_app import RUN, make_app
-from broker.errors import PerLLMError, TaskExpired, TaskFailed
+from broker.errors import BadSetting, PerLLMError, TaskExpired, TaskFailed, field_errors
 from broker.ledger import Ledger
 from broker.messages import WIRE_VERSION, NodeInfo
 from broker.settings import Settings, load_settings
@@ -33,20 +35,21 @@ def worker_app(tier: Tier, make_engine: Callable[[Settings], Engine]) -> Celery:
     """
     try:
         settings = load_settings()
+        ledger = Ledger(settings)
         engine = make_engine(settings)
     except PerLLMError as error:
         _die(error)
     name = settings.node_name or re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:64].lstrip("-_") or tier
     app = make_app(settings, queue=f"{tier}.{name}", concurrency=engine.slots)
-    _Lifecycle(app, tier, name, settings, engine)
+    _Lifecycle(app, tier, name, settings, ledger, engine)
     return app
 
 
 class _Lifecycle:
     """Ties a node's life to its Celery worker's by Celery's signals, and answers the node queue's one task."""
 
-    def __init__(self, app: Celery, tier: Tier, name: str, settings: Settings, engine: Engine) -> None:
-        self._tier, self._name, self._settings, self._engine = tier, name, settings, engine
+    def __init__(self, app: Celery, tier: Tier, name: str, settings: Settings, ledger: Ledger, engine: Engine) -> None:
+        self._tier, self._name, self._settings, self._ledger, self._engine = tier, name, settings, ledger, engine
         self._node: NodeWorker | None = None
         # weak=False: nothing else keeps these bound methods alive
         signals.setup_logging.connect(self._log, weak=False)
@@ -61,7 +64,7 @@ class _Lifecycle:
         logs.configure(self._settings)
 
     def _load(self, **_: Any) -> None:
-        try:
+        with self._or_die():
             connection.check(self._settings)
             self._engine.start()
             info = NodeInfo(
@@ -74,18 +77,31 @@ class _Lifecycle:
                 bandwidth=self._settings.bandwidth,
                 engine=self._engine.description,
             )
-            self._node = NodeWorker(self._settings, Ledger(self._settings), self._engine, info)
-        except PerLLMError as error:
-            self._engine.close()
-            _die(error)
+            self._node = NodeWorker(self._settings, self._ledger, self._engine, info)
 
     def _join(self, **_: Any) -> None:
-        assert self._node is not None
-        try:
+        with self._or_die():
+            assert self._node is not None
             self._node.start()
+
+    @contextmanager
+    def _or_die(self) -> Iterator[None]:
+        """Whatever goes wrong at the start ends the process. Celery would log it and go on, a worker without a node."""
+        try:
+            yield
+        except ValidationError as error:
+            self._close()
+            _die(BadSetting(f"this node cannot be registered: {field_errors(error)}"))
         except PerLLMError as error:
-            self._node.close()
+            self._close()
             _die(error)
+        except Exception:
+            log.exception("start_failed", node=self._name)
+            self._close()
+            sys.exit(1)
+
+    def _close(self) -> None:
+        (self._node or self._engine).close()
 
     def _drain(self, **_: Any) -> None:
         # Celery calls this inside its signal handler: no I/O there, so a thread of its own does it.

@@ -37,9 +37,7 @@ def cluster(own_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def producer(cluster: Cluster) -> celery.Celery:
-    """An app that knows nothing of PerLLM."""
-    url = cluster.settings.celery_url
-    return celery.Celery(broker=url, backend=url)
+    return cluster.producer()
 
 
 def send(producer: celery.Celery, *args: object, task_id: str | None = None, **fields: object) -> AsyncResult:
@@ -116,8 +114,7 @@ def test_one_object_instead_of_keywords(producer: celery.Celery) -> None:
 
 
 def test_the_older_message_protocol(cluster: Cluster) -> None:
-    url = cluster.settings.celery_url
-    old = celery.Celery(broker=url, backend=url)
+    old = cluster.producer()
     old.conf.task_protocol = 1
     assert send(old, prompt="hello", max_tokens=1).get(timeout=PATIENCE)["state"] == "succeeded"
 

@@ -14,6 +14,7 @@ import pytest
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from support.ports import free_port
 from support.servers import ping
 from support.wait import eventually
 
@@ -21,12 +22,6 @@ from broker.connection import check
 from broker.embedded import EmbeddedServer
 from broker.errors import BadSetting, Unreachable
 from broker.settings import Settings
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize("port", [False, True], ids=["socket", "port"])

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import celery
+
 from broker.ledger import Ledger, TaskRecord
 from broker.messages import NodeInfo, Result, TaskSpec, new_id
 from broker.process import spawn
@@ -92,7 +94,8 @@ class Cluster:
     def start(self, name: str, *command: str, **settings: object) -> Process:
         """Start a process with these settings on top of the cluster's."""
         variables = {f"PERLLM_{k.upper()}": str(v) for k, v in (self._settings | settings).items()}
-        process = Process(name, [sys.executable, "-m", *command], {**os.environ, **variables}, self._folder)
+        python = [sys.executable, "-W", "ignore", "-m"]  # Celery warns of running as root, as test machines may
+        process = Process(name, [*python, *command], {**os.environ, **variables}, self._folder)
         self.processes.append(process)
         return process
 
@@ -135,6 +138,11 @@ class Cluster:
             return seen
 
         return eventually(alive_and_seen, f"{process.name} {what}")
+
+    def producer(self) -> celery.Celery:
+        """A plain Celery app, which knows nothing of PerLLM."""
+        url = self.settings.celery_url
+        return celery.Celery(broker=url, backend=url)
 
     # --- what the ledger says
 
