@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from broker.worker.energy import Attribution
 from broker.worker.engine import EngineError, Stop
 from edge_worker import llama
 from edge_worker.cells import Cells
-from edge_worker.plan import choose_victim, share_prefill
+from edge_worker.plan import Widths, choose_victim, share_prefill
 from edge_worker.prefixes import SHORTEST, Prefixes, common_prefix
 from edge_worker.sampling import token_logprobs
 from edge_worker.text import TextStream
@@ -119,7 +119,7 @@ class Pace:
     """How a batch is stepped: found by calibration."""
 
     chunk: int  # prompt tokens of one step at most
-    splits: Sequence[tuple[int, ...]]  # splits[n]: the widths in which n sequences decode
+    widths: Widths  # of the decodes
     calibration: Calibration
 
     def work(self, tokens: int, *, prefill: bool, decoding: int) -> float:
@@ -194,8 +194,11 @@ class Batch:
         sequences, context = len(self.active), sum(self._cells.length(r.sequence) for r in self.active)
         for request in prefilling:
             request.began = request.began or began
-        done = [part for group in self._groups(prefilling, decoding) for part in self._decode(group)]
+        groups = self._groups(prefilling, decoding)
+        done = [part for group in groups for part in self._decode(group)]
         ended = time.monotonic()
+        if not prefilling:
+            self.pace.widths.observe(tuple(len(group) for group in groups), ended - began)
         fresh = set(prefilling)
         prefilled = sum(tokens for request, tokens in done if request in fresh)
         work = {r: self.pace.work(tokens, prefill=r in fresh, decoding=len(decoding)) for r, tokens in done}
@@ -277,7 +280,7 @@ class Batch:
             parts = [(r, n) for r, n in zip(prefilling, chunks, strict=True) if n]
             return [[*((r, 1) for r in decoding), *parts]]
         rest = iter(decoding)
-        return [[(next(rest), 1) for _ in range(width)] for width in self.pace.splits[len(decoding)]]
+        return [[(next(rest), 1) for _ in range(width)] for width in self.pace.widths.choose(len(decoding))]
 
     # --- one decode
 

@@ -9,13 +9,15 @@ import numpy as np
 from broker.messages import Calibration
 from edge_worker.batch import Pace
 from edge_worker.llama import OK, Context, LlamaError
-from edge_worker.plan import best_splits
+from edge_worker.plan import Widths
 
 #: Measuring may take so long, s; a slow model gets fewer points, never fewer than are needed.
 BUDGET = 2.0
 #: A step should not hold up running decodes for longer than this for the sake of a prompt, s.
 CHUNK_SECONDS = 0.25
-CHUNK_RANGE = (16, 512)  # tokens
+#: Prompt tokens llama.cpp's attention takes in one go, faster than fewer (GGML_FA_TILE_Q in ggml-cpu/common.h).
+TILE = 64
+MOST_TILES = 8
 _PROBE = 64  # prompt tokens prefilled at a time
 _DEPTH = 512  # context tokens at which the cost of context is measured
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -31,8 +33,8 @@ def calibrate(context: Context, *, slots: int, token: int, budget: float = BUDGE
     context.clear()
     cost = _widths(context, slots, token, shallow, began + budget)
     context.clear()
-    splits = best_splits(cost, slots)
-    times = [sum(cost.get(w) or np.interp(w, list(cost), list(cost.values())) for w in splits[n]) for n in cost]
+    widths = Widths(cost, slots)
+    times = [widths.time(n) for n in cost]
     sequence, step = np.polyfit(list(cost), times, 1) if len(cost) > 1 else (0.0, times[0])
     sequence = max(0.0, float(sequence))
     calibration = Calibration(
@@ -41,8 +43,8 @@ def calibrate(context: Context, *, slots: int, token: int, budget: float = BUDGE
         prefill=prefill,
         context=max(0.0, (deep - shallow) / depth),
     )
-    chunk = int(min(max(CHUNK_SECONDS / prefill, CHUNK_RANGE[0]), CHUNK_RANGE[1]))
-    return Pace(chunk=chunk, splits=splits, calibration=calibration)
+    tiles = min(round(CHUNK_SECONDS / prefill / TILE), MOST_TILES)
+    return Pace(chunk=tiles * TILE or TILE // 2, widths=widths, calibration=calibration)
 
 
 def _timed(context: Context, parts: list[tuple[int, int, int]], token: int) -> float:

@@ -183,15 +183,14 @@ def test_cancel_ends_within_one_step_and_spares_the_others(engine: LlamaEngine) 
     def cancel(_: str) -> None:
         if not running.is_set():
             running.set()
-            at.append(engine.counters().steps)
             stop.ask()
+            at.append(engine.counters().steps)
 
     with ThreadPoolExecutor() as pool:
         other = pool.submit(run, engine, "Count to one hundred.", max_tokens=40)
         done = engine.generate("t", TaskSpec(prompt="Count.", max_tokens=3000), stop, cancel)
         assert done.output.finish_reason == "cancelled"
-        # One step may have begun between the text's arrival here and the asking.
-        assert done.after.steps - at[0] <= 2
+        assert done.after.steps - at[0] <= 1  # the one that had begun
         assert other.result().completion_tokens == 40
     assert engine.counters().free_kv == engine.offers()[0].kv_tokens
 
@@ -220,14 +219,20 @@ def test_a_run_of_many_is_counted_and_metered_exactly(engine: LlamaEngine) -> No
     unattributed = engine._energy.unattributed
     with ThreadPoolExecutor(10) as pool:
         jobs = [
-            pool.submit(engine.generate, f"t{i}", TaskSpec(prompt=f"Say {i}.", max_tokens=5 + i), Stop(120))
+            pool.submit(
+                engine.generate,
+                f"t{i}",
+                TaskSpec(prompt=f"Say {i}.", max_tokens=5 + i, grammar='root ::= "yes"' if i > 7 else None),
+                Stop(120),
+            )
             for i in range(10)
         ]
         done = [job.result() for job in jobs]
     joules = engine._energy.settle() - joules
     after = engine.counters()
     assert all(d.completion_tokens == 5 + i for i, d in enumerate(done) if d.output.finish_reason == "length")
-    ends = sum(d.output.finish_reason == "stop" for d in done)
+    ends = sum(d.output.finish_reason == "stop" for d in done)  # the token that ends a text is computed as well
+    assert ends >= 2
     assert after.generated - before.generated == sum(d.completion_tokens for d in done) + ends
     assert after.prefilled - before.prefilled == sum(d.prompt_tokens for d in done)
     assert after.steps - before.steps < after.sequence_steps - before.sequence_steps  # they shared steps

@@ -29,8 +29,9 @@ def membership(tmp_path: Path) -> Path:
 
 def test_the_tightest_quota_counts(tmp_path: Path, membership: Path) -> None:
     root = tmp_path / "fs"
+    group(root, ".", cpu__max="max 100000")
     group(root, "pod", cpu__max="150000 100000")
-    group(root, "pod/container", cpu__max="max 100000")
+    group(root, "pod/container", cpu__max="300000 100000")
     assert cpu_quota(root, membership) == 1.5
 
 
