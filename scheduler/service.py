@@ -67,16 +67,16 @@ class Service:
 
     def _lead(self, epoch: int) -> None:
         log.info("leading", epoch=epoch, policy=self._settings.policy)
-        reign = _Reign(self._settings, self._ledger, self._make_core(), epoch)
+        tenure = _Tenure(self._ledger, self._holder, self._settings.leader_ttl, epoch)
+        reign = _Reign(self._ledger, self._make_core(), tenure)
         reign.take_over()
-        renew = _Every(self._settings.leader_ttl / 4)
         save = _Every(self._settings.snapshot_every)
         sweep = _Every(SWEEP_EVERY)
+        more_to_sweep = False
         while not self._stopping.is_set():
-            if renew.due() and self._ledger.lead(self._holder, self._settings.leader_ttl) != epoch:
-                raise _Deposed
-            if sweep.due():
-                reign.sweep()
+            tenure.renew()
+            if sweep.due() or more_to_sweep:
+                more_to_sweep = reign.sweep()
             if save.due():
                 reign.save()
             reign.step(block=SWEEP_EVERY)
@@ -84,14 +84,29 @@ class Service:
         self._ledger.resign(self._holder)
 
 
+class _Tenure:
+    """Leadership under one epoch, to be renewed by whoever does something long."""
+
+    def __init__(self, ledger: Ledger, holder: str, ttl: float, epoch: int) -> None:
+        self.epoch = epoch
+        self._ledger = ledger
+        self._holder = holder
+        self._ttl = ttl
+        self._every = _Every(ttl / 4)
+
+    def renew(self) -> None:
+        """Stay leader, if it is time to say so. Raises _Deposed when somebody else has become it."""
+        if self._every.due() and self._ledger.lead(self._holder, self._ttl) != self.epoch:
+            raise _Deposed
+
+
 class _Reign:
     """One leader's work under one epoch."""
 
-    def __init__(self, settings: Settings, ledger: Ledger, core: Core, epoch: int) -> None:
-        self._settings = settings
+    def __init__(self, ledger: Ledger, core: Core, tenure: _Tenure) -> None:
         self._ledger = ledger
         self._core = core
-        self._epoch = epoch
+        self._tenure = tenure
         self._position = "0-0"
         self._clock_offset = 0.0
         self._sync_clock()
@@ -107,24 +122,24 @@ class _Reign:
             if heartbeat:
                 self._core.handle(heartbeat)
         while _later(newest, self._position) and self._read(block=None):
-            pass
+            self._tenure.renew()
         self._reconcile_nodes()
         self._reconcile_tasks()
         log.info("took_over", pending=len(self._core.pending), nodes=len(self._core.cluster.nodes))
 
     def _restore(self, oldest: str) -> None:
         """Take what was learned from the snapshot, and the place in the stream to go on from."""
-        saved = self._ledger.load_snapshot()
-        if saved is None:
-            return
         try:
+            saved = self._ledger.load_snapshot()
+            if saved is None:
+                return
+            position = saved["position"]
+            if _later(oldest, position):
+                log.warning("stream_gap", snapshot=position, oldest=oldest)
             self._core.restore(saved["core"])
-        except (KeyError, ValueError, TypeError) as error:
-            log.warning("snapshot_unusable", reason=str(error))
-            return
-        self._position = saved["position"]
-        if _later(oldest, self._position):
-            log.warning("stream_gap", snapshot=self._position, oldest=oldest)
+            self._position = position
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            log.warning("snapshot_unusable", reason=f"{type(error).__name__}: {error}")
 
     def _reconcile_nodes(self) -> None:
         live = {info.name: (info, beat, draining) for info, beat, draining in self._ledger.nodes()}
@@ -143,6 +158,7 @@ class _Reign:
         self._core.keep_only(set(unfinished))
         for start in range(0, len(unfinished), FETCH):
             self._load(unfinished[start : start + FETCH])
+            self._tenure.renew()
 
     def _load(self, task_ids: list[str]) -> None:
         for placement in self._ledger.features(task_ids):
@@ -160,15 +176,16 @@ class _Reign:
             self._dispatch([d for d in decisions if d.action == "dispatch"])
             self._end([d for d in decisions if d.action != "dispatch"])
 
-    def sweep(self) -> None:
-        """Let the ledger mend what time has broken, and look at its clock."""
+    def sweep(self) -> bool:
+        """Let the ledger mend what time has broken, and look at its clock. Returns whether there may be more."""
         self._sync_clock()
-        while self._ledger.sweep() >= SWEEP_LIMIT:
-            pass
+        return self._ledger.sweep() >= SWEEP_LIMIT
 
     def save(self) -> None:
         """Keep what was learned, with the place in the stream it stands for."""
-        if not self._ledger.save_snapshot(self._epoch, {"core": self._core.snapshot(), "position": self._position}):
+        if not self._ledger.save_snapshot(
+            self._tenure.epoch, {"core": self._core.snapshot(), "position": self._position}
+        ):
             raise _Deposed
 
     def _read(self, block: float | None) -> int:
@@ -181,12 +198,12 @@ class _Reign:
 
     def _dispatch(self, decisions: list[Decision]) -> None:
         dispatches = [_dispatch(d) for d in decisions]
-        for decision, ruling in zip(decisions, self._ledger.dispatch(self._epoch, dispatches), strict=True):
+        for decision, ruling in zip(decisions, self._ledger.dispatch(self._tenure.epoch, dispatches), strict=True):
             self._obey(decision, ruling)
 
     def _end(self, decisions: list[Decision]) -> None:
         ends = [_end(d) for d in decisions]
-        for decision, ruling in zip(decisions, self._ledger.end(self._epoch, ends), strict=True):
+        for decision, ruling in zip(decisions, self._ledger.end(self._tenure.epoch, ends), strict=True):
             self._obey(decision, ruling)
 
     def _obey(self, decision: Decision, ruling: str) -> None:

@@ -1,0 +1,361 @@
+"""The scheduler service on a real server: what it takes over, who leads, and what it does not trip over.
+
+Most of it runs in threads of the test, with the test playing the workers; what is about processes runs as processes.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cluster import Cluster
+from support.make import node_info, output, receipt
+from support.wait import eventually
+
+from broker.embedded import EmbeddedServer
+from broker.ledger import Ledger
+from broker.messages import Completed, Dispatched, State, TaskSpec, new_id
+from broker.settings import Settings
+from scheduler import service as service_module
+from scheduler.core.core import Core
+from scheduler.policies import make_policy
+from scheduler.service import Service
+
+
+class Scheduler:
+    """A service in a thread of its own, until `stop`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.ledger = Ledger(settings)
+        self.cores: list[Core] = []
+        self._service = Service(settings, self.ledger, self._make_core)
+        self._thread = threading.Thread(target=self._service.run)
+        self._thread.start()
+
+    def _make_core(self) -> Core:
+        self.cores.append(Core(make_policy("least-loaded")))
+        return self.cores[-1]
+
+    def stop(self) -> None:
+        self._service.stop()
+        self._thread.join()
+        self.ledger.client.close()
+
+
+class Stage:
+    """A server, a scheduler on it, and the test as everything else."""
+
+    def __init__(self, url: str) -> None:
+        # Leases outlast the test; leadership and snapshots are as brisk as they may be.
+        self.settings = Settings.model_validate(
+            {"redis_url": url, "lease": 300, "heartbeat": 60, "leader_ttl": 0.5, "snapshot_every": 0.1}
+        )
+        self.ledger = Ledger(self.settings)
+        self.ledger.client.flushall()
+        self.scheduler: Scheduler | None = None
+
+    def start(self) -> Scheduler:
+        self.scheduler = Scheduler(self.settings)
+        return self.scheduler
+
+    def stop(self) -> None:
+        if self.scheduler is not None:
+            self.scheduler.stop()
+            self.scheduler = None
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def submit(self, count: int = 1, **fields: object) -> list[str]:
+        spec = TaskSpec.model_validate({"prompt": "hi", "deadline": 600} | fields)
+        return self.ledger.submit([(new_id(), spec) for _ in range(count)])
+
+    def placed(self, task_id: str) -> tuple[str, int]:
+        """Node and attempt, once the task is placed."""
+
+        def look() -> tuple[str, int] | None:
+            record = self.ledger.task(task_id)
+            assert record is not None
+            return (record.node or "", record.attempt) if record.state == "dispatched" else None
+
+        return eventually(look, f"task {task_id} is placed")
+
+    def complete(self, task_id: str) -> None:
+        """Be the worker of wherever it is."""
+        node, attempt = self.placed(task_id)
+        assert self.ledger.claim(task_id, attempt, node, "token") is not None
+        verdict = self.ledger.complete(task_id, attempt, "token", "succeeded", output(), receipt(node, attempt))
+        assert verdict == "ok"
+
+    def work_off(self, task_ids: list[str]) -> None:
+        """Be the worker of all of these, wherever they are placed."""
+        left = set(task_ids)
+
+        def work() -> bool:
+            for task_id in self.ledger.ids(State.DISPATCHED):
+                self.complete(task_id)
+                left.discard(task_id)
+            return not left
+
+        eventually(work, "all are placed")
+
+    def caught_up(self) -> None:
+        """Wait until a snapshot stands for everything that has happened."""
+
+        def look() -> bool:
+            saved, (_, newest) = self.ledger.load_snapshot(), self.ledger.first_and_last_event()
+            return saved is not None and saved["position"] == newest
+
+        eventually(look, "the snapshot is up to date")
+
+    def close(self) -> None:
+        self.stop()
+        self.ledger.client.close()
+
+
+def placed_count(stage: Stage) -> int:
+    return stage.ledger.counts()[State.DISPATCHED]
+
+
+def state(stage: Stage, task_id: str) -> str:
+    record = stage.ledger.task(task_id)
+    assert record is not None
+    return record.state
+
+
+@pytest.fixture
+def stage(valkey: EmbeddedServer) -> Iterator[Stage]:
+    one = Stage(valkey.url)
+    yield one
+    one.close()
+
+
+def test_work_waits_for_a_node_and_nodes_share_it(stage: Stage) -> None:
+    stage.start()
+    ids = stage.submit(4)
+    for name in ("a", "b"):
+        stage.ledger.register(node_info(name))
+    assert Counter(stage.placed(i)[0] for i in ids) == {"a": 2, "b": 2}
+    for task_id in ids:
+        stage.complete(task_id)
+    assert stage.ledger.totals() == {"submitted": 4, "succeeded": 4}
+
+
+def test_a_node_holds_its_slots_and_a_little_more(stage: Stage) -> None:
+    stage.start()
+    stage.ledger.register(node_info("a", slots=2))
+    ids = stage.submit(10)
+    most = 2 + stage.settings.queue_beyond_slots
+    eventually(lambda: placed_count(stage) == most, "the node is full")
+    done = [i for i in ids if state(stage, i) == "dispatched"]
+    stage.complete(done[0])
+    eventually(lambda: sum(state(stage, i) == "dispatched" for i in ids) == most, "the place is taken again")
+
+
+def test_a_draining_node_gets_nothing_more(stage: Stage) -> None:
+    stage.start()
+    stage.ledger.register(node_info("a"))
+    (task_id,) = stage.submit()
+    assert stage.placed(task_id) == ("a", 1)
+    stage.ledger.drain("a", "boot-1", "stopping")
+    stage.ledger.register(node_info("b"))
+    assert stage.placed(task_id) == ("b", 2)
+
+
+def test_a_restarted_node_is_sent_work_under_its_new_name_tag(stage: Stage) -> None:
+    """Between its death and the scheduler's reading of it, a dispatch names the old boot and is refused."""
+    stage.start()
+    stage.ledger.register(node_info("a"))
+    (first,) = stage.submit()
+    stage.placed(first)
+    stage.ledger.client.zadd(f"{stage.ledger.prefix}nodes", {"a": stage.ledger.now() - 1})  # moves time
+    stage.ledger.register(node_info("a", boot="boot-2"))
+    for task_id in (first, *stage.submit(1)):
+        assert stage.placed(task_id)[0] == "a"
+        stage.complete(task_id)
+
+
+# --- taking over
+
+
+def test_a_restart_loses_nothing(stage: Stage) -> None:
+    stage.start()
+    stage.ledger.register(node_info("a", slots=1))
+    ids = stage.submit(8)
+    eventually(lambda: placed_count(stage) == 3, "the node is full")
+    running = next(i for i in ids if state(stage, i) == "dispatched")
+    assert stage.ledger.claim(running, 1, "a", "token") is not None
+    stage.restart()
+    eventually(lambda: stage.scheduler is not None and stage.scheduler.cores, "the next one leads")
+    assert stage.ledger.complete(running, 1, "token", "succeeded", output(), receipt("a")) == "ok"
+    stage.work_off([i for i in ids if i != running])
+    events = [e for _, e in stage.ledger.events("0-0")]
+    assert Counter(e.id for e in events if isinstance(e, Dispatched)) == dict.fromkeys(ids, 1)
+    assert Counter(e.id for e in events if isinstance(e, Completed)) == dict.fromkeys(ids, 1)
+
+
+def test_a_returned_task_is_placed_again_after_a_restart(stage: Stage) -> None:
+    """The snapshot stands for its whole history, so what was tried comes from the ledger alone."""
+    stage.start()
+    stage.ledger.register(node_info("a"))
+    (task_id,) = stage.submit()
+    stage.placed(task_id)
+    stage.ledger.leave("a", "boot-1", "stopped")
+    eventually(lambda: state(stage, task_id) == "pending", "it is back")
+    stage.caught_up()
+    stage.restart()
+    stage.ledger.register(node_info("b"))
+    assert stage.placed(task_id) == ("b", 2)
+
+
+def test_places_taken_are_known_after_a_restart(stage: Stage) -> None:
+    stage.start()
+    stage.ledger.register(node_info("a", slots=1))
+    ids = stage.submit(5)
+    eventually(lambda: placed_count(stage) == 3, "the node is full")
+    stage.caught_up()
+    stage.restart()
+    (core,) = eventually(lambda: stage.scheduler and stage.scheduler.cores, "the next one leads")
+    eventually(lambda: "a" in core.cluster.nodes and len(core.cluster.nodes["a"].flights) == 3, "it counts them")
+    stage.complete(next(i for i in ids if state(stage, i) == "dispatched"))
+    eventually(lambda: placed_count(stage) == 3, "the place is taken again")
+    assert len(core.pending) == 1
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_a_stream_too_short_to_tell(stage: Stage, kept: int) -> None:
+    """Everything that matters is in the ledger; the stream only says that something changed."""
+    stage.start()
+    stage.ledger.register(node_info("a", slots=1))
+    ids = stage.submit(6)
+    eventually(lambda: placed_count(stage) == 3, "the node is full")
+    stage.stop()
+    stage.ledger.client.delete(f"{stage.ledger.prefix}snapshot")
+    stage.ledger.client.xtrim(f"{stage.ledger.prefix}events", maxlen=kept, approximate=False)
+    stage.start()
+    stage.work_off(ids)
+    assert stage.ledger.totals() == {"submitted": 6, "succeeded": 6}
+
+
+@pytest.mark.parametrize(
+    "snapshot",
+    [
+        "not JSON",
+        "[]",
+        "{}",
+        '{"core": {"policy": "another", "state": {}}, "position": "0-0"}',
+        '{"core": {"policy": "least-loaded", "state": 5}, "position": "0-0"}',
+        '{"core": {"policy": "least-loaded", "state": {}}, "position": "yesterday"}',
+        '{"core": {"policy": "least-loaded", "state": {}}}',
+    ],
+)
+def test_an_unusable_snapshot_is_passed_over(stage: Stage, snapshot: str) -> None:
+    stage.ledger.client.set(f"{stage.ledger.prefix}snapshot", snapshot)
+    stage.ledger.register(node_info("a"))
+    (task_id,) = stage.submit()
+    stage.start()
+    assert stage.placed(task_id) == ("a", 1)
+
+
+def test_nonsense_in_the_stream_and_among_the_nodes(stage: Stage) -> None:
+    stage.start()
+    for entry in ({"e": "not JSON"}, {"e": '{"type":"node_up","at":1,"info":{"name":"x"}}'}, {"x": "y"}):
+        stage.ledger.client.xadd(f"{stage.ledger.prefix}events", entry)
+    stage.ledger.client.hset(f"{stage.ledger.prefix}node:x", mapping={"info": "not JSON", "boot": "b"})
+    stage.ledger.client.zadd(f"{stage.ledger.prefix}nodes", {"x": stage.ledger.now() + 60})
+    stage.restart()
+    stage.ledger.register(node_info("a"))
+    (task_id,) = stage.submit()
+    assert stage.placed(task_id) == ("a", 1)
+
+
+def test_taking_over_longer_than_leadership_lasts(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "FETCH", 1)  # a round trip per task, as if there were a thousand times more
+    stage.submit(6000)
+    stage.ledger.client.delete(f"{stage.ledger.prefix}events")
+    scheduler = stage.start()
+    stage.ledger.register(node_info("a"))
+    eventually(lambda: placed_count(stage) == 4, "it places work")
+    assert len(scheduler.cores) == 1  # at the first go
+
+
+# --- who leads
+
+
+def test_one_leads_and_the_other_follows(stage: Stage) -> None:
+    first = stage.start()
+    eventually(lambda: first.cores, "the first leads")
+    second = Scheduler(stage.settings)
+    stage.ledger.register(node_info("a"))
+    for task_id in stage.submit(4):
+        stage.placed(task_id)
+    assert not second.cores
+    stage.stop()
+    eventually(lambda: second.cores, "the second leads")
+    (task_id,) = stage.submit()
+    stage.ledger.register(node_info("b"))
+    assert stage.placed(task_id) == ("b", 1)
+    second.stop()
+
+
+def test_a_leader_that_was_frozen_finds_itself_deposed(valkey: EmbeddedServer, tmp_path: Path) -> None:
+    with Cluster(valkey.url, tmp_path, leader_ttl=0.5) as cluster:
+        cluster.ledger.client.flushall()
+        first = cluster.scheduler("first")
+        second = cluster.start_scheduler("second")
+        first.signal(signal.SIGSTOP)
+        cluster.watch(second, lambda: cluster.leads(second), "leads")
+        cluster.ledger.register(node_info("a"))
+        first.signal(signal.SIGCONT)
+        cluster.watch(first, lambda: "deposed" in first.output, "notices")
+        ids = cluster.submit(4)
+        eventually(lambda: all(cluster.in_state(i, "dispatched") for i in ids), "all are placed")
+        assert cluster.leads(second)
+        dispatched = Counter(e.id for _, e in cluster.ledger.events("0-0") if isinstance(e, Dispatched))
+        assert dispatched == dict.fromkeys(ids, 1)
+        assert [p.stop() for p in (second, first)] == [0, 0]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_what_was_learned_outlives_the_process(valkey: EmbeddedServer, tmp_path: Path, how: signal.Signals) -> None:
+    with Cluster(valkey.url, tmp_path, policy="cs-ucb-paper", leader_ttl=0.5) as cluster:
+        cluster.ledger.client.flushall()
+        first = cluster.scheduler("first")
+        node = cluster.start_nodes("a")[0]
+        for task_id in cluster.submit(12):
+            assert cluster.result(task_id).state == "succeeded"
+        first.signal(how)
+        first.wait()
+        node.kill()  # no more events
+        second = cluster.start_scheduler("second")
+        cluster.watch(second, lambda: cluster.leads(second) and learned(cluster)["feedbacks"] == 12, "knows it all")
+        before = learned(cluster)
+        assert second.stop() == 0
+        assert learned(cluster) == before
+
+
+def learned(cluster: Cluster) -> dict[str, Any]:
+    saved = cluster.ledger.load_snapshot()
+    assert saved is not None
+    state: dict[str, Any] = saved["core"]["state"]
+    return state
+
+
+def test_a_killed_leader_is_followed_by_the_standby(valkey: EmbeddedServer, tmp_path: Path) -> None:
+    with Cluster(valkey.url, tmp_path, slots=1, emulated_speed=100) as cluster:
+        cluster.ledger.client.flushall()
+        first = cluster.scheduler("first")
+        second = cluster.start_scheduler("second")
+        cluster.start_nodes("a", "b")
+        ids = cluster.submit(16, max_tokens=20)
+        eventually(lambda: cluster.ledger.totals().get("succeeded", 0) >= 2, "some are done")
+        first.kill()
+        assert {cluster.result(i).state for i in ids} == {"succeeded"}
+        assert cluster.leads(second)
+        assert {cluster.task(i).attempt for i in ids} == {1}  # nobody's work was done twice
