@@ -176,15 +176,13 @@ class SimNode:
         )
 
     def inside(self) -> dict[str, tuple[float, int, int]]:
-        """The truth about every job that has a slot: s until its payload is there (about), prompt tokens yet to
-        prefill, tokens generated."""
+        """The truth about every job that has a slot: s its payload yet needs of the link, prompt tokens yet to prefill,
+        tokens generated."""
         per_byte = self.link_pace.at(self._clock.now)[0]
-        travelling = [job for job in self._running.values() if job.transfer is not None]
         found = {}
-        for job in travelling:
-            assert job.transfer is not None
-            left = self._link.left(job.transfer) * per_byte * len(travelling)
-            found[job.id] = (left, job.arrival.event.prompt_tokens, 0)
+        for job in self._running.values():
+            if job.transfer is not None:
+                found[job.id] = (self._link.left(job.transfer) * per_byte, job.arrival.event.prompt_tokens, 0)
         for task_id, generated in self.engine.progress().items():
             sequence = self._running[task_id].generation
             assert sequence is not None

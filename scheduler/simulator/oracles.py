@@ -158,23 +158,26 @@ def play(  # noqa: PLR0915 (one loop over one machine's time; numba inlines no o
 ) -> tuple[float, float]:
     """Play a node's future: the on-time value and the J (idle apart) of its first `count` jobs, means over samples.
 
-    `rows`[job] is (s until its payload is there once it has a slot, prompt tokens yet to prefill, tokens held, s to its
-    deadline, value), in queue order, of which the first `holding` have slots; `left`[sample, job] the tokens it has yet
-    to generate. Steps are frozen for `frozen` s and then take `factor` times the table's time; `watts` leave idle power
-    out. A job stops at its deadline. A prefill is played as one stretch in which the others decode on.
+    `rows`[job] is (s its payload yet needs of the link, prompt tokens yet to prefill, tokens held, s to its deadline,
+    value), in queue order, of which the first `holding` have slots; `left`[sample, job] the tokens it has yet to
+    generate. Payloads travel one after the other, those of queued jobs once they have a slot. Steps are frozen for
+    `frozen` s and then take `factor` times the table's time; `watts` leave idle power out. A job stops at its deadline.
+    A prefill is played as one stretch in which the others decode on.
     """
     queued, travelling, prefilling, decoding, over = 0, 1, 2, 3, 4
     value, joules = 0.0, 0.0
     state = np.empty(count, np.int64)
     todo, held, ready = np.empty(count), np.empty(count), np.empty(count)
     for sample in range(left.shape[0]):
-        time, used, head = frozen, 0, min(holding, count)
+        time, used, head, link_free = frozen, 0, min(holding, count), 0.0
         for j in range(count):
-            todo[j], held[j], ready[j] = left[sample, j], rows[j, 2], rows[j, 0]
+            todo[j], held[j] = left[sample, j], rows[j, 2]
             if j >= holding:
                 state[j] = queued
                 continue
             used += 1
+            link_free += rows[j, 0]
+            ready[j] = link_free if rows[j, 0] > 0 else 0.0
             state[j] = travelling if ready[j] > time else prefilling if rows[j, 1] > 0 else decoding
         while True:
             for j in range(count):  # who has run out of time gives up his slot
@@ -183,7 +186,8 @@ def play(  # noqa: PLR0915 (one loop over one machine's time; numba inlines no o
                     state[j] = over
             while head < count and used < slots:
                 if state[head] == queued:
-                    state[head], ready[head] = travelling, time + rows[head, 0]
+                    link_free = max(link_free, time) + rows[head, 0]
+                    state[head], ready[head] = travelling, link_free
                     used += 1
                 head += 1
             active, context, prompt_of, soonest, fewest = 0, 0.0, -1, math.inf, math.inf
