@@ -177,6 +177,13 @@ class Cluster:
 
     # --- the end
 
+    def stop(self) -> None:
+        """Stop everything gracefully, and see that it ends so."""
+        for process in self.processes:
+            process.signal(signal.SIGTERM)
+        for process in self.processes:
+            assert process.wait() == 0, f"{process.name}:\n{process.output}"
+
     def __enter__(self) -> Self:
         return self
 
