@@ -10,12 +10,13 @@ seconds since the epoch; durations are measured on one machine with its monotoni
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self, TypedDict
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
 WIRE_VERSION = 1
 
@@ -23,6 +24,9 @@ WIRE_VERSION = 1
 MAX_DEADLINE = 30 * 86_400.0
 #: Longest name of a node, model, service class or tenant, characters.
 MAX_NAME = 128
+#: Most chat turns in a task, and longest grammar or JSON schema, bytes.
+MAX_MESSAGES = 4096
+MAX_SCHEMA = 65_536
 #: Bytes of prompt per token assumed before a tokenizer has seen the prompt.
 BYTES_PER_TOKEN = 4
 
@@ -76,7 +80,7 @@ class Sampling(Door):
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
@@ -85,7 +89,20 @@ class Sampling(Door):
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field((), max_length=16)
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     json_schema: dict[str, Any] | None = None
-    grammar: Annotated[str, Field(max_length=65_536)] | None = None
+    grammar: Annotated[str, Field(max_length=MAX_SCHEMA)] | None = None
+
+    @field_validator("json_schema")
+    @classmethod
+    def _is_json(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schema is None:
+            return None
+        try:
+            size = len(json.dumps(schema, allow_nan=False, ensure_ascii=False).encode())
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"is not JSON: {error}") from None
+        if size > MAX_SCHEMA:
+            raise ValueError(f"{size} bytes; the limit is {MAX_SCHEMA} bytes")
+        return schema
 
 
 class TaskSpec(Sampling):
@@ -97,7 +114,7 @@ class TaskSpec(Sampling):
     """
 
     prompt: Annotated[str, Field(min_length=1)] | None = None
-    messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
+    messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE)] = 60.0
     value: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128

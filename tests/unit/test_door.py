@@ -1,0 +1,81 @@
+"""The door: what a task must be beside well-formed, given the settings and the nodes there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from support.make import node_info
+
+from broker import door as door_module
+from broker.door import Door
+from broker.embedded import EmbeddedServer
+from broker.errors import InvalidTask
+from broker.ledger import Ledger
+from broker.settings import Settings
+
+
+@pytest.fixture
+def ledger(valkey: EmbeddedServer) -> Iterator[Ledger]:
+    one = Ledger(Settings(redis_url=valkey.url, lease=300))
+    one.client.flushall()
+    yield one
+    one.client.close()
+
+
+@pytest.fixture
+def door(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Door:
+    monkeypatch.setattr(door_module, "OFFERS_AGE", -1.0)  # looks anew each time
+    return Door(Settings(max_prompt_bytes=100), ledger)
+
+
+def test_a_good_task(door: Door) -> None:
+    spec = door.accept({"prompt": "hi", "deadline": 5})
+    assert (spec.prompt, spec.deadline, spec.max_tokens) == ("hi", 5.0, 128)
+
+
+@pytest.mark.parametrize(
+    ("task", "field"),
+    [
+        ({"prompt": "x" * 101}, "prompt"),
+        ({"prompt": "ü" * 51}, "prompt"),  # bytes, not characters
+        ({"messages": [{"role": "user", "content": "x" * 60}] * 2}, "messages"),
+    ],
+)
+def test_an_oversized_prompt(door: Door, task: dict[str, object], field: str) -> None:
+    with pytest.raises(
+        InvalidTask, match=rf"^{field}: 1\d\d bytes; the limit is 100 bytes \(PERLLM_MAX_PROMPT_BYTES\)$"
+    ):
+        door.accept(task)
+
+
+def test_the_largest_prompt(door: Door) -> None:
+    assert door.accept({"prompt": "x" * 100}).text_bytes() == 100
+
+
+def test_a_model_nobody_serves(door: Door, ledger: Ledger) -> None:
+    door.accept({"prompt": "x", "model": "later"})  # no nodes: it waits for one
+    ledger.register(node_info("n"))
+    with pytest.raises(InvalidTask, match=r"^model: no live node serves 'later'; on offer: emulated$"):
+        door.accept({"prompt": "x", "model": "later"})
+    assert door.accept({"prompt": "x", "model": "emulated"}).model == "emulated"
+
+
+def test_more_tokens_than_any_context(door: Door, ledger: Ledger) -> None:
+    door.accept({"prompt": "x", "max_tokens": 5000})
+    ledger.register(node_info("n"))
+    for model in ({}, {"model": "emulated"}):
+        with pytest.raises(InvalidTask, match=r"^max_tokens: 4096 leaves no room in the largest context, 4096 tokens$"):
+            door.accept({"prompt": "x", "max_tokens": 4096} | model)
+    door.accept({"prompt": "x", "max_tokens": 4095})
+
+
+def test_the_offers_are_not_looked_up_for_every_task(
+    door: Door, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door_module, "OFFERS_AGE", 60.0)
+    door.accept({"prompt": "x"})
+    before = ledger.client.info("stats")["total_commands_processed"]
+    for _ in range(100):
+        door.accept({"prompt": "x"})
+    assert ledger.client.info("stats")["total_commands_processed"] - before < 5
