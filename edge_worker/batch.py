@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 #: A step that takes so many times its expected time, and `STALL_SECONDS` more, was held up by something else.
 STALL_FACTOR, STALL_SECONDS = 3.0, 0.2
+#: A grammar may hold up the others for so long at a token, s; one that takes longer once is not let again.
+SLOWEST_DRAW = 1.0
 #: A request joins others only if, beyond its prompt, each of them and itself has so many free cells to grow into.
 HEADROOM = 16
 
@@ -363,12 +365,15 @@ class Batch:
         self.waiting.appendleft(victim)
 
     def _sample(self, request: Request, row: int) -> None:
-        logits = self.context.logits(row)
+        logits, began = self.context.logits(row), time.monotonic()
         token = int(logits.argmax()) if request.sampler is None else request.sampler.draw(logits)
+        now = time.monotonic()
         if token is None:
             request.error = EngineError("grammar: it allows none of the model's tokens here", retry=False)
             return
-        now = time.monotonic()
+        if now - began > SLOWEST_DRAW:
+            request.error = EngineError(f"grammar: one token took {now - began:.1f} s: simplify it", retry=False)
+            return
         request.first = request.first or now
         request.last = now
         self._gauges.generated += 1

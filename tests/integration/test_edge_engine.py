@@ -279,6 +279,7 @@ def test_the_calibration_is_of_this_machine(engine: LlamaEngine) -> None:
         ({"grammar": "(" * 5000}, "grammar: nested deeper than"),
         ({"grammar": 'root ::= root "a"'}, "grammar: .*left recursion"),
         ({"grammar": "\0"}, "grammar: .*null"),
+        ({"grammar": "root ::= <[99999999]>"}, "grammar: it allows none of the model's tokens"),
         ({"json_schema": {"$ref": "https://example.com/schema"}}, "json_schema: cannot be used"),
         ({"json_schema": {"$ref": "#/nowhere"}}, "json_schema: cannot be used"),
         ({"json_schema": {"type": "no such type"}}, "json_schema: cannot be used"),

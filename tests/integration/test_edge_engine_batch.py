@@ -20,9 +20,12 @@ from broker.errors import BadSetting
 from broker.messages import Message, TaskSpec
 from broker.settings import Settings
 from broker.worker.engine import EngineError, Generation, Stop
+from edge_worker import batch as batch_module
 from edge_worker.batch import Batch
+from edge_worker.cells import Cells
 from edge_worker.engine import LlamaEngine
 from edge_worker.gguf import read_gguf
+from edge_worker.llama import ABORTED, OK, Context, Model
 from edge_worker.variants import SCRATCH
 
 KV_BYTES = 256  # per token of the tiny model
@@ -168,6 +171,46 @@ def test_what_cannot_fit_is_refused_with_its_numbers(cramped: LlamaEngine) -> No
         cramped.generate("t", TaskSpec(prompt="Hi.", max_tokens=500), Stop(60))
 
 
+def test_a_decode_that_finds_no_cells_preempts(cramped: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp itself says that the cache is full: here because the count of free cells is made to be wrong."""
+    (batch,) = cramped._variants.batches
+    batch._prefixes.lose()
+    monkeypatch.setattr(batch, "_cells", Cells(10_000, cramped.slots))
+    done = all_of(cramped, [TaskSpec(prompt=f"Go on, {i}!", max_tokens=400) for i in range(4)])
+    assert {d.output.finish_reason for d in done} <= {"length", "stop"}
+    assert all(d.completion_tokens > 0 for d in done)
+    assert batch._cells.free == 10_000
+
+
+def test_an_aborted_decode_leaves_nothing_half_done(tiny: Path) -> None:
+    model = Model(tiny)
+    context = Context(model, kv_tokens=512, sequences=2, batch=256, threads=1)
+
+    def compute() -> int:
+        context.begin()
+        context.add(0, 0, list(range(100, 300)), output=True)
+        context.add(1, 0, [7, 8, 9], output=True)
+        return context.decode()
+
+    assert compute() == OK
+    wanted = context.logits(202).copy()
+    context.clear()
+    context.abort(True)
+    assert compute() == ABORTED
+    context.abort(False)
+    assert compute() == OK  # the same positions again: they were given back
+    assert (context.logits(202) == wanted).all()
+    context.close()
+    model.close()
+
+
+def test_a_grammar_that_takes_too_long_is_not_let_again(engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_module, "SLOWEST_DRAW", 0.0)
+    with pytest.raises(EngineError, match=r"grammar: one token took .* s: simplify it") as caught:
+        engine.generate("t", TaskSpec(prompt="Hi.", grammar='root ::= "a"?'), Stop(60))
+    assert not caught.value.retry
+
+
 # --- variants
 
 
@@ -213,8 +256,9 @@ def test_processes_that_quantise_at_once_make_one_file(tiny: Path, tmp_path: Pat
     )
     command = [sys.executable, "-c", code, str(tiny), str(tmp_path)]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    answers = {child.communicate()[0].strip().splitlines()[-1] for child in children}
-    (made,) = answers
+    printed = [child.communicate()[0] for child in children]
+    (made,) = {text.strip().splitlines()[-1] for text in printed}
+    assert sum(text.count("model_quantising") for text in printed) == 1  # the others waited
     assert read_gguf(Path(made)).quantisation == "q8_0"
     left = [path.name for path in Path(made).parent.iterdir() if path.suffix not in (".gguf", ".lock")]
     assert left == []
@@ -291,6 +335,7 @@ def test_closing_ends_what_runs(tiny: Path) -> None:
         with pytest.raises(EngineError, match="closing") as caught:
             job.result()
     assert caught.value.retry
+    assert not any(variant.loaded for variant in engine._variants._all.values())
     engine.close()
     with pytest.raises(EngineError, match="closing"):
         engine.generate("t", TaskSpec(prompt="Hi."), Stop(1))
