@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 from support.make import node_info, why
 from support.wait import eventually
 
@@ -328,8 +329,9 @@ def test_a_result_is_kept_until_the_server_is_back(tmp_path: Path) -> None:
     task_id = stage.submit(tokens=50)
     run = stage.send(task_id)
     stage.running(task_id)
-    server.kill()
-    eventually(lambda: not stage.engine.inside, "it has generated everything")
+    with capture_logs() as logs:
+        server.kill()
+        eventually(lambda: any(x["event"] == "delivery_delayed" for x in logs), "it could not deliver")
     assert not run.done()
     server.start()
     assert run.result(timeout=60).startswith("ok: 50 tokens")
