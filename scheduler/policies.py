@@ -17,6 +17,7 @@ from scheduler.baselines.power_of_two import PowerOfTwo
 from scheduler.baselines.random_choice import Random
 from scheduler.baselines.rewardless_guidance import RewardlessGuidance
 from scheduler.baselines.round_robin import RoundRobin
+from scheduler.core.csucb import CsUcb
 from scheduler.core.policy import Policy
 
 #: Baselines: each can also be had with MECHANISMS appended.
@@ -51,7 +52,7 @@ def has_mechanisms(name: str) -> bool:
 
 def policy_names() -> tuple[str, ...]:
     """All names `make_policy` knows, those with MECHANISMS left out."""
-    return tuple(_BASELINES)
+    return (*_BASELINES, CsUcb.name)
 
 
 def make_policy(name: str, seed: int = 0, **options: Any) -> Policy:
@@ -60,7 +61,7 @@ def make_policy(name: str, seed: int = 0, **options: Any) -> Policy:
     Raises BadSetting for an unknown name (listing those there are) or option.
     """
     plain = name.removesuffix(MECHANISMS)
-    maker = _BASELINES.get(plain)
+    maker = CsUcb if name == CsUcb.name else _BASELINES.get(plain)
     if maker is None:
         raise BadSetting(f"policy: there is no {name!r}; choose one of {', '.join(policy_names())}")
     try:

@@ -73,3 +73,5 @@ class Cluster:
     """All live nodes by name. Iteration order is registration order, so decisions are reproducible."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
+    serving: dict[str | None, tuple[Node, ...]] = field(default_factory=lambda: {None: ()})  # by model; None: any model
+    waiting: int = 0  # pending tasks when the round began

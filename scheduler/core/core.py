@@ -66,7 +66,6 @@ class Core:
         self._placed: dict[str, Task] = {}
         self._queue_beyond_slots = queue_beyond_slots
         self._explain = explain
-        self._serving: dict[str | None, tuple[Node, ...]] = {None: ()}  # model → nodes that offer it
         self._with_room: dict[str | None, tuple[Node, ...]] = {}  # those with room now; missing: not worked out
         self._least_context: dict[str | None, int] = {}  # smallest context offered for the model, tokens
 
@@ -161,7 +160,7 @@ class Core:
     def _node_down(self, name: str) -> None:
         if self.cluster.nodes.pop(name, None) is not None:
             self._find_serving()
-            self.pending.stir(self._serving)  # a task may now go where it avoided to go
+            self.pending.stir(self.cluster.serving)  # a task may now go where it avoided to go
 
     def _heartbeat(self, event: Heartbeat) -> None:
         node = self.cluster.nodes.get(event.node)
@@ -178,7 +177,7 @@ class Core:
         for node in self.cluster.nodes.values():
             for model in _models(node):
                 serving.setdefault(model, []).append(node)
-        self._serving = {model: tuple(nodes) for model, nodes in serving.items()}
+        self.cluster.serving = {model: tuple(nodes) for model, nodes in serving.items()}
         self._least_context = {
             model: min(o.context for n in nodes if (o := n.info.offer(model)))
             for model, nodes in serving.items()
@@ -200,7 +199,7 @@ class Core:
         """Nodes that offer the model and may hold one more task, in order of registration."""
         nodes = self._with_room.get(model)
         if nodes is None:
-            nodes = tuple(n for n in self._serving.get(model, ()) if self._has_room(n))
+            nodes = tuple(n for n in self.cluster.serving.get(model, ()) if self._has_room(n))
             self._with_room[model] = nodes
         return nodes
 
@@ -210,6 +209,7 @@ class Core:
         """Decide the pending tasks that can be decided now, most urgent first. A task decided for a node counts as
         placed there at once; the stream's `Dispatched` event confirms it, `forget` or `take_back` undo it."""
         decisions = []
+        self.cluster.waiting = len(self.pending)
         for late in self.pending.ring(now):
             self.pending.remove(late.id)
             decisions.append(self._end(late, "expire", "the deadline passed before a node could take it"))
@@ -233,7 +233,7 @@ class Core:
 
     def _lanes_to_look_at(self, waits: dict[str | None, int]) -> list[str | None]:
         """Models that some node has room for and that have not had their share of this round."""
-        return [m for m in self._serving if waits.get(m, 0) < LOOKAHEAD and self._room_for(m)]
+        return [m for m in self.cluster.serving if waits.get(m, 0) < LOOKAHEAD and self._room_for(m)]
 
     def forget(self, task: Task) -> None:
         """The ledger refused a decision about `task`: it is final, or somebody else placed it. If it still lives, the
@@ -289,11 +289,11 @@ class Core:
 
     def _alternatives(self, task: Task) -> bool:
         """Whether a node it has not failed on serves it: only then are the others avoided."""
-        return any(n.name not in task.avoid and serves(n, task) for n in self._serving.get(task.model, ()))
+        return any(n.name not in task.avoid and serves(n, task) for n in self.cluster.serving.get(task.model, ()))
 
     def _never(self, task: Task) -> Decision | Wait:
         """No node can take it now. Wait for room, unless live nodes serve its model and none could ever hold it."""
-        offers = [o for n in self._serving.get(task.model, ()) if (o := n.info.offer(task.model))]
+        offers = [o for n in self.cluster.serving.get(task.model, ()) if (o := n.info.offer(task.model))]
         if not offers or any(fits(o.context, task) for o in offers):
             return Wait(until=task.deadline)
         need, most = task.prompt_tokens + task.max_tokens, max(o.context for o in offers)

@@ -1,0 +1,44 @@
+"""Whether the best place there is for a task is good enough: place it, let it wait, or refuse it with a reason.
+
+A task that has time gains little by running now rather than later, so only the part of its value that waiting puts at
+risk (its urgency) stands against what it costs others and against energy it could save by waiting. That keeps work
+with long deadlines in the pool until capacity is cheap, and lets it out when its deadline, or the backlog, asks for it.
+
+A task is refused only when no node could finish it in time even with nothing else to do, and that is believed of nodes
+that have proven it; where one has not, the task is tried, or wrong beliefs would never be mended.
+"""
+
+from __future__ import annotations
+
+#: Least P(on time) worth trying.
+LEAST = 0.05
+#: Energy can weigh against a task by at most this share of its value.
+ENERGY_SHARE = 0.5
+#: A task that waits is looked at again after this share of its time left, or so many s.
+REVIEW_SHARE, REVIEW_LEAST = 0.1, 0.05
+#: How much more time than the backlog needs to drain leaves a task its patience.
+DRAIN_MARGIN = 2.0
+
+
+def urgency(left: float, calm: float, backlog: float, pace: float) -> float:
+    """The share (0, 1] of a task's value that waiting puts at risk.
+
+    It has `left` s to its deadline, and `calm` s would be more than it needs by far; `backlog` tasks wait, of which the
+    cluster finishes `pace` per s.
+    """
+    drain = DRAIN_MARGIN * backlog / pace if pace > 0 else 0.0
+    return min(1.0, (calm + drain) / max(left, 1e-9))
+
+
+def worth(own: float, lost: float, toll: float, joules: float, spare: float, scale: float, most: float) -> float:
+    """What placing a task now is worth; below 0, it had better wait.
+
+    `own` is V times the value put at risk by waiting, `lost` V times what others lose, `toll` the price of its time in
+    a slot, `most` V times its value; `joules` it costs here, of which `spare` it would cost anyway, later; `scale` E₀.
+    """
+    return own - lost - toll - min((joules - spare) / scale, ENERGY_SHARE * most)
+
+
+def review(now: float, left: float) -> float:
+    """When a waiting task is looked at again, s."""
+    return now + max(REVIEW_LEAST, REVIEW_SHARE * left)

@@ -1,0 +1,241 @@
+"""CS-UCB that knows its queues: the default policy, `cs-ucb` (DESIGN section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
+from broker.messages import Candidate, Completed, Event, State
+from scheduler.core import admission, constraints
+from scheduler.core import forecast as f
+from scheduler.core import survey as s
+from scheduler.core.board import Board
+from scheduler.core.cluster import Cluster, Node, Task
+from scheduler.core.grid import at
+from scheduler.core.index import HARM_COUNTS, EnergyScale
+from scheduler.core.knowledge import PATIENCE, Knowledge
+from scheduler.core.lengths import MEAN, Lengths
+from scheduler.core.policy import Choice, Place, Policy, Reject, Wait
+
+#: Candidates an explanation names: the best ones.
+EXPLAINED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Mechanisms:
+    """What `cs-ucb` is made of. Each can be switched off alone, for the ablation table.
+
+    - `harm`: what a task does to those already placed, and to those that come, counts against it.
+    - `foresight`: the forecast expects as many tasks to come to a node as lately came.
+    - `spread`: the whole histogram of output lengths, not the mean alone.
+    - `sizes`: output lengths are learned by prompt size as well as by class.
+    - `hints`: producers' length hints are heeded.
+    - `price`: the congestion price.
+    - `admission`: a task not worth its cost waits or is refused; without, every task goes to the best node at once.
+    - `patience`: long-deadline work waits for cheap capacity.
+    - `learning`: speed, bandwidth and power are learned; without, the registrations are believed.
+    - `optimism`: little-known nodes are seen at their better confidence bound; without, at the worse from the start.
+    """
+
+    harm: bool = True
+    foresight: bool = True
+    spread: bool = True
+    sizes: bool = True
+    hints: bool = True
+    price: bool = True
+    admission: bool = True
+    patience: bool = True
+    learning: bool = True
+    optimism: bool = True
+
+
+class CsUcb(Policy):
+    """Puts a task where V·Δ(on-time value) − Δenergy/E₀ − price·Δslot-time is greatest, if that is worth it.
+
+    `weight` is V: how much an on-time task is worth, in units of E₀. `energy_scale` fixes E₀ (J); by default it follows
+    the energy of finished tasks (see `scheduler.core.index`).
+    """
+
+    name = "cs-ucb"
+
+    def __init__(
+        self,
+        seed: int = 0,  # noqa: ARG002 (nothing is drawn; every policy takes one)
+        *,
+        weight: float = 6.0,
+        energy_scale: float | None = None,
+        mechanisms: Mechanisms | None = None,
+    ) -> None:
+        on = self._on = mechanisms or Mechanisms()
+        self._weight, self._fixed_scale = weight, energy_scale
+        self._lengths = Lengths(by_size=on.sizes, use_hints=on.hints, spread=on.spread)
+        self._knowledge = Knowledge(
+            weight, learning=on.learning, optimism=on.optimism, foresight=on.foresight, price=on.price
+        )
+        self._scale = EnergyScale()
+        self._board = Board(self._length_row, self._knowledge.learned)
+        self._task = np.zeros(f.TASK_COLUMNS)
+        self._terms = np.zeros(s.TERMS)
+        self._looks = np.zeros((0, f.LOOK_COLUMNS))
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Have everything compiled before the first decision, not in it."""
+
+    # --- learning
+
+    @override
+    def observe(self, event: Event, task: Task | None, cluster: Cluster) -> None:
+        self._knowledge.observe(event, task, cluster)
+        if isinstance(event, Completed) and task is not None:
+            receipt = event.receipt
+            tokens, cut = receipt.completion_tokens, event.state is not State.SUCCEEDED
+            if not cut and tokens >= task.max_tokens:  # it ended at its limit: it would have been at least so long
+                tokens, cut = task.max_tokens - 1, True
+            self._lengths.observe(task.service, task.prompt_tokens, tokens, ended=not cut, hint=task.expected_tokens)
+            self._scale.observe(receipt.energy.transfer + receipt.energy.inference)
+
+    def _length_row(self, task: Task) -> int:
+        return self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens)
+
+    # --- deciding
+
+    @override
+    def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
+        best = self._survey(task, candidates, now)
+        if not self._on.admission:
+            return Place(candidates[best if best >= 0 else int(np.argmax(self._looks[:, f.CHANCE]))].name)
+        if best < 0:
+            return self._without_a_chance(task, candidates, cluster, now)
+        left, urgency, spare = task.deadline - now, 1.0, 0.0
+        calm = PATIENCE * float(self._looks[best, f.STAY])
+        if self._on.patience and left > calm:
+            urgency = self._urgency(task, calm, cluster, left)
+        if urgency < 1.0:
+            spare = (1.0 - urgency) * self._least_energy(task, cluster, now)
+            best = self._survey(task, candidates, now, urgency)
+            if best < 0:
+                return Wait(admission.review(now, left))
+        value = self._worth(task, best, urgency, spare)
+        return Place(candidates[best].name) if value > 0 else Wait(admission.review(now, left))
+
+    def _survey(self, task: Task, nodes: Sequence[Node], now: float, urgency: float = 1.0) -> int:
+        """Look at the task on each of the nodes; returns the position of the best, or −1. A task that is not urgent
+        needs a free slot."""
+        row = self._length_row(task)
+        self._lengths.refresh()
+        board, table, given, terms = self._board, self._lengths.table, self._task, self._terms
+        rows, arm_rows = board.rows(nodes, task.model, table)
+        if len(self._looks) != len(rows):
+            self._looks = np.zeros((len(rows), f.LOOK_COLUMNS))
+        given[f.T_PROMPT], given[f.T_BYTES], given[f.T_DEADLINE] = task.prompt_tokens, task.payload_bytes, task.deadline
+        given[f.T_MOST], given[f.T_VALUE], given[f.T_LENGTH] = task.max_tokens, task.value, row
+        terms[s.OWN], terms[s.OTHERS] = self._weight * urgency, self._weight * HARM_COUNTS * self._on.harm
+        terms[s.SCALE], terms[s.LEAST] = self._fixed_scale or self._scale.joules, admission.LEAST
+        terms[s.FREE] = urgency < 1.0
+        return s.survey(
+            rows, arm_rows, given, terms, now, board.nodes, board.arms, board.flights, table, board.maps, self._looks
+        )
+
+    def _worth(self, task: Task, best: int, urgency: float, spare: float) -> float:
+        look, most = self._looks[best], self._weight * task.value
+        return admission.worth(
+            own=most * urgency * float(look[f.CHANCE]),
+            lost=float(self._terms[s.OTHERS] * look[f.HARM]),
+            toll=float(look[f.TOLL_PAID]),
+            joules=float(look[f.JOULES]),
+            spare=spare,
+            scale=float(self._terms[s.SCALE]),
+            most=most,
+        )
+
+    def _urgency(self, task: Task, calm: float, cluster: Cluster, left: float) -> float:
+        """How urgent a task with `left` s is that needs 1/PATIENCE of `calm` s."""
+        rows, _ = self._board.rows(cluster.serving.get(task.model, ()), task.model, self._lengths.table)
+        slots, pace = self._board.nodes[rows][:, [f.SLOTS, f.PACE]].sum(axis=0).tolist()
+        if pace > 0:
+            calm = max(calm, PATIENCE * slots / pace)  # a short task is no more patient than others
+        return admission.urgency(left, calm, cluster.waiting, pace)
+
+    def _least_energy(self, task: Task, cluster: Cluster, now: float) -> float:
+        """J the task would cost on the node where it costs least, room or no room."""
+        self._survey(task, cluster.serving.get(task.model, ()), now)
+        able = self._looks[:, f.CHANCE] >= admission.LEAST
+        return float(self._looks[able, f.JOULES].min()) if able.any() else 0.0
+
+    def _without_a_chance(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
+        """No candidate gives the task a chance as things stand."""
+        knowledge, board, serving = self._knowledge, self._board, cluster.serving.get(task.model, ())
+        for node in candidates:
+            if not node.flights and not knowledge.proven(node, task.model, now):
+                return Place(node.name)  # find out what it can do
+        rows, arm_rows = board.rows(serving, task.model, self._lengths.table)
+        alone = s.best_alone(rows, arm_rows, self._task, now, board.nodes, board.arms, self._lengths.table)
+        if alone < admission.LEAST and all(knowledge.proven(n, task.model, now) for n in serving):
+            return Reject(
+                f"{task.deadline - now:.1f} s are left, too little for any node even if it had nothing else to do"
+            )
+        return Wait(admission.review(now, task.deadline - now))
+
+    # --- explaining
+
+    @override
+    def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
+        self._survey(task, candidates, now)
+        order = np.argsort(-self._looks[:, f.INDEX], kind="stable")[:EXPLAINED]
+        return tuple(self._explained(task, candidates[i], self._looks[i].tolist(), now) for i in order.tolist())
+
+    def _explained(self, task: Task, node: Node, look: list[float], now: float) -> Candidate:
+        board, left = self._board, task.deadline - now
+        row = board.nodes[board.row(node)].tolist()
+        arm = board.arms[board.arm(node, task.model)].tolist()
+        need = task.prompt_tokens + float(at(self._lengths.table[int(self._task[f.T_LENGTH]), MEAN], task.max_tokens))
+        memory = float(constraints.memory_slack(need, arm[f.KV_USED], arm[f.KV]))
+        chance, feasible = look[f.CHANCE], look[f.INDEX] > s.OUT
+        if row[f.STILL]:
+            note = "stands still"
+        elif not feasible and chance >= admission.LEAST:
+            note = "its memory is spoken for"
+        else:
+            note = f"done in about {look[f.FINISH]:.1f} s of {left:.1f} s, {chance:.0%} on time, {look[f.JOULES]:.3g} J"
+        return Candidate(
+            node=node.name,
+            index=look[f.INDEX] if feasible else None,
+            feasible=feasible,
+            finish=look[f.FINISH],
+            p_on_time=chance,
+            marginal_energy=look[f.JOULES],
+            slacks={
+                "deadline": constraints.deadline_slack(look[f.FINISH], left),
+                "compute": constraints.compute_slack(len(node.flights) + 1, node.info.slots),
+                "memory": memory,
+                "bandwidth": constraints.bandwidth_slack(task.payload_bytes, row[f.COMING], row[f.RATE], left),
+                "one_server": constraints.single_server_slack(0),
+            },
+            confidence=1.0 / (1.0 + self._knowledge.spread(node, task.model, now)),
+            note=note,
+        )
+
+    # --- kept over a restart
+
+    @override
+    def snapshot(self) -> dict[str, Any]:
+        # What is worked out from the learned state is dropped, so that a copy restored from this goes on alike.
+        self._board.forget()
+        return {
+            "knowledge": self._knowledge.snapshot(),
+            "lengths": self._lengths.snapshot(),
+            "scale": self._scale.snapshot(),
+        }
+
+    @override
+    def restore(self, state: dict[str, Any]) -> None:
+        scale = EnergyScale(**state["scale"])
+        self._knowledge.restore(state["knowledge"])
+        self._lengths.restore(state["lengths"])
+        self._scale = scale
+        self._board.forget()
