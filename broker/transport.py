@@ -46,7 +46,8 @@ class Channel(redis.Channel):
     ) -> Any:
         def deliver(message: Any) -> object:
             try:
-                _Task.model_validate(message.headers if "task" in message.headers else message.payload)
+                if not no_ack:  # without acknowledgement it is no task but an event, or remote control
+                    _Task.model_validate(message.headers if "task" in message.headers else message.payload)
                 return callback(message)
             except self.connection_errors:
                 raise
