@@ -8,23 +8,24 @@ from __future__ import annotations
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.cluster import Cluster
-from support.make import node_info, output, receipt
+from support.make import node_info, output, receipt, why
 from support.wait import eventually
 
+from broker.celery_app import node_message
 from broker.embedded import EmbeddedServer
-from broker.ledger import Ledger
+from broker.ledger import Dispatch, Ledger
 from broker.messages import Completed, Dispatched, State, TaskSpec, new_id
 from broker.settings import Settings
 from scheduler import service as service_module
-from scheduler.core.core import Core
+from scheduler.core.core import Core, Decision
 from scheduler.policies import make_policy
-from scheduler.service import Service
+from scheduler.service import Service, _Deposed, _Reign, _Tenure
 
 
 class Scheduler:
@@ -181,6 +182,96 @@ def test_a_restarted_node_is_sent_work_under_its_new_name_tag(stage: Stage) -> N
         stage.complete(task_id)
 
 
+class Raced(Core):
+    """A core whose decisions come too late: something else happens between them and the ledger's ruling."""
+
+    def __init__(self) -> None:
+        super().__init__(make_policy("least-loaded"))
+        self.meanwhile: list[Callable[[], object]] = []
+
+    def decide(self, now: float) -> list[Decision]:
+        decisions = super().decide(now)
+        if decisions and self.meanwhile:
+            self.meanwhile.pop()()
+        return decisions
+
+
+@pytest.fixture
+def raced(stage: Stage) -> tuple[Raced, _Reign]:
+    core, epoch = Raced(), stage.ledger.lead("test", 60)
+    assert epoch is not None
+    reign = _Reign(stage.ledger, core, _Tenure(stage.ledger, "test", 60, epoch))
+    reign.take_over()
+    return core, reign
+
+
+def test_a_task_that_somebody_else_placed_meanwhile(stage: Stage, raced: tuple[Raced, _Reign]) -> None:
+    """As when a reply was lost and the call repeated: the ledger refuses, the stream tells where the task is."""
+    core, reign = raced
+    stage.ledger.register(node_info("a"))
+    (task_id,) = stage.submit()
+    message = node_message(task_id, 1, "edge.a")
+    first = Dispatch(task_id, 1, "a", "boot-1", "emulated", "edge.a", message, why())
+    core.meanwhile.append(lambda: stage.ledger.dispatch(1, [first]))
+    reign.step(block=0.01)
+    assert core.find(task_id) is None
+    reign.step(block=0.01)
+    task = core.find(task_id)
+    assert task is not None
+    assert (task.node, task.attempt) == ("a", 1)
+    assert set(core.cluster.nodes["a"].flights) == {task_id}
+
+
+def test_a_task_that_was_cancelled_meanwhile(stage: Stage, raced: tuple[Raced, _Reign]) -> None:
+    core, reign = raced
+    stage.ledger.register(node_info("a"))
+    (task_id,) = stage.submit()
+    core.meanwhile.append(lambda: stage.ledger.cancel(task_id))
+    for _ in range(2):
+        reign.step(block=0.01)
+    assert core.find(task_id) is None
+    assert core.cluster.nodes["a"].flights == {}
+
+
+@pytest.mark.parametrize("how", ["drained", "restarted"])
+def test_a_node_that_went_meanwhile(stage: Stage, raced: tuple[Raced, _Reign], how: str) -> None:
+    core, reign = raced
+    stage.ledger.register(node_info("a"))
+    (task_id,) = stage.submit()
+
+    def goes() -> None:
+        stage.ledger.leave("a", "boot-1", "stopped")
+        if how == "restarted":
+            stage.ledger.register(node_info("a", boot="boot-2"))
+
+    core.meanwhile.append(goes)
+    reign.step(block=0.01)
+    task = core.find(task_id)
+    assert task is not None
+    assert (task.node, task.attempt) == (None, 0)
+    if how == "drained":
+        stage.ledger.register(node_info("a", boot="boot-2"))
+    reign.step(block=0.01)
+    assert stage.placed(task_id) == ("a", 1)
+
+
+def test_a_leader_that_was_deposed_meanwhile(stage: Stage, raced: tuple[Raced, _Reign]) -> None:
+    core, reign = raced
+    stage.ledger.register(node_info("a"))
+    (task_id,) = stage.submit()
+
+    def another_leads() -> None:
+        stage.ledger.resign("test")
+        assert stage.ledger.lead("another", 60) == 2
+
+    core.meanwhile.append(another_leads)
+    with pytest.raises(_Deposed):
+        reign.step(block=0.01)
+    assert state(stage, task_id) == "pending"
+    with pytest.raises(_Deposed):
+        reign.save()
+
+
 # --- taking over
 
 
@@ -296,7 +387,10 @@ def test_one_leads_and_the_other_follows(stage: Stage) -> None:
     for task_id in stage.submit(4):
         stage.placed(task_id)
     assert not second.cores
+    first_holder = stage.ledger.client.get(f"{stage.ledger.prefix}leader")
     stage.stop()
+    holder = stage.ledger.client.get(f"{stage.ledger.prefix}leader")
+    assert holder != first_holder  # given up, not left to lapse
     eventually(lambda: second.cores, "the second leads")
     (task_id,) = stage.submit()
     stage.ledger.register(node_info("b"))
