@@ -23,6 +23,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ from rich.table import Table
 from benchmarks.common import RESULTS, emit
 from broker.messages import State
 from scheduler.core.csucb import Mechanisms
-from scheduler.policies import policy_names
+from scheduler.policies import make_policy, policy_names
 from scheduler.simulator import report
 from scheduler.simulator.result import Run, effective_capacity, mean
+from scheduler.simulator.run import Simulation
 from scheduler.simulator.scenario import Scenario, load_scenario, scenario_names
 from scheduler.simulator.sweep import Point, sweep
+from scheduler.simulator.train import train
 
 FIRST_SEED = 1000
 OURS = "cs-ucb"
@@ -57,12 +60,13 @@ class Size:
     seeds: int
     weak_seeds: int
     fault_seeds: int
+    agod_runs: int
     tasks: int | None
     loads: tuple[float, ...]
 
 
-FULL = Size(seeds=4, weak_seeds=2, fault_seeds=16, tasks=None, loads=LOADS)
-QUICK = Size(seeds=1, weak_seeds=1, fault_seeds=4, tasks=1500, loads=(0.3, 0.5, 0.7, 0.9, 1.1, 1.3))
+FULL = Size(seeds=4, weak_seeds=2, fault_seeds=16, agod_runs=40, tasks=None, loads=LOADS)
+QUICK = Size(seeds=1, weak_seeds=1, fault_seeds=4, agod_runs=8, tasks=1500, loads=(0.3, 0.5, 0.7, 0.9, 1.1, 1.3))
 
 #: Runs by (policy, load), one per seed.
 Grid = dict[tuple[str, float], list[Run]]
@@ -153,11 +157,30 @@ class Bench:
 
     def others(self) -> None:
         """The baselines that are far behind, once, for the table."""
-        rest = [p for p in policy_names() if p not in COMPARED]
+        rest = [p for p in policy_names() if p not in COMPARED and p != "agod"]
         names = [name + mech for name in rest for mech in ("", "+mech") if name + mech not in COMPARED]
         grid = self.grid(self.scenario("paper"), names, (0.3, 0.5, 0.7, 0.9), self.size.weak_seeds)
         self.tables["on_time_others"] = by_policy(grid, "on_time")
         self.tables["joules_others"] = by_policy(grid, "joules")
+
+    def agod(self) -> None:
+        """AGOD, trained in the simulator on seeds kept for that; left out where torch is not installed."""
+        if find_spec("torch") is None:
+            self.tables["agod"] = "not run: torch is not installed"
+            return
+        scenario, loads = self.scenario("paper"), (0.3, 0.5, 0.7, 0.9)
+        shares: dict[str, dict[str, float]] = {}
+        for name in ("agod", "agod+mech"):
+            print(f"  {name}: training on {self.size.agod_runs} runs", file=sys.stderr)
+            learned = train(make_policy(name), scenario, loads=loads, seeds=range(self.size.agod_runs))
+            for load in loads:
+                runs = []
+                for seed in range(FIRST_SEED, FIRST_SEED + self.size.weak_seeds):
+                    policy = make_policy(name, seed)
+                    policy.restore(learned)
+                    runs.append(Simulation(scenario, policy, load=load, seed=seed).run())
+                shares.setdefault(name, {})[f"{load:.0%}"] = mean(runs, "on_time")
+        self.tables["agod"] = shares
 
     def everywhere(self) -> None:
         """Every packaged scenario against the simple heuristics."""
@@ -330,7 +353,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer seeds and tasks: minutes, not half an hour")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parts = ("compare", "others", "everywhere", "recovery", "profiles", "ablation", "regret", "speed")
+    parts = ("compare", "others", "agod", "everywhere", "recovery", "profiles", "ablation", "regret", "speed")
     parser.add_argument("--only", choices=parts, action="append", help="leave the other parts out; nothing is kept")
     options = parser.parse_args()
     bench = Bench(QUICK if options.quick else FULL, options.jobs)

@@ -20,6 +20,15 @@ from scheduler.baselines.round_robin import RoundRobin
 from scheduler.core.csucb import CsUcb
 from scheduler.core.policy import Policy
 
+
+def _agod(seed: int = 0, **options: Any) -> Policy:
+    try:
+        from scheduler.baselines.agod import Agod  # noqa: PLC0415  torch is large and optional
+    except ImportError:
+        raise BadSetting("policy 'agod' needs torch: pip install 'perllm[agod]'") from None
+    return Agod(seed, **options)
+
+
 #: Baselines: each can also be had with MECHANISMS appended.
 _BASELINES: dict[str, Callable[..., Policy]] = {
     "random": Random,
@@ -36,6 +45,7 @@ _BASELINES: dict[str, Callable[..., Policy]] = {
     "rewardless-guidance": RewardlessGuidance,
     "cheapest-feasible": CheapestFeasible,
     "earliest-completion": EarliestCompletion,
+    "agod": _agod,
 }
 
 #: Ends the name of a baseline that runs with the mechanisms CS-UCB has: EDF, short node queues, dropping late tasks,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ from scheduler.core.cluster import Cluster, Node, Task
 from scheduler.core.policy import Place, Policy, Reject, Wait
 from scheduler.policies import make_policy, policy_names
 
-ALL = [*policy_names(), *(f"{name}+mech" for name in policy_names() if name != "cs-ucb")]
+PLAIN = [name for name in policy_names() if name != "agod" or find_spec("torch")]
+ALL = [*PLAIN, *(f"{name}+mech" for name in PLAIN if name != "cs-ucb")]
 
 
 def node(
@@ -335,6 +337,30 @@ def test_unknown_names_and_options_say_what_there_is() -> None:
         make_policy("jsq")
     with pytest.raises(BadSetting, match=r"policy 'fineinfer': .*'bound'"):
         make_policy("fineinfer", bound=2)
+
+
+@pytest.mark.skipif(find_spec("torch") is not None, reason="torch is there")
+def test_agod_without_torch_says_what_to_install() -> None:
+    with pytest.raises(BadSetting, match=r"policy 'agod' needs torch: pip install 'perllm\[agod\]'"):
+        make_policy("agod")
+
+
+def test_agod_learns_which_node_is_on_time_and_snapshots_its_networks() -> None:
+    pytest.importorskip("torch")
+    two = cluster(node("good"), node("bad"))
+    policy = make_policy("agod", 1)
+    chosen = []
+    for i in range(6000):
+        t = task(str(i), left=2 + i % 5)
+        where = placed(policy, t, two)
+        chosen.append(where)
+        t.node, t.dispatched, t.attempt = where, 0.0, 1
+        policy.observe(completed(t, where, at=1.0 if where == "good" else 7.0), t, two)
+    assert chosen[-500:].count("good") > 450
+    second = make_policy("agod", 2)
+    second.restore(json.loads(json.dumps(policy.snapshot())))
+    tasks = [task(str(i)) for i in range(50)]
+    assert [placed(second, t, two) for t in tasks] == [placed(policy, t, two) for t in tasks]
 
 
 def test_events_of_tasks_never_placed_are_harmless() -> None:
