@@ -360,7 +360,7 @@ class Batch:
             )
             self._end(victim, remember=False)
             return
-        log.info("request_preempted", task_id=victim.task_id, tokens=len(victim.tokens), active=len(self.active))
+        log.debug("request_preempted", task_id=victim.task_id, tokens=len(victim.tokens), active=len(self.active))
         self._leave(victim)
         self.waiting.appendleft(victim)
 

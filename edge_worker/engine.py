@@ -31,8 +31,9 @@ from edge_worker.variants import Loaded, Stopped, Variant, Variants
 
 log = structlog.get_logger(__name__)
 
-#: Requests decoded together unless set: on a CPU more of them add little speed and slow each other.
-DEFAULT_SLOTS = 8
+#: Requests decoded together unless set, on a machine of fewer cores than `MANY_CORES` and of more: with few cores more
+#: requests add little speed and slow each other.
+SLOTS, SLOTS_OF_MANY, MANY_CORES = 8, 16, 8
 #: Ended requests' prompts kept for reuse.
 REMEMBER = 8
 #: How often a waiting caller looks whether its task was stopped, s: only to end a step early, so not often.
@@ -45,7 +46,8 @@ class LlamaEngine:
     def __init__(self, settings: Settings, *, remember: int = REMEMBER) -> None:
         """`remember` prompts are kept for reuse; 0 shares no prefixes at all."""
         self._settings, self._remember = settings, remember
-        self.slots = min(settings.slots or DEFAULT_SLOTS, MAX_SEQUENCES - remember)
+        by_cores = SLOTS if available_cores() < MANY_CORES else SLOTS_OF_MANY
+        self.slots = min(settings.slots or by_cores, MAX_SEQUENCES - remember)
         self.description = f"llama.cpp {VERSION}, not started"
         self._claim = ThreadClaim()
         self._gauges = Gauges()
