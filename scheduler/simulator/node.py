@@ -86,6 +86,7 @@ class SimNode:
         self._boot_error = boot_error
         self._calibration = table.calibration(prompt=mean_task[0], output=mean_task[1])
         self._boots = 0
+        self._lost: list[Job] = []
         self.alive = False
         self.joules = 0.0  # of engines that are gone, idle power apart
 
@@ -93,6 +94,8 @@ class SimNode:
 
     def boot(self) -> None:
         """Start, empty."""
+        for job in [*self._lost]:
+            self._give_up(job)
         self._boots += 1
         self.alive = True
         self._queue: deque[Job] = deque()
@@ -114,19 +117,22 @@ class SimNode:
         self.joules += self.engine.joules
         self.engine.halt()
         self._link.halt()
-        lost = [*self._running.values(), *self._queue]
-        for job in lost:
+        for job in [*self._running.values(), *self._queue]:
             self._finish(job)
-        self._clock.at(self._clock.now + self._lease, lambda: self._return(lost))
+            self._lose(job)
 
-    def _return(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            self._give_up(job)
+    def _lose(self, job: Job) -> None:
+        """A job this dead node held is pending again when its lease has run out, or the node is back."""
+        self._lost.append(job)
+        self._clock.at(self._clock.now + self._lease, lambda: self._give_up(job))
 
     def _give_up(self, job: Job) -> None:
-        if job.strikes + 1 >= MAX_STRIKES:
-            reason = f"{MAX_STRIKES} attempts ended without a result"
-            self._emit(self._ended(job, State.FAILED, reason))
+        if job not in self._lost:
+            return
+        self._lost.remove(job)
+        strikes = job.strikes + (job.claimed is not None)  # what was not running yet has no strike
+        if strikes >= MAX_STRIKES:
+            self._emit(self._ended(job, State.FAILED, f"{strikes} attempts ended without a result"))
             return
         self._emit(
             Returned.model_construct(
@@ -136,7 +142,7 @@ class SimNode:
                 attempt=job.attempt,
                 cause="lease_expired",
                 reason="the node was lost",
-                strikes=job.strikes + 1,
+                strikes=strikes,
             )
         )
 
@@ -194,7 +200,7 @@ class SimNode:
     def accept(self, job: Job) -> None:
         """Take a job into the queue."""
         if not self.alive:
-            self._clock.at(self._clock.now + self._lease, lambda: self._give_up(job))
+            self._lose(job)
             return
         if self._abort:
             job.alarm = self._clock.at(job.arrival.event.deadline, lambda: self._deadline(job))

@@ -170,7 +170,13 @@ def one_server(rate_of_service: float, output: dict[str, Any], tasks: int) -> Sc
         "output": output,
         "max_tokens": 2000,
     }
-    raw = PAPER.model_dump() | {"node": [node.model_dump()], "service": [service], "tasks": tasks, "hop": 0.0, "heartbeat": 100.0}
+    raw = PAPER.model_dump() | {
+        "node": [node.model_dump()],
+        "service": [service],
+        "tasks": tasks,
+        "hop": 0.0,
+        "heartbeat": 100.0,
+    }
     return Scenario.model_validate(raw)
 
 
@@ -303,6 +309,19 @@ def test_a_lost_node_is_noticed_and_its_tasks_run_elsewhere() -> None:
     assert any(isinstance(e, Claimed) and e.node == "cloud" and e.at > 20 for e in simulation.seen)
     boots = [e.info.boot for e in simulation.seen if isinstance(e, NodeUp) and e.info.name == "cloud"]
     assert boots == ["cloud.1", "cloud.2"]
+
+
+def test_a_task_that_loses_its_node_three_times_fails() -> None:
+    losses = [{"kind": "loss", "nodes": ["cloud"], "start": t, "end": t + 7} for t in (12, 24, 36)]
+    service = PAPER.service[0].model_dump() | {
+        "output": {"kind": "constant", "value": 512},  # half a minute of decoding
+        "deadline": {"kind": "constant", "value": 1000},
+    }
+    node = PAPER.node[-1].model_dump() | {"time": 3.0}
+    raw = PAPER.model_dump() | {"node": [node], "service": [service], "tasks": 40}
+    run = Simulation(Scenario.model_validate(raw | {"fault": losses}), "cloud-only", load=2.0, seed=1).run()
+    assert run.failed == 8  # those that held the slots each time
+    assert run.tasks == 40
 
 
 def test_a_slowed_node_takes_that_much_longer() -> None:
