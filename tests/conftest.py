@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
-from support.servers import DebianRedis, Server
+from support.servers import DebianRedis, Server, skip_without_debian_redis
 
 from broker.embedded import EmbeddedServer
 from broker.ledger import Ledger
@@ -15,12 +15,6 @@ from broker.settings import Settings
 
 hypothesis.settings.register_profile("perllm", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("perllm")
-
-
-def skip_without_debian_redis() -> None:
-    version = DebianRedis.version()
-    if version is None or version < (7, 0):
-        pytest.skip("no redis-server >= 7.0 on PATH")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import redis
-from conftest import skip_without_debian_redis
 from support.cluster import Cluster
 from support.ports import free_port
-from support.servers import DebianRedis
+from support.servers import DebianRedis, skip_without_debian_redis
 from support.wait import PATIENCE
 
 from broker.connection import check

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import pytest
 import redis
 
 from broker.embedded import EmbeddedServer
@@ -71,3 +72,10 @@ def ping(url: str) -> bool:
         return False
     finally:
         client.close()
+
+
+def skip_without_debian_redis() -> None:
+    """Skip the test, by name, where there is no usable redis-server."""
+    version = DebianRedis.version()
+    if version is None or version < (7, 0):
+        pytest.skip("no redis-server >= 7.0 on PATH")
