@@ -3,7 +3,8 @@
 Peers, alternating with ours: the raw low-level decode loop (the ceiling: no requests, no text, no stopping, no
 metering), llama-cpp-python's `Llama` one request after another, and xllamacpp (llama-server in process). Everyone gets
 the same prompts, prefilled from nothing, and decodes greedily; a rate is output tokens over the time from the first
-request handed in to the last token out, prompts included.
+request handed in to the last token out, prompts included. The same per second of CPU time (`cpu_…`) says what a noisy
+neighbour cannot disturb as much, and what energy goes by.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +50,40 @@ PROMPTS = (
 )  # fmt: skip
 
 
-def ours(engine: LlamaEngine, prompts: list[str], tokens: int = TOKENS) -> tuple[float, list[Generation]]:
-    """(tokens per second, what came out) of all prompts at once."""
+@dataclass(frozen=True)
+class Rate:
+    """Output tokens per second of time, and of CPU time of the whole process."""
+
+    wall: float
+    cpu: float
+
+
+def rate(work: Callable[[], int]) -> Rate:
+    """The rate of `work`, which says how many tokens came out."""
+    began, cpu = time.perf_counter(), time.process_time()
+    count = work()
+    return Rate(count / (time.perf_counter() - began), count / (time.process_time() - cpu))
+
+
+def generate(engine: LlamaEngine, prompts: list[str]) -> list[Generation]:
+    """All prompts at once through the engine."""
     with ThreadPoolExecutor(len(prompts)) as pool:
-        began = time.perf_counter()
         jobs = [
-            pool.submit(engine.generate, str(i), TaskSpec(prompt=p, max_tokens=tokens), Stop(600))
+            pool.submit(engine.generate, str(i), TaskSpec(prompt=p, max_tokens=TOKENS), Stop(600))
             for i, p in enumerate(prompts)
         ]
-        done = [job.result() for job in jobs]
-        took = time.perf_counter() - began
-    return sum(d.completion_tokens for d in done) / took, done
+        return [job.result() for job in jobs]
 
 
-def raw(context: Context, prompts: list[list[int]], tokens: int = TOKENS) -> float:
-    """Tokens per second of a bare loop over `llama_decode`: prompts in full batches, then everybody in one batch."""
+def ours(engine: LlamaEngine, prompts: list[str]) -> Rate:
+    """The engine, all prompts at once."""
+    return rate(lambda: sum(done.completion_tokens for done in generate(engine, prompts)))
+
+
+def raw(context: Context, prompts: list[list[int]], tokens: int = TOKENS) -> int:
+    """Tokens of a bare loop over `llama_decode`: prompts in full batches, then everybody in one batch."""
     context.clear()
     latest = [0] * len(prompts)
-    began = time.perf_counter()
     for sequence, prompt in enumerate(prompts):
         context.begin()
         row = context.add(sequence, 0, prompt, output=True)
@@ -78,7 +96,7 @@ def raw(context: Context, prompts: list[list[int]], tokens: int = TOKENS) -> flo
         assert context.decode() == 0
         for row in range(len(prompts)):
             latest[row] = int(context.logits(row).argmax())
-    return len(prompts) * tokens / (time.perf_counter() - began)
+    return len(prompts) * tokens
 
 
 class OneAtATime:
@@ -91,22 +109,23 @@ class OneAtATime:
             str(path), n_ctx=2048, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False
         )
 
-    def run(self, prompts: list[str]) -> float:
-        count, began = 0, time.perf_counter()
+    def run(self, prompts: list[str]) -> int:
+        """Tokens of all prompts, one after another."""
+        count = 0
         for prompt in prompts:
             self._llama.reset()
             answer: Any = self._llama.create_chat_completion(
                 [{"role": "user", "content": prompt}], temperature=0, max_tokens=TOKENS, repeat_penalty=1.0
             )
             count += answer["usage"]["completion_tokens"]
-        return count / (time.perf_counter() - began)
+        return count
 
     def close(self) -> None:
         self._llama.close()
 
 
-def xllamacpp(path: Path, threads: int, prompts: list[str]) -> float:
-    """Tokens per second of a llama-server in this process with a slot per prompt. It lives for this call only."""
+def xllamacpp(path: Path, threads: int, prompts: list[str]) -> Rate:
+    """A llama-server in this process with a slot per prompt. It lives for this call only."""
     import xllamacpp as peer  # noqa: PLC0415
 
     params = peer.CommonParams()
@@ -129,14 +148,12 @@ def xllamacpp(path: Path, threads: int, prompts: list[str]) -> float:
 
     go(prompts[0])
     with ThreadPoolExecutor(len(prompts)) as pool:
-        began = time.perf_counter()
-        count = sum(pool.map(go, prompts))
-        return count / (time.perf_counter() - began)
+        return rate(lambda: sum(pool.map(go, prompts)))
 
 
 def long_enough(engine: LlamaEngine) -> list[str]:
     """The prompts whose answers do not end before `TOKENS` tokens, so that everybody has the same to do."""
-    return [p for p in PROMPTS if ours(engine, [p])[1][0].completion_tokens == TOKENS]
+    return [p for p in PROMPTS if generate(engine, [p])[0].completion_tokens == TOKENS]
 
 
 def throughput(engine: LlamaEngine, path: Path, threads: int, rounds: int) -> dict[str, list[float]]:
@@ -152,27 +169,32 @@ def throughput(engine: LlamaEngine, path: Path, threads: int, rounds: int) -> di
     serial = OneAtATime(path, threads)
     for number in range(rounds):
         for width in WIDTHS:
-            ceiling = raw(context, tokens[:width])
-            rate = ours(engine, prompts[:width])[0]
-            ceiling = (ceiling + raw(context, tokens[:width])) / 2  # before and after: the machine drifts
-            samples[f"raw_{width}"].append(ceiling)
-            samples[f"ours_{width}"].append(rate)
-            samples[f"over_raw_loop_{width}"].append(rate / ceiling)
+            first = rate(lambda: raw(context, tokens[:width]))  # noqa: B023  called at once
+            mine = ours(engine, prompts[:width])
+            last = rate(lambda: raw(context, tokens[:width]))  # noqa: B023
+            # before and after: the machine drifts
+            ceiling = Rate((first.wall + last.wall) / 2, (first.cpu + last.cpu) / 2)
+            samples[f"ours_{width}"].append(mine.wall)
+            _compare(samples, "raw_loop", width, mine, ceiling)
             if width == SERIAL_WIDTH:
-                alone = serial.run(prompts[:width])
-                samples["llama_one_at_a_time"].append(alone)
-                samples[f"over_one_at_a_time_{width}"].append(rate / alone)
-                samples[f"raw_over_one_at_a_time_{width}"].append(ceiling / alone)
+                alone = rate(lambda: serial.run(prompts[:width]))  # noqa: B023
+                _compare(samples, "one_at_a_time", width, mine, alone)
+                samples[f"raw_over_one_at_a_time_{width}"].append(ceiling.wall / alone.wall)
             if width in PEER_WIDTHS:
-                peer = xllamacpp(path, threads, prompts[:width])
-                samples[f"xllamacpp_{width}"].append(peer)
-                samples[f"over_xllamacpp_{width}"].append(rate / peer)
+                _compare(samples, "xllamacpp", width, mine, xllamacpp(path, threads, prompts[:width]))
             print(
-                f"round {number + 1}/{rounds}, width {width}: ours {rate:.1f}, raw {ceiling:.1f} tokens/s", flush=True
+                f"round {number + 1}/{rounds}, width {width}: {mine.wall:.1f} tokens/s, raw loop {ceiling.wall:.1f}",
+                flush=True,
             )
     context.close()
     serial.close()
     return samples
+
+
+def _compare(samples: dict[str, list[float]], peer: str, width: int, mine: Rate, theirs: Rate) -> None:
+    samples[f"{peer}_{width}"].append(theirs.wall)
+    samples[f"over_{peer}_{width}"].append(mine.wall / theirs.wall)
+    samples[f"cpu_over_{peer}_{width}"].append(mine.cpu / theirs.cpu)
 
 
 def short_beside_long(engine: LlamaEngine) -> float:
@@ -209,9 +231,9 @@ def cancel(engine: LlamaEngine, prompt: str) -> float:
 
 def in_company(engine: LlamaEngine, prompts: list[str]) -> dict[str, float]:
     """How often greedy output in a batch of 8 is not the one alone: share of texts, and of tokens up to there."""
-    alone = [ours(engine, [p])[1][0].output.text for p in prompts]
+    alone = [generate(engine, [p])[0].output.text for p in prompts]
     groups = [list(range(i, min(i + 8, len(prompts)))) for i in range(0, len(prompts), 8)]
-    together = [d.output.text for group in groups for d in ours(engine, [prompts[i] for i in group])[1]]
+    together = [d.output.text for group in groups for d in generate(engine, [prompts[i] for i in group])]
     differ = [a != b for a, b in zip(alone, together, strict=True)]
     same = sum(len(_common(a, b)) for a, b in zip(alone, together, strict=True))
     return {
@@ -292,7 +314,8 @@ def main() -> None:
     engine.close()
 
     figures, spread = median_and_spread(samples)
-    figures["over_raw_loop_min"] = min(figures[f"over_raw_loop_{width}"] for width in WIDTHS)
+    for cpu in ("", "cpu_"):
+        figures[f"{cpu}over_raw_loop_min"] = min(figures[f"{cpu}over_raw_loop_{width}"] for width in WIDTHS)
     figures["cancel_steps"] = max(samples["cancel_steps"])
     figures["short_behind_long_steps"] = max(samples["short_behind_long_steps"])
     figures |= company
