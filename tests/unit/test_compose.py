@@ -178,28 +178,31 @@ def test_every_package_is_copied() -> None:
 # --- its shell lines, run
 
 
-def health(service: str, **environment: str) -> int:
-    """The exit status of a service's health check, run here. Compose writes `$$` for `$`."""
+def health(service: str, url: str, folder: Path | None = None) -> int:
+    """The exit status of a service's health check, run here; `folder` shadows commands. Compose writes `$$` for `$`."""
     kind, *command = services()[service]["healthcheck"]["test"]
     if kind == "CMD-SHELL":
         command = ["sh", "-c", command[0].replace("$$", "$")]
-    path = f"{SCRIPTS}:{os.environ['PATH']}"
-    done = subprocess.run(command, env={**os.environ, "PATH": path, **environment}, check=False, capture_output=True)
-    return done.returncode
+    environment = {**os.environ, "PATH": f"{folder or SCRIPTS}:{SCRIPTS}:{os.environ['PATH']}", "PERLLM_REDIS_URL": url}
+    return subprocess.run(command, env=environment, check=False, capture_output=True).returncode
 
 
 def test_the_scheduler_is_healthy_while_one_leads(server: Server, ledger: Ledger) -> None:
-    assert health("scheduler", PERLLM_REDIS_URL=server.url) != 0
+    assert health("scheduler", server.url) != 0
     ledger.lead("me", 60.0)
-    assert health("scheduler", PERLLM_REDIS_URL=server.url) == 0
+    assert health("scheduler", server.url) == 0
 
 
 @pytest.mark.parametrize("service", ["edge", "cloud"])
-def test_a_worker_is_healthy_while_its_node_is_registered(service: str, server: Server, ledger: Ledger) -> None:
+def test_a_worker_is_healthy_while_its_node_is_registered(
+    service: str, server: Server, ledger: Ledger, tmp_path: Path
+) -> None:
+    (tmp_path / "hostname").write_text("#!/bin/sh\necho 4f1c9a\n")
+    (tmp_path / "hostname").chmod(0o700)
     ledger.register(node_info("another"))
-    assert health(service, PERLLM_REDIS_URL=server.url, HOSTNAME="4f1c9a") != 0
+    assert health(service, server.url, tmp_path) != 0
     ledger.register(node_info("4f1c9a"))
-    assert health(service, PERLLM_REDIS_URL=server.url, HOSTNAME="4f1c9a") == 0
+    assert health(service, server.url, tmp_path) == 0
 
 
 def test_redis_starts_with_the_password_and_keeps_an_append_only_file(tmp_path: Path) -> None:
