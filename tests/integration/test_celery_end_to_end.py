@@ -27,7 +27,7 @@ ENDLESS = 90_000  # tokens: 15 minutes
 
 @pytest.fixture(scope="module")
 def cluster(own_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    settings = {"slots": 2, "emulated_speed": 100, "context": CONTEXT}
+    settings = {"slots": 2, "emulated_speed": 100, "context": CONTEXT, "lease": 30}
     with Cluster(own_server.url, tmp_path_factory.mktemp("cluster"), **settings) as one:
         one.start_inbox()
         one.scheduler()
@@ -65,7 +65,7 @@ def test_failed(producer: celery.Celery) -> None:
 
 
 def test_expired_while_running(cluster: Cluster, producer: celery.Celery) -> None:
-    sent = send(producer, prompt="hello", max_tokens=ENDLESS, deadline=1)
+    sent = send(producer, prompt="hello", max_tokens=ENDLESS, deadline=2)
     with pytest.raises(TaskExpired, match=r"the deadline passed after \d+ tokens"):
         sent.get(timeout=PATIENCE)
     result = cluster.result(sent.id)

@@ -144,7 +144,7 @@ def test_a_cancel_is_heard_at_once_not_at_the_next_beat(stage: Stage) -> None:
 
 
 def test_a_deadline_while_it_runs_keeps_the_part_done(stage: Stage) -> None:
-    task_id = stage.submit(ENDLESS, deadline=0.3)
+    task_id = stage.submit(ENDLESS, deadline=1)
     with pytest.raises(TaskExpired, match="the deadline passed after"):
         stage.send(task_id).result()
     result = stage.ledger.results([task_id])[0]
@@ -304,7 +304,7 @@ def test_an_engine_that_died_takes_its_node_out_until_it_is_back(valkey: Embedde
 
 
 def test_a_live_namesake_is_refused(valkey: EmbeddedServer) -> None:
-    stage = Stage(valkey.url, lease=0.5, heartbeat=0.1)
+    stage = Stage(valkey.url, lease=1.5, heartbeat=0.1)
     stage.node.start()
     namesake = NodeWorker(stage.settings, stage.ledger, stage.engine, node_info("n", boot="boot-2"))
     with pytest.raises(BadSetting, match=r"a node named 'n' is already in service: set another PERLLM_NODE_NAME"):
