@@ -19,6 +19,7 @@ Ratios are medians over seeds, with [lowest, highest] as their spread. What the 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -195,7 +196,7 @@ class Bench:
                 best = max(HEURISTICS, key=lambda h: shares[h])
                 points = 100 * (shares[OURS] - shares[best])
                 where = f"{name} at {load:.0%}"
-                rows[where] = {OURS: shares[OURS], best: shares[best], "points": points}
+                rows[where] = {OURS: round(shares[OURS], 4), best: round(shares[best], 4), "points": round(points, 2)}
                 worst.append((points, where, best))
         points, where, best = min(worst)
         self.figures["worst_points_vs_best_heuristic"] = points
@@ -214,7 +215,10 @@ class Bench:
                 runs = self.run(scenario, [Point(policy, load, s) for s in seeds])
                 curves[policy] = after_onset([on_time_from(run, ONSET) for run in runs])
             found[name] = {
-                policy: {"tasks": recovered(curve, curves["informed"]), "blocks_of_25": [round(x, 3) for x in curve]}
+                policy: {
+                    "tasks": recovered(curve, curves["informed"]),
+                    "blocks_of_25": [round(x, 3) for x in curve[:24]],
+                }
                 for policy, curve in curves.items()
             }
         self.tables["recovery"] = found
@@ -235,14 +239,14 @@ class Bench:
 
     def ablation(self) -> None:
         """One mechanism off at a time."""
-        loads, seeds = (0.5, 0.9, 1.1), self.size.seeds
+        loads, seeds = (0.5, 0.9, 1.1), self.size.weak_seeds
         whole = Point(OURS, 1.0, FIRST_SEED)
         variants = {"all on": whole, "without abort": replace(whole, abort=False)}
         for field in fields(Mechanisms):
             off = Mechanisms(**{field.name: False})
             variants[f"without {field.name}"] = replace(whole, options=(("mechanisms", off),))
         rows: dict[str, Any] = {}
-        for where in ("paper", "wrong-profiles", "edge-slows"):
+        for where in ("paper", "measured", "poor-hints", "wrong-profiles", "rotating-slowdowns"):
             scenario = self.scenario(where)
             for name, variant in variants.items():
                 todo = [replace(variant, load=x, seed=FIRST_SEED + s) for x in loads for s in range(seeds)]
@@ -250,7 +254,7 @@ class Bench:
                 for load in loads:
                     some = [run for run, point in zip(runs, todo, strict=True) if point.load == load]
                     row = rows.setdefault(where, {}).setdefault(name, {})
-                    row[f"{load:.0%}"] = [mean(some, "on_time"), mean(some, "joules")]
+                    row[f"{load:.0%}"] = [round(mean(some, "on_time"), 4), round(mean(some, "joules"), 1)]
         self.tables["ablation"] = rows
 
     def regret(self) -> None:
@@ -363,7 +367,12 @@ def main() -> None:
     if options.only:
         print({"figures": bench.figures, "spread": bench.spread})
     else:
-        emit("schedule", bench.figures, bench.spread, size=asdict(bench.size), tables=bench.tables)
+        report.write_whole(RESULTS / "schedule-tables.json", lambda p: _dump(p, bench.tables))
+        emit("schedule", bench.figures, bench.spread, size=asdict(bench.size))
+
+
+def _dump(path: Path, tables: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
 
 
 def show(bench: Bench) -> None:

@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from broker.errors import BadSetting
+from scheduler.policies import MECHANISMS
 from scheduler.simulator.result import CARRIED, Run, effective_capacity, mean
 
 
@@ -109,18 +110,31 @@ def write_plot(path: Path, title: str, runs: Sequence[Run]) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415
+        from matplotlib.ticker import ScalarFormatter  # noqa: PLC0415
     except ImportError:
         raise BadSetting("the plot needs matplotlib: pip install 'perllm[simulate]'") from None
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    found = grouped(runs)
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(p.removesuffix(MECHANISMS) for p in found))}
+    figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)
     share, energy = figure.subplots(1, 2)
-    for policy, loads in grouped(runs).items():
+    for policy, loads in found.items():
+        # A policy with the mechanisms is its plain self's colour, dashed
+        line = {
+            "color": colours[policy.removesuffix(MECHANISMS)],
+            "linestyle": "--" if policy.endswith(MECHANISMS) else "-",
+            "marker": "o",
+            "markersize": 4,
+            "label": policy,
+        }
         xs = sorted(loads)
-        share.plot([100 * x for x in xs], [100 * mean(loads[x], "on_time") for x in xs], marker="o", label=policy)
-        energy.plot([100 * x for x in xs], [mean(loads[x], "joules") for x in xs], marker="o", label=policy)
+        share.plot([100 * x for x in xs], [100 * mean(loads[x], "on_time") for x in xs], **line)
+        energy.plot([100 * x for x in xs], [mean(loads[x], "joules") for x in xs], **line)
     share.axhline(100 * CARRIED, color="grey", linewidth=0.8, linestyle=":")
     share.set(xlabel="load, % of capacity", ylabel="tasks on time, %", ylim=(0, 100))
     energy.set(xlabel="load, % of capacity", ylabel="energy per on-time task, J (idle power apart)", yscale="log")
-    share.legend(fontsize="small")
+    for axis in (energy.yaxis.set_major_formatter, energy.yaxis.set_minor_formatter):
+        axis(ScalarFormatter())
+    figure.legend(*share.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.suptitle(title)
     write_whole(path, lambda p: figure.savefig(p, dpi=120))

@@ -237,6 +237,7 @@ class Scenario(_Part):
     arrivals: Arrivals = Poisson()
     node: Annotated[tuple[NodeSpec, ...], Field(min_length=1)]
     service: Annotated[tuple[ServiceClass, ...], Field(min_length=1)]
+    hint: Hint | None = None  # for the classes that have none of their own
     fault: tuple[Fault, ...] = ()
     boot_error: dict[str, Positive] = Field(default_factory=dict)  # node → factor on the step times it announces
     heartbeat: Positive = 1.0  # s

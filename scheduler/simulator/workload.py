@@ -19,6 +19,7 @@ from scheduler.simulator.scenario import (
     Arrivals,
     Constant,
     Distribution,
+    Hint,
     Lognormal,
     Mmpp,
     Pareto,
@@ -81,7 +82,7 @@ def make_arrivals(scenario: Scenario, rate: float, seed: int) -> list[Arrival]:
     found: list[Arrival | None] = [None] * count
     for index, service in enumerate(scenario.service):
         chosen = np.flatnonzero(kinds == index)
-        columns = _columns(service, len(chosen), rng)
+        columns = _columns(service, service.hint or scenario.hint, len(chosen), rng)
         for position, row in zip(chosen.tolist(), zip(*columns, strict=True), strict=True):
             prompt, output, deadline, payload, hint = row
             if recorded is not None:
@@ -126,13 +127,13 @@ def _mean_task(arrivals: Arrivals, services: tuple[ServiceClass, ...]) -> tuple[
     return float(means[0]), float(means[1]), float(means[2])
 
 
-def _columns(service: ServiceClass, size: int, rng: np.random.Generator) -> tuple[list[float], ...]:
+def _columns(service: ServiceClass, hints: Hint | None, size: int, rng: np.random.Generator) -> tuple[list[float], ...]:
     """Prompt tokens, output tokens, deadline (s), payload (bytes), hint (tokens; 0: none) of `size` tasks."""
     output = tokens(service.output, size, rng, service.max_tokens)
     hint = np.zeros(size)
-    if service.hint is not None:
-        given = rng.random(size) < service.hint.share
-        guess = np.clip(np.rint(output * np.exp(service.hint.sigma * rng.standard_normal(size))), 1, service.max_tokens)
+    if hints is not None:
+        given = rng.random(size) < hints.share
+        guess = np.clip(np.rint(output * np.exp(hints.sigma * rng.standard_normal(size))), 1, service.max_tokens)
         hint = np.where(given, guess, 0.0)
     return (
         tokens(service.prompt, size, rng).tolist(),
