@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -156,10 +157,15 @@ class Batch:
         self.pace, self._gauges, self._energy, self._counters = pace, gauges, energy, counters
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []  # oldest first
+        self._slots, self._remember = slots, remember
+        self._begin()
+
+    def _begin(self) -> None:
+        """An empty context's state."""
+        slots, remember = self._slots, self._remember
         self._unused = list(range(slots))
-        self._cells = Cells(context.kv_tokens, slots)
-        self._prefixes = Prefixes(range(slots, slots + remember), context, self._cells)
-        self._shares = remember > 0
+        self._cells = Cells(self.context.kv_tokens, slots)
+        self._prefixes = Prefixes(range(slots, slots + remember), self.context, self._cells)
         self._stepping: tuple[Request, ...] = ()
 
     @property
@@ -218,12 +224,16 @@ class Batch:
                 self._end(request)
 
     def fail(self, error: EngineError) -> None:
-        """End every request with `error` and forget all state: the engine itself failed, or closes."""
+        """End every request with `error` and begin anew, whatever the state: the engine itself failed, or closes."""
         for request in (*self.active, *self.waiting):
+            with suppress(KeyError):
+                self._energy.leave(request)
             request.error = error
-            self._end(request)
-        self._prefixes.lose()
+            request.outbox.put(None)
+        self.active.clear()
+        self.waiting.clear()
         self.context.clear()
+        self._begin()
 
     # --- who is in
 
@@ -239,7 +249,7 @@ class Batch:
             request.prefilling = True
             self._energy.enter(request)
             self.active.append(request)
-            if self._shares:
+            if self._remember:
                 self._find_prefix(request)
 
     def _find_prefix(self, request: Request) -> None:
@@ -301,6 +311,7 @@ class Batch:
             self._stepping = ()
             if status != llama.NO_KV_SLOT:
                 break
+            self._cells.correct(sum(n for _, n in group) - 1)
             self._preempt()
         if status == llama.ABORTED:
             return []
@@ -408,7 +419,7 @@ class Batch:
     def _end(self, request: Request, *, remember: bool = True) -> None:
         """A request is over: free what it holds and tell its caller."""
         if request.sequence >= 0:
-            if remember and self._shares and not request.prefilling:
+            if remember and self._remember and not request.prefilling:
                 self._prefixes.remember(request.sequence, request.tokens[: request.prompt_tokens])
             self._leave(request)
             self._prefixes.trim()

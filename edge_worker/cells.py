@@ -36,6 +36,10 @@ class Cells:
         for cell in taken:
             self._use(sequence, cell)
 
+    def correct(self, free: int) -> None:
+        """No more than so many cells are free after all: llama.cpp said so."""
+        del self._free[free:]
+
     def share(self, source: int, target: int, count: int) -> None:
         """`target`, empty until now, takes part in the first `count` cells of `source`."""
         assert not self._held.get(target), "only an empty sequence can take over a prefix"

@@ -74,8 +74,3 @@ class Prefixes:
         self._context.remove(sequence)
         self._cells.drop(sequence)
         self._unused.append(sequence)
-
-    def lose(self) -> None:
-        """The context was cleared: nothing is remembered."""
-        for sequence in list(self._prompts):
-            self.forget(sequence)

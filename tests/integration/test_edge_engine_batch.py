@@ -26,6 +26,7 @@ from edge_worker.cells import Cells
 from edge_worker.engine import LlamaEngine
 from edge_worker.gguf import read_gguf
 from edge_worker.llama import ABORTED, OK, Context, Model
+from edge_worker.prefixes import Prefixes
 from edge_worker.variants import SCRATCH
 
 KV_BYTES = 256  # per token of the tiny model
@@ -174,12 +175,47 @@ def test_what_cannot_fit_is_refused_with_its_numbers(cramped: LlamaEngine) -> No
 def test_a_decode_that_finds_no_cells_preempts(cramped: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama.cpp itself says that the cache is full: here because the count of free cells is made to be wrong."""
     (batch,) = cramped._variants.batches
-    batch._prefixes.lose()
-    monkeypatch.setattr(batch, "_cells", Cells(10_000, cramped.slots))
+    wrong = Cells(10_000, cramped.slots)
+    monkeypatch.setattr(batch, "_cells", wrong)
+    monkeypatch.setattr(batch, "_prefixes", Prefixes(range(4, 12), batch.context, wrong))
+    batch.context.clear()
     done = all_of(cramped, [TaskSpec(prompt=f"Go on, {i}!", max_tokens=400) for i in range(4)])
     assert {d.output.finish_reason for d in done} <= {"length", "stop"}
     assert all(d.completion_tokens > 0 for d in done)
-    assert batch._cells.free == 10_000
+    assert wrong.free + wrong.idle <= 768  # it learnt
+    batch._begin()
+    batch.context.clear()
+
+
+@pytest.mark.parametrize("broken", ["decode", "logits", "copy"])
+def test_the_engine_outlives_a_failure_inside(tiny: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    engine = started(tiny)
+    (batch,) = engine._variants.batches
+    calls = [0]
+    real = getattr(batch.context, broken)
+
+    def fail_now_and_then(*args: object) -> object:
+        calls[0] += 1
+        if calls[0] % 7 == 3:
+            raise RuntimeError("something broke")
+        return real(*args)
+
+    monkeypatch.setattr(batch.context, broken, fail_now_and_then)
+    outcomes = []
+    try:
+        for i in range(12):
+            try:
+                engine.generate("t", chat("Say little. " * 10, f"{i}", max_tokens=6), Stop(60))
+                outcomes.append("done")
+            except EngineError as error:
+                outcomes.append("something broke" if error.retry and "something broke" in str(error) else str(error))
+        monkeypatch.undo()
+        assert set(outcomes) == {"done", "something broke"}
+        assert engine.generate("t", TaskSpec(prompt="Hi.", max_tokens=3), Stop(60)).completion_tokens > 0
+        assert batch.free_kv == batch.context.kv_tokens
+        assert engine.counters().active == 0
+    finally:
+        engine.close()
 
 
 def test_an_aborted_decode_leaves_nothing_half_done(tiny: Path) -> None:

@@ -107,6 +107,7 @@ class CellsMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.size = self.SIZE
         self.cells = Cells(self.SIZE, self.LIVE)
         self.model: dict[int, list[int]] = {}
         self.names = 0
@@ -125,7 +126,7 @@ class CellsMachine(RuleBasedStateMachine):
 
     @rule(sequence=live, count=st.integers(1, 15))
     def grow(self, sequence: int, count: int) -> None:
-        if count > self.SIZE - len(self.used()):
+        if count > self.size - len(self.used()):
             try:
                 self.cells.grow(sequence, count)
             except IndexError:
@@ -134,6 +135,11 @@ class CellsMachine(RuleBasedStateMachine):
         self.cells.grow(sequence, count)
         self.model[sequence] += range(self.names, self.names + count)
         self.names += count
+
+    @rule(free=st.integers(0, 40))
+    def correct(self, free: int) -> None:
+        self.size = min(self.size, len(self.used()) + free)
+        self.cells.correct(free)
 
     @rule(source=live, into=live, count=st.integers(0, 20))
     def share(self, source: int, into: int, count: int) -> None:
@@ -173,7 +179,7 @@ class CellsMachine(RuleBasedStateMachine):
     @invariant()
     def counts_agree(self) -> None:
         live = {name for s, held in self.model.items() if s < self.LIVE for name in held}
-        assert self.cells.free == self.SIZE - len(self.used())
+        assert self.cells.free == self.size - len(self.used())
         assert self.cells.idle == len(self.used() - live)
         assert all(self.cells.length(s) == len(held) for s, held in self.model.items())
 
