@@ -205,7 +205,7 @@ class Batch:
         groups = self._groups(prefilling, decoding)
         done = [part for group in groups for part in self._decode(group)]
         ended = time.monotonic()
-        if not prefilling:
+        if not prefilling and len(done) == len(decoding):
             self.pace.widths.observe(tuple(len(group) for group in groups), ended - began)
         fresh = set(prefilling)
         prefilled = sum(tokens for request, tokens in done if request in fresh)
