@@ -70,25 +70,39 @@ class _Oracle(Baseline):
 
     def _gain(self, task: Task, node: Node, now: float) -> float:
         """V·Δ(on-time value) − Δenergy/E0 of putting `task` on `node`."""
+        scene = self.scene(node, task, now)
+        held = len(node.flights)
+        value_with, joules_with = play(held + 1, *scene)
+        value_without, joules_without = play(held, *scene)
+        return V * (value_with - value_without) - (joules_with - joules_without) / E0
+
+    def scene(self, node: Node, task: Task | None, now: float) -> tuple[Any, ...]:
+        """`play`'s arguments but the first, for what `node` holds and, last, `task`."""
         sim = self._sim.nodes[node.name]
         inside = sim.inside()
-        flights = sorted(node.flights.values(), key=lambda flight: flight.id not in inside)
-        rows = np.zeros((len(flights) + 1, 5))
-        lengths = []
-        for i, flight in enumerate([*flights, task]):
+        tasks = sorted(node.flights.values(), key=lambda flight: flight.id not in inside)
+        holding = sum(flight.id in inside for flight in tasks)
+        if task is not None:
+            tasks.append(task)
+        rows, lengths = np.zeros((len(tasks), 5)), []
+        for i, flight in enumerate(tasks):
             event = self._sim.arrival(flight.id).event
             travel = event.payload_bytes * sim.link_pace.at(now)[0]
             ready, prefill, generated = inside.get(flight.id, (travel, event.prompt_tokens, 0))
             rows[i] = ready, prefill, event.prompt_tokens + generated, event.deadline - now, event.value
             lengths.append(self.lengths(flight.id, generated) - generated)
         left = np.ascontiguousarray(np.array(lengths).T)
-        holding = sum(flight.id in inside for flight in flights)
         frozen, factor = sim.pace.trend(now)
-        factor *= MARGIN
-        args = (rows, left, holding, sim.spec.slots, sim.spec.chunk, frozen, factor, *self._tables[node.name])
-        value_with, joules_with = play(len(rows), *args)
-        value_without, joules_without = play(len(flights), *args)
-        return V * (value_with - value_without) - (joules_with - joules_without) / E0
+        return (
+            rows,
+            left,
+            holding,
+            sim.spec.slots,
+            sim.spec.chunk,
+            frozen,
+            factor * MARGIN,
+            *self._tables[node.name],
+        )
 
     @override
     def snapshot(self) -> dict[str, Any]:
