@@ -136,6 +136,25 @@ def test_a_killed_nodes_work_is_done_elsewhere(cluster: Cluster) -> None:
     assert cluster.ledger.client.exists("edge.a") == 0
 
 
+def test_a_frozen_nodes_late_result_changes_nothing(cluster: Cluster) -> None:
+    frozen, _ = cluster.start_nodes("a", "b")
+    other, task_id = cluster.submit(2, max_tokens=300)
+    eventually(lambda: all(cluster.in_state(i, "running") for i in (other, task_id)), "both run")
+    if cluster.task(task_id).node != "a":
+        task_id = other
+    frozen.signal(signal.SIGSTOP)
+    result = cluster.result(task_id)
+    assert result.receipt is not None
+    assert result.receipt.node == "b"
+    frozen.signal(signal.SIGCONT)
+    cluster.await_node(frozen)  # it was given up, and is back
+    (later,) = cluster.submit(max_tokens=1)
+    assert cluster.result(later).state == "succeeded"
+    assert cluster.result(task_id) == result
+    completed = Counter(e.id for _, e in cluster.ledger.events("0-0") if isinstance(e, Completed))
+    assert completed[task_id] == 1
+
+
 def test_everybody_comes_back_to_a_server_that_was_killed(tmp_path: Path) -> None:
     """The server ends as in a power cut and starts again on what it had written."""
     server = EmbeddedServer(tmp_path / "server")
