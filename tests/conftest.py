@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -12,6 +13,9 @@ from support.servers import DebianRedis, Server, skip_without_debian_redis
 from broker.embedded import EmbeddedServer
 from broker.ledger import Ledger
 from broker.settings import Settings
+
+# A shell that runs the tests in the background has its children ignore SIGINT; those we start must hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("perllm", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("perllm")

@@ -164,24 +164,33 @@ def test_an_occupied_flower_port_is_named_and_nothing_is_left_running(tmp_path: 
     assert not (tmp_path / "valkey.sock").exists()
 
 
-def test_up_runs_until_interrupted_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`perllm up` with emulated engines, everything started; killed at the end if it is still there."""
     environment = {**os.environ, **EMULATED, "PERLLM_DATA_DIR": str(tmp_path)}
-    with (tmp_path / "up.txt").open("w") as said:
-        up = subprocess.Popen([PERLLM, "up", "--flower-port", "0"], env=environment, stdout=said, stderr=said)
-    eventually(lambda: "Ctrl-C stops everything" in (tmp_path / "up.txt").read_text() or up.poll() is not None, "up")
+    told = tmp_path / "up.txt"
+    with told.open("w") as said:
+        running = subprocess.Popen([PERLLM, "up", "--flower-port", "0"], env=environment, stdout=said, stderr=said)
+    try:
+        eventually(lambda: "Ctrl-C stops everything" in told.read_text() or running.poll() is not None, "up")
+        assert running.poll() is None, told.read_text()
+        yield running
+    finally:
+        running.kill()
+        running.wait()
+
+
+def test_up_runs_until_interrupted_and_leaves_nothing(up: subprocess.Popen[bytes]) -> None:
     children = _descendants(up.pid)
     assert len(children) >= 6  # server, scheduler, inbox, three workers
     up.send_signal(signal.SIGINT)
-    assert up.wait(timeout=60) == 0, (tmp_path / "up.txt").read_text()
+    assert up.wait(timeout=60) == 0
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 
-def test_killing_up_kills_all_it_started(tmp_path: Path) -> None:
-    environment = {**os.environ, **EMULATED, "PERLLM_DATA_DIR": str(tmp_path)}
-    with (tmp_path / "up.txt").open("w") as said:
-        up = subprocess.Popen([PERLLM, "up", "--flower-port", "0"], env=environment, stdout=said, stderr=said)
-    eventually(lambda: len(_descendants(up.pid)) >= 6, "everything is started")
+def test_killing_up_kills_all_it_started(up: subprocess.Popen[bytes]) -> None:
     children = _descendants(up.pid)
+    assert len(children) >= 6
     up.kill()
     up.wait()
     eventually(lambda: not [pid for pid in children if Path(f"/proc/{pid}").exists()], "all children are gone")

@@ -48,7 +48,10 @@ def test_interrupting_it_leaves_nothing_running(tmp_path: Path) -> None:
     eventually(lambda: len(psutil.Process(running.pid).children(recursive=True)) >= 6, "everything is started")
     children = psutil.Process(running.pid).children(recursive=True)
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
+    try:
+        out, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert running.returncode == 130
     assert "Traceback" not in out + err
     assert not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
