@@ -259,6 +259,18 @@ def test_cs_ucb_paper_penalises_only_where_no_server_is_feasible() -> None:
     assert placed(policy, task(left=0.5), two) == "b"
 
 
+def test_cs_ucb_paper_keeps_to_feasible_servers_whatever_their_index() -> None:
+    two = cluster(node("a"), node("b"))
+    policy = CsUcbPaper(theta=0.0)  # so that only feasibility speaks against the better index
+    for _ in range(3):
+        feed(policy, two, "a", at=4.0, joules=1)
+        feed(policy, two, "b", at=1.0, joules=100)
+    looks = {c.node: c.index for c in policy.explain(task(left=2.0), list(two.nodes.values()), two, 0.0)}
+    assert looks["a"] > looks["b"]  # type: ignore[operator]
+    assert placed(policy, task(left=2.0), two) == "b"
+    assert placed(policy, task(left=0.5), two) == "a"  # none is feasible: the index alone
+
+
 def test_cs_ucb_paper_counts_work_in_flight() -> None:
     policy = CsUcbPaper()
     full = cluster(node("a", held=6), node("b", held=5))
