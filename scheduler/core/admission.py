@@ -15,7 +15,7 @@ LEAST = 0.05
 #: Energy can weigh against a task by at most this share of its value.
 ENERGY_SHARE = 0.5
 #: A task that waits is looked at again after this share of its time left, or so many s.
-REVIEW_SHARE, REVIEW_LEAST = 0.1, 0.05
+REVIEW_SHARE, REVIEW_LEAST = 0.2, 0.05
 #: How much more time than the backlog needs to drain leaves a task its patience.
 DRAIN_MARGIN = 2.0
 

@@ -27,7 +27,9 @@ _REMEMBERED = 16
 class Learned:
     """What is known of a node beside its registration, as of now."""
 
-    steps: tuple[tuple[float, float, float, float], ...]  # cost of a step per model offered, in order
+    steps: tuple[
+        tuple[float, float, float, float, float], ...
+    ]  # per model offered: cost of a step, and its σ as a share
     watts: float  # beyond idle, while it steps
     rate: float  # bytes/s
     latency: float  # s of a transfer beyond its bytes

@@ -52,6 +52,7 @@ class Node:
     changed: float = 0.0
     pace: float = 0.0  # tasks/s it finished lately
     finished: float = 0.0  # s, when it last finished one
+    has_room: bool = True  # for one more task, in its slots or its queue
 
     @property
     def name(self) -> str:

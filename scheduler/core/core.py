@@ -28,9 +28,9 @@ from scheduler.core.cluster import Cluster, Node, Task
 from scheduler.core.pending import Pending
 from scheduler.core.policy import Place, Policy, Reject, Wait
 
-#: Tasks of one model a round may leave waiting before it goes on to others: bounds a round's cost however long the
-#: backlog is.
-LOOKAHEAD = 32
+#: Tasks of one model a round may leave waiting before it goes on to others; of those that waited already, RETRIES: the
+#: most promising come first. Both bound a round's cost however long the backlog is.
+LOOKAHEAD, RETRIES = 32, 2
 #: A node that finishes tasks quickly may hold this many seconds' worth beyond its slots, up to MOST_BEYOND, so that it
 #: never idles for as long as a decision takes to reach it.
 FEED = 0.05
@@ -119,13 +119,11 @@ class Core:
         if node := self.cluster.nodes.get(node_name):
             node.flights[task.id] = task
             node.touch(at)
-            if not self._has_room(node):
-                self._forget_rooms(node)
+            self._note_room(node)
 
     def _finished(self, task: Task, event: Completed) -> None:
         if node := self.cluster.nodes.get(event.node):
             node.finish(event.at)
-            self._forget_rooms(node)
         self._take_out(task, event.at)
 
     def _put_back(self, task: Task, event: Returned) -> None:
@@ -141,18 +139,17 @@ class Core:
         self._placed.pop(task.id, None)
         if task.node is None or (node := self.cluster.nodes.get(task.node)) is None:
             return
-        had_room = self._has_room(node)
         if node.flights.pop(task.id, None) is not None:
             node.touch(at)
+            self._note_room(node)
             self.pending.stir(_models(node))
-            if not had_room:
-                self._forget_rooms(node)
 
     # --- nodes
 
     def _node_up(self, event: NodeUp) -> None:
         node = Node(event.info, since=event.at, heard=event.at, changed=event.at)
         node.flights = {t.id: t for t in self._placed.values() if t.node == node.name}
+        self._note_room(node)
         self.cluster.nodes[node.name] = node
         self._find_serving()
         self.pending.stir(_models(node))
@@ -185,21 +182,22 @@ class Core:
         }
         self._with_room.clear()
 
-    def _has_room(self, node: Node) -> bool:
+    def _note_room(self, node: Node) -> None:
+        """Its tasks have changed: it may be full now, or no longer."""
         beyond = self._queue_beyond_slots
-        if beyond is None:
-            return True
-        return len(node.flights) < node.info.slots + max(beyond, min(MOST_BEYOND, int(node.pace * FEED)))
-
-    def _forget_rooms(self, node: Node) -> None:
-        for model in _models(node):
-            self._with_room.pop(model, None)
+        if beyond is not None:
+            beyond = max(beyond, min(MOST_BEYOND, int(node.pace * FEED)))
+        has_room = beyond is None or len(node.flights) < node.info.slots + beyond
+        if has_room != node.has_room:
+            node.has_room = has_room
+            for model in _models(node):
+                self._with_room.pop(model, None)
 
     def _room_for(self, model: str | None) -> tuple[Node, ...]:
         """Nodes that offer the model and may hold one more task, in order of registration."""
         nodes = self._with_room.get(model)
         if nodes is None:
-            nodes = tuple(n for n in self.cluster.serving.get(model, ()) if self._has_room(n))
+            nodes = tuple(n for n in self.cluster.serving.get(model, ()) if n.has_room)
             self._with_room[model] = nodes
         return nodes
 
@@ -213,27 +211,31 @@ class Core:
         for late in self.pending.ring(now):
             self.pending.remove(late.id)
             decisions.append(self._end(late, "expire", "the deadline passed before a node could take it"))
-        waiting: list[tuple[Task, float | None]] = []
-        waits: dict[str | None, int] = {}
-        while (task := self.pending.take(self._lanes_to_look_at(waits))) is not None:
+        waiting: list[tuple[Task, Wait]] = []
+        waits: dict[tuple[str | None, bool], int] = {}
+        while True:
+            models = [m for m in self.cluster.serving if self._room_for(m)]
+            taken = self.pending.take(
+                [m for m in models if waits.get((m, False), 0) < LOOKAHEAD],
+                [m for m in models if waits.get((m, True), 0) < RETRIES],
+            )
+            if taken is None:
+                break
+            task, was_parked = taken
             decided = self._decide(task, now)
             if isinstance(decided, Decision):
                 self.pending.remove(task.id)
                 decisions.append(decided)
             else:
-                waiting.append((task, decided.until))
-                waits[task.model] = waits.get(task.model, 0) + 1
-        for waiter, until in waiting:
-            if until is None:
-                self.pending.put_back(waiter)
+                waiting.append((task, decided))
+                waits[task.model, was_parked] = waits.get((task.model, was_parked), 0) + 1
+        for task, wait in waiting:
+            if wait.until is None:
+                self.pending.put_back(task)
             else:
-                self.pending.park(waiter, until)
-        self.pending.settle(self._lanes_to_look_at({}))
+                self.pending.park(task, wait.until, wait.rank)
+        self.pending.settle(models)
         return decisions
-
-    def _lanes_to_look_at(self, waits: dict[str | None, int]) -> list[str | None]:
-        """Models that some node has room for and that have not had their share of this round."""
-        return [m for m in self.cluster.serving if waits.get(m, 0) < LOOKAHEAD and self._room_for(m)]
 
     def forget(self, task: Task) -> None:
         """The ledger refused a decision about `task`: it is final, or somebody else placed it. If it still lives, the

@@ -81,6 +81,7 @@ class CsUcb(Policy):
         self._task = np.zeros(f.TASK_COLUMNS)
         self._terms = np.zeros(s.TERMS)
         self._looks = np.zeros((0, f.LOOK_COLUMNS))
+        self._asked: Sequence[Node] = ()  # the nodes `_looks` is of
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -114,20 +115,24 @@ class CsUcb(Policy):
         left, urgency, spare = task.deadline - now, 1.0, 0.0
         calm = PATIENCE * float(self._looks[best, f.STAY])
         if self._on.patience and left > calm:
-            urgency = self._urgency(task, calm, cluster, left)
-        if urgency < 1.0:
-            spare = (1.0 - urgency) * self._least_energy(task, cluster, now)
-            best = self._survey(task, candidates, now, urgency)
-            if best < 0:
-                return Wait(admission.review(now, left))
-        value = self._worth(task, best, urgency, spare)
-        return Place(candidates[best].name) if value > 0 else Wait(admission.review(now, left))
+            calm, pace = self._calm(task, calm, cluster)
+            if left > calm:  # it need not queue on a node
+                urgency = admission.urgency(left, calm, cluster.waiting, pace)
+                spare = (1.0 - urgency) * self._least_energy(task, cluster, now) if urgency < 1.0 else 0.0
+                best = self._survey(task, candidates, now, urgency, free=True)
+                if best < 0:
+                    return Wait(admission.review(now, left), rank=-self._weight * task.value)
+        worth = self._worth(task, best, urgency, spare)
+        return Place(candidates[best].name) if worth > 0 else Wait(admission.review(now, left), rank=worth)
 
-    def _survey(self, task: Task, nodes: Sequence[Node], now: float, urgency: float = 1.0) -> int:
-        """Look at the task on each of the nodes; returns the position of the best, or −1. A task that is not urgent
-        needs a free slot."""
+    def _survey(
+        self, task: Task, nodes: Sequence[Node], now: float, urgency: float = 1.0, *, free: bool = False
+    ) -> int:
+        """Look at the task on each of the nodes (with `free`: that has a free slot); returns the position of the best,
+        or −1."""
         row = self._length_row(task)
         self._lengths.refresh()
+        self._asked = nodes
         board, table, given, terms = self._board, self._lengths.table, self._task, self._terms
         rows, arm_rows = board.rows(nodes, task.model, table)
         if len(self._looks) != len(rows):
@@ -136,7 +141,7 @@ class CsUcb(Policy):
         given[f.T_MOST], given[f.T_VALUE], given[f.T_LENGTH] = task.max_tokens, task.value, row
         terms[s.OWN], terms[s.OTHERS] = self._weight * urgency, self._weight * HARM_COUNTS * self._on.harm
         terms[s.SCALE], terms[s.LEAST] = self._fixed_scale or self._scale.joules, admission.LEAST
-        terms[s.FREE] = urgency < 1.0
+        terms[s.FREE] = free
         return s.survey(
             rows, arm_rows, given, terms, now, board.nodes, board.arms, board.flights, table, board.maps, self._looks
         )
@@ -153,13 +158,11 @@ class CsUcb(Policy):
             most=most,
         )
 
-    def _urgency(self, task: Task, calm: float, cluster: Cluster, left: float) -> float:
-        """How urgent a task with `left` s is that needs 1/PATIENCE of `calm` s."""
+    def _calm(self, task: Task, calm: float, cluster: Cluster) -> tuple[float, float]:
+        """Time to its deadline with which a task is patient (s), at least `calm`; tasks/s all nodes can finish."""
         rows, _ = self._board.rows(cluster.serving.get(task.model, ()), task.model, self._lengths.table)
         slots, pace = self._board.nodes[rows][:, [f.SLOTS, f.PACE]].sum(axis=0).tolist()
-        if pace > 0:
-            calm = max(calm, PATIENCE * slots / pace)  # a short task is no more patient than others
-        return admission.urgency(left, calm, cluster.waiting, pace)
+        return max(calm, PATIENCE * slots / pace) if pace > 0 else calm, pace  # the short are no more patient
 
     def _least_energy(self, task: Task, cluster: Cluster, now: float) -> float:
         """J the task would cost on the node where it costs least, room or no room."""
@@ -185,25 +188,52 @@ class CsUcb(Policy):
 
     @override
     def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
-        self._survey(task, candidates, now)
-        order = np.argsort(-self._looks[:, f.INDEX], kind="stable")[:EXPLAINED]
-        return tuple(self._explained(task, candidates[i], self._looks[i].tolist(), now) for i in order.tolist())
+        if self._asked is not candidates:
+            self._survey(task, candidates, now)
+        board, table, looks = self._board, self._lengths.table, self._looks
+        rows, arm_rows = board.rows(candidates, task.model, table)
+        order = np.argsort(-looks[:, f.INDEX], kind="stable")[:EXPLAINED]
+        s.add_harm(
+            order,
+            rows,
+            arm_rows,
+            self._task,
+            self._terms,
+            now,
+            board.nodes,
+            board.arms,
+            board.flights,
+            table,
+            board.maps,
+            looks,
+        )
+        order = order[np.argsort(-looks[order, f.INDEX], kind="stable")]
+        of_node, of_arm = board.nodes[rows[order]].tolist(), board.arms[arm_rows[order]].tolist()
+        need = task.prompt_tokens + float(at(table[int(self._task[f.T_LENGTH]), MEAN], task.max_tokens))
+        return tuple(
+            self._explained(task, candidates[i], look, node, arm, need, now)
+            for i, look, node, arm in zip(order.tolist(), looks[order].tolist(), of_node, of_arm, strict=True)
+        )
 
-    def _explained(self, task: Task, node: Node, look: list[float], now: float) -> Candidate:
-        board, left = self._board, task.deadline - now
-        row = board.nodes[board.row(node)].tolist()
-        arm = board.arms[board.arm(node, task.model)].tolist()
-        need = task.prompt_tokens + float(at(self._lengths.table[int(self._task[f.T_LENGTH]), MEAN], task.max_tokens))
-        memory = float(constraints.memory_slack(need, arm[f.KV_USED], arm[f.KV]))
-        chance, feasible = look[f.CHANCE], look[f.INDEX] > s.OUT
-        if row[f.STILL]:
+    def _explained(
+        self,
+        task: Task,
+        node: Node,
+        look: list[float],
+        of_node: list[float],
+        of_arm: list[float],
+        need: float,
+        now: float,
+    ) -> Candidate:
+        left, chance, feasible = task.deadline - now, look[f.CHANCE], look[f.INDEX] > s.OUT
+        if of_node[f.STILL]:
             note = "stands still"
         elif not feasible and chance >= admission.LEAST:
-            note = "its memory is spoken for"
+            note = "has no room for it now"
         else:
             note = f"done in about {look[f.FINISH]:.1f} s of {left:.1f} s, {chance:.0%} on time, {look[f.JOULES]:.3g} J"
         return Candidate(
-            node=node.name,
+            node=node.info.name,
             index=look[f.INDEX] if feasible else None,
             feasible=feasible,
             finish=look[f.FINISH],
@@ -212,11 +242,11 @@ class CsUcb(Policy):
             slacks={
                 "deadline": constraints.deadline_slack(look[f.FINISH], left),
                 "compute": constraints.compute_slack(len(node.flights) + 1, node.info.slots),
-                "memory": memory,
-                "bandwidth": constraints.bandwidth_slack(task.payload_bytes, row[f.COMING], row[f.RATE], left),
-                "one_server": constraints.single_server_slack(0),
+                "memory": float(constraints.memory_slack(need, of_arm[f.KV_USED], of_arm[f.KV])),
+                "bandwidth": constraints.bandwidth_slack(task.payload_bytes, of_node[f.COMING], of_node[f.RATE], left),
+                "one_server": constraints.single_server_slack(0 if task.node is None else 1),
             },
-            confidence=1.0 / (1.0 + self._knowledge.spread(node, task.model, now)),
+            confidence=1.0 / (1.0 + of_arm[f.SPREAD]),
             note=note,
         )
 

@@ -40,9 +40,9 @@ INFLOW, IN_PROMPT, IN_TOKENS, TOLL, PACE, FIXED, COMING, NODE_COLUMNS = range(12
 #: the batch yet), its tokens at that step, P(L > those), the step and the time of a step at its deadline, P(on time).
 SENT, CLAIMED, GENERATED, PROMPT, BYTES, DEADLINE, MOST, VALUE, LENGTH, ARM = range(10)
 READY, LEFT, START, TOKENS, SURVIVED, LAST, STEP, P, FLIGHT_COLUMNS = range(10, 19)
-#: Columns of `arms` (one row per model on a node): the cost of a step (see `scheduler.core.speed`), the tokens its KV
-#: cache holds, and those its tasks will probably need (filled by `predict`).
-A, B, C, D, KV, KV_USED, ARM_COLUMNS = range(7)
+#: Columns of `arms` (one row per model on a node): the cost of a step (see `scheduler.core.speed`), its σ as a share of
+#: it, the tokens its KV cache holds, and those its tasks will probably need (filled by `predict`).
+A, B, C, D, SPREAD, KV, KV_USED, ARM_COLUMNS = range(8)
 #: Planes of `maps` (planes, nodes, BINS + 1): time (s) at which so many steps are done; expected slots taken or queued
 #: for, and chance that nobody is active, in the bin that begins there.
 TIME, TAKEN, ALONE = range(3)
@@ -52,7 +52,9 @@ _SLOT_MARGIN = 0.7
 #: Tokens of a task when it is ready to be prefilled: it waits half a step, and has its first token a step later.
 _BEFORE_FIRST = -0.5
 #: Below this chance a task is as good as over.
-_LITTLE = 1e-4
+_LITTLE = 1e-3
+#: Bins walked one by one; after them, two at a time.
+_FINE = 8
 _NEVER = 1e18
 
 
@@ -137,31 +139,30 @@ def predict(  # noqa: PLR0915 (one walk along one node's future)
     _catch_up(node, arms, flights)
     fixed = node[FIXED]
 
-    outside = 0  # tasks not in the batch yet
     for i in range(count):
         flight = flights[i]
-        if flight[START] < 0:
-            outside += 1
-            continue
-        flight[TOKENS] = min(flight[TOKENS], flight[MOST] - 0.5)
-        flight[SURVIVED] = max(at(table[int(flight[LENGTH]), TAIL], flight[TOKENS]), 1e-9)
+        if flight[START] == 0.0:
+            flight[TOKENS] = min(flight[TOKENS], flight[MOST] - 0.5)
+            flight[SURVIVED] = max(at(table[int(flight[LENGTH]), TAIL], flight[TOKENS]), 1e-9)
 
     arm = arms[int(node[ARM_ROW])]
     crowd = 0.0  # tasks that have yet to arrive, by then in the batch
     each = arm[B] + arm[D] * (node[IN_PROMPT] + node[IN_TOKENS] / 2)
     pure = max(0.2, 1.0 - node[INFLOW] * node[IN_PROMPT] * arm[C])  # the share of time their prefills leave
-    now, step, bins = node[ANCHOR], fixed, 0
-    for k in range(BINS):
-        lo, hi = EDGES[k], EDGES[k + 1]
+    now, step, k = float(node[ANCHOR]), float(fixed), 0
+    live, left = np.arange(count), count  # flights that may still be there, in order
+    while k < BINS:
+        last = k + 1 if k < _FINE else k + 2
+        lo, hi = EDGES[k], EDGES[last]
         width = hi - lo
-        times[k] = now
-        span = step * width  # about the time this bin takes
+        span = step * width  # about the time this stretch takes
         held, nobody, prefill, rest = 0.0, 1.0, 0.0, 0.0
-        for i in range(count):
-            flight = flights[i]
+        kept = 0
+        for j in range(left):
+            flight = flights[live[j]]
             if flight[DEADLINE] <= now:  # over, one way or another
                 if flight[START] < 0:
-                    flight[START], outside = _NEVER, outside - 1
+                    flight[START] = _NEVER
                 continue
             arm = arms[int(flight[ARM])]
             begin = lo
@@ -170,38 +171,32 @@ def predict(  # noqa: PLR0915 (one walk along one node's future)
                     flight[READY] = max(now, flight[SENT] + node[HOP]) + _travel(node, flight[BYTES])
                 if flight[READY] >= now + span:
                     held += 1.0
+                    live[kept], kept = live[j], kept + 1
                     continue
                 begin = min(hi, lo + max(0.0, flight[READY] - now) / step)
                 prefill += flight[LEFT] * arm[C]
-                flight[START], flight[SURVIVED], outside = begin, 1.0, outside - 1
-            middle = (begin + hi) / 2
-            tokens = flight[TOKENS] + middle - flight[START]
-            if tokens >= flight[MOST]:
-                continue
-            alive = at(table[int(flight[LENGTH]), TAIL], tokens) / flight[SURVIVED]
+                flight[START], flight[SURVIVED] = begin, 1.0
+            tokens = flight[TOKENS] + (begin + hi) / 2 - flight[START]
+            alive = at(table[int(flight[LENGTH]), TAIL], tokens) / flight[SURVIVED] if tokens < flight[MOST] else 0.0
             if alive < _LITTLE:
                 continue
+            live[kept], kept = live[j], kept + 1
             held += alive
-            alive *= (hi - begin) / width * min(1.0, (flight[DEADLINE] - now) / span)  # the part of the bin it is there
+            # The part of the stretch it is there
+            alive *= (hi - begin) / width * min(1.0, (flight[DEADLINE] - now) / span)
             nobody *= 1.0 - alive
             rest += alive * (arm[B] + arm[D] * (flight[PROMPT] + tokens))
+        left = kept
         step = fixed + rest + crowd * each
-        taken[k], alone[k] = held, nobody * math.exp(-crowd)
         spent = (prefill + step * width) / pure
+        for e in range(k, last):
+            times[e] = now + spent * ((EDGES[e] - lo) / width)
+            taken[e], alone[e] = held, nobody * math.exp(-crowd)
         now += spent
         stay = math.exp(-width / node[IN_TOKENS])
         crowd = crowd * stay + node[INFLOW] * spent / width * node[IN_TOKENS] * (1.0 - stay)
         crowd = min(crowd, max(0.0, node[SLOTS] - held))
-        bins = k + 1
-        if outside == 0 and held < _LITTLE:
-            break
-    for k in range(bins, BINS):  # of those here now, nobody is left
-        times[k], taken[k], alone[k] = now, 0.0, math.exp(-crowd)
-        width = EDGES[k + 1] - EDGES[k]
-        step = fixed + crowd * each
-        now += step * width / pure
-        stay = math.exp(-width / node[IN_TOKENS])
-        crowd = min(crowd * stay + node[INFLOW] * step / pure * node[IN_TOKENS] * (1.0 - stay), node[SLOTS])
+        k = last
     times[BINS] = now
 
     node[COMING] = 0.0
@@ -216,11 +211,11 @@ def predict(  # noqa: PLR0915 (one walk along one node's future)
         flight[P] = 0.0
         if flight[START] < 0 or flight[START] >= _NEVER:
             continue
-        last = steps_at(times, flight[DEADLINE] - node[HOP])
-        k, _ = position(last)
-        flight[LAST] = last
+        end = steps_at(times, flight[DEADLINE] - node[HOP])
+        k, _ = position(end)
+        flight[LAST] = end
         flight[STEP] = max((times[k + 1] - times[k]) / (EDGES[k + 1] - EDGES[k]), 1e-12)
-        flight[P] = _done(table, flight, last - flight[START])
+        flight[P] = _done(table, flight, end - flight[START])
 
 
 @compiled

@@ -276,23 +276,18 @@ class Knowledge:
             pace=node.info.slots / known.toll.stay if known.toll.stay > 0 else 0.0,
         )
 
-    def _steps(self, speed: Speed, now: float) -> tuple[float, float, float, float]:
+    def _steps(self, speed: Speed, now: float) -> tuple[float, float, float, float, float]:
         theta, spread, count = speed.at_time(now)
         if not self._learning:
-            return theta
+            return *theta, spread
         optimistic = self._optimism and count < PROVEN
         factor = math.exp(-spread if optimistic else spread)
-        return theta[0] * factor, theta[1] * factor, theta[2] * factor, theta[3] * factor
+        return theta[0] * factor, theta[1] * factor, theta[2] * factor, theta[3] * factor, spread
 
     def proven(self, node: Node, model: str | None, now: float) -> bool:
         """Whether enough was seen of a model on a node to believe that it is too slow."""
         offer = node.info.offer(model)
         return offer is not None and self.of(node).speeds[offer.name].at_time(now)[2] >= PROVEN
-
-    def spread(self, node: Node, model: str | None, now: float) -> float:
-        """σ of the time of a step, as a share of it."""
-        offer = node.info.offer(model)
-        return self.of(node).speeds[offer.name].at_time(now)[1] if offer is not None else math.inf
 
     def snapshot(self) -> dict[str, Any]:
         return {"value": self._value, "nodes": {name: known.snapshot() for name, known in self._nodes.items()}}

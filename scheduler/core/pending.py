@@ -3,8 +3,8 @@
 A task's fields rest in a row of a numpy record array and become a `Task` when it is looked at. Tasks that any node with
 room for a model may take stand in one lane per model, so that work for a model that is full (or nowhere) never stands
 before work that could run. In its lane a task is `fresh`, to be looked at in the next round, or `parked`: it was looked
-at, nothing good enough was free, and it rests until room appears (`stir`) or a time comes. So a round costs what there
-is to decide, however many tasks wait.
+at, nothing good enough was free, and it rests until room appears (`stir`) or a time comes. The parked stand in order of
+how near they were to being placed. So a round costs what there is to decide, however many tasks wait.
 """
 
 from __future__ import annotations
@@ -122,21 +122,24 @@ class Pending:
         lane.fresh.push(self._key(task), item)
         self._alarms.push(task.deadline, item)
 
-    def park(self, task: Task, until: float) -> None:
-        """A taken task rests until `until` (s), or until its lane is stirred."""
-        self._return(task, _PARKED, min(until, task.deadline))
+    def park(self, task: Task, until: float, rank: float = 0.0) -> None:
+        """A taken task rests until `until` (s), or until its lane is stirred; those of higher rank are tried first.
+
+        A task that rested before may come up by its old rank, should that be higher.
+        """
+        self._return(task, _PARKED, min(until, task.deadline), -rank)
 
     def put_back(self, task: Task) -> None:
         """A taken task is fresh again."""
-        self._return(task, _FRESH, task.deadline)
+        self._return(task, _FRESH, task.deadline, self._key(task))
 
-    def _return(self, task: Task, state: int, alarm: float) -> None:
+    def _return(self, task: Task, state: int, alarm: float, key: float) -> None:
         row = self._index[task.id]
         record = self._record(row)
         item = int(record["serial"]) << 32 | row
         lane = self._lanes[task.model]
         heap = lane.parked if state == _PARKED else lane.fresh
-        heap.push(self._key(task), item)
+        heap.push(key, item)
         if record["alarm"] != alarm:
             record["alarm"] = alarm
             self._alarms.push(alarm, item)
@@ -165,27 +168,33 @@ class Pending:
         if len(self._alarms) > 4 * len(self._index) + 64:
             self._tidy_alarms()
 
-    def take(self, models: Iterable[str | None]) -> Task | None:
-        """Take the most urgent fresh (or stirred) task of these models in hand; None when there is none.
+    def take(self, fresh: Iterable[str | None], parked: Iterable[str | None] = ()) -> tuple[Task, bool] | None:
+        """Take in hand the most urgent fresh task of the models `fresh` or, when there is none, the first parked one of
+        those models in `parked` whose lanes were stirred. Returns it and whether it was parked, or None.
 
         It stays in the pool until `remove`; until `park` or `put_back` it is not taken again.
         """
-        best: Heap | None = None
-        key = (0.0, 0)
-        for model in models:
-            if (lane := self._lanes.get(model)) is not None:
-                for heap, state in ((lane.fresh, _FRESH), (lane.parked, _PARKED)):
-                    if state == _PARKED and not lane.stirred:
-                        continue
-                    head = self._head(heap, state)
-                    if head is not None and (best is None or head < key):
-                        best, key = heap, head
-        if best is None:
+        found = self._first(fresh, _FRESH) or self._first(parked, _PARKED)
+        if found is None:
             return None
-        best.pop()
-        row = key[1] & 0xFFFFFFFF
-        self._record(row)["state"] = _OUT
-        return self._task(row)
+        heap, row = found
+        heap.pop()
+        record = self._record(row)
+        was_parked = bool(record["state"] == _PARKED)
+        record["state"] = _OUT
+        return self._task(row), was_parked
+
+    def _first(self, models: Iterable[str | None], state: int) -> tuple[Heap, int] | None:
+        """The heap, and the row, of the first task in this state over the lanes of `models`."""
+        best: Heap | None = None
+        first = (0.0, 0)
+        for model in models:
+            if (lane := self._lanes.get(model)) is not None and (state == _FRESH or lane.stirred):
+                heap = lane.fresh if state == _FRESH else lane.parked
+                head = self._head(heap, state)
+                if head is not None and (best is None or head < first):
+                    best, first = heap, head
+        return None if best is None else (best, first[1] & 0xFFFFFFFF)
 
     def stir(self, models: Iterable[str | None]) -> None:
         """Room appeared for these models: parked tasks may be looked at, until `settle`."""
@@ -217,7 +226,7 @@ class Pending:
                 record["state"] = _OUT
                 late.append(task)
             else:
-                self._return(task, _FRESH, task.deadline)
+                self._return(task, _FRESH, task.deadline, self._key(task))
         return late
 
     # --- rows
@@ -267,8 +276,10 @@ class Pending:
         return None
 
     def _tidy(self, heap: Heap, state: int) -> None:
-        """Keep each living entry of a lane's heap once."""
+        """Keep each living entry of a lane's heap once, the first it would have come up by."""
         keys, items = heap.entries()
+        order = np.argsort(keys, kind="stable")
+        keys, items = keys[order], items[order]
         items, first = np.unique(items, return_index=True)
         keep = self._column("state", items) == state
         keep &= self._column("serial", items) == items >> 32

@@ -20,9 +20,10 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Wait:
     """Leave the task pending. Without `until` it is asked about again in every round; with it, only when room appears
-    on a node that serves its model, and at `until` (s) at the latest."""
+    on a node that serves its model, and at `until` (s) at the latest; then those of higher `rank` first."""
 
     until: float | None = None
+    rank: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,7 @@ class Speed:
     usual: Floats = field(init=False)  # features of a mean step
     _variance: float = 0.0  # of the time of that step, s²; and by the prior
     _prior_variance: float = 0.0
+    _plain: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         self.mean, self.cov = self.base.copy(), self._prior()
@@ -86,7 +87,9 @@ class Speed:
         self._sum_up()
 
     def _sum_up(self) -> None:
+        """What `at_time` needs, as plain numbers: it is asked often."""
         x = self.usual
+        self._plain = (tuple(self.base.tolist()), tuple(self.mean.tolist()), tuple(x.tolist()))
         self._variance, self._prior_variance = float(x @ self.cov @ x), float(x @ self._prior() @ x)
 
     @classmethod
@@ -138,8 +141,8 @@ class Speed:
     def at_time(self, now: float) -> tuple[tuple[float, float, float, float], float, float]:
         """θ (s), σ of a usual step's time as a share of it, and the count, all relaxed to `now`; changes nothing."""
         keep = math.exp(-max(now - self.at, 0.0) / RELAXATION)
-        a, b, c, d = (self.base + keep * (self.mean - self.base)).tolist()
-        x0, x1, x2, x3 = self.usual.tolist()
+        (a0, b0, c0, d0), (a, b, c, d), (x0, x1, x2, x3) = self._plain
+        a, b, c, d = a0 + keep * (a - a0), b0 + keep * (b - b0), c0 + keep * (c - c0), d0 + keep * (d - d0)
         variance = keep * keep * self._variance + (1 - keep * keep) * self._prior_variance
         step = a * x0 + b * x1 + c * x2 + d * x3
         return (a, b, c, d), math.sqrt(max(variance, 0.0)) / max(step, 1e-12), self.count * keep

@@ -66,14 +66,50 @@ def survey(
         look = looks[i]
         if look[f.INDEX] <= score or look[f.HARM] >= 0:
             continue
-        n, arm = rows[i], arms[arm_rows[i]]
-        at_first, count = int(nodes[n, f.FIRST]), int(nodes[n, f.COUNT])
-        mine = flights[at_first : at_first + count]
-        look[f.HARM] = f.harm(nodes[n], arm, task, now, mine, table, maps[f.TIME, n], maps[f.TAKEN, n])
-        look[f.INDEX] -= terms[OTHERS] * look[f.HARM]
+        _add_harm(rows[i], arms[arm_rows[i]], task, terms, now, nodes, flights, table, maps, look)
         if look[f.INDEX] > score:
             best, score = i, look[f.INDEX]
     return best
+
+
+@compiled
+def _add_harm(
+    n: int,
+    arm: Floats,
+    task: Floats,
+    terms: Floats,
+    now: float,
+    nodes: Matrix,
+    flights: Matrix,
+    table: Cube,
+    maps: Cube,
+    look: Floats,
+) -> None:
+    first, count = int(nodes[n, f.FIRST]), int(nodes[n, f.COUNT])
+    mine = flights[first : first + count]
+    look[f.HARM] = f.harm(nodes[n], arm, task, now, mine, table, maps[f.TIME, n], maps[f.TAKEN, n])
+    look[f.INDEX] -= terms[OTHERS] * look[f.HARM]
+
+
+@compiled
+def add_harm(
+    some: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    arm_rows: NDArray[np.int64],
+    task: Floats,
+    terms: Floats,
+    now: float,
+    nodes: Matrix,
+    arms: Matrix,
+    flights: Matrix,
+    table: Cube,
+    maps: Cube,
+    looks: Matrix,
+) -> None:
+    """Take the harm into the index of the candidates at positions `some` where `survey` left it out."""
+    for i in some:
+        if looks[i, f.HARM] < 0 and looks[i, f.INDEX] > OUT:
+            _add_harm(rows[i], arms[arm_rows[i]], task, terms, now, nodes, flights, table, maps, looks[i])
 
 
 @compiled

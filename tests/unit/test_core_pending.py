@@ -34,6 +34,7 @@ class Entry:
     task: Task
     order: int
     until: float | None = None  # parked until then; None: fresh
+    rank: float = 0.0
     out: bool = False
 
 
@@ -60,16 +61,17 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.add(new)
         self.model[new.id] = Entry(new, self.count)
 
-    @rule(models=st.sets(st.sampled_from(MODELS)))
-    def take(self, models: set[str | None]) -> None:
-        able = [
-            e
-            for e in self.model.values()
-            if e.task.model in models and not e.out and (e.until is None or e.task.model in self.stirred)
-        ]
+    @rule(fresh=st.sets(st.sampled_from(MODELS)), parked=st.sets(st.sampled_from(MODELS)))
+    def take(self, fresh: set[str | None], parked: set[str | None]) -> None:
+        idle = [e for e in self.model.values() if not e.out]
+        able = [e for e in idle if e.until is None and e.task.model in fresh]
         best = min(able, key=lambda e: (e.task.deadline, e.order), default=None)
-        got = self.pool.take(models)
-        assert got == (best.task if best else None)
+        was_parked = best is None
+        if best is None:
+            able = [e for e in idle if e.until is not None and e.task.model in parked & self.stirred]
+            best = min(able, key=lambda e: (-e.rank, e.order), default=None)
+        got = self.pool.take(fresh, parked)
+        assert got == (None if best is None else (best.task, was_parked))
         if best:
             best.out = True
 
@@ -80,7 +82,9 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(rest=st.integers(0, 9))
     def park(self, rest: int) -> None:
         if entry := self._one_out():
-            self.pool.park(entry.task, self.now + rest)
+            # Its rank is its own, so that an entry it left in the heap before stands where the new one does
+            entry.rank = float(entry.order % 3)
+            self.pool.park(entry.task, self.now + rest, entry.rank)
             entry.out, entry.until = False, min(self.now + rest, entry.task.deadline)
 
     @precondition(lambda self: self._one_out())
@@ -139,7 +143,7 @@ def test_arrival_order_without_edf() -> None:
     pool.add(task("early", deadline=99, submitted=1))
     got = pool.take([None])
     assert got is not None
-    assert got.id == "early"
+    assert got[0].id == "early"
 
 
 def test_every_field_survives() -> None:
@@ -157,9 +161,9 @@ def test_parking_for_ever_leaves_no_dead_entries_behind() -> None:
         pool.add(task(f"t{i}", deadline=1e6))
     for step in range(3000):
         pool.stir([None])
-        got = pool.take([None])
+        got = pool.take([None], [None])
         assert got is not None
-        pool.park(got, until=10.0 + step)
+        pool.park(got[0], until=10.0 + step)
     lane = pool._lanes[None]
     assert max(len(lane.parked), len(lane.fresh), len(pool._alarms)) <= 4 * 10 + 64
 
