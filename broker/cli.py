@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,11 +60,22 @@ def _own_commands() -> set[str]:
 
 def _add_plugins() -> None:
     for entry in entry_points(group="perllm.commands"):
-        plugin = entry.load()
+        try:
+            plugin = entry.load()
+        except ModuleNotFoundError as error:
+            plugin = _missing(entry.name, f"{error.name} is not installed: pip install 'perllm[{entry.extras[0]}]'")
         if isinstance(plugin, typer.Typer):
             app.add_typer(plugin, name=entry.name)
         else:
             app.command(entry.name)(plugin)
+
+
+def _missing(name: str, reason: str) -> Callable[[], None]:
+    def command() -> None:
+        raise BadSetting(f"perllm {name}: {reason}")
+
+    command.__doc__ = f"Not here: {reason}"
+    return command
 
 
 # --- the system
