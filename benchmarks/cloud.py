@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
 import random
@@ -44,7 +45,8 @@ from broker.embedded import EmbeddedServer
 from broker.messages import Completed, Result, State, TaskSpec
 from broker.process import spawn
 from broker.settings import Settings, load_settings
-from cloud_worker.nvml import NVMLDevice, visible_gpus
+from cloud_worker.nvml import NVMLDevice, no_gpu, visible_gpus
+from cloud_worker.vllm_engine import quiet_environment
 
 #: Tasks of one round at a level: so many for each producer, at least `LEAST`.
 EACH, LEAST = 3, 8
@@ -66,6 +68,10 @@ def main() -> None:
     parser.add_argument("--vllm-args", type=json.loads, default={}, help="JSON, for both engines")
     parser.add_argument("--cpu", action="store_true", help="try it on a CPU build of vLLM; keeps no result")
     options = parser.parse_args()
+    if importlib.util.find_spec("vllm") is None:
+        raise SystemExit("error: vLLM is not installed: pip install 'perllm[cloud]'")
+    if not options.cpu and (missing := no_gpu()):
+        raise SystemExit(f"error: {missing}")
     with tempfile.TemporaryDirectory(prefix="perllm-cloud-") as folder, EmbeddedServer(Path(folder)) as server:
         configure(options, Path(folder), server.url)
         with processes(options, Path(folder)) as worker:
@@ -130,10 +136,9 @@ class Peer:
     """vLLM used directly, in this process."""
 
     def __init__(self, settings: Settings) -> None:
-        from cloud_worker import vllm_api  # noqa: PLC0415
-        from cloud_worker.vllm_engine import _quiet_environment  # noqa: PLC0415
+        quiet_environment()
+        from cloud_worker import vllm_api  # noqa: PLC0415  takes seconds
 
-        _quiet_environment()
         self._api = vllm_api
         self._args = vllm_api.engine_args(settings, settings.slots or 1)
         self._count = 0

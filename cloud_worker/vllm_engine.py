@@ -112,7 +112,7 @@ class VLLMEngine:
 
     def start(self) -> None:
         """Load and calibrate the model. Raises BadSetting with what to change."""
-        _quiet_environment()
+        quiet_environment()
         from cloud_worker import vllm_api  # noqa: PLC0415  takes seconds, and much memory
 
         self._api = vllm_api
@@ -545,7 +545,7 @@ def _decode(steps: Sequence[pace.Step], count: int) -> pace.Step | None:
     return steps[len(steps) // 2] if steps else None
 
 
-def _quiet_environment() -> None:
+def quiet_environment() -> None:
     """Defaults for what vLLM reads from the environment; what the user has set stays."""
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads: it must not be forked
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
