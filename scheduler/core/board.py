@@ -16,6 +16,7 @@ from scheduler.core import forecast as f
 from scheduler.core.cluster import Node, Task
 from scheduler.core.forecast import Cube, Matrix
 from scheduler.core.grid import BINS
+from scheduler.core.lengths import Lengths
 
 Rows = NDArray[np.int64]
 
@@ -65,11 +66,11 @@ class _Asked:
 class Board:
     """Arrays over all nodes; columns are those of `scheduler.core.forecast`.
 
-    `length_row` gives the row of a task's length distribution in `table`; `learned` what is known of a node.
+    `lengths` holds the distributions tasks' output lengths are drawn from; `learned` gives what is known of a node.
     """
 
-    def __init__(self, length_row: Callable[[Task], int], learned: Callable[[Node], Learned]) -> None:
-        self._length_row, self._learned = length_row, learned
+    def __init__(self, lengths: Lengths, learned: Callable[[Node], Learned]) -> None:
+        self._lengths, self._learned = lengths, learned
         self.forget()
 
     def forget(self) -> None:
@@ -83,16 +84,18 @@ class Board:
         self._asked: dict[int, _Asked] = {}
         self._replaced = 0  # entries of nodes that were registered anew
 
-    def rows(self, nodes: Sequence[Node], model: str | None, table: Cube) -> tuple[Rows, Rows]:
+    def rows(self, nodes: Sequence[Node], model: str | None) -> tuple[Rows, Rows]:
         """The rows of these nodes and of their arms for this model, brought up to date."""
         asked = self._asked.get(id(nodes))
         if asked is None or asked.nodes is not nodes:
             asked = self._ask(nodes)
         entries = self._entries
-        for node in nodes:
-            entry = entries[node.info.name]
-            if entry.version != node.version:
-                self._update(entry, table)
+        changed = [e for n in nodes if (e := entries[n.info.name]).version != n.version]
+        for entry in changed:
+            self._update(entry)
+        self._lengths.refresh()  # after the flights have named the distributions they need, before they are read
+        for entry in changed:
+            f.predict(entry.row, self.nodes, self.arms, self.flights, self._lengths.table, self.maps)
         arms = asked.arms.get(model)
         if arms is None:
             arms = asked.arms[model] = np.array([self.arm(n, model) for n in nodes], np.int64)
@@ -137,7 +140,7 @@ class Board:
             self.maps = np.concatenate([self.maps, np.zeros_like(self.maps)], axis=1)
         return entry
 
-    def _update(self, entry: _Entry, table: Cube) -> None:
+    def _update(self, entry: _Entry) -> None:
         node, learned = entry.node, self._learned(entry.node)
         for i, (offer, steps) in enumerate(zip(node.info.models, learned.steps, strict=True)):
             self.arms[entry.arm + i] = (*steps, offer.kv_tokens, 0.0)
@@ -161,7 +164,6 @@ class Board:
             learned.steps[0][0],
             0.0,
         )
-        f.predict(entry.row, self.nodes, self.arms, self.flights, table, self.maps)
         entry.version = node.version
 
     def _update_flights(self, entry: _Entry) -> None:
@@ -202,7 +204,7 @@ class Board:
             task.deadline,
             task.max_tokens,
             task.value,
-            self._length_row(task),
+            self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens),
             self.arm(entry.node, task.model),
         )
         return given + (0.0,) * (f.FLIGHT_COLUMNS - len(given))

@@ -77,7 +77,7 @@ class CsUcb(Policy):
             weight, learning=on.learning, optimism=on.optimism, foresight=on.foresight, price=on.price
         )
         self._scale = EnergyScale()
-        self._board = Board(self._length_row, self._knowledge.learned)
+        self._board = Board(self._lengths, self._knowledge.learned)
         self._task = np.zeros(f.TASK_COLUMNS)
         self._terms = np.zeros(s.TERMS)
         self._looks = np.zeros((0, f.LOOK_COLUMNS))
@@ -100,9 +100,6 @@ class CsUcb(Policy):
             self._lengths.observe(task.service, task.prompt_tokens, tokens, ended=not cut, hint=task.expected_tokens)
             self._scale.observe(receipt.energy.transfer + receipt.energy.inference)
 
-    def _length_row(self, task: Task) -> int:
-        return self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens)
-
     # --- deciding
 
     @override
@@ -112,6 +109,7 @@ class CsUcb(Policy):
             return Place(candidates[best if best >= 0 else int(np.argmax(self._looks[:, f.CHANCE]))].name)
         if best < 0:
             return self._without_a_chance(task, candidates, cluster, now)
+        self._scale.suggest(float(self._looks[:, f.JOULES].min()))
         left, urgency, spare = task.deadline - now, 1.0, 0.0
         calm = PATIENCE * float(self._looks[best, f.STAY])
         if self._on.patience and left > calm:
@@ -130,11 +128,11 @@ class CsUcb(Policy):
     ) -> int:
         """Look at the task on each of the nodes (with `free`: that has a free slot); returns the position of the best,
         or −1."""
-        row = self._length_row(task)
-        self._lengths.refresh()
         self._asked = nodes
-        board, table, given, terms = self._board, self._lengths.table, self._task, self._terms
-        rows, arm_rows = board.rows(nodes, task.model, table)
+        board, given, terms = self._board, self._task, self._terms
+        row = self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens)
+        rows, arm_rows = board.rows(nodes, task.model)
+        table = self._lengths.table
         if len(self._looks) != len(rows):
             self._looks = np.zeros((len(rows), f.LOOK_COLUMNS))
         given[f.T_PROMPT], given[f.T_BYTES], given[f.T_DEADLINE] = task.prompt_tokens, task.payload_bytes, task.deadline
@@ -160,7 +158,7 @@ class CsUcb(Policy):
 
     def _calm(self, task: Task, calm: float, cluster: Cluster) -> tuple[float, float]:
         """Time to its deadline with which a task is patient (s), at least `calm`; tasks/s all nodes can finish."""
-        rows, _ = self._board.rows(cluster.serving.get(task.model, ()), task.model, self._lengths.table)
+        rows, _ = self._board.rows(cluster.serving.get(task.model, ()), task.model)
         slots, pace = self._board.nodes[rows][:, [f.SLOTS, f.PACE]].sum(axis=0).tolist()
         return max(calm, PATIENCE * slots / pace) if pace > 0 else calm, pace  # the short are no more patient
 
@@ -176,7 +174,7 @@ class CsUcb(Policy):
         for node in candidates:
             if not node.flights and not knowledge.proven(node, task.model, now):
                 return Place(node.name)  # find out what it can do
-        rows, arm_rows = board.rows(serving, task.model, self._lengths.table)
+        rows, arm_rows = board.rows(serving, task.model)
         alone = s.best_alone(rows, arm_rows, self._task, now, board.nodes, board.arms, self._lengths.table)
         if alone < admission.LEAST and all(knowledge.proven(n, task.model, now) for n in serving):
             return Reject(
@@ -191,7 +189,7 @@ class CsUcb(Policy):
         if self._asked is not candidates:
             self._survey(task, candidates, now)
         board, table, looks = self._board, self._lengths.table, self._looks
-        rows, arm_rows = board.rows(candidates, task.model, table)
+        rows, arm_rows = board.rows(candidates, task.model)
         order = np.argsort(-looks[:, f.INDEX], kind="stable")[:EXPLAINED]
         s.add_harm(
             order,

@@ -92,9 +92,12 @@ class NodeKnowledge:
 
     def look(self, now: Counters, at: float, node: Node, *, model: str | None = None) -> None:
         """Take a reading of the totals; `model` worked since the last one, and whatever is on the node."""
-        self.models |= {o.name for t in node.flights.values() if t.claimed and (o := node.info.offer(t.model))}
-        if model is not None:
-            self.models |= {model}
+        if len(node.info.models) == 1:
+            self.models = frozenset({node.info.models[0].name})
+        else:
+            self.models |= {o.name for t in node.flights.values() if t.claimed and (o := node.info.offer(t.model))}
+            if model is not None:
+                self.models |= {model}
         if now.steps < self.read.steps or now.busy < self.read.busy:
             self._begin(now, at)  # totals of another life
             return

@@ -32,6 +32,8 @@ NOISE = 0.1
 COMMON, ALONE = 0.35, 0.25
 #: A sample off by more σ than this is suspect.
 SUSPECT = 3.0
+#: No coefficient falls below this share of its calibration.
+LEAST_SHARE = 1e-3
 #: A sample spans at least so many steps, or so many seconds of them.
 LEAST_STEPS, LEAST_BUSY = 4, 0.1
 
@@ -112,6 +114,7 @@ class Speed:
         prior = self._prior()
         self.cov = prior + keep * keep * (self.cov - prior)
         self.count *= keep
+        self._sum_up()
 
     def learn(self, sample: Sample, now: float) -> bool:
         """Take in a sample; False when it was set aside as suspect."""
@@ -130,7 +133,7 @@ class Speed:
             gain = self.cov @ x
         self.odd = 0
         gain = gain / (float(x @ gain) + noise)
-        self.mean = np.maximum(self.mean + gain * off, 0.02 * self.base)
+        self.mean = np.maximum(self.mean + gain * off, LEAST_SHARE * self.base)
         keep = np.eye(4) - np.outer(gain, x)
         self.cov = keep @ self.cov @ keep.T + noise * np.outer(gain, gain)  # Joseph's form stays positive
         self.count += 1.0
@@ -152,7 +155,7 @@ class Speed:
         self.relax(now)
         self.base = base_of(calibration)
         self.cov = (self.cov + self._prior()) / 2
-        self.mean = np.maximum(self.mean, 0.02 * self.base)
+        self.mean = np.maximum(self.mean, LEAST_SHARE * self.base)
         self._sum_up()
 
     def snapshot(self) -> dict[str, Any]:

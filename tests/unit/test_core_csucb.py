@@ -1,0 +1,302 @@
+"""The default policy as a whole: what it prefers, when it waits or refuses, what it says, that it can be resumed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from broker.messages import (
+    Calibration,
+    Claimed,
+    Completed,
+    Counters,
+    Dispatched,
+    Energy,
+    Heartbeat,
+    ModelOffer,
+    NodeInfo,
+    NodeUp,
+    Power,
+    Receipt,
+    State,
+    Submitted,
+)
+from scheduler.core.core import Core, Decision
+from scheduler.core.csucb import CsUcb, Mechanisms
+
+
+def info(name: str, *, step: float = 0.02, watts: float = 100.0, slots: int = 4, **fields: Any) -> NodeInfo:
+    cal = Calibration(step=step, sequence=fields.pop("sequence", step / 20), prefill=step / 100)
+    return NodeInfo(
+        name=name,
+        tier="edge",
+        boot=f"{name}.1",
+        slots=slots,
+        models=(ModelOffer(name="m", context=4096, kv_tokens=fields.pop("kv", 65_536), calibration=cal),),
+        power=Power(idle=10, active=watts, method="emulated", estimated=True),
+        bandwidth=fields.pop("bandwidth", 1e8),
+        engine="test",
+    )
+
+
+def core_with(*infos: NodeInfo, **options: Any) -> Core:
+    core = Core(CsUcb(**options))
+    for one in infos:
+        core.handle(NodeUp(at=0.0, info=one))
+    return core
+
+
+def submit(core: Core, task_id: str, now: float, left: float = 10.0, **fields: Any) -> list[Decision]:
+    fields = {"prompt_tokens": 50, "payload_bytes": 1000, "max_tokens": 200} | fields
+    core.handle(Submitted(id=task_id, at=now, deadline=now + left, **fields))
+    return settle(core, now)
+
+
+def settle(core: Core, now: float) -> list[Decision]:
+    """Decide, and confirm what was decided as the stream would."""
+    decisions = core.decide(now)
+    for d in decisions:
+        if d.node is not None:
+            placed = {"id": d.task.id, "node": d.node.name, "attempt": d.task.attempt}
+            core.handle(Dispatched(at=now, model="m", **placed))
+            core.handle(Claimed(at=now + 0.004, **placed))
+    return decisions
+
+
+def finish(core: Core, task_id: str, now: float, tokens: int, before: Counters, after: Counters) -> Completed:
+    task = core.find(task_id)
+    assert task is not None
+    assert task.node is not None
+    event = Completed(
+        id=task_id,
+        node=task.node,
+        attempt=task.attempt,
+        at=now,
+        state=State.SUCCEEDED,
+        on_time=True,
+        latency=1.0,
+        queued=0.1,
+        receipt=Receipt(
+            node=task.node,
+            model="m",
+            attempt=task.attempt,
+            payload_bytes=1000,
+            transfer=0.001,
+            prompt_tokens=50,
+            completion_tokens=tokens,
+            energy=Energy(inference=30.0, method="emulated", estimated=True),
+            before=before,
+            after=after,
+        ),
+    )
+    core.handle(event)
+    return event
+
+
+def where(decisions: list[Decision]) -> str | None:
+    (decision,) = decisions
+    return decision.node.name if decision.node else None
+
+
+def test_of_equals_the_cheaper_and_in_need_the_faster() -> None:
+    nodes = (info("dear", step=0.01, watts=900.0), info("cheap", step=0.02, watts=50.0))
+    assert where(submit(core_with(*nodes), "t", 1.0, left=30.0)) == "cheap"
+    assert where(submit(core_with(*nodes), "t", 1.0, left=1.2, max_tokens=60)) == "dear"
+
+
+def test_harm_to_those_already_there_counts() -> None:
+    """Sequences cost as much as steps and there is little time: the node with a task on it looks worse for its sake."""
+    index: dict[bool, dict[str, float | None]] = {}
+    for harm in (True, False):
+        nodes = (info("taken", sequence=0.02, watts=50.0), info("empty", sequence=0.02, watts=60.0))
+        core = core_with(*nodes, mechanisms=Mechanisms(harm=harm, foresight=False, price=False))
+        assert where(submit(core, "first", 1.0, left=4.0, max_tokens=80)) == "taken"
+        (second,) = submit(core, "second", 1.0, left=4.0, max_tokens=80)
+        index[harm] = {c.node: c.index for c in second.explanation.candidates}
+    assert index[True]["empty"] == index[False]["empty"]
+    assert index[True]["taken"] is not None
+    assert index[False]["taken"] is not None
+    assert index[True]["taken"] < index[False]["taken"] - 0.05
+
+
+def test_a_node_that_stands_still_gets_nothing_until_it_moves() -> None:
+    core = core_with(info("a", watts=10.0), info("b", watts=500.0))
+    still = Counters(steps=10, busy=0.3, active=1, since_progress=2.0, longest_step=0.1)
+    core.handle(Heartbeat(at=2.0, node="a", boot="a.1", counters=still))
+    assert where(submit(core, "t", 2.1)) == "b"
+    core.handle(
+        Heartbeat(at=3.0, node="a", boot="a.1", counters=still.model_copy(update={"since_progress": 0.0, "steps": 20}))
+    )
+    assert where(submit(core, "u", 3.1)) == "a"
+
+
+def test_when_all_nodes_stand_still_tasks_wait() -> None:
+    core = core_with(info("a"))
+    still = Counters(steps=10, busy=0.3, active=1, since_progress=9.0, longest_step=0.1)
+    core.handle(Heartbeat(at=2.0, node="a", boot="a.1", counters=still))
+    core.cluster.nodes["a"].flights["other"] = core.pending.get("none") or _a_flight(core)
+    assert submit(core, "t", 2.1) == []
+    assert core.find("t") is not None
+
+
+def _a_flight(core: Core) -> Any:
+    core.handle(Submitted(id="other", at=0.0, deadline=99.0))
+    task = core.pending.get("other")
+    core.pending.remove("other")
+    return task
+
+
+def test_pessimism_at_cold_start_does_not_reject_for_ever() -> None:
+    """The node announces steps a hundred times too slow: it must still be tried, and then believed to be fast."""
+    core = core_with(info("a", step=2.0))
+    counters, now, placed = Counters(), 1.0, 0
+    for i in range(60):
+        now += 0.5
+        decisions = submit(core, f"t{i}", now, left=3.0)
+        assert all(d.action != "reject" for d in decisions)
+        for d in decisions:
+            if d.action != "dispatch":
+                continue
+            placed += 1
+            before = counters
+            counters = Counters(
+                steps=before.steps + 40,
+                busy=before.busy + 0.8,
+                sequence_steps=before.sequence_steps + 40,
+                prefilled=before.prefilled + 50,
+                context_steps=before.context_steps + 40 * 70,
+                generated=before.generated + 40,
+                longest_step=0.02,
+            )
+            now += 0.9
+            finish(core, d.task.id, now, 40, before, counters)
+    assert placed >= 40
+
+
+def test_what_no_idle_node_could_do_is_refused_with_the_reason() -> None:
+    """By a node that is known well, and only then."""
+    core = core_with(info("a", step=0.05))
+    counters = Counters()
+    for i in range(30):
+        counters = Counters(
+            steps=counters.steps + 20,
+            busy=counters.busy + 1.05,
+            sequence_steps=counters.sequence_steps + 20,
+            context_steps=0,
+            longest_step=0.06,
+        )
+        core.handle(Heartbeat(at=1.0 + i, node="a", boot="a.1", counters=counters))
+    (decision,) = submit(core, "t", 31.0, left=0.02)
+    assert decision.action == "reject"
+    assert "too little" in decision.explanation.sentence
+
+
+def test_long_deadlines_wait_in_the_pool_and_never_in_a_node_queue() -> None:
+    core = core_with(info("a", slots=4))
+    for i in range(20):
+        submit(core, f"t{i}", 1.0, left=86_400.0)
+    assert 1 <= len(core.cluster.nodes["a"].flights) <= 4
+    assert len(core.pending) == 20 - len(core.cluster.nodes["a"].flights)
+
+
+def test_memory_spoken_for_is_not_promised_again() -> None:
+    core = core_with(info("small", kv=400, watts=10.0), info("large", watts=500.0))
+    assert where(submit(core, "t", 1.0, prompt_tokens=250)) == "small"
+    assert where(submit(core, "u", 1.0, prompt_tokens=250)) == "large"
+
+
+def test_every_decision_is_explained() -> None:
+    core = core_with(info("a", watts=50.0), info("b", watts=500.0))
+    (decision,) = submit(core, "t", 1.0)
+    looks = decision.explanation.candidates
+    assert [c.node for c in looks] == ["a", "b"]
+    for c in looks:
+        assert c.finish is not None
+        assert c.p_on_time is not None
+        assert c.marginal_energy is not None
+        assert c.confidence is not None
+        assert 0 <= c.p_on_time <= 1
+        assert set(c.slacks) == {"deadline", "compute", "memory", "bandwidth", "one_server"}
+        assert c.index is not None
+        assert "on time" in c.note
+    assert looks[0].index is not None
+    assert looks[1].index is not None
+    assert looks[0].index > looks[1].index
+    assert decision.explanation.sentence.startswith("a was the best of 2 candidate nodes: done in about")
+
+
+def test_a_thousand_candidates_are_not_all_written_down() -> None:
+    core = core_with(*(info(f"n{i}") for i in range(50)))
+    (decision,) = submit(core, "t", 1.0)
+    assert len(decision.explanation.candidates) == 8
+
+
+def life(core: Core, begin: int, end: int) -> list[str]:
+    """A reproducible stretch of service: tasks of two classes come, run and end; returns the decisions, as JSON."""
+    said = []
+    for i in range(begin, end):
+        now = 10.0 + 0.3 * i
+        event = Submitted(
+            id=f"t{i}",
+            at=now,
+            deadline=now + 2.0 + i % 5,
+            service="chat" if i % 3 else "code",
+            prompt_tokens=40 + 37 * (i % 7),
+            payload_bytes=20_000 * (1 + i % 4),
+            max_tokens=300,
+            expected_tokens=None if i % 2 else 30 + i % 90,
+        )
+        core.handle(event)
+        said += [json.dumps([d.task.id, d.action, d.explanation.model_dump()]) for d in settle(core, now)]
+        for name in sorted(core.cluster.nodes):
+            node = core.cluster.nodes[name]
+            read = Counters(
+                steps=20 * i,
+                busy=0.5 * i * (1 + len(name) / 10),
+                sequence_steps=50 * i,
+                context_steps=9000 * i,
+                prefilled=90 * i,
+                longest_step=0.05,
+                energy=60.0 * i,
+            )
+            progress = {t: 5 + f.generated for t, f in node.flights.items()}
+            core.handle(Heartbeat(at=now + 0.1, node=name, boot=f"{name}.1", counters=read, progress=progress))
+            for task_id in [t for t, f in node.flights.items() if f.generated > 20 + i % 11]:
+                finish(core, task_id, now + 0.2, 20 + i % 60, read, read)
+    return said
+
+
+def test_a_restored_copy_decides_byte_for_byte_alike() -> None:
+    nodes = (info("a"), info("bb", step=0.03, watts=40.0), info("ccc", step=0.015, watts=300.0))
+    first = core_with(*nodes)
+    life(first, 1, 60)
+    state = json.loads(json.dumps(first.snapshot()))
+    second = core_with(*nodes)
+    second.restore(state)
+    # The ledger knows nodes and tasks: give the copy those of the original.
+    second.cluster, second._placed, second.pending = _copies(first)
+    assert life(first, 60, 120) == life(second, 60, 120)
+    assert json.dumps(first.snapshot()) == json.dumps(second.snapshot())
+
+
+def _copies(core: Core) -> tuple[Any, Any, Any]:
+    from copy import deepcopy  # noqa: PLC0415
+
+    return deepcopy((core.cluster, core._placed, core.pending))
+
+
+def test_a_snapshot_of_another_shape_is_refused_and_nothing_changes() -> None:
+    policy = CsUcb()
+    before = json.dumps(policy.snapshot())
+    for bad in ({}, {"scale": {"mean": 1.0}, "knowledge": {}}):
+        with pytest.raises((KeyError, ValueError)):
+            policy.restore(bad)
+        assert json.dumps(policy.snapshot()) == before
+
+
+@pytest.mark.parametrize("name", Mechanisms.__dataclass_fields__)
+def test_every_mechanism_can_be_switched_off(name: str) -> None:
+    core = core_with(info("a"), info("bb", step=0.03), mechanisms=Mechanisms(**{name: False}))
+    assert life(core, 1, 25)
