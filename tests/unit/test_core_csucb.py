@@ -112,8 +112,8 @@ def test_harm_to_those_already_there_counts() -> None:
     for harm in (True, False):
         nodes = (info("taken", sequence=0.02, watts=50.0), info("empty", sequence=0.02, watts=60.0))
         core = core_with(*nodes, mechanisms=Mechanisms(harm=harm, foresight=False, price=False))
-        assert where(submit(core, "first", 1.0, left=4.0, max_tokens=80)) == "taken"
-        (second,) = submit(core, "second", 1.0, left=4.0, max_tokens=80)
+        assert where(submit(core, "first", 1.0, left=1.5, max_tokens=80)) == "taken"
+        (second,) = submit(core, "second", 1.0, left=1.5, max_tokens=80)
         index[harm] = {c.node: c.index for c in second.explanation.candidates}
     assert index[True]["empty"] == index[False]["empty"]
     assert index[True]["taken"] is not None
