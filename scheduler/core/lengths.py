@@ -211,6 +211,8 @@ class Lengths:
         self._stale.clear()
 
     def _refresh(self, known: _Class) -> None:
+        if not known.rows:
+            return  # nobody has asked yet, as after a restart
         nothing = np.zeros(BINS)
         keys = list(known.rows)
         cells = [known.cells.get(size) for size, _ in keys]

@@ -1,0 +1,43 @@
+"""Urgency, and what a placement is worth."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.core.admission import ENERGY_SHARE, review, urgency, worth
+
+positive = st.floats(1e-3, 1e6)
+
+
+@given(positive, positive, st.integers(0, 10**7), st.floats(0, 1e4))
+def test_urgency_is_a_share_and_grows_as_time_runs_out(left: float, calm: float, backlog: int, pace: float) -> None:
+    now = urgency(left, calm, backlog, pace)
+    assert 0 < now <= 1
+    assert urgency(left / 2, calm, backlog, pace) >= now
+    assert urgency(left, calm, 2 * backlog, pace) >= now
+
+
+def test_a_day_leaves_patience_and_a_backlog_takes_it() -> None:
+    assert urgency(86_400, 20.0, 0, 10.0) < 0.001
+    assert urgency(86_400, 20.0, 1_000_000, 10.0) == 1.0
+    assert urgency(4.0, 20.0, 0, 10.0) == 1.0
+
+
+def test_harm_toll_and_energy_stand_against_the_value() -> None:
+    plain = {"own": 6.0, "lost": 0.0, "toll": 0.0, "joules": 50.0, "spare": 0.0, "scale": 100.0, "most": 6.0}
+    assert worth(**plain) == pytest.approx(5.5)
+    assert worth(**plain | {"lost": 5.0, "toll": 1.0}) == pytest.approx(-0.5)
+    assert worth(**plain | {"spare": 50.0}) == pytest.approx(6.0)
+
+
+def test_energy_alone_does_not_refuse_what_would_be_on_time() -> None:
+    dear = worth(own=6.0, lost=0.0, toll=0.0, joules=1e6, spare=0.0, scale=100.0, most=6.0)
+    assert dear == pytest.approx(6.0 * (1 - ENERGY_SHARE))
+    hopeless = worth(own=0.6, lost=0.0, toll=0.0, joules=1e6, spare=0.0, scale=100.0, most=6.0)
+    assert hopeless < 0
+
+
+def test_reviews_come_closer_as_the_deadline_does() -> None:
+    assert review(10.0, 100.0) > review(10.0, 1.0) > 10.0

@@ -1,0 +1,257 @@
+"""The forecast against brute force: lengths drawn, steps taken one by one on a node whose steps cost what θ says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from broker.messages import Calibration, ModelOffer, NodeInfo, Power
+from scheduler.core import forecast as f
+from scheduler.core.board import Board, Learned
+from scheduler.core.cluster import Node, Task
+from scheduler.core.grid import EDGES
+from scheduler.core.lengths import Lengths
+
+THETA = (0.02, 0.002, 0.0005, 1e-6)
+WATTS = 100.0
+
+
+@dataclass
+class Setting:
+    """A node with tasks on it, and the forecast of it."""
+
+    flights: list[Task]
+    slots: int = 16
+    inflow: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.lengths = Lengths()
+        rng = np.random.default_rng(0)
+        self.drawn = np.clip(np.rint(60 * np.exp(0.8 * rng.standard_normal(3000))), 1, 400).astype(int)
+        for tokens in self.drawn[:1500].tolist():
+            self.lengths.observe("chat", 100, tokens, ended=True)
+        a, b, c, d = THETA
+        cal = Calibration(step=a, sequence=b, prefill=c, context=d)
+        info = NodeInfo(
+            name="n",
+            tier="edge",
+            boot="n.1",
+            slots=self.slots,
+            models=(ModelOffer(name="m", context=4096, kv_tokens=65_536, calibration=cal),),
+            power=Power(idle=0, active=WATTS, joules_per_byte=1e-6, method="emulated", estimated=True),
+            bandwidth=1e7,
+            engine="test",
+        )
+        self.node = Node(info, since=0.0, heard=0.0, changed=0.0, flights={t.id: t for t in self.flights})
+        learned = Learned(
+            steps=((*THETA, 0.05),),
+            watts=WATTS,
+            rate=1e7,
+            latency=0.0,
+            hop=0.0,
+            still=False,
+            inflow=(self.inflow, 100.0, 60.0),
+            toll=0.0,
+            pace=0.0,
+        )
+        self.board = Board(self.lengths, lambda _: learned)
+        self.board.rows((self.node,), None)
+
+    def weigh(self, task: Task, now: float = 0.0) -> tuple[np.ndarray, float]:
+        """The look at one more task, and its harm to others."""
+        given = np.array(
+            [
+                task.prompt_tokens,
+                task.payload_bytes,
+                task.deadline,
+                task.max_tokens,
+                task.value,
+                self.lengths.row(task.service, task.prompt_tokens),
+            ],
+            float,
+        )
+        self.lengths.refresh()
+        b, table, look = self.board, self.lengths.table, np.zeros(f.LOOK_COLUMNS)
+        times, taken, alone = b.maps[f.TIME, 0], b.maps[f.TAKEN, 0], b.maps[f.ALONE, 0]
+        f.weigh(b.nodes[0], b.arms[0], given, now, table, times, taken, alone, look)
+        mine = b.flights[: len(self.flights)]
+        return look, float(f.harm(b.nodes[0], b.arms[0], given, now, mine, table, times, taken))
+
+    def chances(self) -> list[float]:
+        return self.board.flights[: len(self.flights), f.P].tolist()
+
+    def play(self, extra: Task | None = None, runs: int = 800) -> tuple[list[float], float]:
+        """P(on time) of each task (the extra one last) and mean busy seconds, by stepping."""
+        rng = np.random.default_rng(1)
+        tasks = [*self.flights, *([extra] if extra else [])]
+        good, busy = np.zeros(len(tasks)), 0.0
+        for _ in range(runs):
+            on_time, spent = self._play_once(tasks, rng)
+            good += on_time
+            busy += spent
+        return (good / runs).tolist(), busy / runs
+
+    def _play_once(self, tasks: list[Task], rng: np.random.Generator) -> tuple[np.ndarray, float]:
+        a, b, c, d = THETA
+        total = []
+        for t in tasks:
+            longer = self.drawn[self.drawn > t.generated]
+            total.append(min(int(rng.choice(longer)), t.max_tokens))
+        done = np.zeros(len(tasks))
+        tokens = [t.generated for t in tasks]
+        ready = [0.0 if t.generated else t.payload_bytes / 1e7 for t in tasks]
+        claimed = list(range(min(self.slots, len(tasks))))
+        queue = list(range(len(claimed), len(tasks)))
+        now = busy = 0.0
+        prefilled = [t.generated > 0 for t in tasks]
+        while claimed:
+            for i in [i for i in claimed if now >= tasks[i].deadline]:
+                claimed.remove(i)
+            while queue and len(claimed) < self.slots:
+                i = queue.pop(0)
+                ready[i] = now + tasks[i].payload_bytes / 1e7
+                claimed.append(i)
+            active = [i for i in claimed if ready[i] <= now]
+            if not active:
+                if not claimed:
+                    break
+                now = min(min(ready[i], tasks[i].deadline) for i in claimed)
+                continue
+            new = [i for i in active if not prefilled[i]]
+            decoding = [i for i in active if prefilled[i]]
+            step = a + sum(b + d * (tasks[i].prompt_tokens + tokens[i]) for i in decoding)
+            step += sum(c * tasks[i].prompt_tokens for i in new)
+            now, busy = now + step, busy + step
+            for i in active:
+                prefilled[i] = True
+                tokens[i] += 1
+                if tokens[i] >= total[i]:
+                    done[i] = now <= tasks[i].deadline
+                    claimed.remove(i)
+        return done, busy
+
+
+def task(task_id: str, deadline: float, generated: int = 0, **fields: float) -> Task:
+    return Task(
+        id=task_id,
+        submitted=0.0,
+        deadline=deadline,
+        value=1.0,
+        service="chat",
+        model=None,
+        prompt_tokens=int(fields.get("prompt", 100)),
+        payload_bytes=int(fields.get("payload", 200_000)),
+        max_tokens=int(fields.get("most", 400)),
+        node="n",
+        dispatched=0.0,
+        claimed=1e-9,
+        generated=generated,
+    )
+
+
+def running(count: int) -> list[Task]:
+    """Tasks amid their work, with deadlines from 1 to 6 s."""
+    return [task(f"t{i}", 1.0 + 5.0 * i / max(count - 1, 1), generated=5 + 11 * i % 70) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 4, 12])
+def test_chances_of_running_tasks(count: int) -> None:
+    setting = Setting(running(count))
+    played, _ = setting.play()
+    assert setting.chances() == pytest.approx(played, abs=0.08)
+    assert np.mean(setting.chances()) == pytest.approx(np.mean(played), abs=0.04)
+
+
+@pytest.mark.parametrize("count", [0, 4, 12])
+@pytest.mark.parametrize("left", [1.5, 3.0, 6.0])
+def test_the_chance_of_one_more(count: int, left: float) -> None:
+    setting, new = Setting(running(count)), task("new", left)
+    look, _ = setting.weigh(new)
+    played, _ = setting.play(new)
+    assert look[f.CHANCE] == pytest.approx(played[-1], abs=0.09)
+
+
+def test_its_harm_to_the_others() -> None:
+    """With a long prompt, so that there is some."""
+    setting, new = Setting(running(10)), task("new", 6.0, prompt=1500)
+    _, harm = setting.weigh(new)
+    without, _ = setting.play(runs=3000)
+    with_it, _ = setting.play(new, runs=3000)
+    true = sum(without) - sum(with_it[:-1])
+    assert true > 0.3
+    assert harm == pytest.approx(true, rel=0.35)
+
+
+@pytest.mark.parametrize("count", [0, 3, 12])
+def test_the_energy_it_adds(count: int) -> None:
+    """Alone it pays for whole steps; in a batch for its part of them."""
+    setting, new = Setting(running(count)), task("new", 6.0)
+    look, _ = setting.weigh(new)
+    _, without = setting.play(runs=4000)
+    _, with_it = setting.play(new, runs=4000)
+    assert look[f.BUSY] == pytest.approx(with_it - without, rel=0.3, abs=0.05)
+    assert look[f.JOULES] == pytest.approx(look[f.BUSY] * WATTS + 0.2)
+
+
+def test_batching_makes_one_more_cheaper() -> None:
+    alone, _ = Setting([]).weigh(task("new", 6.0))
+    beside, _ = Setting(running(8)).weigh(task("new", 6.0))
+    assert beside[f.BUSY] < 0.6 * alone[f.BUSY]
+
+
+def test_queued_tasks_wait_for_a_slot() -> None:
+    flights = running(4)
+    waiting = [task(f"w{i}", 6.0) for i in range(2)]
+    for w in waiting:
+        w.claimed = None
+    setting = Setting([*flights, *waiting], slots=4)
+    played, _ = setting.play()
+    assert setting.chances()[4:] == pytest.approx(played[4:], abs=0.15)
+    look, _ = setting.weigh(task("new", 6.0))
+    roomy, _ = Setting([*flights, *waiting], slots=8).weigh(task("new", 6.0))
+    assert look[f.CHANCE] < roomy[f.CHANCE]
+
+
+def test_those_expected_to_come_slow_it_down() -> None:
+    new = task("new", 3.0)
+    quiet, _ = Setting(running(2)).weigh(new)
+    busy, _ = Setting(running(2), inflow=4.0).weigh(new)
+    assert busy[f.CHANCE] < quiet[f.CHANCE] - 0.05
+    assert busy[f.FINISH] > quiet[f.FINISH]
+
+
+def test_an_idle_node_does_not_age() -> None:
+    setting = Setting([])
+    fresh, _ = setting.weigh(task("new", 3.0), now=0.0)
+    later, _ = setting.weigh(task("new", 100_003.0), now=100_000.0)
+    assert later[f.CHANCE] == pytest.approx(fresh[f.CHANCE], abs=1e-6)
+    assert later[f.FINISH] == pytest.approx(fresh[f.FINISH], abs=1e-6)
+
+
+def test_a_heartbeat_ago_is_caught_up() -> None:
+    """What was heard a second ago and a change now: the tokens of that second are expected, not forgotten."""
+    tasks = [task("t", 4.0, generated=10)]
+    setting = Setting(tasks)
+    setting.node.changed, setting.node.version = 1.0, 1
+    setting.board.rows((setting.node,), None)
+    step = THETA[0] + THETA[1] + THETA[3] * 110
+    assert setting.board.flights[0, f.TOKENS] == pytest.approx(10 + 1.0 / step, rel=0.02)
+
+
+def test_the_map_and_its_inverse_agree() -> None:
+    setting = Setting(running(6))
+    times = setting.board.maps[f.TIME, 0]
+    assert np.all(np.diff(times) > 0)
+    for steps in (0.0, 3.3, 40.0, 333.0, float(EDGES[80])):
+        time = float(np.interp(steps, EDGES, times))
+        assert f.steps_at(times, time) == pytest.approx(steps, rel=1e-6, abs=1e-6)
+
+
+def test_no_time_left_is_no_chance() -> None:
+    look, harm = Setting(running(3)).weigh(task("new", 0.01))
+    assert look[f.CHANCE] == 0.0
+    assert harm >= 0.0
+    assert math.isfinite(float(look[f.FINISH]))

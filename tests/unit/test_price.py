@@ -1,0 +1,41 @@
+"""The congestion price."""
+
+from __future__ import annotations
+
+import pytest
+
+from scheduler.core.price import MOST, TARGET, Toll
+
+
+def after(taken: float, urgent: float, seconds: int, begin: float = 0.0) -> Toll:
+    toll = Toll(price=begin)
+    for i in range(seconds):
+        toll.watch(float(i + 1), taken, urgent)
+    return toll
+
+
+def test_it_rises_under_overload_and_falls_after_it() -> None:
+    assert after(1.25, 0.5, 10).price > 0.2
+    assert after(0.2, 0.5, 30, begin=1.0).price == 0.0
+    assert after(1.25, 0.5, 10_000).price == MOST
+
+
+def test_room_is_kept_only_where_urgent_work_comes() -> None:
+    taken = (TARGET + 1.0) / 2
+    assert after(taken, 0.5, 30).price > 0
+    assert after(taken, 0.0, 30).price == 0
+
+
+def test_silence_is_not_overload() -> None:
+    toll = Toll(at=0.0)
+    toll.watch(3600.0, 1.25, 0.5)
+    assert toll.price < 0.1
+
+
+def test_the_price_is_per_mean_stay_and_value() -> None:
+    toll = Toll(price=1.0)
+    assert toll.per_second(6.0) == 0.0  # nothing known yet
+    for _ in range(200):
+        toll.stayed(2.0)
+    assert toll.per_second(6.0) == pytest.approx(3.0)
+    assert Toll(**toll.snapshot()) == toll
