@@ -173,7 +173,9 @@ class Board:
             self._make_room(entry, len(ids))
         mine = self.flights[entry.first : entry.first + entry.room]
         if ids != entry.ids:
-            same = self._drop_gone(entry, mine, flights)
+            same = self._close_gaps(entry, mine, flights)
+            if ids[:same] != entry.ids[:same]:
+                same = 0  # one left and came back, to the end
             for i in range(same, len(ids)):
                 mine[i] = self._flight(entry, flights[ids[i]])
             entry.ids = ids
@@ -182,17 +184,13 @@ class Board:
         mine[:n, f.CLAIMED] = [t.claimed or 0.0 for t in flights.values()]
 
     @staticmethod
-    def _drop_gone(entry: _Entry, mine: Matrix, flights: dict[str, Task]) -> int:
-        """Close the gaps tasks have left; returns how many rows then hold for the tasks in the same order."""
-        kept = [i for i, task_id in enumerate(entry.ids) if task_id in flights]
-        if len(kept) < len(entry.ids):
-            mine[: len(kept)] = mine[kept]
-        same = 0
-        for i, task_id in zip(kept, flights, strict=False):
-            if entry.ids[i] != task_id:
-                break
-            same += 1
-        return same
+    def _close_gaps(entry: _Entry, mine: Matrix, flights: dict[str, Task]) -> int:
+        """Move the rows of those still there together; returns how many there are."""
+        for gone in [task_id for task_id in entry.ids if task_id not in flights]:
+            i, n = entry.ids.index(gone), len(entry.ids)
+            mine[i : n - 1] = mine[i + 1 : n]
+            del entry.ids[i]
+        return len(entry.ids)
 
     def _flight(self, entry: _Entry, task: Task) -> tuple[float, ...]:
         given = (

@@ -37,9 +37,10 @@ INFLOW, IN_PROMPT, IN_TOKENS, TOLL, PACE, FIXED, COMING, NODE_COLUMNS = range(12
 #: Columns of `flights` (one row per task on a node), in order of dispatch. Given are: when it was sent and claimed (0:
 #: not yet), tokens generated as of the last heartbeat, …, the row of its length distribution, its arm. `predict`
 #: fills: when its payload is there, prompt tokens left to prefill, the step at which it starts to decode (−1: not in
-#: the batch yet), its tokens at that step, P(L > those), the step and the time of a step at its deadline, P(on time).
+#: the batch yet), its tokens at that step, 1 / P(L > those), the step and the time of a step at its deadline, and
+#: P(on time).
 SENT, CLAIMED, GENERATED, PROMPT, BYTES, DEADLINE, MOST, VALUE, LENGTH, ARM = range(10)
-READY, LEFT, START, TOKENS, SURVIVED, LAST, STEP, P, FLIGHT_COLUMNS = range(10, 19)
+READY, LEFT, START, TOKENS, WEIGHT, LAST, STEP, P, FLIGHT_COLUMNS = range(10, 19)
 #: Columns of `arms` (one row per model on a node): the cost of a step (see `scheduler.core.speed`), its σ as a share of
 #: it, the tokens its KV cache holds, and those its tasks will probably need (filled by `predict`).
 A, B, C, D, SPREAD, KV, KV_USED, ARM_COLUMNS = range(8)
@@ -143,7 +144,7 @@ def predict(  # noqa: PLR0915 (one walk along one node's future)
         flight = flights[i]
         if flight[START] == 0.0:
             flight[TOKENS] = min(flight[TOKENS], flight[MOST] - 0.5)
-            flight[SURVIVED] = max(at(table[int(flight[LENGTH]), TAIL], flight[TOKENS]), 1e-9)
+            flight[WEIGHT] = 1.0 / max(at(table[int(flight[LENGTH]), TAIL], flight[TOKENS]), 1e-9)
 
     arm = arms[int(node[ARM_ROW])]
     crowd = 0.0  # tasks that have yet to arrive, by then in the batch
@@ -156,6 +157,7 @@ def predict(  # noqa: PLR0915 (one walk along one node's future)
         lo, hi = EDGES[k], EDGES[last]
         width = hi - lo
         span = step * width  # about the time this stretch takes
+        per_span, per_width = 1.0 / span, 1.0 / width
         held, nobody, prefill, rest = 0.0, 1.0, 0.0, 0.0
         kept = 0
         for j in range(left):
@@ -175,15 +177,15 @@ def predict(  # noqa: PLR0915 (one walk along one node's future)
                     continue
                 begin = min(hi, lo + max(0.0, flight[READY] - now) / step)
                 prefill += flight[LEFT] * arm[C]
-                flight[START], flight[SURVIVED] = begin, 1.0
+                flight[START], flight[WEIGHT] = begin, 1.0
             tokens = flight[TOKENS] + (begin + hi) / 2 - flight[START]
-            alive = at(table[int(flight[LENGTH]), TAIL], tokens) / flight[SURVIVED] if tokens < flight[MOST] else 0.0
+            alive = at(table[int(flight[LENGTH]), TAIL], tokens) * flight[WEIGHT] if tokens < flight[MOST] else 0.0
             if alive < _LITTLE:
                 continue
             live[kept], kept = live[j], kept + 1
             held += alive
             # The part of the stretch it is there
-            alive *= (hi - begin) / width * min(1.0, (flight[DEADLINE] - now) / span)
+            alive *= (hi - begin) * per_width * min(1.0, (flight[DEADLINE] - now) * per_span)
             nobody *= 1.0 - alive
             rest += alive * (arm[B] + arm[D] * (flight[PROMPT] + tokens))
         left = kept
@@ -226,7 +228,7 @@ def _done(table: Cube, flight: Floats, steps: float) -> float:
     tokens = flight[TOKENS] + steps
     if tokens >= flight[MOST]:
         return 1.0
-    return float(max(0.0, 1.0 - at(table[int(flight[LENGTH]), TAIL], tokens) / flight[SURVIVED]))
+    return float(max(0.0, 1.0 - at(table[int(flight[LENGTH]), TAIL], tokens) * flight[WEIGHT]))
 
 
 #: What `weigh` fills in for one node: s from now until the task is probably done, P(on time), busy seconds and joules
