@@ -57,9 +57,10 @@ class World:
         self.counters = {f"n{i}": Counters() for i in range(nodes)}
         for name in self.counters:
             self.core.handle(NodeUp(at=self.now, info=self.info(name)))
-        for _ in range(nodes * IN_FLIGHT):
-            self.core.handle(self.task())
-            self.place()
+        for name in list(self.counters) * IN_FLIGHT:
+            event = self.task()
+            self.core.handle(event)
+            self.confirm(event.id, name, attempt=1)
         for name in self.counters:
             self.beat(name)
 
@@ -93,10 +94,12 @@ class World:
         """Decide, and confirm what was decided as the stream does."""
         for decision in self.core.decide(self.now):
             if decision.node is not None:
-                task = decision.task
-                at = {"id": task.id, "node": decision.node.name, "attempt": task.attempt, "at": self.now}
-                self.core.handle(Dispatched(model="m", **at))
-                self.core.handle(Claimed(**at))
+                self.confirm(decision.task.id, decision.node.name, decision.task.attempt)
+
+    def confirm(self, task_id: str, node: str, attempt: int) -> None:
+        """The stream's word that a task was dispatched and claimed."""
+        self.core.handle(Dispatched(id=task_id, node=node, attempt=attempt, at=self.now, model="m"))
+        self.core.handle(Claimed(id=task_id, node=node, attempt=attempt, at=self.now))
 
     def beat(self, name: str) -> None:
         """A heartbeat: everybody on the node a few tokens further."""
@@ -121,8 +124,9 @@ class World:
 
     def finish_one(self, name: str | None = None) -> None:
         """Somewhere the task that ran longest ends."""
-        name = name or self.rng.choice(list(self.counters))
-        node = self.core.cluster.nodes[name]
+        nodes = self.core.cluster.nodes
+        node = nodes[name] if name else self.rng.choice([n for n in nodes.values() if n.flights])
+        name = node.name
         task = next(iter(node.flights.values()))
         self.step(name)
         receipt = Receipt(
@@ -161,11 +165,9 @@ class World:
         self.core.handle(event)
         decisions = self.core.decide(self.now)
         took = time.perf_counter() - began
-        for d in decisions:
-            if d.node is not None:
-                at = {"id": d.task.id, "node": d.node.name, "attempt": d.task.attempt, "at": self.now}
-                self.core.handle(Dispatched(model="m", **at))
-                self.core.handle(Claimed(**at))
+        for decision in decisions:
+            if decision.node is not None:
+                self.confirm(decision.task.id, decision.node.name, decision.task.attempt)
         return took
 
     def from_backlog(self) -> float:
