@@ -28,9 +28,11 @@ from scheduler.core.cluster import Cluster, Node, Task
 from scheduler.core.pending import Pending
 from scheduler.core.policy import Place, Policy, Reject, Wait
 
-#: Tasks of one model a round may leave waiting before it goes on to others; of those that waited already, RETRIES: the
-#: most promising come first. Both bound a round's cost however long the backlog is.
-LOOKAHEAD, RETRIES = 32, 2
+#: Tasks of one model a round may leave waiting before it goes on to others; of those that can rest for REST seconds or
+#: more, RESTING are enough, since they make way for the next in the round after; of those parked before, RETRIES, the
+#: most promising first. All bound a round's cost however long the backlog is.
+LOOKAHEAD, RESTING, RETRIES = 32, 2, 2
+REST = 1.0
 #: A node that finishes tasks quickly may hold this many seconds' worth beyond its slots, up to MOST_BEYOND, so that it
 #: never idles for as long as a decision takes to reach it.
 FEED = 0.05
@@ -212,7 +214,7 @@ class Core:
             self.pending.remove(late.id)
             decisions.append(self._end(late, "expire", "the deadline passed before a node could take it"))
         waiting: list[tuple[Task, Wait]] = []
-        waits: dict[tuple[str | None, bool], int] = {}
+        waits: dict[tuple[str | None, bool], float] = {}
         while True:
             models = [m for m in self.cluster.serving if self._room_for(m)]
             taken = self.pending.take(
@@ -228,7 +230,9 @@ class Core:
                 decisions.append(decided)
             else:
                 waiting.append((task, decided))
-                waits[task.model, was_parked] = waits.get((task.model, was_parked), 0) + 1
+                rests = decided.until is not None and decided.until - now >= REST
+                cost = LOOKAHEAD / RESTING if rests and not was_parked else 1
+                waits[task.model, was_parked] = waits.get((task.model, was_parked), 0) + cost
         for task, wait in waiting:
             if wait.until is None:
                 self.pending.put_back(task)

@@ -24,7 +24,7 @@ from broker.messages import (
     Submitted,
 )
 from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.core import LOOKAHEAD, Core
+from scheduler.core.core import LOOKAHEAD, RESTING, RETRIES, Core
 from scheduler.core.policy import Choice, Place, Reject, Wait
 
 
@@ -109,8 +109,9 @@ def test_parked_tasks_are_asked_about_only_with_cause() -> None:
     core = core_with(policy, info("n", slots=8))
     for i in range(10):
         core.handle(submitted(f"t{i}"))
-    core.decide(0)
-    assert len(policy.asked) == 10
+    for _ in range(10):
+        core.decide(0)
+    assert len(policy.asked) == 10  # each once
     for now in range(1, 20):
         core.decide(now)
     assert len(policy.asked) == 10  # nothing happened, nobody asked
@@ -120,6 +121,22 @@ def test_parked_tasks_are_asked_about_only_with_cause() -> None:
     assert len(policy.asked) == 11  # the new one alone
     core.handle(completed("new", "n", 21))
     assert len(core.decide(21)) == 10  # room appeared
+
+
+def test_of_the_parked_the_most_promising_are_tried_and_few_in_vain() -> None:
+    policy = Scripted()
+    core = core_with(policy, info("n", slots=8))
+    core.handle(submitted("running"))
+    core.decide(0)
+    for i, rank in enumerate((1.0, 5.0, 3.0, 4.0)):
+        policy.answer = Wait(until=50.0, rank=rank)
+        core.handle(submitted(f"t{i}"))
+        core.decide(0)
+    policy.asked.clear()
+    core.handle(completed("running", "n", 1))
+    core.decide(1)
+    assert [task_id for task_id, _ in policy.asked] == ["t1", "t3"]
+    assert len(policy.asked) == RETRIES
 
 
 def test_parked_tasks_wake_by_themselves() -> None:
@@ -133,15 +150,16 @@ def test_parked_tasks_wake_by_themselves() -> None:
 
 
 def test_a_round_is_bounded_whatever_waits() -> None:
-    policy = Scripted(Wait(until=1e9))
-    core = core_with(policy, info("n", slots=8))
-    for i in range(5 * LOOKAHEAD):
-        core.handle(submitted(f"t{i}", deadline=1e9 + i))
-    core.decide(0)
-    assert len(policy.asked) == LOOKAHEAD
-    core.handle(submitted("urgent", deadline=5))
-    core.decide(0)
-    assert policy.asked[LOOKAHEAD][0] == "urgent"
+    for answer, most in ((Wait(until=1e9), RESTING), (Wait(until=0.3), LOOKAHEAD), (Wait(), LOOKAHEAD)):
+        policy = Scripted(answer)
+        core = core_with(policy, info("n", slots=8))
+        for i in range(5 * LOOKAHEAD):
+            core.handle(submitted(f"t{i}", deadline=1e9 + i))
+        core.decide(0)
+        assert len(policy.asked) == most
+        core.handle(submitted("urgent", deadline=5))
+        core.decide(0)
+        assert policy.asked[most][0] == "urgent"
 
 
 def test_work_for_a_full_model_does_not_stand_before_other_work() -> None:
