@@ -28,7 +28,7 @@ RUN = "perllm.run"
 
 def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) -> Celery:
     """A Celery app (JSON only) whose workers consume `queue` with `concurrency` threads and no prefetch beyond."""
-    transport.install()
+    transport.install(node=queue != INBOX)
     app = Celery("perllm", broker=settings.celery_url, backend=settings.celery_url, set_as_current=True)
     app.conf.update(
         task_serializer="json",

@@ -12,7 +12,7 @@ from queue import Empty
 from typing import Any
 
 import structlog
-from kombu.transport import TRANSPORT_ALIASES, redis
+from kombu.transport import TRANSPORT_ALIASES, redis, virtual
 from pydantic import BaseModel, ValidationError
 
 from broker.errors import field_errors
@@ -33,6 +33,16 @@ class _Task(BaseModel):
 
 class Channel(redis.Channel):
     """A channel whose consumers never see foreign entries twice."""
+
+    _client: Any = None
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        """One client for all that is published: kombu builds one per message, which costs more than the message."""
+        if asynchronous:
+            return super()._create_client(asynchronous)  # type: ignore[no-untyped-call]
+        if self._client is None:
+            self._client = super()._create_client(asynchronous)  # type: ignore[no-untyped-call]
+        return self._client
 
     def _brpop_read(self, **options: Any) -> Any:
         try:
@@ -71,7 +81,39 @@ class Transport(redis.Transport):
     Channel = Channel
 
 
-def install() -> None:
-    """Make this transport the Redis transport of every kombu connection in this process."""
+class _NodeQoS(redis.QoS):
+    """Counts what is unacknowledged without keeping it in Redis: the ledger knows what was sent to a node and what
+    became of it, and places it anew when the worker is gone, so kombu's own copy of each message would be kept, and
+    written and deleted in two more round trips per task, for nothing."""
+
+    restore_at_shutdown = False
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        virtual.QoS.append(self, message, delivery_tag)  # type: ignore[no-untyped-call]
+
+    def ack(self, delivery_tag: str) -> None:
+        virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:  # noqa: ARG002  the ledger requeues
+        virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
+
+    def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
+        """Nothing to restore."""
+
+
+class NodeChannel(Channel):
+    """A channel for a node's own queue."""
+
+    QoS = _NodeQoS
+
+
+class NodeTransport(Transport):
+    """The transport of a node's worker."""
+
+    Channel = NodeChannel
+
+
+def install(*, node: bool) -> None:
+    """Make ours the Redis transport of every kombu connection in this process: `node` for a node's worker."""
     for alias in ("redis", "rediss"):
-        TRANSPORT_ALIASES[alias] = f"{__name__}:Transport"
+        TRANSPORT_ALIASES[alias] = f"{__name__}:{NodeTransport.__name__ if node else Transport.__name__}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple, cast
@@ -39,8 +38,8 @@ DISPATCH_LEASE = 30.0
 #: Tasks and bytes of payload per call of `submit`: bounds how long one call holds the server.
 SUBMIT_TASKS = 100
 SUBMIT_BYTES = 1 << 20
-#: Calls of `submit` per round trip: bounds the client's memory.
-SUBMIT_CALLS = 10
+#: Calls of `submit` on their way at once: few enough for the socket's buffer, so that the client goes on meanwhile.
+SUBMIT_CALLS = 3
 #: Things of each kind mended per call of `sweep`, for the same reason.
 SWEEP_LIMIT = 500
 
@@ -139,16 +138,9 @@ class Ledger:
         stored; submitting the same ids again is harmless.
         """
         calls = self._submissions(tasks)
-        piece = list(islice(calls, SUBMIT_CALLS))
-        if len(piece) < SUBMIT_CALLS:
-            return _ids(self._pipeline(piece))
-        out: list[str] = []
-        with ThreadPoolExecutor(1) as sender:  # the server works on one piece while the next is made
-            while piece:
-                sent = sender.submit(self._pipeline, piece)
-                piece = list(islice(calls, SUBMIT_CALLS))
-                out += _ids(sent.result())
-        return out
+        pieces = iter(lambda: list(islice(calls, SUBMIT_CALLS)), [])
+        with reaching(self._settings):
+            return [task_id for replies in self._script.stream(pieces) for task_id in _ids(replies)]
 
     @staticmethod
     def _submissions(tasks: Iterable[tuple[str, TaskSpec]]) -> Iterator[tuple[Argument, ...]]:
@@ -388,7 +380,10 @@ class Ledger:
         return [node for row in rows if (node := _node(row)) is not None]
 
 
-def _ids(replies: list[list[bytes]]) -> list[str]:
+def _ids(replies: list[Any]) -> list[str]:
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
     return [task_id.decode() for reply in replies for task_id in reply]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,31 @@ class Script:
             for i, reply in zip(missing, self._send([calls[i] for i in missing]), strict=True):
                 replies[i] = reply
         return replies
+
+    def stream(self, pieces: Iterator[Sequence[tuple[Argument, ...]]]) -> Iterator[list[Any]]:
+        """`pipeline` for many pieces on one connection: the server works on one while the next is being made. Replies
+        come piece by piece; each piece's must fit the socket's buffers (some 100 kB)."""
+        first = next(pieces, None)
+        if first is None:
+            return
+        yield self.pipeline(first)  # which also sees to it that the server has the script
+        pool = self._client.connection_pool
+        connection = pool.get_connection()
+        try:
+            awaited = 0
+            for piece in pieces:
+                words = [("EVALSHA", _DIGEST, 1, self._prefix, *call, *self._tail) for call in piece]
+                connection.send_packed_command(connection.pack_commands(words))  # type: ignore[no-untyped-call]
+                if awaited:
+                    yield [connection.read_response() for _ in range(awaited)]
+                awaited = len(words)
+            if awaited:
+                yield [connection.read_response() for _ in range(awaited)]
+        except BaseException:
+            connection.disconnect()  # type: ignore[no-untyped-call]  # replies may be outstanding
+            raise
+        finally:
+            pool.release(connection)
 
     def _send(self, calls: Sequence[tuple[Argument, ...]]) -> list[Any]:
         pipe = self._client.pipeline(transaction=False)
