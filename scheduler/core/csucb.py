@@ -82,10 +82,6 @@ class CsUcb(Policy):
         self._terms = np.zeros(s.TERMS)
         self._looks = np.zeros((0, f.LOOK_COLUMNS))
         self._asked: Sequence[Node] = ()  # the nodes `_looks` is of
-        self._warm_up()
-
-    def _warm_up(self) -> None:
-        """Have everything compiled before the first decision, not in it."""
 
     # --- learning
 
