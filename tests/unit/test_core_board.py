@@ -76,10 +76,21 @@ def test_rows_follow_the_tasks(happenings: list[tuple[str, int]]) -> None:
         elif ids and what == "move":
             a.flights[ids[which % len(ids)]].generated += which
         a.touch(float(number))
-        if what == "look":
+        if what == "look" or which % 2:
             rows_of(kept, a)
     assert np.array_equal(rows_of(kept, a), rows_of(board(), a))
     assert rows_of(kept, other)[:, f.PROMPT].tolist() == [60.0, 61.0, 62.0]
+
+
+def test_a_gap_is_closed() -> None:
+    kept, a = board(), node("a")
+    a.flights = {f"t{i}": task(i) for i in range(5)}
+    a.touch(1.0)
+    assert rows_of(kept, a)[:, f.PROMPT].tolist() == [10, 11, 12, 13, 14]
+    del a.flights["t1"], a.flights["t3"]
+    a.flights["t9"] = task(9)
+    a.touch(2.0)
+    assert rows_of(kept, a)[:, f.PROMPT].tolist() == [10, 12, 14, 19]
 
 
 def test_nothing_is_worked_out_twice_and_a_change_is_seen() -> None:

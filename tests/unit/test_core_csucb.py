@@ -281,6 +281,24 @@ def test_a_restored_copy_decides_byte_for_byte_alike() -> None:
     assert json.dumps(first.snapshot()) == json.dumps(second.snapshot())
 
 
+def test_forecasts_made_before_a_snapshot_are_not_used_after_it() -> None:
+    """They rest on lengths believed then; the copy cannot know those, so the original must not go on with them."""
+    first = core_with(info("a"), info("b"))
+    for i in range(4):
+        first.handle(Submitted(id=f"t{i}", at=1.0, deadline=5.0, prompt_tokens=50, max_tokens=200))
+        first.handle(Dispatched(id=f"t{i}", at=1.0, node="ab"[i % 2], model="m", attempt=1))
+        first.handle(Claimed(id=f"t{i}", at=1.0, node="ab"[i % 2], attempt=1))
+    submit(first, "look", 1.1, left=4.0)  # every forecast is made
+    finish(first, "t0", 1.2, 3, Counters(), Counters())  # lengths change, and of the nodes a alone
+    state = json.loads(json.dumps(first.snapshot()))
+    second = core_with(info("a"), info("b"))
+    second.restore(state)
+    second.cluster, second._placed, second.pending = _copies(first)
+    said = [[d.explanation.model_dump_json() for d in submit(core, "next", 1.3, left=4.0)] for core in (first, second)]
+    assert said[0]
+    assert said[0] == said[1]
+
+
 def _copies(core: Core) -> tuple[Any, Any, Any]:
     from copy import deepcopy  # noqa: PLC0415
 

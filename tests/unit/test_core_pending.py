@@ -146,6 +146,19 @@ def test_arrival_order_without_edf() -> None:
     assert got[0].id == "early"
 
 
+def test_of_the_parked_the_highest_rank_comes_first() -> None:
+    pool = Pending()
+    for i, rank in enumerate((1.0, 5.0, -3.0)):
+        pool.add(task(f"t{i}", deadline=10.0 + i))
+        got = pool.take([None])
+        assert got is not None
+        pool.park(got[0], until=9.0, rank=rank)
+    assert pool.take([None], [None]) is None  # not stirred
+    pool.stir([None])
+    order = [got[0].id for _ in range(3) if (got := pool.take([], [None]))]
+    assert order == ["t1", "t0", "t2"]
+
+
 def test_every_field_survives() -> None:
     given = task("x", model="m")
     given.value, given.expected_tokens, given.strikes, given.attempt = 0.1, 77, 2, 3
