@@ -53,7 +53,7 @@ _RECEIPT = Receipt(
 
 
 def rehearse(core: Core) -> None:
-    """Let `core`, which is not used afterwards, see every common event and decide two tasks."""
+    """Let `core`, which is not used afterwards, see every common event and decide three tasks, one of them hopeless."""
     core.handle(NodeUp(at=0.0, info=_INFO))
     for name in ("first", "second"):
         core.handle(Submitted(at=0.0, id=name, deadline=60.0, prompt_tokens=20, payload_bytes=100, max_tokens=64))
@@ -73,4 +73,6 @@ def rehearse(core: Core) -> None:
                 receipt=_RECEIPT,
             )
         )
+    core.handle(Submitted(at=0.8, id="late", deadline=0.9, prompt_tokens=2000, payload_bytes=8000, max_tokens=64))
+    core.decide(0.8)
     core.snapshot()
