@@ -22,7 +22,8 @@ from broker.settings import Settings
 from broker.worker.cores import ThreadClaim, available_cores
 from broker.worker.energy import Attribution, Meter
 from broker.worker.engine import EngineError, Generation, OnText, Stop
-from edge_worker.batch import Batch, Gauges, Request
+from broker.worker.gauges import Gauges
+from edge_worker.batch import Batch, Request
 from edge_worker.llama import MAX_SEQUENCES, VERSION
 from edge_worker.meters import make_meter
 from edge_worker.sampling import greedy, make_sampler

@@ -17,7 +17,8 @@ from broker.settings import Settings
 from broker.worker.cores import available_memory
 from broker.worker.energy import Attribution
 from broker.worker.engine import EngineError, Stop
-from edge_worker.batch import Batch, Gauges, Pace
+from broker.worker.gauges import Gauges
+from edge_worker.batch import Batch, Pace
 from edge_worker.calibrate import BUDGET, calibrate
 from edge_worker.gguf import GGUF, read_gguf
 from edge_worker.llama import Context, LlamaError, Model

@@ -182,7 +182,9 @@ def test_a_decode_that_finds_no_cells_preempts(cramped: LlamaEngine, monkeypatch
     done = all_of(cramped, [TaskSpec(prompt=f"Go on, {i}!", max_tokens=400) for i in range(4)])
     assert {d.output.finish_reason for d in done} <= {"length", "stop"}
     assert all(d.completion_tokens > 0 for d in done)
-    assert wrong.free + wrong.idle < 1_000  # it learnt: of 10,000 about the 768 there are (769 was seen once)
+    # It learnt of 10,000 about the 768 there are: llama.cpp tells only that a group of n does not fit, which leaves
+    # the count up to n - 1 too high (769 was seen).
+    assert wrong.free + wrong.idle < 1_000
     batch._begin()
     batch.context.clear()
 
