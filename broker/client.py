@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -183,9 +184,14 @@ class AsyncClient:
     def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
         self._client = Client(url, settings=settings)
         self.settings = self._client.settings
-        self._waiters: dict[str, asyncio.Future[None]] = {}
+        self.ledger = self._client.ledger
+        self._bells: dict[str, set[asyncio.Event]] = {}  # channel → those who wait for it
         self._pubsub: redis.asyncio.client.PubSub | None = None
         self._listener: asyncio.Task[None] | None = None
+
+    def accept(self, fields: Mapping[str, Any]) -> TaskSpec:
+        """See Client.accept. Looks at the server now and then (every few seconds, for the models on offer)."""
+        return self._client.accept(fields)
 
     async def submit(self, prompt: str | None = None, **fields: Unpack[TaskFields]) -> AsyncHandle:
         """See Client.submit."""
@@ -205,26 +211,62 @@ class AsyncClient:
             raise WaitTimeout(f"task {task_id} not final after {timeout:g} s; it goes on") from None
 
     async def _result(self, task_id: str) -> Result:
-        await self._listen()
-        assert self._pubsub is not None
-        announced = self._waiters.setdefault(task_id, asyncio.get_running_loop().create_future())
-        try:
-            await self._pubsub.subscribe(_channel(task_id))
+        async with self._bell(_channel(task_id)) as bell:
             everything = True
             while True:
                 if found := await asyncio.to_thread(self._client._look, [task_id], everything=everything):
                     return found[0]
-                done, _ = await asyncio.wait([announced], timeout=LOOK_EVERY)
-                everything = not done
-        finally:
-            if self._waiters.pop(task_id, None) is not None:
-                await self._pubsub.unsubscribe(_channel(task_id))
+                everything = not await _rung(bell)
 
-    async def _listen(self) -> None:
-        if self._listener is None:
+    async def stream(self, task_id: str) -> AsyncIterator[str | Result]:
+        """The text of a task submitted with `stream`, in pieces as it is generated, and last its Result.
+
+        Reading again gives the same pieces, so who has left may come back and skip what he had. When an attempt was
+        lost, the next one's text is passed on as far as it goes on from what was said; what it says otherwise is in the
+        Result only, as is the whole text of a task submitted without `stream`. Raises TaskNotFound.
+        """
+        heard, said, everything = 0, _Said(), True
+        async with self._bell(_channel(task_id), self.ledger.said(task_id)) as bell:
+            while True:
+                found, pieces = await asyncio.to_thread(self._look_and_hear, task_id, heard, everything)
+                heard += len(pieces)
+                for attempt, text in pieces:
+                    yield said.add(attempt, text)
+                if found:
+                    yield found[0]
+                    return
+                everything = not await _rung(bell)
+
+    def _look_and_hear(self, task_id: str, heard: int, everything: bool) -> tuple[list[Result], list[tuple[int, str]]]:
+        found = self._client._look([task_id], everything=everything)
+        return found, self.ledger.text(task_id, heard)  # in this order: what was said before it ended is all there
+
+    @asynccontextmanager
+    async def _bell(self, *channels: str) -> AsyncIterator[asyncio.Event]:
+        """Rings when something is announced on one of the channels. The bells of all share one connection."""
+        pubsub = self._listen()
+        bell = asyncio.Event()
+        for channel in channels:
+            self._bells.setdefault(channel, set()).add(bell)
+        try:
+            with reaching(self.settings):
+                await pubsub.subscribe(*channels)
+            yield bell
+        finally:
+            for channel in channels:
+                self._bells[channel].discard(bell)
+            if silent := [c for c in channels if not self._bells[c]]:
+                for channel in silent:
+                    del self._bells[channel]
+                with suppress(redis.exceptions.RedisError):
+                    await pubsub.unsubscribe(*silent)
+
+    def _listen(self) -> redis.asyncio.client.PubSub:
+        if self._pubsub is None:
             client = redis.asyncio.Redis.from_url(self.settings.url)
             self._pubsub = client.pubsub(ignore_subscribe_messages=True)
             self._listener = asyncio.create_task(self._hear(self._pubsub))
+        return self._pubsub
 
     async def _hear(self, pubsub: redis.asyncio.client.PubSub) -> None:
         while True:
@@ -235,8 +277,9 @@ class AsyncClient:
                 await asyncio.sleep(LOOK_EVERY)
             if message is None:
                 await asyncio.sleep(0.01)
-            elif (waiter := self._waiters.get(_task_id(message["channel"]))) and not waiter.done():
-                waiter.set_result(None)
+            else:
+                for bell in self._bells.get(message["channel"].decode(), ()):
+                    bell.set()
 
     async def wait(self, task_ids: Iterable[str], timeout: float | None = None) -> AsyncIterator[Result]:
         """See Client.wait."""
@@ -270,6 +313,35 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+async def _rung(bell: asyncio.Event) -> bool:
+    """Whether it rang before it was time to look without."""
+    try:
+        await asyncio.wait_for(bell.wait(), LOOK_EVERY)
+    except TimeoutError:
+        return False
+    bell.clear()
+    return True
+
+
+class _Said:
+    """What a watcher has been told, over the attempts that told it."""
+
+    def __init__(self) -> None:
+        self._said, self._retold, self._attempt = "", "", 0
+
+    def add(self, attempt: int, text: str) -> str:
+        """The part of this piece that goes on from what was said; empty while a later attempt repeats that, and for
+        good once it differs."""
+        if attempt != self._attempt:
+            self._attempt, self._retold = attempt, ""
+        self._retold += text
+        if not self._retold.startswith(self._said):
+            return ""
+        news = self._retold[len(self._said) :]
+        self._said = self._retold
+        return news
 
 
 class _Announcements:

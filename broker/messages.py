@@ -110,7 +110,8 @@ class TaskSpec(Sampling):
 
     `deadline` is in seconds from the moment the ledger accepts the task. `value` weighs the task against others when
     not all can be on time. `service` is the class whose lengths and rewards are learned together. `expected_tokens`
-    is the producer's guess of the output length, used as evidence, not as a limit.
+    is the producer's guess of the output length, used as evidence, not as a limit. `stream` asks the worker to publish
+    the text as it is generated (`AsyncClient.stream`).
     """
 
     prompt: Annotated[str, Field(min_length=1)] | None = None
@@ -123,6 +124,7 @@ class TaskSpec(Sampling):
     tenant: Name = "default"
     expected_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     idempotency_key: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    stream: bool = False
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = Field(
         default_factory=dict, max_length=16
     )
@@ -164,6 +166,7 @@ class TaskFields(TypedDict, total=False):
     tenant: str
     expected_tokens: int
     idempotency_key: str
+    stream: bool
     metadata: Mapping[str, str]
     temperature: float
     top_p: float

@@ -11,10 +11,13 @@
 --   task:<id>          hash    payload     the TaskSpec, JSON
 --                              features    what the scheduler needs of it, JSON (a Submitted event less its times),
 --                                          and `preview`, the start of the prompt for people
---                              state, submitted, deadline, window (the deadline as given, s), attempt, strikes
+--                              state, submitted, deadline, window (the deadline as given, s), attempt, strikes, tenant
 --                              while placed: node, model, dispatched, claimed, token
 --                              why         the last Explanation, JSON
 --                              when final: result (a Result, JSON), finished
+--   of:<tenant>        zset    the tenant's tasks by the time they were submitted
+--   text:<id>          list    the text of a task submitted with `stream`, as it is generated: pieces, each
+--                              "<attempt> <text>"; gone an hour after the last
 --   in:<state>         zset    the tasks in that state: a task is in exactly one of them. Scores:
 --                              pending: its deadline; dispatched, running: when its lease ends; final: when it ended
 --   node:<name>        hash    of a live node: info (NodeInfo, JSON), boot, queue, beat (last Heartbeat, JSON), draining
@@ -26,6 +29,7 @@
 --   epoch, leader      string  the scheduler's fencing number, and who leads under it (expires)
 --   snapshot           string  what the scheduler learned, JSON, with the stream position it stands for
 --   signal:<name>      channel a task id whose generation on that node must stop
+--   said:<id>          channel a piece was added to text:<id>
 --
 -- Outside the prefix, as Celery names them: the node's queue (a list of messages), celery-task-meta-<id> (the result
 -- for AsyncResult) and the channel of the same name, on which every final state is announced.
@@ -155,19 +159,20 @@ end
 
 local ops = {}
 
--- submit (id payload features deadline key)+ → the id in force for each: its own, or the one its idempotency key had
+-- submit (id payload features deadline key tenant)+ → the id in force for each: its own, or the one its idempotency key had
 function ops.submit()
     local out = {}
-    for i = 2, #ARGV - 2, 5 do
-        local id, payload, features, window, key = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
+    for i = 2, #ARGV - 2, 6 do
+        local id, payload, features, window, key, tenant = unpack(ARGV, i, i + 5)
         local first = key ~= '' and redis.call('GET', P .. 'key:' .. key)
         if first then
             id = first
         elseif redis.call('EXISTS', task_key(id)) == 0 then
             local deadline = num(now + tonumber(window))
             redis.call('HSET', task_key(id), 'state', 'pending', 'submitted', num(now), 'deadline', deadline, 'window', window,
-                'attempt', 0, 'strikes', 0, 'payload', payload, 'features', features)
+                'attempt', 0, 'strikes', 0, 'payload', payload, 'features', features, 'tenant', tenant)
             redis.call('ZADD', set_key('pending'), deadline, id)
+            redis.call('ZADD', P .. 'of:' .. tenant, num(now), id)
             redis.call('HINCRBY', P .. 'totals', 'submitted', 1)
             if key ~= '' then redis.call('SET', P .. 'key:' .. key, id, 'EX', math.ceil(config('retention'))) end
             event('{"at":' .. num(now) .. ',"id":' .. str(id) .. ',"deadline":' .. deadline .. ',' .. string.sub(features, 2))
@@ -251,6 +256,19 @@ function ops.fail()
     else
         ended(id, t, 'failed', reason)
     end
+    return 'ok'
+end
+
+-- say id attempt token text most → ok | void        a piece of its text, for whoever watches; beyond `most` pieces
+-- nothing more is kept: the rest comes with the result
+function ops.say()
+    local id, attempt, token, text, most = unpack(ARGV, 2, 6)
+    local t = running_under(id, attempt, token)
+    if not t or t.state ~= 'running' then return 'void' end
+    local key = P .. 'text:' .. id
+    if redis.call('LLEN', key) < tonumber(most) then redis.call('RPUSH', key, attempt .. ' ' .. text) end
+    redis.call('EXPIRE', key, 3600)
+    redis.call('PUBLISH', P .. 'said:' .. id, '')
     return 'ok'
 end
 
@@ -367,6 +385,8 @@ function ops.sweep()
             if beyond > 0 then old = redis.call('ZRANGE', set_key(state), 0, math.min(beyond, limit) - 1) end
         end
         for _, id in ipairs(old) do
+            local tenant = redis.call('HGET', task_key(id), 'tenant')
+            if tenant then redis.call('ZREM', P .. 'of:' .. tenant, id) end
             redis.call('UNLINK', task_key(id), 'celery-task-meta-' .. id)
             redis.call('ZREM', set_key(state), id)
             redis.call('HINCRBY', P .. 'totals', 'forgotten', 1)

@@ -40,6 +40,9 @@ SUBMIT_TASKS = 100
 SUBMIT_BYTES = 1 << 20
 #: Calls of `submit` on their way at once: few enough for the socket's buffer, so that the client goes on meanwhile.
 SUBMIT_CALLS = 3
+#: Pieces of a streamed task's text that are kept; a worker adds at most one every `SAY_EVERY` s.
+TEXT_PIECES = 20_000
+SAY_EVERY = 0.05
 #: Things of each kind mended per call of `sweep`, for the same reason.
 SWEEP_LIMIT = 500
 
@@ -150,9 +153,9 @@ class Ledger:
             payload = spec.model_dump_json(exclude_defaults=True)
             # A tenant's name holds no space, so two tenants' keys are never the same.
             key = f"{spec.tenant} {spec.idempotency_key}" if spec.idempotency_key else ""
-            call += (task_id, payload, _features(spec, len(payload)), spec.deadline, key)
+            call += (task_id, payload, _features(spec, len(payload)), spec.deadline, key, spec.tenant)
             size += len(payload)
-            if len(call) > 5 * SUBMIT_TASKS or size > SUBMIT_BYTES:
+            if len(call) > 6 * SUBMIT_TASKS or size > SUBMIT_BYTES:
                 yield tuple(call)
                 call, size = ["submit"], 0
         if len(call) > 1:
@@ -176,6 +179,46 @@ class Ledger:
             for task_id in task_ids:
                 pipe.hget(f"{self.prefix}task:{task_id}", "result")
             return [Result.model_validate_json(raw) if raw else None for raw in pipe.execute()]
+
+    def states(self, task_ids: Sequence[str]) -> list[State | None]:
+        """Where these tasks are, None for the unknown, in order."""
+        with reaching(self._settings):
+            pipe = self.client.pipeline(transaction=False)
+            for task_id in task_ids:
+                pipe.hget(f"{self.prefix}task:{task_id}", "state")
+            return [State(raw.decode()) if raw else None for raw in pipe.execute()]
+
+    def tenants(self, task_ids: Sequence[str]) -> list[str | None]:
+        """Whose these tasks are, None for the unknown, in order."""
+        with reaching(self._settings):
+            pipe = self.client.pipeline(transaction=False)
+            for task_id in task_ids:
+                pipe.hget(f"{self.prefix}task:{task_id}", "tenant")
+            return [raw.decode() if raw else None for raw in pipe.execute()]
+
+    def tasks_of(self, tenant: str, *, after: str | None, limit: int, newest: bool = True) -> list[str]:
+        """Up to `limit` ids of a tenant's tasks by the time of their submission, those that follow the task `after`."""
+        key = f"{self.prefix}of:{tenant}"
+        with reaching(self._settings):
+            start = 0
+            if after is not None:
+                rank = self.client.zrevrank(key, after) if newest else self.client.zrank(key, after)
+                if rank is None:
+                    return []
+                start = cast(int, rank) + 1
+            raw = self.client.zrange(key, start, start + limit - 1, desc=newest)
+        return [i.decode() for i in cast("list[bytes]", raw)]
+
+    def text(self, task_id: str, start: int = 0) -> list[tuple[int, str]]:
+        """The pieces of a streamed task's text from number `start` on, each with the attempt that generated it."""
+        with reaching(self._settings):
+            raw = cast("list[bytes]", self.client.lrange(f"{self.prefix}text:{task_id}", start, -1))
+        pairs = (piece.decode().split(" ", 1) for piece in raw)
+        return [(int(attempt), text) for attempt, text in pairs]
+
+    def said(self, task_id: str) -> str:
+        """The channel on which new pieces of its text are announced."""
+        return f"{self.prefix}said:{task_id}"
 
     def known(self, task_ids: Sequence[str]) -> list[bool]:
         """Which of these tasks the ledger holds, in order."""
@@ -345,6 +388,10 @@ class Ledger:
     def fail(self, task_id: str, attempt: int, token: str, reason: str, *, retry: bool) -> Verdict:
         """End an attempt by an error: pending again with a strike if `retry` and strikes are left, else failed."""
         return self._verdict("fail", task_id, attempt, token, reason, int(retry), self._settings.max_strikes)
+
+    def say(self, task_id: str, attempt: int, token: str, text: str) -> Verdict:
+        """Publish a piece of a running attempt's text."""
+        return self._verdict("say", task_id, attempt, token, text, TEXT_PIECES)
 
     def hand_back(self, task_id: str, attempt: int, token: str, reason: str) -> Verdict:
         """Give up running work without fault: pending again, no strike."""

@@ -57,7 +57,7 @@ class EmulatedEngine:
             raise EngineError(f"{need} exceed the context of {self._context}", retry=False)
         before = self.counters()
         began = time.monotonic()
-        tokens, reason = self._work(task_id, spec, stop)
+        tokens, reason = self._work(task_id, spec, stop, on_text)
         took = time.monotonic() - began
         with self._lock:
             self._steps += tokens
@@ -65,8 +65,6 @@ class EmulatedEngine:
             self._prefilled += prompt_tokens
             self._busy += took
         text = " ".join(["word"] * tokens)
-        if on_text is not None:
-            on_text(text)
         return Generation(
             output=Output(text=text, finish_reason=reason),
             model=self._name,
@@ -80,9 +78,20 @@ class EmulatedEngine:
             after=self.counters(),
         )
 
-    def _work(self, task_id: str, spec: TaskSpec, stop: Stop) -> tuple[int, Literal["length", "deadline", "cancelled"]]:
+    def _work(
+        self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None
+    ) -> tuple[int, Literal["length", "deadline", "cancelled"]]:
         """Tokens "generated" and why it ended."""
+        said = 0
+
+        def say(tokens: int) -> None:
+            nonlocal said
+            if on_text is not None and tokens > said:
+                on_text(" ".join([""] * (said > 0) + ["word"] * (tokens - said)))
+                said = tokens
+
         if self._speed is None:
+            say(spec.max_tokens)
             return spec.max_tokens, "length"
         began = time.monotonic()
         with self._lock:
@@ -91,6 +100,7 @@ class EmulatedEngine:
             while True:
                 tokens = min(spec.max_tokens, int((time.monotonic() - began) * self._speed))
                 self._progress[task_id] = tokens
+                say(tokens)
                 if tokens == spec.max_tokens:
                     return tokens, "length"
                 match stop.reason:

@@ -22,6 +22,7 @@ from broker.ledger import Claim, Ledger
 from broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec
 from broker.settings import Settings
 from broker.worker.engine import Engine, EngineDown, EngineError, Generation, Stop
+from broker.worker.speaker import Speaker
 
 #: Seconds a worker keeps trying to deliver a result to a server that does not answer.
 DELIVERY_PATIENCE = 60.0
@@ -140,7 +141,8 @@ class NodeWorker:
     def _run_claimed(self, task_id: str, attempt: _Attempt, claim: Claim, transfer: float) -> str:
         try:
             spec = TaskSpec.model_validate_json(claim.payload).model_copy(update={"model": claim.model})
-            done = self._engine.generate(task_id, spec, attempt.stop)
+            speaker = Speaker(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
+            done = self._engine.generate(task_id, spec, attempt.stop, speaker)
         except EngineDown as error:
             reason = str(error)
             self._step_out(reason)  # before the task goes back, or it could come straight here again
