@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     stream_length: Annotated[int, Field(ge=1_000)] = 1_000_000  # events kept, about
 
     # Scheduler
-    policy: str = "cs-ucb-paper"
+    policy: str = "cs-ucb"
     queue_beyond_slots: Annotated[int, Field(ge=0, le=1_000)] = 2  # tasks a node's queue may hold beyond its slots
     snapshot_every: Annotated[float, Field(ge=0.1)] = 5.0
     leader_ttl: Annotated[float, Field(ge=0.5, le=60)] = 3.0

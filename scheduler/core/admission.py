@@ -30,13 +30,16 @@ def urgency(left: float, calm: float, backlog: float, pace: float) -> float:
     return min(1.0, (calm + drain) / max(left, 1e-9))
 
 
-def worth(own: float, lost: float, toll: float, joules: float, spare: float, scale: float, most: float) -> float:
+def worth(own: float, lost: float, toll: float, energy: float, least: float, urgency: float, most: float) -> float:
     """What placing a task now is worth; below 0, it had better wait.
 
     `own` is V times the value put at risk by waiting, `lost` V times what others lose, `toll` the price of its time in
-    a slot, `most` V times its value; `joules` it costs here, of which `spare` it would cost anyway, later; `scale` E₀.
+    a slot, `most` V times its value. `energy` is what it costs here and `least` where it costs least, in units of E₀:
+    unless waiting loses the task, that much must be paid anyway. Each weighs at most `ENERGY_SHARE` of `most`, so that a
+    long task is not put off for being long.
     """
-    return own - lost - toll - min((joules - spare) / scale, ENERGY_SHARE * most)
+    bound = ENERGY_SHARE * most
+    return own - lost - toll - (min(energy, bound) - (1.0 - urgency) * min(least, bound))
 
 
 def review(now: float, left: float) -> float:

@@ -66,7 +66,7 @@ class CsUcb(Policy):
         self,
         seed: int = 0,  # noqa: ARG002 (nothing is drawn; every policy takes one)
         *,
-        weight: float = 6.0,
+        weight: float = 4.0,
         energy_scale: float | None = None,
         mechanisms: Mechanisms | None = None,
     ) -> None:
@@ -106,17 +106,17 @@ class CsUcb(Policy):
         if best < 0:
             return self._without_a_chance(task, candidates, cluster, now)
         self._scale.suggest(float(self._looks[:, f.JOULES].min()))
-        left, urgency, spare = task.deadline - now, 1.0, 0.0
+        left, urgency, least = task.deadline - now, 1.0, 0.0
         calm = PATIENCE * float(self._looks[best, f.STAY])
         if self._on.patience and left > calm:
             calm, pace = self._calm(task, calm, cluster)
             if left > calm:  # it need not queue on a node
                 urgency = admission.urgency(left, calm, cluster.waiting, pace)
-                spare = (1.0 - urgency) * self._least_energy(task, cluster, now) if urgency < 1.0 else 0.0
+                least = self._least_energy(task, cluster, now) if urgency < 1.0 else 0.0
                 best = self._survey(task, candidates, now, urgency, free=True)
                 if best < 0:
                     return Wait(admission.review(now, left), rank=-self._weight * task.value)
-        worth = self._worth(task, best, urgency, spare)
+        worth = self._worth(task, best, urgency, least)
         return Place(candidates[best].name) if worth > 0 else Wait(admission.review(now, left), rank=worth)
 
     def _survey(
@@ -140,15 +140,15 @@ class CsUcb(Policy):
             rows, arm_rows, given, terms, now, board.nodes, board.arms, board.flights, table, board.maps, self._looks
         )
 
-    def _worth(self, task: Task, best: int, urgency: float, spare: float) -> float:
-        look, most = self._looks[best], self._weight * task.value
+    def _worth(self, task: Task, best: int, urgency: float, least: float) -> float:
+        look, most, scale = self._looks[best], self._weight * task.value, float(self._terms[s.SCALE])
         return admission.worth(
             own=most * urgency * float(look[f.CHANCE]),
             lost=float(self._terms[s.OTHERS] * look[f.HARM]),
             toll=float(look[f.TOLL_PAID]),
-            joules=float(look[f.JOULES]),
-            spare=spare,
-            scale=float(self._terms[s.SCALE]),
+            energy=float(look[f.JOULES]) / scale,
+            least=least / scale,
+            urgency=urgency,
             most=most,
         )
 

@@ -10,7 +10,7 @@ from scheduler.core.compiled import compiled
 #: The harm a task does counts this many times: once for the tasks that are there, and once for those that come while it
 #: is there. In a steady state a task meets as many of the latter as of the former.
 HARM_COUNTS = 2.0
-#: E₀ in mean energies of a finished task: with V = 6, an on-time task is worth the energy of twelve.
+#: E₀ in mean energies of a finished task: with V = 4, an on-time task is worth the energy of eight.
 SCALE_COUNTS = 2.0
 #: Weight of a finished task's energy in their mean.
 WEIGHT = 0.02

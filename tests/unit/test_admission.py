@@ -25,18 +25,29 @@ def test_a_day_leaves_patience_and_a_backlog_takes_it() -> None:
     assert urgency(4.0, 20.0, 0, 10.0) == 1.0
 
 
+PLAIN = {"own": 6.0, "lost": 0.0, "toll": 0.0, "energy": 0.5, "least": 0.0, "urgency": 1.0, "most": 6.0}
+
+
 def test_harm_toll_and_energy_stand_against_the_value() -> None:
-    plain = {"own": 6.0, "lost": 0.0, "toll": 0.0, "joules": 50.0, "spare": 0.0, "scale": 100.0, "most": 6.0}
-    assert worth(**plain) == pytest.approx(5.5)
-    assert worth(**plain | {"lost": 5.0, "toll": 1.0}) == pytest.approx(-0.5)
-    assert worth(**plain | {"spare": 50.0}) == pytest.approx(6.0)
+    assert worth(**PLAIN) == pytest.approx(5.5)
+    assert worth(**PLAIN | {"lost": 5.0, "toll": 1.0}) == pytest.approx(-0.5)
+
+
+def test_energy_that_must_be_paid_anyway_counts_by_the_risk_of_waiting() -> None:
+    patient = PLAIN | {"own": 0.6, "urgency": 0.1}
+    assert worth(**patient | {"least": 0.5}) == pytest.approx(0.6 - 0.1 * 0.5)
+    assert worth(**patient | {"energy": 3.0, "least": 0.5}) < 0
 
 
 def test_energy_alone_does_not_refuse_what_would_be_on_time() -> None:
-    dear = worth(own=6.0, lost=0.0, toll=0.0, joules=1e6, spare=0.0, scale=100.0, most=6.0)
-    assert dear == pytest.approx(6.0 * (1 - ENERGY_SHARE))
-    hopeless = worth(own=0.6, lost=0.0, toll=0.0, joules=1e6, spare=0.0, scale=100.0, most=6.0)
-    assert hopeless < 0
+    assert worth(**PLAIN | {"energy": 1e4}) == pytest.approx(6.0 * (1 - ENERGY_SHARE))
+    assert worth(**PLAIN | {"own": 0.6, "energy": 1e4}) < 0
+
+
+@given(st.floats(1e-3, 1e4), st.floats(1e-3, 1.0))
+def test_a_long_task_is_not_put_off_for_being_long(energy: float, risk: float) -> None:
+    """Where it costs least already, and is sure to be on time, waiting gains it nothing."""
+    assert worth(**PLAIN | {"own": 6.0 * risk, "energy": energy, "least": energy, "urgency": risk}) > 0
 
 
 def test_reviews_come_closer_as_the_deadline_does() -> None:

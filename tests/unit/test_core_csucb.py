@@ -65,7 +65,9 @@ def settle(core: Core, now: float) -> list[Decision]:
     return decisions
 
 
-def finish(core: Core, task_id: str, now: float, tokens: int, before: Counters, after: Counters) -> Completed:
+def finish(
+    core: Core, task_id: str, now: float, tokens: int, before: Counters, after: Counters, *, joules: float = 30.0
+) -> Completed:
     task = core.find(task_id)
     assert task is not None
     assert task.node is not None
@@ -86,7 +88,7 @@ def finish(core: Core, task_id: str, now: float, tokens: int, before: Counters, 
             transfer=0.001,
             prompt_tokens=50,
             completion_tokens=tokens,
-            energy=Energy(inference=30.0, method="emulated", estimated=True),
+            energy=Energy(inference=joules, method="emulated", estimated=True),
             before=before,
             after=after,
         ),
@@ -103,7 +105,7 @@ def where(decisions: list[Decision]) -> str | None:
 def test_of_equals_the_cheaper_and_in_need_the_faster() -> None:
     nodes = (info("dear", step=0.01, watts=900.0), info("cheap", step=0.02, watts=50.0))
     assert where(submit(core_with(*nodes), "t", 1.0, left=30.0)) == "cheap"
-    assert where(submit(core_with(*nodes), "t", 1.0, left=1.2, max_tokens=60)) == "dear"
+    assert where(submit(core_with(*nodes, weight=6.0), "t", 1.0, left=1.2, max_tokens=60)) == "dear"
 
 
 def test_harm_to_those_already_there_counts() -> None:
@@ -199,6 +201,17 @@ def test_long_deadlines_wait_in_the_pool_and_never_in_a_node_queue() -> None:
         submit(core, f"t{i}", 1.0, left=86_400.0)
     assert 1 <= len(core.cluster.nodes["a"].flights) <= 4
     assert len(core.pending) == 20 - len(core.cluster.nodes["a"].flights)
+
+
+def test_a_lone_long_task_does_not_wait_on_an_idle_node_for_its_energy() -> None:
+    """After many tiny tasks, one costs hundreds of their energies; nothing is won by putting it off."""
+    core = core_with(info("a"), info("b"))
+    now, counters = 1.0, Counters()
+    for i in range(200):
+        now += 0.2
+        assert where(submit(core, f"t{i}", now, left=60.0, max_tokens=2)) is not None
+        finish(core, f"t{i}", now + 0.1, 2, counters, counters, joules=0.5)
+    assert where(submit(core, "long", now + 1.0, left=60.0, max_tokens=4000)) is not None
 
 
 def test_memory_spoken_for_is_not_promised_again() -> None:
