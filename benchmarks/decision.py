@@ -42,6 +42,7 @@ from scheduler.core.core import Core
 from scheduler.core.csucb import CsUcb
 
 IN_FLIGHT = 32
+SLOTS = 40  # of a node: room for a few more
 STAY = 5.0  # s a task is on its node
 MICRO = 1e6
 
@@ -71,7 +72,7 @@ class World:
             name=name,
             tier="cloud",
             boot=f"{name}.1",
-            slots=IN_FLIGHT,
+            slots=SLOTS,
             models=(ModelOffer(name="m", context=4096, kv_tokens=65_536, calibration=cal),),
             power=Power(idle=100, active=400, method="emulated", estimated=True),
             bandwidth=1e8,

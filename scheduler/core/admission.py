@@ -35,8 +35,8 @@ def worth(own: float, lost: float, toll: float, energy: float, least: float, urg
 
     `own` is V times the value put at risk by waiting, `lost` V times what others lose, `toll` the price of its time in
     a slot, `most` V times its value. `energy` is what it costs here and `least` where it costs least, in units of E₀:
-    unless waiting loses the task, that much must be paid anyway. Each weighs at most `ENERGY_SHARE` of `most`, so that a
-    long task is not put off for being long.
+    unless waiting loses the task, that much must be paid anyway. Each weighs at most `ENERGY_SHARE` of `most`, so that
+    a long task is not put off for being long.
     """
     bound = ENERGY_SHARE * most
     return own - lost - toll - (min(energy, bound) - (1.0 - urgency) * min(least, bound))

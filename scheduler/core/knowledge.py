@@ -267,6 +267,7 @@ class Knowledge:
         known = self.of(node)
         now = max(node.changed, node.heard)
         rate = known.inflow.rates(now)[0] if self._foresight else 0.0
+        taken = len(node.flights) / node.info.slots
         return Learned(
             steps=tuple(self._steps(known.speeds[o.name], now) for o in node.info.models),
             watts=known.watts,
@@ -275,7 +276,7 @@ class Knowledge:
             hop=known.hop,
             still=known.still,
             inflow=(rate, known.inflow.prompt, known.inflow.tokens),
-            toll=known.toll.per_second(self._weight * self._value) if self._price else 0.0,
+            toll=known.toll.per_second(self._weight * self._value, taken) if self._price else 0.0,
             pace=node.info.slots / known.toll.stay if known.toll.stay > 0 else 0.0,
         )
 

@@ -44,9 +44,13 @@ class Toll:
         """A task held a slot for so long."""
         self.stay = self.stay + WEIGHT * (seconds - self.stay) if self.stay > 0 else max(seconds, 1e-3)
 
-    def per_second(self, value: float) -> float:
-        """The price of a second in a slot, where `value` is the mean task's, in units of the index."""
-        return self.price * value / self.stay if self.stay > 0 else 0.0
+    def per_second(self, value: float, taken: float) -> float:
+        """The price of a second in a slot, where `value` is the mean task's, in units of the index.
+
+        While the share `taken` of the slots leaves room for who comes next, they cost less: what an overload left of
+        the price must not keep a task from an idle node.
+        """
+        return self.price * value / self.stay * min(1.0, taken / TARGET) if self.stay > 0 else 0.0
 
     def snapshot(self) -> dict[str, Any]:
         return asdict(self)

@@ -183,7 +183,9 @@ class SimNode:
 
     def inside(self) -> dict[str, tuple[float, int, int]]:
         """The truth about every job that has a slot: s its payload yet needs of the link, prompt tokens yet to prefill,
-        tokens generated."""
+        tokens generated. None has one where the node is lost."""
+        if not self.alive:
+            return {}
         per_byte = self.link_pace.at(self._clock.now)[0]
         found = {}
         for job in self._running.values():

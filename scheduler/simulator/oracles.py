@@ -9,8 +9,8 @@ know each node's true step times, its true present speed and its link's present 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numba
 import numpy as np
@@ -21,9 +21,8 @@ from broker.messages import Event
 from scheduler.baselines.base import Baseline
 from scheduler.core.cluster import Cluster, Node, Task
 from scheduler.core.policy import Choice, Place, Reject
-
-if TYPE_CHECKING:
-    from scheduler.simulator.run import Simulation
+from scheduler.simulator.node import SimNode
+from scheduler.simulator.workload import Arrival
 
 #: What a unit of on-time value is worth, in units of E0.
 V = 6.0
@@ -37,10 +36,24 @@ SAMPLES = 16
 Floats = NDArray[np.float64]
 
 
+class Truth(Protocol):
+    """What an oracle is told of the simulation it lives in."""
+
+    seed: int
+
+    @property
+    def nodes(self) -> Mapping[str, SimNode]: ...
+    def arrival(self, task_id: str) -> Arrival:
+        """The truth about a task."""
+
+    def true_lengths(self) -> dict[str, Floats]:
+        """Per service class, output lengths (tokens) of the distribution its tasks are drawn from."""
+
+
 class _Oracle(Baseline):
     """Greedy on the node's played-forward future."""
 
-    def __init__(self, simulation: Simulation) -> None:
+    def __init__(self, simulation: Truth) -> None:
         super().__init__(simulation.seed)
         self._sim = simulation
         self._tables = {
@@ -125,7 +138,7 @@ class Informed(_Oracle):
 
     name = "informed"
 
-    def __init__(self, simulation: Simulation) -> None:
+    def __init__(self, simulation: Truth) -> None:
         super().__init__(simulation)
         self._sorted = {name: np.sort(lengths) for name, lengths in simulation.true_lengths().items()}
         self._uniform: dict[str, Floats] = {}

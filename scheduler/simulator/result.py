@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from broker.messages import State
-
-if TYPE_CHECKING:
-    from scheduler.simulator.run import Simulation
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,44 +48,6 @@ class Run:
     failed: int
     wall: float  # s the simulation took
     outcomes: tuple[Outcome, ...] = field(repr=False)  # in order of arrival
-
-    @classmethod
-    def of(cls, simulation: Simulation, *, wall: float) -> Run:
-        """The figures of a finished simulation."""
-        outcomes = tuple(simulation.outcomes[a.event.id] for a in simulation.arrivals)
-        first, last = simulation.arrivals[0].event.at, simulation.arrivals[-1].event.at
-        span = max(last - first, 1e-9)
-        states = [o.state for o in outcomes]
-        good = sum(o.on_time for o in outcomes)
-        latencies = [o.ended - o.submitted for o in outcomes if o.state is State.SUCCEEDED] or [float("nan")]
-        nodes = simulation.nodes.values()
-        active = sum(n.joules + n.engine.joules for n in nodes)
-        links = sum(
-            simulation.nodes[o.node].spec.link.joules_per_byte * a.event.payload_bytes
-            for o, a in zip(outcomes, simulation.arrivals, strict=True)
-            if o.node is not None
-        )
-        per_task = 1.0 / good if good else float("nan")
-        return cls(
-            policy=simulation.name,
-            load=simulation.load,
-            seed=simulation.seed,
-            tasks=len(outcomes),
-            on_time=good / len(outcomes),
-            on_time_value=sum(o.value for o in outcomes if o.on_time) / sum(o.value for o in outcomes),
-            goodput=good / span,
-            tokens_s=sum(o.tokens for o in outcomes) / span,
-            joules=(active + links) * per_task,
-            joules_idle=sum(n.table.idle_watts for n in nodes) * span * per_task,
-            latency_p50=float(np.percentile(latencies, 50)),
-            latency_p95=float(np.percentile(latencies, 95)),
-            rejected=states.count(State.REJECTED),
-            expired=states.count(State.EXPIRED),
-            late=sum(o.state is State.SUCCEEDED and not o.on_time for o in outcomes),
-            failed=states.count(State.FAILED),
-            wall=wall,
-            outcomes=outcomes,
-        )
 
     def figures(self) -> dict[str, Any]:
         """Everything but the single outcomes, as JSON-able data."""

@@ -131,7 +131,42 @@ class Simulation:
         began = time.perf_counter()
         while len(self.outcomes) < len(self.arrivals):
             self.clock.step()
-        return Run.of(self, wall=time.perf_counter() - began)
+        return self._figures(wall=time.perf_counter() - began)
+
+    def _figures(self, *, wall: float) -> Run:
+        outcomes = tuple(self.outcomes[a.event.id] for a in self.arrivals)
+        span = max(self.arrivals[-1].event.at - self.arrivals[0].event.at, 1e-9)
+        states = [o.state for o in outcomes]
+        good = sum(o.on_time for o in outcomes)
+        latencies = [o.ended - o.submitted for o in outcomes if o.state is State.SUCCEEDED] or [float("nan")]
+        nodes = self.nodes.values()
+        active = sum(n.joules + n.engine.joules for n in nodes)
+        links = sum(
+            self.nodes[o.node].spec.link.joules_per_byte * a.event.payload_bytes
+            for o, a in zip(outcomes, self.arrivals, strict=True)
+            if o.node is not None
+        )
+        per_task = 1.0 / good if good else float("nan")
+        return Run(
+            policy=self.name,
+            load=self.load,
+            seed=self.seed,
+            tasks=len(outcomes),
+            on_time=good / len(outcomes),
+            on_time_value=sum(o.value for o in outcomes if o.on_time) / sum(o.value for o in outcomes),
+            goodput=good / span,
+            tokens_s=sum(o.tokens for o in outcomes) / span,
+            joules=(active + links) * per_task,
+            joules_idle=sum(n.table.idle_watts for n in nodes) * span * per_task,
+            latency_p50=float(np.percentile(latencies, 50)),
+            latency_p95=float(np.percentile(latencies, 95)),
+            rejected=states.count(State.REJECTED),
+            expired=states.count(State.EXPIRED),
+            late=sum(o.state is State.SUCCEEDED and not o.on_time for o in outcomes),
+            failed=states.count(State.FAILED),
+            wall=wall,
+            outcomes=outcomes,
+        )
 
     def arrival(self, task_id: str) -> Arrival:
         """The truth about a task."""

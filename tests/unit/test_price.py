@@ -34,8 +34,14 @@ def test_silence_is_not_overload() -> None:
 
 def test_the_price_is_per_mean_stay_and_value() -> None:
     toll = Toll(price=1.0)
-    assert toll.per_second(6.0) == 0.0  # nothing known yet
+    assert toll.per_second(6.0, 1.0) == 0.0  # nothing known yet
     for _ in range(200):
         toll.stayed(2.0)
-    assert toll.per_second(6.0) == pytest.approx(3.0)
+    assert toll.per_second(6.0, 1.0) == pytest.approx(3.0)
     assert Toll(**toll.snapshot()) == toll
+
+
+def test_what_an_overload_left_of_the_price_is_not_asked_on_an_idle_node() -> None:
+    toll = Toll(price=3.0, stay=2.0)
+    assert toll.per_second(6.0, 0.0) == 0.0
+    assert toll.per_second(6.0, 0.4) < toll.per_second(6.0, 0.8) == toll.per_second(6.0, 2.0)

@@ -66,6 +66,15 @@ def test_clairvoyance_refuses_what_cannot_be_in_time_and_keeps_what_can() -> Non
     assert run.late + run.expired < 0.06 * 400
 
 
+@pytest.mark.parametrize("name", ["clairvoyant", "informed"])
+def test_nothing_is_inside_a_node_that_is_lost(name: str) -> None:
+    lossy = load_scenario("node-loss")
+    (loss,) = lossy.fault
+    early = loss.model_copy(update={"start": 5.0, "end": 25.0, "nodes": ("cloud", "edge-1")})
+    scenario = lossy.model_copy(update={"fault": (early,), "tasks": 300})
+    assert Simulation(scenario, name, load=0.9, seed=0).run().tasks == 300
+
+
 def test_an_oracle_lives_in_a_simulation_only() -> None:
     with pytest.raises(BadSetting, match="no 'clairvoyant'"):
         make_policy("clairvoyant")
