@@ -66,7 +66,7 @@ class Client:
     def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
         self.settings = settings or (load_settings(redis_url=url) if url else load_settings())
         self.ledger = Ledger(self.settings)
-        self._door = Door(self.settings, self.ledger)
+        self.door = Door(self.settings, self.ledger)
 
     def submit(self, prompt: str | None = None, **fields: Unpack[TaskFields]) -> Handle:
         """Hand in one task: a `prompt`, or `messages=`. Raises InvalidTask; see TaskSpec for the fields."""
@@ -80,7 +80,7 @@ class Client:
 
     def accept(self, fields: Mapping[str, Any]) -> TaskSpec:
         """Check a task without submitting it. Raises InvalidTask naming every field that is wrong."""
-        return self._door.accept(fields)
+        return self.door.accept(fields)
 
     def result(self, task_id: str, timeout: float | None = None) -> Result:
         """Wait for a task's final state. Raises WaitTimeout, TaskNotFound."""
@@ -189,8 +189,10 @@ class AsyncClient:
         self._pubsub: redis.asyncio.client.PubSub | None = None
         self._listener: asyncio.Task[None] | None = None
 
-    def accept(self, fields: Mapping[str, Any]) -> TaskSpec:
-        """See Client.accept. Looks at the server now and then (every few seconds, for the models on offer)."""
+    async def accept(self, fields: Mapping[str, Any]) -> TaskSpec:
+        """See Client.accept."""
+        if self._client.door.stale:
+            await asyncio.to_thread(self._client.door.refresh)
         return self._client.accept(fields)
 
     async def submit(self, prompt: str | None = None, **fields: Unpack[TaskFields]) -> AsyncHandle:

@@ -55,9 +55,17 @@ class Door:
         if spec.max_tokens >= context:
             raise InvalidTask(f"max_tokens: {spec.max_tokens} leaves no room in the largest context, {context} tokens")
 
+    @property
+    def stale(self) -> bool:
+        """Whether the next task will have it look at the server for the models on offer."""
+        return time.monotonic() - self._as_of > OFFERS_AGE
+
+    def refresh(self) -> None:
+        """Look now."""
+        self._offers = [offer for info, _, _ in self._ledger.nodes() for offer in info.models]
+        self._as_of = time.monotonic()
+
     def _current_offers(self) -> list[ModelOffer]:
-        now = time.monotonic()
-        if now - self._as_of > OFFERS_AGE:
-            self._offers = [offer for info, _, _ in self._ledger.nodes() for offer in info.models]
-            self._as_of = now
+        if self.stale:
+            self.refresh()
         return self._offers

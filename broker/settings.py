@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -86,6 +87,19 @@ class Settings(BaseSettings):
     openai_joules_per_token: Annotated[float, Field(ge=0)] | None = None  # what a generated token is to cost, and …
     openai_joules_per_prompt_token: Annotated[float, Field(ge=0)] = 0.0  # … a prompt's; of a price in money: its worth
 
+    # HTTP API
+    api_host: str = "127.0.0.1"
+    api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    api_open: bool = False  # who gives no key is the tenant "default"; on a loopback address only
+    api_max_body: Annotated[int, Field(ge=1024)] = 8 << 20
+    api_max_file: Annotated[int, Field(ge=1024)] = 200_000_000
+    api_batch_lines: Annotated[int, Field(ge=1)] = 50_000  # of one batch
+    api_patience: Annotated[float, Field(gt=0)] = 20.0  # a request's head and body may take so long, and 100 kB/s
+    api_files: str | None = None  # where files are kept, as an fsspec URL (s3://bucket/folder); default: the data folder
+    api_file_retention: Annotated[float, Field(ge=3600)] = 30 * 86_400.0
+    api_cors: tuple[str, ...] = ()  # JSON: origins whose pages may use the API from a browser
+    webhook_allow: tuple[str, ...] = ()  # JSON: private networks webhooks may reach, e.g. ["10.1.0.0/16"]
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
 
@@ -110,6 +124,13 @@ class Settings(BaseSettings):
     @classmethod
     def _whole_path(cls, path: Path) -> Path:
         return path.expanduser().absolute()
+
+    @field_validator("webhook_allow")
+    @classmethod
+    def _networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            ipaddress.ip_network(network)  # raises ValueError naming it
+        return networks
 
     @property
     def socket(self) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,13 @@ def _collect(
     client: Client, submitted: Mapping[str, batch.Line], name: str, console: Console
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], show.Tally]:
     tally = show.Tally(len(submitted))
+    began = time.time()
     by_id = {r.id: r for r in show.watch(console, client.wait(submitted), tally, title=name)}
     done: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     for task_id, line in submitted.items():  # in the file's order
         outcome = by_id[task_id]
-        entry = batch.output_line(line.custom_id, line.url, outcome)
+        entry = batch.output_line(line, outcome, began)
         (done if outcome.state is State.SUCCEEDED else failed).append(entry)
     return done, failed, tally
 

@@ -74,7 +74,7 @@ def test_a_chat_request_becomes_a_task() -> None:
         ('{"custom_id": "a", "url": "/v1/embeddings", "body": {}}', "url"),
         ('{"custom_id": "a"}', "body"),
         (line(response_format={"type": "xml"}), "response_format"),
-        (line(tools=[]), "tools"),
+        (line(tools=[{"type": "function"}]), "tools"),
     ],
 )
 def test_a_bad_line_names_what_is_wrong(text: str, named: str) -> None:
@@ -105,7 +105,7 @@ def result(state: State) -> Result:
 
 
 def test_a_success_is_an_openai_response_with_energy_beside_the_usage() -> None:
-    written = batch.output_line("mine", batch.CHAT, result(State.SUCCEEDED))
+    written = batch.output_line(batch.Line(1, "mine", batch.CHAT, {"prompt": "hi"}), result(State.SUCCEEDED), 0.0)
     body = written["response"]["body"]
     assert written["custom_id"] == "mine"
     assert written["error"] is None
@@ -117,6 +117,6 @@ def test_a_success_is_an_openai_response_with_energy_beside_the_usage() -> None:
 
 @pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.REJECTED, State.CANCELLED])
 def test_anything_else_is_an_error_with_its_reason(state: State) -> None:
-    written = batch.output_line("mine", batch.CHAT, result(state))
+    written = batch.output_line(batch.Line(1, "mine", batch.CHAT, {"prompt": "hi"}), result(state), 0.0)
     assert written["response"] is None
     assert written["error"] == {"code": f"task_{state}", "message": "because"}

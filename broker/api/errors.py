@@ -1,0 +1,99 @@
+"""Every error in the OpenAI API's shape: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from broker.errors import InvalidTask, TaskNotFound, Unreachable, WaitTimeout
+
+log = structlog.get_logger(__name__)
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 408: "request_timeout"}
+
+
+class ApiError(HTTPException):
+    """An error with an HTTP status. `param` names the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.param, self.code, self.more = param, code, dict(more or {})
+
+
+def not_found(what: str, identity: str) -> ApiError:
+    """For what does not exist, and in the same words for what is another tenant's."""
+    return ApiError(404, f"no {what} {identity!r}", param="id", code="not_found")
+
+
+def document(
+    status: int, message: str, param: str | None = None, code: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """An error's body."""
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status), **more}}
+
+
+def of_task(error: InvalidTask) -> ApiError:
+    """A task that is not acceptable."""
+    said = str(error)
+    named = re.match(r"([\w.]+): ", said)
+    param = named[1] if named else None
+    if param == "model" and "no live node serves" in said:
+        return ApiError(404, said, param=param, code="model_not_found")
+    return ApiError(400, said, param=param, code="invalid_task")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every failure in this shape."""
+
+    @app.exception_handler(HTTPException)
+    async def _http(_: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error, ApiError):
+            body = document(error.status_code, str(error.detail), error.param, error.code, **error.more)
+        else:
+            body = document(error.status_code, str(error.detail))
+        return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:]) or None
+        return JSONResponse(document(400, f"{param}: {first['msg']}" if param else first["msg"], param), 400)
+
+    @app.exception_handler(InvalidTask)
+    async def _task(request: Request, error: InvalidTask) -> JSONResponse:
+        return await _http(request, of_task(error))
+
+    @app.exception_handler(TaskNotFound)
+    async def _unknown(_: Request, error: TaskNotFound) -> JSONResponse:
+        return JSONResponse(document(404, str(error), "id", "not_found"), 404)
+
+    @app.exception_handler(WaitTimeout)
+    async def _late(_: Request, error: WaitTimeout) -> JSONResponse:
+        return JSONResponse(document(504, str(error), code="timeout"), 504, {"X-Should-Retry": "false"})
+
+    @app.exception_handler(Unreachable)
+    async def _unreachable(_: Request, error: Unreachable) -> JSONResponse:
+        log.error("ledger_unreachable", reason=str(error))
+        message = "the queue cannot be reached now; nothing was stored, try again"
+        return JSONResponse(document(503, message, code="unavailable"), 503, {"Retry-After": "2"})
+
+    @app.exception_handler(Exception)
+    async def _bug(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(document(500, "an internal error; it is in the server's log", code="internal"), 500)
