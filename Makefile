@@ -57,7 +57,8 @@ lock: $(UV) ## bring requirements/*.txt up to date with pyproject.toml (UPGRADE=
 	$(COMPILE) $(EVERYWHERE) $(SOURCE) --extra edge --extra api --extra simulate --extra dev pyproject.toml \
 		-o requirements/lock.txt
 	$(COMPILE) $(EVERYWHERE) -c requirements/lock.txt --extra bench pyproject.toml -o requirements/bench.txt
-	$(COMPILE) $(EVERYWHERE) -c requirements/lock.txt $(SOURCE) --extra edge pyproject.toml -o requirements/runtime.txt
+	$(COMPILE) $(EVERYWHERE) -c requirements/lock.txt $(SOURCE) --extra edge --extra api pyproject.toml \
+		-o requirements/runtime.txt
 	$(COMPILE) --python-platform linux --python-version 3.12 --extra cloud pyproject.toml -o requirements/cloud.txt
 	$(COMPILE) $(EVERYWHERE) --no-deps requirements/source.in -o requirements/source.txt
 	$(COMPILE) $(EVERYWHERE) --no-deps requirements/model.in -o requirements/model.txt

@@ -95,7 +95,9 @@ class Settings(BaseSettings):
     api_max_file: Annotated[int, Field(ge=1024)] = 200_000_000
     api_batch_lines: Annotated[int, Field(ge=1)] = 50_000  # of one batch
     api_patience: Annotated[float, Field(gt=0)] = 20.0  # a request's head and body may take so long, and 100 kB/s
-    api_files: str | None = None  # where files are kept, as an fsspec URL (s3://bucket/folder); default: the data folder
+    api_files: str | None = (
+        None  # where files are kept, as an fsspec URL (s3://bucket/folder); default: the data folder
+    )
     api_file_retention: Annotated[float, Field(ge=3600)] = 30 * 86_400.0
     api_cors: tuple[str, ...] = ()  # JSON: origins whose pages may use the API from a browser
     webhook_allow: tuple[str, ...] = ()  # JSON: private networks webhooks may reach, e.g. ["10.1.0.0/16"]

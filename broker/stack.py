@@ -59,7 +59,8 @@ class _Child:
 class Stack:
     """Start it with `with Stack(...) as stack`; leaving the block stops everything, workers first.
 
-    `edges` and `clouds` name the nodes. `flower_port` None: no Flower. With PERLLM_REDIS_URL set, that server is used
+    `edges` and `clouds` name the nodes. `flower_port` None: no Flower; `api_port` None: no HTTP API (it is open to this
+    machine's users, as the tenant "default", without a key). With PERLLM_REDIS_URL set, that server is used
     and none is embedded.
     """
 
@@ -67,6 +68,7 @@ class Stack:
     edges: tuple[str, ...] = ("one", "two")
     clouds: tuple[str, ...] = ("gpu",)
     flower_port: int | None = None
+    api_port: int | None = None
     server_port: int | None = None
     node_environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     _server: EmbeddedServer | None = None
@@ -98,6 +100,8 @@ class Stack:
     def _start(self) -> None:
         if self.flower_port is not None:
             _check_free(self.flower_port, "--flower-port")
+        if self.api_port is not None:
+            _check_free(self.api_port, "--api-port")
         if self.settings.redis_url is None:
             self._server = EmbeddedServer(self.settings.data_dir, self.server_port)
             self._server.start()
@@ -114,6 +118,9 @@ class Stack:
                 command = [*celery, f"{tier}_worker", "worker", "-n", f"{tier}.{name}@perllm", *quiet]
                 own = {"PERLLM_NODE_NAME": name, "PERLLM_THREADS": str(self.settings.threads or threads)}
                 self._launch(f"{tier}.{name}", command, **own, **self.node_environment.get(name, {}))
+        if self.api_port is not None:
+            here = {"PERLLM_API_HOST": "127.0.0.1", "PERLLM_API_PORT": str(self.api_port), "PERLLM_API_OPEN": "true"}
+            self._launch("api", [sys.executable, "-m", "broker.api"], **here)
         if self.flower_port is not None:
             where = ["--address=127.0.0.1", f"--port={self.flower_port}"]
             self._launch("flower", [*celery, "broker", "flower", *where], FLOWER_UNAUTHENTICATED_API="true")

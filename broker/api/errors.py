@@ -95,5 +95,5 @@ def install(app: FastAPI) -> None:
         return JSONResponse(document(503, message, code="unavailable"), 503, {"Retry-After": "2"})
 
     @app.exception_handler(Exception)
-    async def _bug(_: Request, error: Exception) -> JSONResponse:
+    async def _bug(_: Request, __: Exception) -> JSONResponse:
         return JSONResponse(document(500, "an internal error; it is in the server's log", code="internal"), 500)

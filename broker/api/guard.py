@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import h11
@@ -58,8 +59,6 @@ class Guard:
 
 
 async def _refuse(send: Send, most: int) -> None:
-    import json
-
     body = json.dumps(document(413, f"the body has more than {most} bytes")).encode()
     headers = [
         (b"content-type", b"application/json"),

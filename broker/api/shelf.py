@@ -70,7 +70,7 @@ class Shelf(Generic[D]):
         with reaching(self._settings), self.client.pipeline() as pipe:
             while True:
                 try:
-                    pipe.watch(self._key(identity))
+                    pipe.watch(self._key(identity))  # type: ignore[no-untyped-call]
                     raw = cast("bytes | None", pipe.get(self._key(identity)))
                     if raw is None:
                         return None

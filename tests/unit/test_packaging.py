@@ -75,7 +75,7 @@ def test_the_wheel_holds_nothing_else(wheel: set[str]) -> None:
     ("extras", "locks"),
     [
         (("edge", "api", "simulate", "dev"), ("lock", "source")),
-        (("edge",), ("runtime", "source")),
+        (("edge", "api"), ("runtime", "source")),
         (("cloud",), ("cloud",)),
         (("bench",), ("bench",)),
     ],

@@ -1,0 +1,14 @@
+"""`python -m broker.api`: the HTTP door, as `perllm api` starts it."""
+
+from __future__ import annotations
+
+import sys
+
+from broker.api.cli import app
+from broker.errors import PerLLMError
+
+try:
+    app(prog_name="perllm api")
+except PerLLMError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)

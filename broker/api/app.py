@@ -1,0 +1,48 @@
+"""The application: every router, and what stands around them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+from broker.api import completions, docs, errors, responses, tasks
+from broker.api.core import Api
+from broker.api.guard import Guard
+from broker.settings import Settings
+
+_ABOUT = """\
+The OpenAI dialect over PerLLM's queue: submit and wait, stream, or submit and forget. Give `deadline`, `value` and
+`service` as fields of a body, or as headers; every answer carries its energy and the node that made it."""
+
+
+def make_app(settings: Settings) -> FastAPI:
+    """The ASGI application for these settings."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.api = Api(settings)
+        yield
+        await app.state.api.close()
+
+    app = FastAPI(
+        title="PerLLM",
+        version=version("perllm"),
+        description=_ABOUT,
+        lifespan=lifespan,
+        redoc_url=None,
+        separate_input_output_schemas=False,
+    )
+    errors.install(app)
+    docs.install(app)
+    for router in (completions.router, responses.router, tasks.router, tasks.catalogue, tasks.health):
+        app.include_router(router)
+    app.add_middleware(Guard, settings=settings)
+    if settings.api_cors:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.api_cors, allow_methods=["*"], allow_headers=["*"], max_age=600
+        )
+    return app

@@ -1,0 +1,141 @@
+"""`perllm api`: the HTTP door, and its keys."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+import uvicorn
+from rich.console import Console
+from rich.table import Table
+
+from broker import logs
+from broker.api.app import make_app
+from broker.api.core import is_loopback
+from broker.api.guard import MAX_HEAD, Protocol
+from broker.api.keys import Key, Keys
+from broker.connection import check
+from broker.errors import BadSetting
+from broker.ledger import Ledger
+from broker.settings import Settings, load_settings
+
+app = typer.Typer(help="The HTTP door, for any OpenAI client; `perllm api keys` for who may use it.")
+keys = typer.Typer(help="Who may use the HTTP door.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@app.callback(invoke_without_command=True)
+def serve(
+    context: typer.Context,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; PERLLM_API_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; PERLLM_API_PORT.", min=1, max=65535)] = None,
+) -> None:
+    """Serve the OpenAI API over the queue until interrupted."""
+    if context.invoked_subcommand is not None:
+        return
+    given = {name: value for name, value in (("api_host", host), ("api_port", port)) if value is not None}
+    settings = load_settings(**given)
+    if settings.api_open and not is_loopback(settings.api_host):
+        raise BadSetting(
+            f"PERLLM_API_OPEN lets in whoever reaches {settings.api_host}: unset it and make keys with "
+            "`perllm api keys make`, or listen on 127.0.0.1"
+        )
+    check(settings)
+    run(settings)
+
+
+def run(settings: Settings) -> None:
+    """Serve until interrupted. Raises BadSetting where the port cannot be had."""
+    logs.configure(settings)
+    scratch = settings.data_dir / "api" / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    tempfile.tempdir = str(scratch)  # where uploads lie while they come in: /tmp may be memory
+    Protocol.patience = settings.api_patience
+    server = uvicorn.Server(
+        uvicorn.Config(
+            make_app(settings),
+            host=settings.api_host,
+            port=settings.api_port,
+            http=Protocol,
+            ws="none",
+            lifespan="on",
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            server_header=False,
+            h11_max_incomplete_event_size=MAX_HEAD,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=5,
+        )
+    )
+    try:
+        server.run()
+    except SystemExit:
+        raise BadSetting(
+            f"{settings.api_host}:{settings.api_port} cannot be listened on: set PERLLM_API_HOST and PERLLM_API_PORT"
+        ) from None
+
+
+@keys.command("make")
+def make(
+    tenant: Annotated[str, typer.Option(help="Whose tasks, files and batches it opens.")] = "default",
+    name: Annotated[str, typer.Option(help="For people, to tell keys apart.")] = "",
+    rate: Annotated[float | None, typer.Option(help="Most requests per second; else no limit.", min=0.001)] = None,
+    in_flight: Annotated[int | None, typer.Option(help="Most unfinished tasks; else no limit.", min=1)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key. It is shown once and kept as a digest only."""
+    key, secret = _keys().make(tenant, name, rate, in_flight)
+    if as_json:
+        print(json.dumps({**_row(key), "key": secret}))
+    else:
+        print(secret)
+
+
+@keys.command("list")
+def list_keys(as_json: AsJson = False) -> None:
+    """Every key, revoked ones too, without its secret."""
+    rows = [_row(key) for key in _keys().list()]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("id", "tenant", "name", "made", "requests/s", "in flight", "revoked")
+    for row in rows:
+        table.add_row(*("-" if value in (None, "") else str(value) for value in row.values()))
+    Console(file=sys.stdout).print(table if rows else "no keys")
+
+
+@keys.command("revoke")
+def revoke(
+    identity: Annotated[str, typer.Argument(metavar="ID", help="A key's id, as `list` shows it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Have a key refused from now on."""
+    key = _keys().revoke(identity)
+    print(json.dumps(_row(key)) if as_json else f"{key.id}: revoked")
+
+
+def _keys() -> Keys:
+    settings = load_settings()
+    return Keys(settings, Ledger(settings))
+
+
+def _row(key: Key) -> dict[str, object]:
+    def when(at: float | None) -> str | None:
+        return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+
+    return {
+        "id": key.id,
+        "tenant": key.tenant,
+        "name": key.name,
+        "made": when(key.created),
+        "rate": key.rate,
+        "in_flight": key.in_flight,
+        "revoked": when(key.revoked),
+    }

@@ -1,0 +1,159 @@
+"""Examples for the OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TASK_ID = "0b8f3a52-5a53-4d0e-9a1c-3d6f8f0f4c11"
+MODEL = "smollm2-135m-instruct"
+ENERGY = {"transfer": 0.0, "inference": 3.2, "idle": 1.1, "method": "cpu-model", "estimated": True, "total": 4.3}
+RECEIPT = {"energy": ENERGY, "node": "e1", "on_time": True, "latency": 0.84}
+USAGE = {"prompt_tokens": 36, "completion_tokens": 12, "total_tokens": 48}
+TEXT = "Because air scatters blue light the most."
+
+CHAT_REQUEST = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+    "max_tokens": 64,
+    "deadline": 20,
+}
+CHAT = {
+    "id": TASK_ID,
+    "object": "chat.completion",
+    "created": 1795161600,
+    "model": MODEL,
+    "choices": [
+        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": TEXT}, "logprobs": None}
+    ],
+    "usage": USAGE,
+    **RECEIPT,
+}
+CHAT_STREAM = (
+    'data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"Because"}}]}\n\ndata: [DONE]\n\n'
+)
+COMPLETION_REQUEST = {"model": MODEL, "prompt": "Why is the sky blue?", "max_tokens": 64}
+COMPLETION = {
+    **CHAT,
+    "object": "text_completion",
+    "choices": [{"index": 0, "finish_reason": "stop", "text": TEXT, "logprobs": None}],
+}
+RESPONSE_REQUEST = {"model": MODEL, "input": "Why is the sky blue?", "max_output_tokens": 64}
+BACKGROUND_REQUEST = {**RESPONSE_REQUEST, "background": True, "deadline": "2026-12-01T06:00:00Z"}
+RESPONSE: dict[str, Any] = {
+    "id": TASK_ID,
+    "object": "response",
+    "created_at": 1795161600,
+    "status": "completed",
+    "background": True,
+    "model": MODEL,
+    "output": [
+        {
+            "type": "message",
+            "id": f"msg_{TASK_ID}",
+            "status": "completed",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": TEXT, "annotations": [], "logprobs": []}],
+        }
+    ],
+    "error": None,
+    "incomplete_details": None,
+    "usage": {"input_tokens": 36, "output_tokens": 12, "total_tokens": 48},
+    **RECEIPT,
+}
+RESPONSE_STREAM = (
+    "event: response.output_text.delta\n"
+    'data: {"type":"response.output_text.delta","sequence_number":4,"delta":"Because"}\n\n'
+)
+MODEL_OBJECT = {
+    "id": MODEL,
+    "object": "model",
+    "created": 0,
+    "owned_by": "perllm",
+    "context": 2048,
+    "nodes": ["e1", "e2"],
+}
+TASK_REQUEST = {"prompt": "Why is the sky blue?", "max_tokens": 64, "deadline": 20, "value": 2.0}
+SUBMITTED = {"id": TASK_ID, "object": "task", "state": "pending", "repeated": False}
+TASK: dict[str, Any] = {
+    "id": TASK_ID,
+    "object": "task",
+    "state": "pending",
+    "submitted": 1795161600.0,
+    "deadline": 1795161620.0,
+    "node": None,
+    "model": None,
+    "attempt": 0,
+    "strikes": 0,
+    "service": "default",
+    "value": 2.0,
+    "metadata": {},
+    "prompt": "Why is the sky blue?",
+    "result": None,
+}
+NODE = {
+    "name": "e1",
+    "tier": "edge",
+    "engine": "llama.cpp 0.3.36, smollm2-135m-instruct, 1 thread",
+    "slots": 8,
+    "active": 2,
+    "waiting": 0,
+    "draining": False,
+    "models": [MODEL],
+}
+EXPLANATION = {
+    "id": TASK_ID,
+    "object": "explanation",
+    "decided": True,
+    "policy": "cs-ucb",
+    "action": "dispatch",
+    "sentence": "e1 has the highest index of the nodes that can be on time.",
+    "node": "e1",
+    "candidates": [{"node": "e1", "index": 1.4, "feasible": True, "finish": 0.9}],
+}
+FILE = {
+    "id": "file-3f2a",
+    "object": "file",
+    "bytes": 10240,
+    "created_at": 1795161600,
+    "expires_at": 1797753600,
+    "filename": "nightly.jsonl",
+    "purpose": "batch",
+    "status": "processed",
+}
+BATCH_REQUEST = {"input_file_id": "file-3f2a", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+BATCH: dict[str, Any] = {
+    "id": "batch_71c0",
+    "object": "batch",
+    **BATCH_REQUEST,
+    "status": "in_progress",
+    "created_at": 1795161600,
+    "expires_at": 1795248000,
+    "in_progress_at": 1795161601,
+    "request_counts": {"total": 100, "completed": 42, "failed": 1},
+    "output_file_id": None,
+    "error_file_id": None,
+    "errors": None,
+    "metadata": None,
+}
+WEBHOOK_REQUEST = {"url": "https://example.com/hooks/perllm", "events": ["task.succeeded", "batch.completed"]}
+WEBHOOK = {"id": "wh_9d1e", "object": "webhook", **WEBHOOK_REQUEST, "created_at": 1795161600}
+DELIVERY: dict[str, Any] = {
+    "id": "dlv_52aa",
+    "object": "webhook.delivery",
+    "event": "task.succeeded",
+    "event_id": "evt_1",
+    "state": "delivered",
+    "attempts": [{"at": 1795161601.0, "status": 204, "error": None, "took": 0.08}],
+    "next_attempt": None,
+}
+
+
+def page(item: dict[str, Any]) -> dict[str, Any]:
+    """A list with this one thing."""
+    return {
+        "object": "list",
+        "data": [item],
+        "has_more": False,
+        "first_id": item.get("id"),
+        "last_id": item.get("id"),
+    }

@@ -1,0 +1,68 @@
+"""A running system with the HTTP API in front, and clients for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from openai import OpenAI
+
+from broker.api.keys import Keys
+from broker.ledger import Ledger
+from broker.process import spawn
+from broker.settings import Settings
+from support.ports import free_port
+from support.wait import eventually
+
+
+class ApiProcess:
+    """`perllm api` as a process. `settings` are PERLLM_ variables in lower case without the prefix."""
+
+    def __init__(self, url: str, folder: Path, **settings: object) -> None:
+        self.port = free_port()
+        self.base = f"http://127.0.0.1:{self.port}"
+        self.log = folder / f"api-{self.port}.log"
+        given = {"redis_url": url, "data_dir": folder, "api_port": self.port, **settings}
+        variables = {f"PERLLM_{k.upper()}": str(v) for k, v in given.items()}
+        self.settings = Settings.model_validate({"redis_url": url, "data_dir": folder})
+        self.ledger = Ledger(self.settings)
+        self.keys = Keys(self.settings, self.ledger)
+        command = [sys.executable, "-m", "broker.api"]
+        self.process = spawn(command, self.log, environment={**os.environ, **variables})
+
+    def await_health(self) -> None:
+        def healthy() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                return httpx.get(f"{self.base}/health").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        eventually(healthy, "the API answers")
+
+    def key(self, tenant: str = "default", rate: float | None = None, in_flight: int | None = None) -> str:
+        return self.keys.make(tenant, "test", rate, in_flight)[1]
+
+    def openai(self, tenant: str = "default", **options: Any) -> OpenAI:
+        """The official client, with a key of this tenant's."""
+        options = {"api_key": self.key(tenant), "max_retries": 0, "timeout": 60, **options}
+        return OpenAI(base_url=f"{self.base}/v1", **options)
+
+    def http(self, tenant: str = "default") -> httpx.Client:
+        """A plain client, with a key of this tenant's."""
+        return httpx.Client(base_url=self.base, headers={"Authorization": f"Bearer {self.key(tenant)}"}, timeout=60)
+
+    def __enter__(self) -> Self:
+        self.await_health()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.terminate()
+        self.process.wait()
+        self.ledger.client.close()
