@@ -52,6 +52,7 @@ class _Entry:
     first: int = 0  # row of its first flight
     room: int = 0  # rows set aside for flights
     ids: list[str] = field(default_factory=list)  # of the flights, in order
+    heard: float = -1.0  # of the heartbeat whose progress they have
 
 
 @dataclass(slots=True)
@@ -180,8 +181,10 @@ class Board:
                 mine[i] = self._flight(entry, flights[ids[i]])
             entry.ids = ids
         n = len(ids)
-        mine[:n, f.GENERATED] = [t.generated for t in flights.values()]
         mine[:n, f.CLAIMED] = [t.claimed or 0.0 for t in flights.values()]
+        if entry.heard != entry.node.heard:
+            mine[:n, f.GENERATED] = [t.generated for t in flights.values()]
+            entry.heard = entry.node.heard
 
     @staticmethod
     def _close_gaps(entry: _Entry, mine: Matrix, flights: dict[str, Task]) -> int:

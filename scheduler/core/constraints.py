@@ -9,11 +9,13 @@ from __future__ import annotations
 from scheduler.core.compiled import compiled
 
 
+@compiled
 def deadline_slack(finish: float, left: float) -> float:
     """C1: `finish` s predicted of the `left` s until the deadline."""
     return 1.0 - finish / max(left, 1e-3)
 
 
+@compiled
 def compute_slack(held: float, places: float) -> float:
     """C2: tasks held, this one included, of the places a node has (slots, and its queue beyond them)."""
     return 1.0 - held / max(places, 1.0)
@@ -25,6 +27,7 @@ def memory_slack(needed: float, used: float, size: float) -> float:
     return 1.0 - (used + needed) / max(size, 1.0)
 
 
+@compiled
 def bandwidth_slack(size: float, coming: float, rate: float, left: float) -> float:
     """C3: `size` bytes of this task and those `coming` before it, of what the link carries (`rate` bytes/s) until the
     deadline, in `left` s."""

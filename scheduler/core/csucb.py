@@ -15,10 +15,9 @@ from scheduler.core import forecast as f
 from scheduler.core import survey as s
 from scheduler.core.board import Board
 from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.grid import at
 from scheduler.core.index import HARM_COUNTS, EnergyScale
 from scheduler.core.knowledge import PATIENCE, Knowledge
-from scheduler.core.lengths import MEAN, Lengths
+from scheduler.core.lengths import Lengths
 from scheduler.core.policy import Choice, Place, Policy, Reject, Wait
 
 #: Candidates an explanation names: the best ones.
@@ -187,7 +186,7 @@ class CsUcb(Policy):
         board, table, looks = self._board, self._lengths.table, self._looks
         rows, arm_rows = board.rows(candidates, task.model)
         order = np.argsort(-looks[:, f.INDEX], kind="stable")[:EXPLAINED]
-        s.add_harm(
+        s.complete(
             order,
             rows,
             arm_rows,
@@ -202,45 +201,40 @@ class CsUcb(Policy):
             looks,
         )
         order = order[np.argsort(-looks[order, f.INDEX], kind="stable")]
-        of_node, of_arm = board.nodes[rows[order]].tolist(), board.arms[arm_rows[order]].tolist()
-        need = task.prompt_tokens + float(at(table[int(self._task[f.T_LENGTH]), MEAN], task.max_tokens))
+        left, spreads = task.deadline - now, board.arms[arm_rows[order], f.SPREAD].tolist()
+        still = board.nodes[rows[order], f.STILL].tolist()
+        single = constraints.single_server_slack(0 if task.node is None else 1)
         return tuple(
-            self._explained(task, candidates[i], look, node, arm, need, now)
-            for i, look, node, arm in zip(order.tolist(), looks[order].tolist(), of_node, of_arm, strict=True)
+            self._explained(candidates[i].info.name, look, left, spread, single, still=stands > 0)
+            for i, look, spread, stands in zip(order.tolist(), looks[order].tolist(), spreads, still, strict=True)
         )
 
+    @staticmethod
     def _explained(
-        self,
-        task: Task,
-        node: Node,
-        look: list[float],
-        of_node: list[float],
-        of_arm: list[float],
-        need: float,
-        now: float,
+        name: str, look: list[float], left: float, spread: float, single: float, *, still: bool
     ) -> Candidate:
-        left, chance, feasible = task.deadline - now, look[f.CHANCE], look[f.INDEX] > s.OUT
-        if of_node[f.STILL]:
+        finish, chance, joules, feasible = look[f.FINISH], look[f.CHANCE], look[f.JOULES], look[f.INDEX] > s.OUT
+        if still:
             note = "stands still"
         elif not feasible and chance >= admission.LEAST:
             note = "has no room for it now"
         else:
-            note = f"done in about {look[f.FINISH]:.1f} s of {left:.1f} s, {chance:.0%} on time, {look[f.JOULES]:.3g} J"
+            note = f"done in about {finish:.1f} s of {left:.1f} s, {chance:.0%} on time, {joules:.3g} J"
         return Candidate(
-            node=node.info.name,
+            node=name,
             index=look[f.INDEX] if feasible else None,
             feasible=feasible,
-            finish=look[f.FINISH],
+            finish=finish,
             p_on_time=chance,
-            marginal_energy=look[f.JOULES],
+            marginal_energy=joules,
             slacks={
-                "deadline": constraints.deadline_slack(look[f.FINISH], left),
-                "compute": constraints.compute_slack(len(node.flights) + 1, node.info.slots),
-                "memory": float(constraints.memory_slack(need, of_arm[f.KV_USED], of_arm[f.KV])),
-                "bandwidth": constraints.bandwidth_slack(task.payload_bytes, of_node[f.COMING], of_node[f.RATE], left),
-                "one_server": constraints.single_server_slack(0 if task.node is None else 1),
+                "deadline": look[f.C_DEADLINE],
+                "compute": look[f.C_COMPUTE],
+                "memory": look[f.C_MEMORY],
+                "bandwidth": look[f.C_BANDWIDTH],
+                "one_server": single,
             },
-            confidence=1.0 / (1.0 + of_arm[f.SPREAD]),
+            confidence=1.0 / (1.0 + spread),
             note=note,
         )
 
@@ -250,6 +244,7 @@ class CsUcb(Policy):
     def snapshot(self) -> dict[str, Any]:
         # What is worked out from the learned state is dropped, so that a copy restored from this goes on alike.
         self._board.forget()
+        self._lengths.forget()
         return {
             "knowledge": self._knowledge.snapshot(),
             "lengths": self._lengths.snapshot(),

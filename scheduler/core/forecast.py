@@ -232,8 +232,10 @@ def _done(table: Cube, flight: Floats, steps: float) -> float:
 
 
 #: What `weigh` fills in for one node: s from now until the task is probably done, P(on time), busy seconds and joules
-#: it adds, s it is in a slot. Whoever asks fills what that costs, on-time value other tasks lose, and the index.
-FINISH, CHANCE, BUSY, JOULES, STAY, TOLL_PAID, HARM, INDEX, LOOK_COLUMNS = range(9)
+#: it adds, s it is in a slot. Whoever asks fills what that costs, on-time value other tasks lose, the index, and the
+#: slack of each constraint.
+FINISH, CHANCE, BUSY, JOULES, STAY, TOLL_PAID, HARM, INDEX = range(8)
+C_DEADLINE, C_COMPUTE, C_MEMORY, C_BANDWIDTH, LOOK_COLUMNS = range(8, 13)
 #: A task before it is placed: prompt tokens, payload bytes, deadline (s), most tokens, value, row of its lengths.
 T_PROMPT, T_BYTES, T_DEADLINE, T_MOST, T_VALUE, T_LENGTH, TASK_COLUMNS = range(7)
 

@@ -28,6 +28,8 @@ CELL_LEANS, CLASS_LEANS = 16.0, 4.0
 PRIOR_MEDIAN, PRIOR_SIGMA = 64.0, 1.3
 #: Classes kept apart; further ones share one.
 MOST_CLASSES = 1000
+#: What has been seen since a class was tabulated, as a share of its cells, before it is tabulated again.
+NEWS = 0.05
 #: Hints are told apart by quarter octaves.
 _HINTS_PER_OCTAVE = 4
 
@@ -143,7 +145,7 @@ class _Class:
     cells: dict[int, Histogram] = field(default_factory=dict)  # by prompt size
     hints: HintFit = field(default_factory=HintFit)
     rows: dict[tuple[int, int], int] = field(default_factory=dict)  # (prompt size, hint or −1) → row
-    stale: bool = True
+    news: float = 0.0  # observations since its rows were filled, each as a share of its cell
 
 
 class Lengths:
@@ -173,7 +175,9 @@ class Lengths:
         cell.add(shares)
         if ended and hint is not None:
             known.hints.add(float(hint), float(max(tokens, 1)))
-        self._stale[name] = None
+        known.news += 1.0 / cell.weight
+        if known.news >= NEWS:
+            self._stale[name] = None
 
     def _beyond(self, known: _Class, cell: Histogram, tokens: float) -> Floats:
         """One count over the bins beyond `tokens`, as they are believed to share it."""
@@ -205,12 +209,21 @@ class Lengths:
         return row
 
     def refresh(self) -> None:
-        """Bring the rows of classes with new observations up to date."""
+        """Bring the rows of classes with news up to date."""
         for name in self._stale:
             self._refresh(self._classes[name])
         self._stale.clear()
 
+    def forget(self) -> None:
+        """Drop the rows; they are made from the counts when asked for again."""
+        for known in self._classes.values():
+            known.rows.clear()
+            known.news = 0.0
+        self._count = 0
+        self._stale.clear()
+
     def _refresh(self, known: _Class) -> None:
+        known.news = 0.0
         if not known.rows:
             return  # nobody has asked yet, as after a restart
         nothing = np.zeros(BINS)
@@ -259,8 +272,8 @@ class Lengths:
             )
             for name, given in state.items()
         }
-        self._classes, self._count = classes, 0
-        self._stale.clear()
+        self._classes = classes
+        self.forget()
 
 
 def _believed(whole: Histogram, cell: Histogram) -> Floats:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from scheduler.core import forecast as f
 from scheduler.core.compiled import compiled
-from scheduler.core.constraints import memory_slack
+from scheduler.core.constraints import bandwidth_slack, compute_slack, deadline_slack, memory_slack
 from scheduler.core.forecast import Cube, Matrix
 from scheduler.core.grid import Floats, at
 from scheduler.core.index import index
@@ -41,7 +41,7 @@ def survey(
     elsewhere INDEX is that bound and HARM −1.
     """
     first, bound = -1, OUT
-    need = task[f.T_PROMPT] + at(table[int(task[f.T_LENGTH]), MEAN], task[f.T_MOST])
+    need = _need(task, table)
     for i in range(len(rows)):
         n, arm, look = rows[i], arms[arm_rows[i]], looks[i]
         node = nodes[n]
@@ -92,7 +92,7 @@ def _add_harm(
 
 
 @compiled
-def add_harm(
+def complete(
     some: NDArray[np.int64],
     rows: NDArray[np.int64],
     arm_rows: NDArray[np.int64],
@@ -106,10 +106,22 @@ def add_harm(
     maps: Cube,
     looks: Matrix,
 ) -> None:
-    """Take the harm into the index of the candidates at positions `some` where `survey` left it out."""
+    """Fill in what `survey` left out of the candidates at positions `some`: harm, and the slacks of the constraints."""
+    left, need = task[f.T_DEADLINE] - now, _need(task, table)
     for i in some:
-        if looks[i, f.HARM] < 0 and looks[i, f.INDEX] > OUT:
-            _add_harm(rows[i], arms[arm_rows[i]], task, terms, now, nodes, flights, table, maps, looks[i])
+        node, arm, look = nodes[rows[i]], arms[arm_rows[i]], looks[i]
+        look[f.C_DEADLINE] = deadline_slack(look[f.FINISH], left)
+        look[f.C_COMPUTE] = compute_slack(node[f.COUNT] + 1, node[f.SLOTS])
+        look[f.C_MEMORY] = memory_slack(need, arm[f.KV_USED], arm[f.KV])
+        look[f.C_BANDWIDTH] = bandwidth_slack(task[f.T_BYTES], node[f.COMING], node[f.RATE], left)
+        if look[f.HARM] < 0 and look[f.INDEX] > OUT:
+            _add_harm(rows[i], arm, task, terms, now, nodes, flights, table, maps, look)
+
+
+@compiled
+def _need(task: Floats, table: Cube) -> float:
+    """Tokens of KV cache the task will probably hold."""
+    return float(task[f.T_PROMPT] + at(table[int(task[f.T_LENGTH]), MEAN], task[f.T_MOST]))
 
 
 @compiled

@@ -75,6 +75,7 @@ def test_rows_follow_the_tasks(happenings: list[tuple[str, int]]) -> None:
             a.flights[ids[which % len(ids)]] = a.flights.pop(ids[which % len(ids)])
         elif ids and what == "move":
             a.flights[ids[which % len(ids)]].generated += which
+            a.heard = float(number)
         a.touch(float(number))
         if what == "look" or which % 2:
             rows_of(kept, a)
