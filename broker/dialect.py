@@ -8,7 +8,9 @@ of everything is its task's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from broker.errors import InvalidTask
@@ -109,6 +111,25 @@ def _from_response_request(body: Mapping[str, Any]) -> dict[str, Any]:
         case _:
             raise InvalidTask("text: only 'format' is supported")
     return fields
+
+
+def seconds_left(deadline: str, now: float) -> float:
+    """A deadline given as text, in s from `now` (s since the epoch): a number of seconds, or a time (RFC 3339). Raises
+    InvalidTask."""
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", deadline):
+        return float(deadline)
+    moment: datetime | None
+    try:
+        moment = datetime.fromisoformat(deadline)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        form = "give seconds, or a time with its zone as in 2026-11-20T12:00:00Z"
+        raise InvalidTask(f"deadline: {form} (given {deadline[:40]!r})")
+    left = moment.timestamp() - now
+    if left <= 0:
+        raise InvalidTask(f"deadline: {deadline} has passed")
+    return left
 
 
 def messages(turns: Any, field: str = "messages") -> Any:

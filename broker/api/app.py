@@ -9,7 +9,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from broker.api import completions, docs, errors, responses, tasks
+from broker.api import batches, completions, docs, errors, files, responses, tasks
 from broker.api.core import Api
 from broker.api.guard import Guard
 from broker.settings import Settings
@@ -25,6 +25,7 @@ def make_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.api = Api(settings)
+        app.state.api.runner.start()
         yield
         await app.state.api.close()
 
@@ -38,7 +39,15 @@ def make_app(settings: Settings) -> FastAPI:
     )
     errors.install(app)
     docs.install(app)
-    for router in (completions.router, responses.router, tasks.router, tasks.catalogue, tasks.health):
+    for router in (
+        completions.router,
+        responses.router,
+        tasks.router,
+        files.router,
+        batches.router,
+        tasks.catalogue,
+        tasks.health,
+    ):
         app.include_router(router)
     app.add_middleware(Guard, settings=settings)
     if settings.api_cors:

@@ -6,21 +6,22 @@ import asyncio
 import ipaddress
 import json
 import math
-import re
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import Depends, Header, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from broker.api.batch_runner import BatchRunner
+from broker.api.batch_store import Batches
 from broker.api.errors import ApiError, not_found
+from broker.api.file_store import Files
 from broker.api.intake import Intake
 from broker.api.keys import Key, Keys
 from broker.client import AsyncClient
-from broker.dialect import EXTENSIONS
+from broker.dialect import EXTENSIONS, seconds_left
 from broker.ledger import TaskRecord
 from broker.messages import Result, TaskSpec, new_id
 from broker.settings import Settings
@@ -35,7 +36,6 @@ PATIENCE = 30.0
 HEARTBEAT = 15.0
 
 T = TypeVar("T")
-_DEADLINE = re.compile(r"\d+(\.\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,9 @@ class Api:
         self.client = AsyncClient(settings=settings)
         self.ledger = self.client.ledger
         self.keys = Keys(settings, self.ledger)
+        self.files = Files(settings, self.ledger)
+        self.batches = Batches(settings, self.ledger)
+        self.runner = BatchRunner(settings, self.ledger, self.files, self.batches, print)
         self._intake = Intake(self.ledger)
         self._callers: dict[str, tuple[float, Caller | None]] = {}
         self._errands: set[asyncio.Task[Any]] = set()
@@ -176,6 +179,7 @@ class Api:
         task.add_done_callback(self._errands.discard)
 
     async def close(self) -> None:
+        await asyncio.to_thread(self.runner.close)
         if self._errands:
             await asyncio.wait(self._errands, timeout=5)
         await self.client.close()
@@ -184,27 +188,6 @@ class Api:
 def _same(first: TaskSpec, again: TaskSpec) -> bool:
     """Whether a repeated request asks for the same work. Its deadline may have been counted from another moment."""
     return first.model_copy(update={"deadline": again.deadline, "stream": again.stream}) == again
-
-
-def seconds_left(deadline: str, now: float) -> float:
-    """A deadline given as text, in s from `now` (s since the epoch): a number of seconds, or a time (RFC 3339)."""
-    if _DEADLINE.fullmatch(deadline) and len(deadline) < 20:
-        return float(deadline)
-    moment: datetime | None
-    try:
-        moment = datetime.fromisoformat(deadline)
-    except ValueError:
-        moment = None
-    if moment is None or moment.tzinfo is None:
-        raise ApiError(
-            400,
-            f"deadline: give seconds, or a time with its zone as in 2026-11-20T12:00:00Z (given {deadline[:40]!r})",
-            param="deadline",
-        )
-    left = moment.timestamp() - now
-    if left <= 0:
-        raise ApiError(400, f"deadline: {deadline} has passed", param="deadline", code="deadline_passed")
-    return left
 
 
 async def _gone(request: Request) -> None:

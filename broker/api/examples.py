@@ -120,6 +120,7 @@ FILE = {
     "purpose": "batch",
     "status": "processed",
 }
+DELETED = {"id": "file-3f2a", "object": "file", "deleted": True}
 BATCH_REQUEST = {"input_file_id": "file-3f2a", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
 BATCH: dict[str, Any] = {
     "id": "batch_71c0",

@@ -12,6 +12,7 @@ from broker.api import examples
 from broker.api.core import Extensions, TheApi, TheCaller, needs_key, read_json
 from broker.api.docs import answers, takes
 from broker.api.errors import ApiError, not_found
+from broker.api.paging import After, Limit, Order, page
 from broker.api.schemas import (
     ExplanationObject,
     Health,
@@ -37,10 +38,6 @@ MANY = 1000
 #: Tasks looked at for one page of a filtered list.
 _LOOK_AT = 5000
 _PIECE = 200
-
-Limit = Annotated[int, Query(ge=1, le=100, description="At most so many.")]
-After = Annotated[str | None, Query(max_length=256, description="The last id of the page before.")]
-Order = Annotated[str, Query(pattern="^(asc|desc)$", description="By the time they were made: `desc` is newest first.")]
 
 
 @router.post(
@@ -127,8 +124,7 @@ async def list_tasks(
 
     found, last, more = await asyncio.to_thread(look)
     data = [_shown(record, whole=False) for record in found]
-    page = {"object": "list", "data": data, "has_more": more, "first_id": data[0]["id"] if data else None}
-    return JSONResponse({**page, "last_id": last if more or data else None})
+    return JSONResponse(page(data, more, last))
 
 
 def _wanted(record: TaskRecord, state: State | None, service: str | None, model: str | None) -> bool:

@@ -166,6 +166,10 @@ class Ledger:
         reply = self._call("cancel", task_id)
         return State(reply.decode()) if reply else None
 
+    def cancel_many(self, task_ids: Sequence[str]) -> list[State | None]:
+        """`cancel` for many, in one round trip."""
+        return [State(r.decode()) if r else None for r in self._pipeline([("cancel", i) for i in task_ids])]
+
     def task(self, task_id: str) -> TaskRecord | None:
         """Everything known of a task, or None."""
         with reaching(self._settings):
