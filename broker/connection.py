@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,13 +16,24 @@ from broker.settings import Settings
 
 #: Seconds a connection attempt, and a reply, may take.
 CONNECT_TIMEOUT = 5.0
-REPLY_TIMEOUT = 30.0
+REPLY_TIMEOUT = 10.0
+#: Seconds after which nothing is repeated any more: the caller shall know.
+RETRY_TIME = 10.0
 
 T = TypeVar("T")
 
 
+#: Errors, by the word they begin with, of a server that is there but may not or cannot write now, and the way out.
+_CANNOT = {
+    "MISCONF": "cannot write to its disk and stored nothing: make room there, and see its log",
+    "READONLY": "is a read-only replica: set PERLLM_REDIS_URL to the primary's address",
+    "NOREPLICAS": "has too few replicas to store anything: see its min-replicas-to-write",
+    "BUSY": "is busy with a script that does not end: see its log",
+}
+
+
 class _Retry(Retry):
-    """Repeats what the network may have spoilt; a login refused once is refused again."""
+    """Repeats what the network may have spoilt, for a bounded time; a login refused once is refused again."""
 
     def call_with_retry(
         self,
@@ -30,8 +42,10 @@ class _Retry(Retry):
         is_retryable: Callable[[Exception], bool] | None = None,
         with_failure_count: bool = False,
     ) -> T:
+        give_up = time.monotonic() + RETRY_TIME
+
         def worth_it(error: Exception) -> bool:
-            refused = isinstance(error, redis.exceptions.AuthenticationError)
+            refused = isinstance(error, redis.exceptions.AuthenticationError) or time.monotonic() > give_up
             return not refused and (is_retryable is None or is_retryable(error))
 
         return super().call_with_retry(do, fail, worth_it, with_failure_count)
@@ -69,6 +83,12 @@ def reaching(settings: Settings) -> Iterator[None]:
         raise Unreachable(
             f"the server at {at} is out of memory and stored nothing: raise its maxmemory or shorten PERLLM_RETENTION"
         ) from None
+    except redis.exceptions.ResponseError as error:
+        read_only = isinstance(error, redis.exceptions.ReadOnlyError)  # redis-py takes the word off
+        kind = "READONLY" if read_only else str(error).partition(" ")[0]
+        if kind not in _CANNOT:
+            raise
+        raise Unreachable(f"the server at {at} {_CANNOT[kind]} ({error})") from None
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
         hint = "start it with `perllm up`, or set PERLLM_REDIS_URL" if settings.redis_url is None else "is it running?"
         raise Unreachable(f"no Redis server answers at {at} ({error}): {hint}") from None

@@ -12,6 +12,7 @@
 --                              features    what the scheduler needs of it, JSON (a Submitted event less its times),
 --                                          and `preview`, the start of the prompt for people
 --                              state, submitted, deadline, window (the deadline as given, s), attempt, strikes, tenant
+--                              key         the name below the prefix of its idempotency key, if it has one
 --                              while placed: node, model, dispatched, claimed, token
 --                              why         the last Explanation, JSON
 --                              when final: result (a Result, JSON), finished
@@ -23,13 +24,14 @@
 --   node:<name>        hash    of a live node: info (NodeInfo, JSON), boot, queue, beat (last Heartbeat, JSON), draining
 --   node:<name>:tasks  set     the tasks dispatched to or running on it
 --   nodes              zset    live nodes by the time until which they count as alive
---   key:<tenant> <key> string  idempotency key → task id, kept for the retention time
+--   key:<tenant> <key> string  idempotency key → task id, kept for as long as the task
 --   events             stream  one field `e`: an Event, JSON; trimmed to about the length given
 --   totals             hash    submitted, succeeded, failed, expired, rejected, cancelled, forgotten: ever
 --   epoch, leader      string  the scheduler's fencing number, and who leads under it (expires)
 --   snapshot           string  what the scheduler learned, JSON, with the stream position it stands for
 --   signal:<name>      channel a task id whose generation on that node must stop
 --   said:<id>          channel a piece was added to text:<id>
+--   may:<operation>    never a key: whoever may read it by the server's access rules (ACL) may call that operation
 --
 -- Outside the prefix, as Celery names them: the node's queue (a list of messages), celery-task-meta-<id> (the result
 -- for AsyncResult) and the channel of the same name, on which every final state is announced.
@@ -174,7 +176,10 @@ function ops.submit()
             redis.call('ZADD', set_key('pending'), deadline, id)
             redis.call('ZADD', P .. 'of:' .. tenant, num(now), id)
             redis.call('HINCRBY', P .. 'totals', 'submitted', 1)
-            if key ~= '' then redis.call('SET', P .. 'key:' .. key, id, 'EX', math.ceil(config('retention'))) end
+            if key ~= '' then
+                redis.call('SET', P .. 'key:' .. key, id)
+                redis.call('HSET', task_key(id), 'key', 'key:' .. key)
+            end
             event('{"at":' .. num(now) .. ',"id":' .. str(id) .. ',"deadline":' .. deadline .. ',' .. string.sub(features, 2))
         end
         out[#out + 1] = id
@@ -361,6 +366,12 @@ function ops.sweep()
     local function due(key, score)
         return redis.call('ZRANGEBYSCORE', key, '-inf', num(score), 'LIMIT', 0, limit)
     end
+    local function known(state, id, ...) -- what is in a set but is no such task would stop every sweep: it goes
+        local t = read(id, ...)
+        if t and t.state == state then return t end
+        redis.call('ZREM', set_key(state), id)
+        return nil
+    end
     for _, name in ipairs(due(P .. 'nodes', now)) do
         node_down(name, 'no heartbeat')
         forget_node(name)
@@ -368,14 +379,14 @@ function ops.sweep()
     end
     for _, state in ipairs({ 'running', 'dispatched' }) do
         for _, id in ipairs(due(set_key(state), now)) do
-            local t = read(id, unpack(PLACED))
-            give_back(id, t, 'lease_expired', 'the lease on ' .. t.node .. ' lapsed', state == 'running', max_strikes)
+            local t = known(state, id, unpack(PLACED))
+            if t then give_back(id, t, 'lease_expired', 'the lease on ' .. t.node .. ' lapsed', state == 'running', max_strikes) end
             done = done + 1
         end
     end
     for _, id in ipairs(due(set_key('pending'), now)) do
-        local t = read(id, 'submitted')
-        ended(id, t, 'expired', 'the deadline passed before a node could take it')
+        local t = known('pending', id, 'submitted')
+        if t then ended(id, t, 'expired', 'the deadline passed before a node could take it') end
         done = done + 1
     end
     for state in pairs(FINAL) do
@@ -385,9 +396,10 @@ function ops.sweep()
             if beyond > 0 then old = redis.call('ZRANGE', set_key(state), 0, math.min(beyond, limit) - 1) end
         end
         for _, id in ipairs(old) do
-            local tenant = redis.call('HGET', task_key(id), 'tenant')
+            local tenant, key = unpack(redis.call('HMGET', task_key(id), 'tenant', 'key'))
             if tenant then redis.call('ZREM', P .. 'of:' .. tenant, id) end
             redis.call('UNLINK', task_key(id), 'celery-task-meta-' .. id)
+            if key then redis.call('UNLINK', P .. key) end
             redis.call('ZREM', set_key(state), id)
             redis.call('HINCRBY', P .. 'totals', 'forgotten', 1)
             done = done + 1
@@ -421,4 +433,7 @@ end
 
 local run = ops[op]
 if not run then return redis.error_reply('unknown operation ' .. tostring(op)) end
+if not redis.acl_check_cmd('GET', P .. 'may:' .. op) then
+    return redis.error_reply('NOPERM this user may not call ' .. op)
+end
 return run()

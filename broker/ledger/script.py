@@ -1,4 +1,8 @@
-"""Running the one Lua script: by its digest, loading it where the server does not have it yet."""
+"""Running the one Lua script: by its digest, loading it where the server does not have it yet.
+
+A server at its memory limit refuses new work and nothing else: what was accepted must be able to end. So the script is
+loaded twice, and only submissions run under the limit (valkey.io, "Scripting with Lua", script flags).
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,14 @@ from typing import Any
 import redis
 
 Argument = str | bytes | int | float
-_SOURCE = Path(__file__).with_name("ledger.lua").read_text(encoding="utf-8")
-_DIGEST = hashlib.sha1(_SOURCE.encode(), usedforsecurity=False).hexdigest()
+_BODY = Path(__file__).with_name("ledger.lua").read_text(encoding="utf-8")
+_BOUNDED = f"#!lua flags=allow-cross-slot-keys\n{_BODY}"
+_UNBOUNDED = f"#!lua flags=allow-cross-slot-keys,allow-oom\n{_BODY}"
+_DIGESTS = {source: hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest() for source in (_BOUNDED, _UNBOUNDED)}
+
+
+def _digest(operation: Argument) -> str:
+    return _DIGESTS[_BOUNDED if operation == "submit" else _UNBOUNDED]
 
 
 class Script:
@@ -37,7 +47,8 @@ class Script:
         replies = self._send(calls)
         missing = [i for i, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
         if missing:
-            self._client.script_load(_SOURCE)
+            for source in _DIGESTS:
+                self._client.script_load(source)
             for i, reply in zip(missing, self._send([calls[i] for i in missing]), strict=True):
                 replies[i] = reply
         return replies
@@ -54,7 +65,7 @@ class Script:
         try:
             awaited = 0
             for piece in pieces:
-                words = [("EVALSHA", _DIGEST, 1, self._prefix, *call, *self._tail) for call in piece]
+                words = [("EVALSHA", _digest(call[0]), 1, self._prefix, *call, *self._tail) for call in piece]
                 connection.send_packed_command(connection.pack_commands(words))  # type: ignore[no-untyped-call]
                 if awaited:
                     yield [connection.read_response() for _ in range(awaited)]
@@ -70,5 +81,5 @@ class Script:
     def _send(self, calls: Sequence[tuple[Argument, ...]]) -> list[Any]:
         pipe = self._client.pipeline(transaction=False)
         for call in calls:
-            pipe.evalsha(_DIGEST, 1, self._prefix, *call, *self._tail)
+            pipe.evalsha(_digest(call[0]), 1, self._prefix, *call, *self._tail)
         return pipe.execute(raise_on_error=False)

@@ -126,7 +126,7 @@ class NodeWorker:
     def _run_alone(self, task_id: str, number: int) -> str:
         token = uuid4().hex
         began = time.monotonic()
-        claim = self._ledger.claim(task_id, number, self.info.name, token)
+        claim = self._patiently(lambda: self._ledger.claim(task_id, number, self.info.name, token))
         transfer = time.monotonic() - began
         if claim is None:
             log.info("attempt_void", task_id=task_id, attempt=number)
@@ -209,7 +209,7 @@ class NodeWorker:
         )
 
     def _patiently(self, deliver: Callable[[], T]) -> T | None:
-        """Repeat a delivery while the server does not answer: a result is too dear to drop for a network fault, and
+        """Repeat a call while the server does not answer: a result is too dear to drop for a network fault, and
         repeating is harmless. None when patience ended; the lease has lapsed by then and the task is placed anew."""
         give_up = time.monotonic() + DELIVERY_PATIENCE
         while True:

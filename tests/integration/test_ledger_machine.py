@@ -486,6 +486,7 @@ class LedgerMachine(RuleBasedStateMachine):
             mended += 1
         for task in list(self.too_old()):
             del self.tasks[task.id]
+            self.keys = {k: i for k, i in self.keys.items() if i != task.id}
             self.totals["forgotten"] += 1
             mended += 1
         assert self.ledger.sweep() == mended
@@ -552,10 +553,12 @@ class LedgerMachine(RuleBasedStateMachine):
             pipe.zrange(f"{self.p}in:{state}", 0, -1, withscores=True)
         pipe.keys(f"{self.p}task:*")
         pipe.keys("celery-task-meta-*")
-        *rows, stored, copies = pipe.execute()
+        pipe.keys(f"{self.p}key:*")
+        *rows, stored, copies, keys = pipe.execute()
         hashes = dict(zip(self.tasks, rows[: len(self.tasks)], strict=True))
         sets = {str(s): {i.decode(): x for i, x in ids} for s, ids in zip(State, rows[len(self.tasks) :], strict=True)}
         assert {k.decode().removeprefix(f"{self.p}task:") for k in stored} == set(self.tasks)
+        assert {k.decode() for k in keys} == {f"{self.p}key:{tenant} {key}" for tenant, key in self.keys}
         for state, ids in sets.items():
             assert set(ids) == {t.id for t in self.tasks.values() if t.state == state}, f"the set of {state} tasks"
         finals = {t.id for t in self.tasks.values() if t.final}
