@@ -17,7 +17,9 @@ Argument = str | bytes | int | float
 _BODY = Path(__file__).with_name("ledger.lua").read_text(encoding="utf-8")
 _BOUNDED = f"#!lua flags=allow-cross-slot-keys\n{_BODY}"
 _UNBOUNDED = f"#!lua flags=allow-cross-slot-keys,allow-oom\n{_BODY}"
-_DIGESTS = {source: hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest() for source in (_BOUNDED, _UNBOUNDED)}
+_DIGESTS = {
+    source: hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest() for source in (_BOUNDED, _UNBOUNDED)
+}
 
 
 def _digest(operation: Argument) -> str:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.make import node_info, output, receipt, why
+from support.ports import free_port
+from support.wait import eventually
 
 from broker.celery_app import node_message
+from broker.embedded import EmbeddedServer
 from broker.errors import Unreachable
 from broker.ledger import Dispatch, Ledger
 from broker.ledger.ledger import SWEEP_LIMIT
@@ -115,6 +120,47 @@ def test_a_full_server_stores_nothing_and_says_so(ledger: Ledger) -> None:
     submit(ledger)
 
 
+def test_what_was_accepted_still_ends_on_a_full_server(ledger: Ledger) -> None:
+    runs, breaks, waits, unwanted = (submit(ledger) for _ in range(4))
+    run(ledger, runs)
+    run(ledger, breaks)
+    ledger.client.config_set("maxmemory-policy", "noeviction")
+    ledger.client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(Unreachable, match="out of memory and stored nothing"):
+            ledger.submit((f"t{n}", TaskSpec(prompt="x" * 1000)) for n in range(1000))
+        assert ledger.complete(runs, 1, "token", "succeeded", output("x" * 10_000), receipt("n")) == "ok"
+        assert ledger.fail(breaks, 1, "token", "broke", retry=True) == "ok"
+        assert ledger.cancel(unwanted) is State.PENDING
+        run(ledger, waits)  # dispatched and claimed
+        assert ledger.complete(waits, 1, "token", "succeeded", output(), receipt("n")) == "ok"
+        assert ledger.save_snapshot(ledger.lead("test", 60) or 0, {"learned": "x" * 10_000})
+    finally:
+        ledger.client.config_set("maxmemory", 0)
+    assert ledger.totals() == {"submitted": 4, "succeeded": 2, "cancelled": 1}
+
+
+def test_a_disk_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    """A server that could not save answers every write with MISCONF, whatever kept it from saving."""
+    with EmbeddedServer(tmp_path / "data", free_port()) as server:
+        ledger = Ledger(Settings.model_validate({"redis_url": server.url}))
+        task_id = submit(ledger)
+        run(ledger, task_id)
+        shutil.rmtree(tmp_path / "data")
+        ledger.client.config_set("save", "1 1")
+        ledger.client.bgsave()
+        eventually(lambda: ledger.client.info("persistence")["rdb_last_bgsave_status"] == "err", "it cannot save")
+        with pytest.raises(Unreachable, match="cannot write to its disk and stored nothing: make room there"):
+            submit(ledger)
+        with pytest.raises(Unreachable, match="MISCONF"):  # so a worker keeps its result and tries again
+            ledger.complete(task_id, 1, "token", "succeeded", output(), receipt("n"))
+        ledger.client.config_set("stop-writes-on-bgsave-error", "no")
+        assert ledger.complete(task_id, 1, "token", "succeeded", output(), receipt("n")) == "ok"
+        assert ledger.totals() == {"submitted": 1, "succeeded": 1}
+        ledger.client.config_set("save", "")
+        ledger.client.close()
+
+
 # --- attempts
 
 
@@ -180,6 +226,29 @@ def test_a_sweep_is_bounded_and_ends(ledger: Ledger) -> None:
     ledger.client.zadd(f"{ledger.prefix}in:pending", dict.fromkeys(ids, 1.0))  # moves time
     assert [ledger.sweep(), ledger.sweep(), ledger.sweep()] == [SWEEP_LIMIT, 10, 0]
     assert ledger.counts()[State.EXPIRED] == count
+
+
+def test_a_key_lives_as_long_as_its_task(ledger: Ledger, settings: Settings) -> None:
+    """Not longer, when the task is forgotten by count; not shorter, when it waits beyond the retention time."""
+    few = Ledger(settings.model_copy(update={"retention_tasks": 1}))
+    first, second = submit(few, idempotency_key="a"), submit(few, idempotency_key="b")
+    assert few.client.ttl(f"{few.prefix}key:default a") == -1
+    few.cancel(first)
+    few.cancel(second)
+    assert few.sweep() == 1
+    assert [few.task(first), submit(few, idempotency_key="b")] == [None, second]
+    assert submit(few, idempotency_key="a") != first
+    few.client.close()
+
+
+def test_a_set_naming_what_is_no_task_does_not_stop_the_sweep(ledger: Ledger) -> None:
+    task_id = submit(ledger)
+    for state in ("pending", "dispatched", "running"):
+        ledger.client.zadd(f"{ledger.prefix}in:{state}", {"nobody": 1.0})
+    ledger.client.zadd(f"{ledger.prefix}in:running", {task_id: 1.0})
+    ledger.client.zadd(f"{ledger.prefix}in:pending", {task_id: 1.0})
+    assert ledger.sweep() == 5
+    assert ledger.counts() == {s: int(s is State.EXPIRED) for s in State}
 
 
 # --- reading

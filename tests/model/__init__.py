@@ -1,0 +1,1 @@
+"""The ledger's protocol as a small formal model, explored exhaustively, and held against the real ledger."""
