@@ -36,6 +36,10 @@ class _Deposed(Exception):
     """Another scheduler leads now."""
 
 
+class _Outdated(Exception):
+    """The server was started again, and may have forgotten what this reign has seen."""
+
+
 class Service:
     """Runs a `Core` against the ledger until `stop`. `make_core` builds an empty core, anew at every takeover."""
 
@@ -61,6 +65,8 @@ class Service:
                     self._lead(epoch)
             except _Deposed:
                 log.warning("deposed")
+            except _Outdated:
+                log.warning("server_restarted")
             except Unreachable as error:
                 log.warning("server_unreachable", reason=str(error))
                 self._stopping.wait(1.0)
@@ -109,6 +115,7 @@ class _Reign:
         self._tenure = tenure
         self._position = "0-0"
         self._clock_offset = 0.0
+        self._incarnation = ledger.incarnation()
         self._sync_clock()
 
     # --- taking over
@@ -177,7 +184,10 @@ class _Reign:
             self._end([d for d in decisions if d.action != "dispatch"])
 
     def sweep(self) -> bool:
-        """Let the ledger mend what time has broken, and look at its clock. Returns whether there may be more."""
+        """Let the ledger mend what time has broken, and look at its clock. Returns whether there may be more. Raises
+        _Outdated when the server was started again: taking over anew finds what is true now."""
+        if self._ledger.incarnation() != self._incarnation:
+            raise _Outdated
         self._sync_clock()
         return self._ledger.sweep() >= SWEEP_LIMIT
 

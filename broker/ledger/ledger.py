@@ -338,6 +338,12 @@ class Ledger:
             seconds, micros = self.client.time()
         return seconds + micros / 1e6
 
+    def incarnation(self) -> str:
+        """Another after every start of the server. One that ended by force may have forgotten its last second, so
+        whatever was read from the one before need not be true any more."""
+        with reaching(self._settings):
+            return str(self.client.info("server")["run_id"])
+
     # --- workers
 
     def register(self, info: NodeInfo) -> float | None:

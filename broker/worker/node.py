@@ -125,9 +125,13 @@ class NodeWorker:
 
     def _run_alone(self, task_id: str, number: int) -> str:
         token = uuid4().hex
-        began = time.monotonic()
-        claim = self._patiently(lambda: self._ledger.claim(task_id, number, self.info.name, token))
-        transfer = time.monotonic() - began
+
+        def try_claim() -> tuple[Claim | None, float]:
+            began = time.monotonic()
+            claim = self._ledger.claim(task_id, number, self.info.name, token)
+            return claim, time.monotonic() - began
+
+        claim, transfer = self._patiently(try_claim) or (None, 0.0)  # the message is gone: only this brings the work
         if claim is None:
             log.info("attempt_void", task_id=task_id, attempt=number)
             return "void: placed elsewhere, cancelled or expired meanwhile"

@@ -1,0 +1,145 @@
+"""Follows the event stream over every restart of the server, and reads the ledger when all is over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from typing import Any, cast
+
+import redis
+
+from broker.connection import connect
+from broker.errors import Unreachable
+from broker.ledger import Ledger
+from broker.settings import Settings
+from chaos.history import Dump, Row, Seen
+
+#: Seconds before the server's end from which on its stream is read again: far more than it can have lost.
+_LOOK_BACK = 10.0
+_CHUNK = 1000
+_SHOWN = ("submitted", "dispatched", "claimed", "completed", "returned", "ended", "node_up", "node_down")
+
+
+class Observer:
+    """A thread that keeps every event it was shown. `undone` are the positions of those that are gone since."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.events: list[Seen] = []
+        self.undone: set[str] = set()
+        self._client = connect(settings)
+        self._stream = f"{{{settings.cell}}}:events"
+        self._position = "0-0"
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="observer", daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        while not self._closed.is_set():
+            try:
+                with self._lock:
+                    found = self._read()
+            except redis.exceptions.RedisError:
+                found = False
+            if not found:
+                self._closed.wait(0.02)
+
+    def _read(self) -> bool:
+        reply = cast("list[Any]", self._client.xread({self._stream: self._position}, count=_CHUNK) or [])
+        for position, fields in reply[0][1] if reply else ():
+            self._position = position.decode()
+            if (event := _seen(self._position, fields[b"e"])) is not None:
+                self.events.append(event)
+        return bool(reply)
+
+    def server_came_back(self, ended: float) -> None:
+        """The server ended by force at that time and answers again: note what it no longer knows."""
+        since = int((ended - _LOOK_BACK) * 1000)
+        with self._lock:
+            raw = cast("list[Any]", self._client.xrange(self._stream, min=since))
+            kept = {position.decode() for position, _ in raw}
+            for event in reversed(self.events):
+                if int(event.position.split("-")[0]) < since:
+                    break
+                if event.position not in kept:
+                    self.undone.add(event.position)
+
+    def close(self) -> None:
+        """Read what is left and stop."""
+        self._closed.set()
+        self._thread.join()
+        while self._read():
+            pass
+        self._client.close()
+
+
+def _seen(position: str, raw: bytes) -> Seen | None:
+    event = json.loads(raw)
+    kind = event["type"]
+    if kind not in _SHOWN:
+        return None
+    return Seen(
+        position,
+        event["at"],
+        kind,
+        event.get("id", ""),
+        event["info"]["name"] if kind == "node_up" else event.get("node", ""),
+        event.get("attempt", 0),
+        event.get("state", ""),
+        event.get("cause", ""),
+        event.get("strikes", 0),
+        event.get("preview", " ").split(" ", 1)[0],
+        event.get("reason", ""),
+        event["receipt"]["model"] if kind == "completed" else "",
+    )
+
+
+def digest(result: bytes) -> str:
+    """A result as stored, to compare it with itself later."""
+    return hashlib.sha1(result, usedforsecurity=False).hexdigest()
+
+
+def dump(ledger: Ledger) -> Dump:
+    """Everything in the server's database."""
+    out = Dump(totals=ledger.totals())
+    task, state = f"{ledger.prefix}task:", f"{ledger.prefix}in:"
+    ids = []
+    for raw in ledger.client.scan_iter(count=10_000):
+        key = raw.decode()
+        if key.startswith(task):
+            ids.append(key.removeprefix(task))
+        elif key.startswith(state):
+            members = cast("list[bytes]", ledger.client.zrange(key, 0, -1))
+            out.sets[key.removeprefix(state)] = {m.decode() for m in members}
+        elif key.startswith("celery-task-meta-"):
+            out.celery_results.add(key.removeprefix("celery-task-meta-"))
+        else:
+            out.other_keys.add(key)
+    for start in range(0, len(ids), _CHUNK):
+        chunk = ids[start : start + _CHUNK]
+        pipe = ledger.client.pipeline(transaction=False)
+        for task_id in chunk:
+            pipe.hmget(task + task_id, "state", "attempt", "strikes", "result")
+        out.tasks |= {i: _row(*fields) for i, fields in zip(chunk, pipe.execute(), strict=True)}
+    return out
+
+
+def _row(state: bytes, attempt: bytes, strikes: bytes, result: bytes | None) -> Row:
+    says = json.loads(result) if result else {}
+    return Row(
+        state.decode(),
+        int(attempt),
+        int(strikes),
+        digest(result) if result else None,
+        says.get("state"),
+        says["receipt"]["attempt"] if "receipt" in says else None,
+    )
+
+
+def unfinished(ledger: Ledger) -> int | None:
+    """How many tasks are not final; None while the server does not answer."""
+    try:
+        return sum(n for state, n in ledger.counts().items() if not state.final)
+    except Unreachable:
+        return None

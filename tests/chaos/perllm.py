@@ -1,0 +1,191 @@
+"""One run of the whole system under blows, and its history."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker.errors import Unreachable
+from broker.settings import Settings
+from chaos.checker import Report, check
+from chaos.history import History, Seen
+from chaos.observer import Observer, dump, unfinished
+from chaos.plan import Blow
+from chaos.producer import read_records
+from chaos.server import FragileServer
+from chaos.world import Post, Struck, World
+from support.cluster import Cluster
+
+ROOT = Path(__file__).parents[2]
+#: The nodes that replay a profile, and their slots.
+REPLAYS = {
+    "cloud-1": ("vllm-0.25.1_h200_llama-8b-bf16", 16),
+    "cloud-2": ("vllm-0.25.1_h200_llama-33b-bf16", 16),
+    "edge-1": ("llamacpp-0.3.36_xeon-spr_llama-8b-q4_0", 8),
+    "edge-2": ("llamacpp-0.3.36_xeon-spr_llama-8b-q4_0", 8),
+}
+#: What the real model is called, and which node has it.
+REAL, REAL_NODE = "real", "edge-real"
+PRODUCERS = ("producer-1", "producer-2")
+#: Seconds without any change after which what is unfinished is stuck: longer than a dispatched task may wait unclaimed.
+SETTLE = 45.0
+
+
+@dataclass
+class Outcome:
+    """What one run showed. `recovery` is seconds per kind of blow, see `recoveries`."""
+
+    report: Report
+    kinds: dict[str, int]
+    recovery: dict[str, list[float]]
+    crashes: list[str]
+    settled: bool
+    by_model: dict[str, int]  # completed
+    tracebacks: list[str]
+
+    @property
+    def figures(self) -> dict[str, float | int]:
+        """What the result's `figures` hold of it."""
+        report = self.report
+        return {
+            "kills": sum(self.kinds.values()),
+            "tasks": report.tasks,
+            "lost": report.count("lost"),
+            "doubled": report.count("doubled", "overwritten"),
+            "stuck": report.count("stuck"),
+            "recovery_s_max": max((max(times) for times in self.recovery.values()), default=0.0),
+        }
+
+    @property
+    def details(self) -> dict[str, object]:
+        report = self.report
+        return {
+            "kills_by_kind": self.kinds,
+            "ended": dict(sorted(report.ended.items())),
+            "completed_by_model": self.by_model,
+            "attempts_max": report.attempts_max,
+            "last_second_lost": report.forgiven,
+            "last_second_oldest_s": round(report.oldest, 3),
+            "recovery_s": {
+                kind: {"median": round(statistics.median(times), 3), "max": round(max(times), 3), "n": len(times)}
+                for kind, times in sorted(self.recovery.items())
+            },
+            "violations": [f"{v.kind} {v.subject}: {v.detail}" for v in report.violations[:20]],
+            "crashes": self.crashes[:5],
+            "tracebacks": self.tracebacks[:20],
+        }
+
+
+def run(folder: Path, blows: Sequence[Blow], tasks: int, seed: int, *, real: bool, show: Callable[..., None]) -> Outcome:
+    """Let the blows fall on a fresh system while producers keep it busy with at least so many tasks; then let it finish,
+    stop it, and check it."""
+    server = FragileServer(folder / "server")
+    # As shipped, but for bounds that a run of this length reaches.
+    shipped = {n: Settings.model_fields[n].default for n in ("policy", "lease", "heartbeat", "leader_ttl", "grace")}
+    bounds = {"retention_tasks": max(500, tasks // 10), "stream_length": 100_000, "snapshot_every": 1.0}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    os.environ["PYTHONPATH"] = path
+    with World(folder, server, cluster := Cluster(server.url, folder, **shipped, **bounds), []) as world:
+        world.posts += _posts(cluster, folder, seed, real=real)
+        observer = Observer(cluster.settings)
+        world.came_back = observer.server_came_back
+
+        def done() -> int | None:
+            try:
+                totals = cluster.ledger.totals()
+            except Unreachable:
+                return None
+            return sum(totals.get(s, 0) for s in ("succeeded", "failed", "expired", "rejected", "cancelled"))
+
+        world.rain(blows, tasks, done, show)
+        world.dismiss("producer")
+        settled = world.settle(lambda: unfinished(cluster.ledger), SETTLE)
+        show(len(world.struck), done() or 0)
+        world.dismiss("worker")
+        world.dismiss("scheduler")
+        observer.close()
+        tried, told, saw = read_records(folder)
+        history = History(
+            tried,
+            told,
+            saw,
+            observer.events,
+            observer.undone,
+            server.outages,
+            dump(cluster.ledger),
+            cluster.settings.max_strikes,
+        )
+        lines = [line for post in world.posts for line in _tracebacks(folder / f"{post.name}.log")]
+    return Outcome(
+        report=check(history),
+        kinds=world.kinds(),
+        recovery=recoveries(world.struck, observer.events),
+        crashes=world.crashes,
+        settled=settled,
+        by_model=dict(Counter(e.model for e in observer.events if e.type == "completed")),
+        tracebacks=lines,
+    )
+
+
+def _posts(cluster: Cluster, folder: Path, seed: int, *, real: bool) -> list[Post]:
+    posts = []
+    for name in ("scheduler-1", "scheduler-2"):
+        posts.append(Post(name, "scheduler", lambda name=name: cluster.start_scheduler(name)))
+    for name, (profile, slots) in REPLAYS.items():
+        own = {"node_name": name, "model": profile, "slots": slots}
+        posts.append(
+            Post(
+                name,
+                "worker",
+                lambda name=name, own=own: cluster.start_worker("support.replay_worker", name, **own),
+            )
+        )
+    if real:
+        posts.append(
+            Post(
+                REAL_NODE,
+                "worker",
+                lambda: cluster.start_node(REAL_NODE, engine="llama", model_name=REAL, slots=2, threads=1),
+            )
+        )
+    lives = {name: 0 for name in PRODUCERS}
+
+    def produce(name: str) -> object:
+        lives[name] += 1
+        life = f"{name}.{lives[name]}"
+        return cluster.start(name, "chaos.producer", life, str(folder), f"{seed}.{life}", REAL if real else "")
+
+    posts += [Post(name, "producer", lambda name=name: produce(name)) for name in PRODUCERS]
+    return posts
+
+
+def _tracebacks(log: Path) -> list[str]:
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return [f"{log.name}: {line}" for line in text.splitlines() if line.startswith("Traceback ")]
+
+
+def recoveries(struck: Sequence[Struck], events: Sequence[Seen]) -> dict[str, list[float]]:
+    """Seconds, per kind of blow, until the system was over it: a worker's death noticed (or the worker back), the next
+    dispatch after a scheduler's, the next completion after the server answers again. Where the server was away
+    meanwhile, counted from its return, since nobody can notice anything without it."""
+    away = [(s.at, s.until) for s in struck if s.until]
+    found: dict[str, list[float]] = defaultdict(list)
+    for blow in struck:
+        match blow.kind.split("."):
+            case ["worker", "kill" | "poison"]:
+                over = [e.at for e in events if e.at > blow.at and e.type in ("node_down", "node_up") and e.node == blow.name]
+            case ["scheduler", "kill"]:
+                over = [e.at for e in events if e.at > blow.at and e.type == "dispatched"]
+            case ["server", _]:
+                over = [e.at for e in events if e.at > blow.until and e.type == "completed"]
+            case _:
+                continue
+        if over:
+            end = min(over)
+            begin = max([blow.until or blow.at, *(until for _, until in away if blow.at < until <= end)])
+            found[blow.kind].append(end - begin)
+    return found

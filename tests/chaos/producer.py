@@ -1,0 +1,134 @@
+"""A producer as a process: `python -m chaos.producer NAME FOLDER SEED SHARE`, until SIGTERM.
+
+It keeps some backlog in the ledger, repeats what it was not told is accepted, cancels a few tasks, and now and then
+looks at a result. What it does and is told goes to a file, a line each, written at once, so that a kill loses none of
+it: `try KEY...`, `ok TIME ID=KEY...`, `saw TIME ID DIGEST`.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, cast
+
+from broker import Client, State
+from broker.connection import reaching
+from broker.errors import InvalidTask, PerLLMError, Unreachable
+from chaos.history import Saw, Told
+from chaos.observer import digest
+from support.replay_worker import FAULT, MODEL, POISON
+
+#: Tasks waiting in the ledger beyond which it rests.
+BACKLOG = 300
+#: Most tasks per call.
+BATCH = 25
+#: Tasks that kill the workers they run on: this one, and so many of all.
+FIRST_POISON, POISONED = "producer-1.1.200", 1 / 8000
+
+
+class Producer:
+    """See the module's head. `real_model` is what the node with a real engine offers, empty without one."""
+
+    def __init__(self, name: str, folder: Path, seed: str, real_model: str) -> None:
+        self._name = name
+        self._random = random.Random(seed)
+        self._real_model = real_model
+        self._record = (folder / f"{name}.record").open("ab", buffering=0)
+        self._client = Client()
+        self._mine: deque[str] = deque(maxlen=500)
+        self._count = 0
+        self._stopping = False
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def run(self) -> None:
+        while not self._stopping:
+            try:
+                if self._client.ledger.counts()[State.PENDING] < BACKLOG:
+                    self._submit()
+                else:
+                    time.sleep(0.02)
+                self._look()
+            except Unreachable:
+                time.sleep(0.1)
+
+    def _submit(self) -> None:
+        tasks = [self._task() for _ in range(self._random.randint(1, BATCH))]
+        self._note("try", *(t["idempotency_key"] for t in tasks))
+        while not self._stopping:
+            try:
+                handles = self._client.submit_many(tasks)
+            except Unreachable:
+                time.sleep(0.1)
+                continue
+            except InvalidTask:  # the node with the real model is away: nobody serves it at present
+                return
+            pairs = [f"{h.id}={t['idempotency_key']}" for h, t in zip(handles, tasks, strict=True)]
+            self._note("ok", f"{time.time():.6f}", *pairs)
+            self._mine.extend(h.id for h in handles)
+            if self._random.random() < 0.2:
+                self._client.ledger.cancel(self._random.choice(handles).id)
+            return
+
+    def _task(self) -> dict[str, Any]:
+        self._count += 1
+        key = f"{self._name}.{self._count}"
+        dice = self._random.random()
+        task = {
+            "prompt": f"{key} why is the sky blue?",
+            "idempotency_key": key,
+            "deadline": 3600,
+            "max_tokens": self._random.choice((1, 2, 4, 8, 16)),
+            "model": MODEL,
+            "service": self._random.choice(("chat", "batch")),
+        }
+        if key == FIRST_POISON or dice > 1 - POISONED:
+            task["prompt"] += POISON
+        elif dice < 0.01:
+            task["prompt"] += FAULT
+        elif dice < 0.03:
+            task["deadline"] = self._random.uniform(0.2, 2.0)
+        elif dice < 0.04 and self._real_model:
+            task |= {"model": self._real_model, "max_tokens": 4}
+        return task
+
+    def _look(self) -> None:
+        if self._mine:
+            task_id = self._random.choice(self._mine)
+            with reaching(self._client.settings):
+                result = self._client.ledger.client.hget(f"{self._client.ledger.prefix}task:{task_id}", "result")
+            if result:
+                self._note("saw", f"{time.time():.6f}", task_id, digest(cast("bytes", result)))
+
+    def _note(self, *words: str) -> None:
+        self._record.write((" ".join(words) + "\n").encode())
+
+
+def read_records(folder: Path) -> tuple[set[str], list[Told], list[Saw]]:
+    """What all producers in a folder have tried, were told, and saw."""
+    tried: set[str] = set()
+    told: list[Told] = []
+    saw: list[Saw] = []
+    for path in folder.glob("*.record"):
+        for line in path.read_text().splitlines():
+            match line.split(" "):
+                case ["try", *keys]:
+                    tried.update(keys)
+                case ["ok", at, *pairs]:
+                    told += [Told(*pair.split("=", 1), float(at)) for pair in pairs]
+                case ["saw", at, task_id, seen]:
+                    saw.append(Saw(task_id, seen, float(at)))
+    return tried, told, saw
+
+
+if __name__ == "__main__":
+    try:
+        Producer(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]).run()
+    except PerLLMError as error:
+        sys.exit(f"error: {error}")
