@@ -5,6 +5,7 @@ Most of it runs in threads of the test, with the test playing the workers; what 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections import Counter
@@ -51,11 +52,10 @@ class Scheduler:
 class Stage:
     """A server, a scheduler on it, and the test as everything else."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, **settings: object) -> None:
         # Leases outlast the test; leadership and snapshots are as brisk as they may be.
-        self.settings = Settings.model_validate(
-            {"redis_url": url, "lease": 300, "heartbeat": 60, "leader_ttl": 0.5, "snapshot_every": 0.1}
-        )
+        brisk = {"lease": 300, "heartbeat": 60, "leader_ttl": 0.5, "snapshot_every": 0.1}
+        self.settings = Settings.model_validate(brisk | {"redis_url": url} | settings)
         self.ledger = Ledger(self.settings)
         self.ledger.client.flushall()
         self.schedulers: list[Scheduler] = []
@@ -450,3 +450,32 @@ def test_a_killed_leader_is_followed_by_the_standby(valkey: EmbeddedServer, tmp_
         assert {cluster.result(i).state for i in ids} == {"succeeded"}
         assert cluster.leads(second)
         assert {cluster.task(i).attempt for i in ids} == {1}  # nobody's work was done twice
+
+
+# --- a server that has forgotten
+
+
+def test_what_was_placed_in_a_second_the_server_has_forgotten_is_placed_again(tmp_path: Path) -> None:
+    """The server ends as in a power cut, what it had not synced is lost, and the leader's connection outlives it."""
+    server = EmbeddedServer(tmp_path)
+    server.start()
+    stage = Stage(server.url, leader_ttl=60)
+    try:
+        ids = stage.submit(3)
+        scheduler = stage.start()
+        eventually(lambda: scheduler.cores, "it leads")
+        (written,) = tmp_path.glob("appendonlydir/*.incr.aof")
+        synced = written.stat().st_size
+        stage.ledger.register(node_info("a"))
+        for task_id in ids:
+            stage.placed(task_id)
+        server.kill()
+        os.truncate(written, synced)
+        server.start()
+        assert {state(stage, i) for i in ids} == {"pending"}
+        stage.ledger.register(node_info("a"))
+        for task_id in ids:
+            assert stage.placed(task_id) == ("a", 1)
+    finally:
+        stage.close()
+        server.stop()
