@@ -37,6 +37,10 @@ lint: env ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+.PHONY: chaos
+chaos: env ## kills at random moments under load, then a check of every task (ARGS="--quick", ARGS="--seed 3")
+	@PYTHONPATH=.:tests $(BIN)/python -m chaos $(ARGS)
+
 # Each benchmark is a module of benchmarks/ that prints JSON and compares with a peer.
 bench-%: .venv/.bench ## run a benchmark: bench-dispatch, bench-decision, bench-schedule, bench-edge, bench-cloud, bench-api
 	@$(BIN)/python -m benchmarks.$*

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -22,11 +23,15 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, default=100_000)
     parser.add_argument("--gap", type=float, default=2.0, help="mean seconds between kills (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="30 kills, 4,000 tasks; nothing is recorded")
+    parser.add_argument("--policy", help="of the scheduler (default: the one shipped)")
     parser.add_argument("--only", help="one kind of kill, as in server.power_cut")
     parser.add_argument("--keep", type=Path, help="run in this folder and keep it: logs, records, the server's files")
     options = parser.parse_args()
     if options.quick:
         options.kills, options.tasks = min(options.kills, 30), min(options.tasks, 4_000)
+    os.environ["PYTHONPATH"] = perllm.PYTHONPATH
+    for name in [n for n in os.environ if n.startswith("PERLLM_")]:
+        del os.environ[name]
     folder = options.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -37,7 +42,7 @@ def main() -> int:
             print(f"\r{left}\033[K", end="", file=sys.stderr, flush=True)
 
     blows = plan(options.seed, options.kills, options.gap, options.only)
-    outcome = perllm.run(folder, blows, options.tasks, options.seed, real=True, show=show)
+    outcome = perllm.run(folder, blows, options.tasks, options.seed, policy=options.policy, real=True, show=show)
     more = {"seed": options.seed, "took_s": round(time.monotonic() - began, 1), **outcome.details}
     if options.quick:
         print(json.dumps({"bench": "chaos", "figures": outcome.figures, **more}))

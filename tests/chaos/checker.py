@@ -6,7 +6,7 @@ lost         a task somebody was told is accepted, and that is neither in the le
 doubled      a task with two final states, or two tasks under one idempotency key
 overwritten  a result that is not the one its task reached, or not the one a producer saw before
 stuck        a task without a final state when all has settled
-path         events that no task's life can have: an attempt out of turn, a claim on another node, anything after the end
+path         events no task's life can have: an attempt out of turn, a claim on another node, anything after the end
 strikes      strikes that do not count faults, or that go beyond the limit
 phantom      a task nobody submitted
 undone       an event that was shown and then gone, other than by what `everysec` allows
@@ -32,8 +32,9 @@ from chaos.history import History, Row, Seen
 WINDOW = 2.0
 FINAL = ("succeeded", "failed", "expired", "rejected", "cancelled")
 STATES = ("pending", "dispatched", "running", *FINAL)
-#: Keys that outlive all work: the ledger's own, idempotency keys, and what Celery keeps per kind of queue.
-_LASTING = re.compile(r"\{\w+\}:(events|totals|epoch|leader|snapshot|key:.+)|_kombu\.binding.+|unacked_mutex")
+#: Keys that outlive all work: the ledger's own; idempotency keys and streamed texts, which expire; and what Celery
+#: keeps per kind of queue.
+_LASTING = re.compile(r"\{\w+\}:(events|totals|epoch|leader|snapshot|key:.+|text:.+)|_kombu\.binding.+|unacked_mutex")
 
 
 class Violation(NamedTuple):
@@ -156,7 +157,8 @@ class _Check:
                 self.found("lost", task_id, f"gone from the ledger after {events[-1].type}")
             return
         if row.state not in FINAL:
-            self.found("stuck", task_id, f"{row.state}, attempt {row.attempt}, after {events[-1].type if events else '-'}")
+            last = events[-1].type if events else "nothing"
+            self.found("stuck", task_id, f"{row.state}, attempt {row.attempt}, after {last}")
             return
         if ends and row.state != ends[-1].state:
             self.found("overwritten", task_id, f"ended {ends[-1].state}, is {row.state}")
@@ -177,6 +179,8 @@ class _Check:
             by_task = {i for i, row in dump.tasks.items() if row.state == state}
             for task_id in by_set ^ by_task:
                 self.found("drift", task_id, f"in:{state} and the task's own state disagree")
+        for task_id in set().union(*dump.tenants.values()) ^ dump.tasks.keys():
+            self.found("drift", task_id, "in a tenant's list and in the ledger disagree")
         held = Counter(row.state for row in dump.tasks.values() if row.state in FINAL)
         if sum(dump.totals.get(s, 0) for s in FINAL) - dump.totals.get("forgotten", 0) != held.total():
             self.found("drift", "forgotten", f"totals {dump.totals}, held {dict(held)}")
@@ -209,14 +213,14 @@ def _misstep(events: list[Seen]) -> str | None:
                 state, node, attempt = "dispatched", event.node, event.attempt
             case "dispatched", "claimed" if here:
                 state = "running"
-            case ("dispatched" | "running"), "returned" if here:
+            case (("dispatched" | "running"), "returned") if here:
                 state = "pending"
             case "running", "completed" if here:
                 state = "final"
-            case ("pending" | "dispatched" | "running"), "ended":
+            case (("pending" | "dispatched" | "running"), "ended"):
                 state = "final"
             case _:
-                return f"{event.type} (attempt {event.attempt} on {event.node or '-'}) while {state} {attempt} on {node}"
+                return f"{event.type} {event.attempt} on {event.node} while {state} {attempt} on {node}"
     return None
 
 

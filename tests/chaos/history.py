@@ -68,6 +68,7 @@ class Dump:
 
     tasks: dict[str, Row] = field(default_factory=dict)
     sets: dict[str, set[str]] = field(default_factory=dict)  # state → ids
+    tenants: dict[str, set[str]] = field(default_factory=dict)  # tenant → ids
     totals: dict[str, int] = field(default_factory=dict)
     celery_results: set[str] = field(default_factory=set)  # ids that Celery's backend has a result for
     other_keys: set[str] = field(default_factory=set)  # every key that is none of the above

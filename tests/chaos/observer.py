@@ -103,15 +103,16 @@ def digest(result: bytes) -> str:
 def dump(ledger: Ledger) -> Dump:
     """Everything in the server's database."""
     out = Dump(totals=ledger.totals())
-    task, state = f"{ledger.prefix}task:", f"{ledger.prefix}in:"
+    task, state, tenant = f"{ledger.prefix}task:", f"{ledger.prefix}in:", f"{ledger.prefix}of:"
     ids = []
     for raw in ledger.client.scan_iter(count=10_000):
         key = raw.decode()
         if key.startswith(task):
             ids.append(key.removeprefix(task))
         elif key.startswith(state):
-            members = cast("list[bytes]", ledger.client.zrange(key, 0, -1))
-            out.sets[key.removeprefix(state)] = {m.decode() for m in members}
+            out.sets[key.removeprefix(state)] = _members(ledger, key)
+        elif key.startswith(tenant):
+            out.tenants[key.removeprefix(tenant)] = _members(ledger, key)
         elif key.startswith("celery-task-meta-"):
             out.celery_results.add(key.removeprefix("celery-task-meta-"))
         else:
@@ -123,6 +124,10 @@ def dump(ledger: Ledger) -> Dump:
             pipe.hmget(task + task_id, "state", "attempt", "strikes", "result")
         out.tasks |= {i: _row(*fields) for i, fields in zip(chunk, pipe.execute(), strict=True)}
     return out
+
+
+def _members(ledger: Ledger, key: str) -> set[str]:
+    return {m.decode() for m in cast("list[bytes]", ledger.client.zrange(key, 0, -1))}
 
 
 def _row(state: bytes, attempt: bytes, strikes: bytes, result: bytes | None) -> Row:

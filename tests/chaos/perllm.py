@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import statistics
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from support.cluster import Cluster, Process
 
 from broker.errors import Unreachable
 from broker.settings import Settings
@@ -17,10 +20,11 @@ from chaos.observer import Observer, dump, unfinished
 from chaos.plan import Blow
 from chaos.producer import read_records
 from chaos.server import FragileServer
-from chaos.world import Post, Struck, World
-from support.cluster import Cluster
+from chaos.world import Post, Show, Struck, World
 
 ROOT = Path(__file__).parents[2]
+#: Where the processes find this tree's modules.
+PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 #: The nodes that replay a profile, and their slots.
 REPLAYS = {
     "cloud-1": ("vllm-0.25.1_h200_llama-8b-bf16", 16),
@@ -30,6 +34,7 @@ REPLAYS = {
 }
 #: What the real model is called, and which node has it.
 REAL, REAL_NODE = "real", "edge-real"
+SCHEDULERS = ("scheduler-1", "scheduler-2")
 PRODUCERS = ("producer-1", "producer-2")
 #: Seconds without any change after which what is unfinished is stuck: longer than a dispatched task may wait unclaimed.
 SETTLE = 45.0
@@ -80,15 +85,24 @@ class Outcome:
         }
 
 
-def run(folder: Path, blows: Sequence[Blow], tasks: int, seed: int, *, real: bool, show: Callable[..., None]) -> Outcome:
-    """Let the blows fall on a fresh system while producers keep it busy with at least so many tasks; then let it finish,
-    stop it, and check it."""
+def run(
+    folder: Path,
+    blows: Sequence[Blow],
+    tasks: int,
+    seed: int,
+    *,
+    policy: str | None = None,
+    real: bool,
+    show: Show,
+) -> Outcome:
+    """Let the blows fall on a fresh system while producers keep it busy with at least so many tasks; then let it
+    finish, stop it, and check it. The environment's PYTHONPATH must be ours."""
     server = FragileServer(folder / "server")
     # As shipped, but for bounds that a run of this length reaches.
     shipped = {n: Settings.model_fields[n].default for n in ("policy", "lease", "heartbeat", "leader_ttl", "grace")}
+    if policy is not None:
+        shipped["policy"] = policy
     bounds = {"retention_tasks": max(500, tasks // 10), "stream_length": 100_000, "snapshot_every": 1.0}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    os.environ["PYTHONPATH"] = path
     with World(folder, server, cluster := Cluster(server.url, folder, **shipped, **bounds), []) as world:
         world.posts += _posts(cluster, folder, seed, real=real)
         observer = Observer(cluster.settings)
@@ -132,35 +146,26 @@ def run(folder: Path, blows: Sequence[Blow], tasks: int, seed: int, *, real: boo
 
 
 def _posts(cluster: Cluster, folder: Path, seed: int, *, real: bool) -> list[Post]:
-    posts = []
-    for name in ("scheduler-1", "scheduler-2"):
-        posts.append(Post(name, "scheduler", lambda name=name: cluster.start_scheduler(name)))
-    for name, (profile, slots) in REPLAYS.items():
-        own = {"node_name": name, "model": profile, "slots": slots}
-        posts.append(
-            Post(
-                name,
-                "worker",
-                lambda name=name, own=own: cluster.start_worker("support.replay_worker", name, **own),
-            )
-        )
-    if real:
-        posts.append(
-            Post(
-                REAL_NODE,
-                "worker",
-                lambda: cluster.start_node(REAL_NODE, engine="llama", model_name=REAL, slots=2, threads=1),
-            )
-        )
-    lives = {name: 0 for name in PRODUCERS}
+    lives = Counter[str]()
 
-    def produce(name: str) -> object:
+    def replay(name: str) -> Process:
+        profile, slots = REPLAYS[name]
+        return cluster.start_worker("support.replay_worker", name, node_name=name, model=profile, slots=slots)
+
+    def real_engine(name: str) -> Process:
+        return cluster.start_node(name, engine="llama", model_name=REAL, slots=2, threads=1)
+
+    def produce(name: str) -> Process:
         lives[name] += 1
         life = f"{name}.{lives[name]}"
         return cluster.start(name, "chaos.producer", life, str(folder), f"{seed}.{life}", REAL if real else "")
 
-    posts += [Post(name, "producer", lambda name=name: produce(name)) for name in PRODUCERS]
-    return posts
+    return [
+        *(Post(name, "scheduler", cluster.start_scheduler) for name in SCHEDULERS),
+        *(Post(name, "worker", replay) for name in REPLAYS),
+        *(Post(name, "worker", real_engine) for name in (REAL_NODE,) if real),
+        *(Post(name, "producer", produce) for name in PRODUCERS),
+    ]
 
 
 def _tracebacks(log: Path) -> list[str]:
@@ -172,20 +177,23 @@ def recoveries(struck: Sequence[Struck], events: Sequence[Seen]) -> dict[str, li
     """Seconds, per kind of blow, until the system was over it: a worker's death noticed (or the worker back), the next
     dispatch after a scheduler's, the next completion after the server answers again. Where the server was away
     meanwhile, counted from its return, since nobody can notice anything without it."""
-    away = [(s.at, s.until) for s in struck if s.until]
+    away = [s.until for s in struck if s.until]
+    noticed = defaultdict(list)  # type, or node → when
+    for event in events:
+        noticed[event.node if event.type in ("node_up", "node_down") else event.type].append(event.at)
     found: dict[str, list[float]] = defaultdict(list)
     for blow in struck:
         match blow.kind.split("."):
             case ["worker", "kill" | "poison"]:
-                over = [e.at for e in events if e.at > blow.at and e.type in ("node_down", "node_up") and e.node == blow.name]
+                times, since = noticed[blow.name], blow.at
             case ["scheduler", "kill"]:
-                over = [e.at for e in events if e.at > blow.at and e.type == "dispatched"]
+                times, since = noticed["dispatched"], blow.at
             case ["server", _]:
-                over = [e.at for e in events if e.at > blow.until and e.type == "completed"]
+                times, since = noticed["completed"], blow.until
             case _:
                 continue
-        if over:
-            end = min(over)
-            begin = max([blow.until or blow.at, *(until for _, until in away if blow.at < until <= end)])
+        if (index := bisect_right(times, since)) < len(times):
+            end = times[index]
+            begin = max([since, *(until for until in away if since < until <= end)])
             found[blow.kind].append(end - begin)
     return found

@@ -10,8 +10,8 @@ from chaos.history import Fsync
 Role = Literal["worker", "scheduler", "producer", "server"]
 How = Literal["kill", "freeze", "terminate", "power_cut"]
 
-#: How often each role is hit, and how each is: kill (SIGKILL), freeze (SIGSTOP, later SIGCONT), terminate (SIGTERM and a
-#: new start), power_cut (SIGKILL, and the append-only file loses what it was not promised to keep).
+#: How often each role is hit, and how each is: kill (SIGKILL), freeze (SIGSTOP, later SIGCONT), terminate (SIGTERM and
+#: a new start), power_cut (SIGKILL, and the append-only file loses what it was not promised to keep).
 _ROLES: dict[Role, float] = {"worker": 0.5, "scheduler": 0.2, "producer": 0.1, "server": 0.2}
 _HOWS: dict[Role, dict[How, float]] = {
     "worker": {"kill": 0.5, "freeze": 0.25, "terminate": 0.25},

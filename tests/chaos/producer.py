@@ -15,12 +15,13 @@ from collections import deque
 from pathlib import Path
 from typing import Any, cast
 
+from support.replay_worker import FAULT, MODEL, POISON
+
 from broker import Client, State
 from broker.connection import reaching
 from broker.errors import InvalidTask, PerLLMError, Unreachable
 from chaos.history import Saw, Told
 from chaos.observer import digest
-from support.replay_worker import FAULT, MODEL, POISON
 
 #: Tasks waiting in the ledger beyond which it rests.
 BACKLOG = 300
@@ -87,6 +88,8 @@ class Producer:
             "max_tokens": self._random.choice((1, 2, 4, 8, 16)),
             "model": MODEL,
             "service": self._random.choice(("chat", "batch")),
+            "tenant": self._random.choice(("us", "them")),
+            "stream": self._random.random() < 0.02,
         }
         if key == FIRST_POISON or dice > 1 - POISONED:
             task["prompt"] += POISON

@@ -11,16 +11,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from broker.errors import Unreachable
-from chaos.plan import Blow, Role
-from chaos.server import FragileServer
 from support.cluster import Cluster, Process
 from support.replay_worker import POISON_STATUS
 from support.wait import PATIENCE
 
+from broker.errors import Unreachable
+from chaos.plan import Blow, Role
+from chaos.server import FragileServer
+
 #: Seconds before one that could not start (there was no server) tries again.
 _AGAIN = 0.3
 _LOOK_EVERY = 0.02
+
+
+#: Told of kills so far and tasks done so far.
+Show = Callable[[int, int], None]
 
 
 class Struck(NamedTuple):
@@ -35,11 +40,11 @@ class Struck(NamedTuple):
 
 @dataclass
 class Post:
-    """A place that is always to be filled: `start` fills it."""
+    """A place that is always to be filled: `start` fills it, given its name."""
 
     name: str
     role: Role
-    start: Callable[[], Process]
+    start: Callable[[str], Process]
     process: Process | None = None
     back: float | None = 0.0  # when it is to be started, where it is not there
     thaw: float | None = None  # when it is to go on, where it is frozen
@@ -64,7 +69,7 @@ class World:
 
     # --- blows
 
-    def rain(self, blows: Sequence[Blow], tasks: int, done: Callable[[], int | None], show: Callable[..., None]) -> None:
+    def rain(self, blows: Sequence[Blow], tasks: int, done: Callable[[], int | None], show: Show) -> None:
         """Let the blows fall, no faster than the work goes: each waits until its share of the tasks is done. Returns
         when all have fallen and all tasks are done."""
         finished = 0
@@ -152,7 +157,7 @@ class World:
                 post.process.signal(signal.SIGCONT)
                 post.thaw = None
             if post.process is None and post.back is not None and now >= post.back:
-                post.process, post.back = post.start(), None
+                post.process, post.back = post.start(post.name), None
 
     def _ended(self, post: Post, process: Process) -> None:
         status = process.wait()

@@ -14,7 +14,7 @@ from broker.messages import ModelOffer, TaskSpec
 from broker.settings import Settings
 from broker.worker.app import worker_app
 from broker.worker.emulated import EmulatedEngine
-from broker.worker.engine import EngineError, Stop
+from broker.worker.engine import EngineError, OnText, Stop
 from scheduler.simulator.tables import load_table
 
 #: A prompt with this in it ends the worker's process with this status, as an engine's crash would.
@@ -46,12 +46,16 @@ class ReplayEngine(EmulatedEngine):
         with self._entering:
             return {i: max(0, int((now - begin) / step)) for i, (begin, step) in self._inside.items()}
 
-    def _work(self, task_id: str, spec: TaskSpec, stop: Stop) -> tuple[int, Literal["length", "deadline", "cancelled"]]:
+    def _work(
+        self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None
+    ) -> tuple[int, Literal["length", "deadline", "cancelled"]]:
         prefill = self._table.prefill(spec.text_bytes() // 4 + 1)
         with self._entering:
             active = min(len(self._inside) + 1, self.slots)
             begin, step = time.monotonic() + prefill, self._table.decode(active, 32.0 * active)
             self._inside[task_id] = begin, step
+        with self._lock:
+            self._progress[task_id] = 0  # only to be counted
         try:
             took = prefill + spec.max_tokens * step
             stop.wait(min(took, stop.remaining or 0.0))
@@ -60,11 +64,15 @@ class ReplayEngine(EmulatedEngine):
             if FAULT in (spec.prompt or ""):
                 raise EngineError("as the prompt asked for", retry=True)
             tokens = max(0, round((time.monotonic() - begin) / step))
+            if on_text is not None:
+                on_text(" ".join(["word"] * min(tokens, spec.max_tokens)))
             match stop.reason:
                 case "deadline" | "cancelled" as reason if tokens < spec.max_tokens:
                     return tokens, reason
             return spec.max_tokens, "length"
         finally:
+            with self._lock:
+                del self._progress[task_id]
             with self._entering:
                 del self._inside[task_id]
 
