@@ -121,6 +121,7 @@ class Stack:
         if self.api_port is not None:
             here = {"PERLLM_API_HOST": "127.0.0.1", "PERLLM_API_PORT": str(self.api_port), "PERLLM_API_OPEN": "true"}
             self._launch("api", [sys.executable, "-m", "broker.api"], **here)
+            self._launch("webhooks", [*celery, "broker.api", "worker", "-n", "webhooks@perllm", *quiet])
         if self.flower_port is not None:
             where = ["--address=127.0.0.1", f"--port={self.flower_port}"]
             self._launch("flower", [*celery, "broker", "flower", *where], FLOWER_UNAUTHENTICATED_API="true")

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from broker.api import batches, completions, docs, errors, files, responses, tasks
+from broker.api import batches, completions, docs, errors, files, responses, tasks, webhooks
 from broker.api.core import Api
 from broker.api.guard import Guard
 from broker.settings import Settings
@@ -25,7 +25,7 @@ def make_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.api = Api(settings)
-        app.state.api.runner.start()
+        app.state.api.start()
         yield
         await app.state.api.close()
 
@@ -45,6 +45,7 @@ def make_app(settings: Settings) -> FastAPI:
         tasks.router,
         files.router,
         batches.router,
+        webhooks.router,
         tasks.catalogue,
         tasks.health,
     ):

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import json
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from itertools import islice
 from typing import IO, Any, TypeVar
-from uuid import uuid4
 
 import structlog
 
 from broker import batch as lines
 from broker.api.batch_store import BatchDocument, Batches
+from broker.api.duty import PAUSE, Deposed, Duty
 from broker.api.file_store import FileDocument, Files
 from broker.connection import reaching
 from broker.dialect import seconds_left
@@ -33,10 +31,8 @@ from broker.settings import Settings
 
 #: What became of a line: nothing yet, refused at the door, succeeded, ended without a result; the last two, collected.
 OPEN, REFUSED, SUCCEEDED, FAILED, COLLECTED_SUCCEEDED, COLLECTED_FAILED = range(6)
-#: Seconds between looks at everything, and tasks looked at per s: a large batch is looked at less often.
-PAUSE, LOOKS = 0.25, 5000
-#: Seconds the lease on running lasts without a renewal.
-LEASE = 15.0
+#: Tasks looked at per s: a large batch is looked at less often.
+LOOKS = 5000
 #: Seconds after its window that a batch's tasks are ended by us, in case no scheduler does.
 OVERTIME = 5.0
 #: Uncollected results at which some are collected before the end, and results fetched at once.
@@ -46,89 +42,44 @@ SHOWN_ERRORS = 100
 #: Longest line, bytes.
 MAX_LINE = 8 << 20
 
-_RENEW = """
-if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 1 end
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-return redis.call('PEXPIRE', KEYS[1], ARGV[2])
-"""
-
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 Announce = Callable[[BatchDocument], object]
-
-
-class _Deposed(Exception):
-    """Another process runs batches now."""
 
 
 class _Unfit(Exception):
     """The batch cannot be run at all: (code, message)."""
 
 
-class BatchRunner:
+class BatchRunner(Duty):
     """`announce` hears of every batch's end, once or more."""
 
     def __init__(self, settings: Settings, ledger: Ledger, files: Files, batches: Batches, announce: Announce) -> None:
-        self._settings, self._ledger, self._files, self._batches = settings, ledger, files, batches
-        self._announce = announce
+        super().__init__(settings, ledger, "batches")
+        self._files, self._batches, self._announce = files, batches, announce
         self._door = Door(settings, ledger)
-        self._name = uuid4().hex
-        self._renew = ledger.client.register_script(_RENEW)
-        self._wake, self._closing = threading.Event(), False
         self._due: dict[str, float] = {}  # when each batch is to be looked at, monotonic
         self._collected: dict[str, float] = {}
         self._swept = float("-inf")
-        self._thread = threading.Thread(target=self._run, name="perllm-batches", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
 
     def wake(self) -> None:
         """There is something to do."""
         self._due.clear()
-        self._wake.set()
+        super().wake()
 
-    def close(self) -> None:
-        """Stop; another process goes on, or this one when it is started again."""
-        self._closing = True
-        self._wake.set()
-        self._thread.join(timeout=10)
-
-    def _run(self) -> None:
-        while not self._closing:
-            self._wake.clear()
-            try:
-                self._lead()
-                for batch in self._batches.open():
-                    if time.monotonic() >= self._due.get(batch.id, 0.0):
-                        self._safely(batch)
-                if time.monotonic() - self._swept > 60:
-                    self._files.sweep(self._batches.inputs_in_use())
-                    self._swept = time.monotonic()
-            except _Deposed:
-                self._wake.wait(LEASE / 5)
-            except PerLLMError as error:
-                log.warning("batches_delayed", reason=str(error))
-                self._wake.wait(2.0)
-            except Exception:  # a bug must not end all batches
-                log.exception("batches_failed")
-                self._wake.wait(2.0)
-            self._wake.wait(PAUSE)
-        with suppress(PerLLMError), reaching(self._settings):
-            if self._ledger.client.get(f"{self._ledger.prefix}api:runner") == self._name.encode():
-                self._ledger.client.delete(f"{self._ledger.prefix}api:runner")
-
-    def _lead(self) -> None:
-        if self._closing:
-            raise _Deposed
-        with reaching(self._settings):
-            if not self._renew(keys=[f"{self._ledger.prefix}api:runner"], args=[self._name, int(LEASE * 1000)]):
-                raise _Deposed
+    def round(self) -> None:
+        """Advance every batch, and forget old files."""
+        for batch in self._batches.open():
+            if time.monotonic() >= self._due.get(batch.id, 0.0):
+                self._safely(batch)
+        if time.monotonic() - self._swept > 60:
+            self._files.sweep(self._batches.inputs_in_use())
+            self._swept = time.monotonic()
 
     def _safely(self, batch: BatchDocument) -> None:
         try:
             self._advance(batch)
-        except (_Deposed, PerLLMError):
+        except (Deposed, PerLLMError):
             raise
         except _Unfit as error:
             code, message = error.args
@@ -236,7 +187,7 @@ class BatchRunner:
     ) -> Iterator[tuple[str, TaskSpec]]:
         for number, line in enumerate(self._read(batch)):
             if number % 1000 == 0:
-                self._lead()
+                self.hold()
                 now = self._ledger.now()
                 current = self._batches.shelf.get(batch.id)
                 if current is None or current.status != "validating":
@@ -273,14 +224,14 @@ class BatchRunner:
 
     def _stop(self, batch: BatchDocument, marks: bytearray) -> None:
         for some in _pieces((n for n, mark in enumerate(marks) if mark == OPEN), 500):
-            self._lead()
+            self.hold()
             self._ledger.cancel_many([_task_id(batch, n) for n in some])
 
     def _look(self, batch: BatchDocument, marks: bytearray, *, overdue: bool = False) -> BatchDocument:
         """Mark what has ended since the last look."""
         before = marks.count(OPEN)
         for some in _pieces((n for n, mark in enumerate(marks) if mark == OPEN), 1000):
-            self._lead()
+            self.hold()
             states = self._ledger.states([_task_id(batch, n) for n in some])
             for number, state in zip(some, states, strict=True):
                 if state is None or state.final:  # none: never submitted, or forgotten before it was collected
@@ -300,7 +251,7 @@ class BatchRunner:
         with self._scratch() as done, self._scratch() as failed:
             numbered = ((n, line) for n, line in enumerate(self._read(batch)) if marks[n] in (SUCCEEDED, FAILED))
             for some in _pieces(numbered, FETCH):
-                self._lead()
+                self.hold()
                 results = self._ledger.results([_task_id(batch, n) for n, _ in some])
                 for (_, line), result in zip(some, results, strict=True):
                     assert isinstance(line, lines.Line)

@@ -83,3 +83,33 @@ class Batches:
 
         batch = self.shelf.change(identity, ask)
         return batch if batch is not None and batch.tenant == tenant else None
+
+
+def shown(batch: BatchDocument) -> dict[str, Any]:
+    """The batch as the API shows it."""
+
+    def at(status: str) -> int | None:
+        return int(batch.times[status]) if status in batch.times else None
+
+    return {
+        "id": batch.id,
+        "object": "batch",
+        "endpoint": batch.endpoint,
+        "errors": {"object": "list", "data": batch.errors} if batch.errors else None,
+        "input_file_id": batch.input_file_id,
+        "completion_window": batch.window,
+        "status": batch.status,
+        "output_file_id": batch.output_file_id,
+        "error_file_id": batch.error_file_id,
+        "created_at": int(batch.created),
+        "in_progress_at": at("in_progress"),
+        "expires_at": int(batch.expires),
+        "finalizing_at": at("finalizing"),
+        "completed_at": at("completed"),
+        "failed_at": at("failed"),
+        "expired_at": at("expired"),
+        "cancelling_at": at("cancelling"),
+        "cancelled_at": at("cancelled"),
+        "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
+        "metadata": batch.metadata,
+    }

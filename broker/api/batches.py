@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from broker.api import examples
-from broker.api.batch_store import BatchDocument
+from broker.api.batch_store import BatchDocument, shown
 from broker.api.core import TheApi, TheCaller, read_json
 from broker.api.docs import answers, takes
 from broker.api.errors import ApiError, not_found
@@ -24,34 +24,6 @@ router = APIRouter(tags=["Batches"])
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _WINDOW = re.compile(r"([1-9][0-9]{0,6})([smhd])")
-
-
-def shown(batch: BatchDocument) -> dict[str, Any]:
-    def at(status: str) -> int | None:
-        return int(batch.times[status]) if status in batch.times else None
-
-    return {
-        "id": batch.id,
-        "object": "batch",
-        "endpoint": batch.endpoint,
-        "errors": {"object": "list", "data": batch.errors} if batch.errors else None,
-        "input_file_id": batch.input_file_id,
-        "completion_window": batch.window,
-        "status": batch.status,
-        "output_file_id": batch.output_file_id,
-        "error_file_id": batch.error_file_id,
-        "created_at": int(batch.created),
-        "in_progress_at": at("in_progress"),
-        "expires_at": int(batch.expires),
-        "finalizing_at": at("finalizing"),
-        "completed_at": at("completed"),
-        "failed_at": at("failed"),
-        "expired_at": at("expired"),
-        "cancelling_at": at("cancelling"),
-        "cancelled_at": at("cancelled"),
-        "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
-        "metadata": batch.metadata,
-    }
 
 
 @router.post(

@@ -18,8 +18,10 @@ from broker.api.batch_runner import BatchRunner
 from broker.api.batch_store import Batches
 from broker.api.errors import ApiError, not_found
 from broker.api.file_store import Files
+from broker.api.herald import Herald
 from broker.api.intake import Intake
 from broker.api.keys import Key, Keys
+from broker.api.webhook_store import Webhooks
 from broker.client import AsyncClient
 from broker.dialect import EXTENSIONS, seconds_left
 from broker.ledger import TaskRecord
@@ -66,7 +68,9 @@ class Api:
         self.keys = Keys(settings, self.ledger)
         self.files = Files(settings, self.ledger)
         self.batches = Batches(settings, self.ledger)
-        self.runner = BatchRunner(settings, self.ledger, self.files, self.batches, print)
+        self.webhooks = Webhooks(settings, self.ledger)
+        self.herald = Herald(settings, self.ledger, self.webhooks)
+        self.runner = BatchRunner(settings, self.ledger, self.files, self.batches, self.herald.batch_ended)
         self._intake = Intake(self.ledger)
         self._callers: dict[str, tuple[float, Caller | None]] = {}
         self._errands: set[asyncio.Task[Any]] = set()
@@ -178,8 +182,13 @@ class Api:
         self._errands.add(task)
         task.add_done_callback(self._errands.discard)
 
+    def start(self) -> None:
+        """Begin what goes on beside the requests."""
+        self.runner.start()
+        self.herald.start()
+
     async def close(self) -> None:
-        await asyncio.to_thread(self.runner.close)
+        await asyncio.gather(asyncio.to_thread(self.runner.close), asyncio.to_thread(self.herald.close))
         if self._errands:
             await asyncio.wait(self._errands, timeout=5)
         await self.client.close()

@@ -53,7 +53,7 @@ def of_task(error: InvalidTask) -> ApiError:
     """A task that is not acceptable."""
     said = str(error)
     named = re.match(r"([\w.]+): ", said)
-    param = named[1] if named else None
+    param = named[1] if named and named[1] != "task" else None
     if param == "model" and "no live node serves" in said:
         return ApiError(404, said, param=param, code="model_not_found")
     return ApiError(400, said, param=param, code="invalid_task")

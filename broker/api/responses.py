@@ -15,6 +15,7 @@ from broker.api.docs import answers, takes
 from broker.api.errors import ApiError
 from broker.api.schemas import ResponseObject, ResponseRequest
 from broker.dialect import RESPONSES, message_item, response_object, task_fields
+from broker.errors import InvalidTask
 from broker.ledger import TaskRecord
 from broker.messages import Result, State
 
@@ -40,7 +41,10 @@ async def create_response(request: Request, api: TheApi, caller: TheCaller, exte
     fields = task_fields(body, RESPONSES)
     if previous is not None:
         fields["messages"] = await _continued(api, caller, previous, fields["messages"])
-    spec = await api.accept(caller, {**extensions, **fields, "stream": stream})
+    try:
+        spec = await api.accept(caller, {**extensions, **fields, "stream": stream})
+    except InvalidTask as error:
+        raise InvalidTask(str(error).replace("max_tokens:", "max_output_tokens:")) from None
     (accepted,) = await api.submit(caller, [spec])
     if stream:
         return sse.answer(_events(api, accepted, background=background, after=-1))

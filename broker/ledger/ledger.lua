@@ -174,7 +174,7 @@ function ops.submit()
             redis.call('HSET', task_key(id), 'state', 'pending', 'submitted', num(now), 'deadline', deadline, 'window', window,
                 'attempt', 0, 'strikes', 0, 'payload', payload, 'features', features, 'tenant', tenant)
             redis.call('ZADD', set_key('pending'), deadline, id)
-            redis.call('ZADD', P .. 'of:' .. tenant, num(now), id)
+            redis.call('ZADD', P .. 'of:' .. tenant, num(now + i * 1e-6), id) -- tasks of one call keep their order
             redis.call('HINCRBY', P .. 'totals', 'submitted', 1)
             if key ~= '' then
                 redis.call('SET', P .. 'key:' .. key, id)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import OpenAI
 from openai.types import Batch
-from support.api import ApiProcess
+from standardwebhooks.webhooks import Webhook
+from support.api import ApiProcess, Sink
 from support.wait import eventually
 
 from broker.settings import Settings
 from broker.stack import Stack
 
+#: Where the tests' webhook receiver listens: private, and allowed by setting; 127.0.0.1 is not.
+SINK = "127.0.0.2"
 ASK = [{"role": "user", "content": "Why is the sky blue?"}]
 
 
@@ -24,7 +33,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiProcess]:
     folder = tmp_path_factory.mktemp("api")
     with (
         Stack(Settings(data_dir=folder), edges=("one",), clouds=()) as stack,
-        ApiProcess(stack.url, folder) as running,
+        ApiProcess(stack.url, folder, webhooks=True, webhook_allow=f'["{SINK}/32"]', api_patience=2) as running,
     ):
         eventually(lambda: not stack.waiting_for(), "the node is up")
         eventually(lambda: running.http().get("/ready").status_code == 200, "a scheduler leads")
@@ -341,3 +350,353 @@ def test_pages_of_batches_and_files_are_walked_to_the_end(api: ApiProcess) -> No
     assert [f.id for f in mine.files.list(limit=2, order="asc")] == ids
     made = [run_batch(mine, b"nonsense\n").id for _ in range(3)]
     assert [b.id for b in mine.batches.list(limit=1)] == made[::-1]
+
+
+# --- webhooks
+
+
+def make_hook(http: httpx.Client, url: str, *events: str) -> dict[str, Any]:
+    made = http.post("/v1/webhooks", json={"url": url, "events": list(events)})
+    assert made.status_code == 200, made.text
+    return dict(made.json())
+
+
+def deliveries(http: httpx.Client, hook: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(http.get(f"/v1/webhooks/{hook['id']}/deliveries").json()["data"])
+
+
+def test_a_webhook_hears_what_it_asked_for_signed(api: ApiProcess) -> None:
+    http, client = api.http("hooked"), api.openai("hooked")
+    with Sink(SINK, 204) as sink:
+        hook = make_hook(http, sink.url, "task.succeeded", "batch.completed")
+        done = client.chat.completions.create(model="auto", messages=ASK, max_tokens=1, metadata={"order": "7"})
+        cancelled = client.responses.create(model="auto", input="Long.", max_output_tokens=1500, background=True)
+        client.responses.cancel(cancelled.id)
+        batch = run_batch(client, jsonl(chat_line("a")))
+        eventually(lambda: len(sink.received) >= 2, "both are told of")
+        told = [Webhook(hook["secret"]).verify(body, headers) for headers, body in sink.received]
+        by_type = {t["type"]: t["data"] for t in told}
+        assert set(by_type) == {"task.succeeded", "batch.completed"}  # neither the cancelled one, nor the batch's line
+        assert by_type["task.succeeded"]["id"] == done.id
+        assert by_type["task.succeeded"]["metadata"] == {"order": "7"}
+        assert by_type["task.succeeded"]["energy"]["total"] > 0
+        assert by_type["batch.completed"]["id"] == batch.id
+        eventually(lambda: {d["state"] for d in deliveries(http, hook)} == {"delivered"}, "both are noted")
+        first = deliveries(http, hook)[-1]
+        assert first["attempts"][0]["status"] == 204
+        again = http.post(f"/v1/webhooks/{hook['id']}/deliveries/{first['id']}/replay")
+        assert again.json()["state"] == "pending"
+        eventually(lambda: len(sink.received) >= 3, "it is told again")
+        assert sink.received[-1][0]["webhook-id"] == first["event_id"]
+    assert "secret" not in http.get(f"/v1/webhooks/{hook['id']}").json()
+    assert http.delete(f"/v1/webhooks/{hook['id']}").json()["deleted"]
+    assert http.get(f"/v1/webhooks/{hook['id']}").status_code == 404
+
+
+def test_a_receiver_that_fails_is_tried_again_later_and_redirects_are_not_followed(api: ApiProcess) -> None:
+    http, client = api.http("unlucky"), api.openai("unlucky")
+    with Sink(SINK, 302) as sink:
+        hook = make_hook(http, sink.url, "task.succeeded")
+        client.chat.completions.create(model="auto", messages=ASK, max_tokens=1)
+
+        def tried() -> dict[str, Any] | None:
+            return next((d for d in deliveries(http, hook) if d["attempts"]), None)
+
+        delivery = eventually(tried, "it is tried")
+        assert delivery["state"] == "pending"
+        assert delivery["attempts"][0]["error"] == "HTTP 302"
+        assert delivery["next_attempt"] > delivery["attempts"][0]["at"] + 3
+        assert len(sink.received) == 1  # and nobody went elsewhere
+    http.delete(f"/v1/webhooks/{hook['id']}")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:9/x", "http://localhost/x", "http://[::1]/x", "http://[::ffff:127.0.0.1]/x",
+        "http://169.254.169.254/latest/meta-data", "http://10.0.0.1/", "http://0.0.0.0/", "http://2130706433/",
+        "http://[64:ff9b::7f00:1]/", "http://[fe80::1]/", "ftp://example.com/", "http://user:pw@example.com/",
+        "http://", "nonsense", "http://no-such-host.invalid/", "http://example.com:99999/", 5, None,
+    ],
+)  # fmt: skip
+def test_a_webhook_into_a_private_network_is_refused(api: ApiProcess, url: object) -> None:
+    answer = api.http().post("/v1/webhooks", json={"url": url})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "url"
+
+
+# --- keys and tenants
+
+
+def test_tenants_see_nothing_of_each_other(api: ApiProcess) -> None:
+    mine, theirs = api.http("one-tenant"), api.http("another")
+    task = mine.post("/v1/tasks", json={"prompt": "Hi.", "max_tokens": 1}).json()["id"]
+    file = mine.post("/v1/files", files={"file": ("a.jsonl", b"nonsense\n")}, data={"purpose": "batch"}).json()["id"]
+    asked = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "1h"}
+    batch = mine.post("/v1/batches", json=asked).json()["id"]
+    with Sink(SINK, 200) as sink:
+        hook = make_hook(mine, sink.url, "batch.failed")["id"]
+    paths = {
+        f"/v1/tasks/{task}": task,
+        f"/v1/tasks/{task}/explain": task,
+        f"/v1/responses/{task}": task,
+        f"/v1/files/{file}": file,
+        f"/v1/files/{file}/content": file,
+        f"/v1/batches/{batch}": batch,
+        f"/v1/webhooks/{hook}": hook,
+        f"/v1/webhooks/{hook}/deliveries": hook,
+    }
+    for path, identity in paths.items():
+        assert mine.get(path).status_code == 200, path
+        seen, unknown = theirs.get(path), theirs.get(path.replace(identity, "nobody"))
+        assert seen.status_code == unknown.status_code == 404
+        assert seen.text.replace(identity, "nobody") == unknown.text  # not even that it exists
+    for path in (f"/v1/tasks/{task}/cancel", f"/v1/responses/{task}/cancel", f"/v1/batches/{batch}/cancel"):
+        assert theirs.post(path).status_code == 404
+    assert theirs.post("/v1/batches", json=asked).status_code == 404
+    assert theirs.post("/v1/responses", json={"input": "x", "previous_response_id": task}).status_code == 404
+    assert theirs.delete(f"/v1/files/{file}").status_code == 404
+    assert theirs.delete(f"/v1/webhooks/{hook}").status_code == 404
+    for kind in ("tasks", "files", "batches", "webhooks"):
+        assert [x["id"] for x in mine.get(f"/v1/{kind}").json()["data"]]
+        assert theirs.get(f"/v1/{kind}").json()["data"] == []
+    mine.delete(f"/v1/webhooks/{hook}")
+
+
+def test_a_revoked_key_is_refused(api: ApiProcess) -> None:
+    environment = {**os.environ, "PERLLM_REDIS_URL": api.settings.url}
+
+    def keys(*arguments: str) -> Any:
+        command = [sys.executable, "-m", "broker.api", "keys", *arguments, "--json"]
+        return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+    made = keys("make", "--tenant", "short", "--name", "ci")
+    assert httpx.get(f"{api.base}/v1/models", headers={"Authorization": f"Bearer {made['key']}"}).status_code == 200
+    listed = {row["id"]: row for row in keys("list")}
+    assert listed[made["id"]]["tenant"] == "short"
+    assert made["key"] not in json.dumps(listed)
+    stored = b"".join(api.ledger.client.get(k) or b"" for k in api.ledger.client.keys("*api:key:*"))
+    assert made["key"].rpartition("_")[2].encode() not in stored
+    assert keys("revoke", made["id"])["revoked"]
+
+    def refused() -> bool:
+        headers = {"Authorization": f"Bearer {made['key']}"}
+        return httpx.get(f"{api.base}/v1/models", headers=headers).status_code == 401
+
+    eventually(refused, "it is refused")
+
+
+def test_limits_of_a_key_say_when_to_try_again(api: ApiProcess) -> None:
+    rated = httpx.Client(base_url=api.base, headers={"Authorization": f"Bearer {api.key('limited', rate=2)}"})
+    answers = [rated.get("/v1/models") for _ in range(6)]
+    refused = [a for a in answers if a.status_code == 429]
+    assert 1 <= len(refused) < 6
+    assert int(refused[0].headers["retry-after"]) >= 1
+    assert refused[0].json()["error"]["code"] == "rate_limit_exceeded"
+    few = httpx.Client(base_url=api.base, headers={"Authorization": f"Bearer {api.key('limited', in_flight=2)}"})
+    long = {"prompt": "A long story.", "max_tokens": 1500, "deadline": 60}
+    ids = [few.post("/v1/tasks", json=long).json()["id"] for _ in range(2)]
+    third = few.post("/v1/tasks", json=long)
+    assert third.status_code == 429
+    assert third.json()["error"]["code"] == "in_flight_limit_exceeded"
+    assert int(third.headers["retry-after"]) >= 1
+    for task_id in ids:
+        few.post(f"/v1/tasks/{task_id}/cancel")
+    last = few.post("/v1/tasks", json={"tasks": [{"prompt": "Hi.", "max_tokens": 1}] * 2})
+    assert last.status_code == 200
+
+
+# --- the native endpoints
+
+
+def test_tasks_are_submitted_listed_cancelled_and_explained(api: ApiProcess) -> None:
+    http = api.http("native")
+    tasks = [{"prompt": f"Say {n}.", "max_tokens": 1, "service": f"s{n % 2}"} for n in range(4)]
+    many = http.post("/v1/tasks", json={"tasks": tasks}).json()["data"]
+    ids = [task["id"] for task in many]
+    assert [t["id"] for t in http.get("/v1/tasks").json()["data"]] == ids[::-1]
+    assert [t["id"] for t in http.get("/v1/tasks", params={"service": "s1"}).json()["data"]] == [ids[3], ids[1]]
+    page = http.get("/v1/tasks", params={"limit": 3}).json()
+    assert page["has_more"]
+    rest = http.get("/v1/tasks", params={"after": page["last_id"]}).json()
+    assert [t["id"] for t in rest["data"]] == ids[:1]
+    for task_id in ids:
+        eventually(lambda i=task_id: http.get(f"/v1/tasks/{i}").json()["state"] == "succeeded", "it is done")
+    assert http.get("/v1/tasks", params={"state": "pending"}).json()["data"] == []
+    assert http.get(f"/v1/tasks/{ids[0]}").json()["result"]["output"]["text"]
+    explained = http.get(f"/v1/tasks/{ids[0]}/explain").json()
+    assert explained["node"] == "one"
+    assert explained["sentence"]
+    long = http.post("/v1/tasks", json={"prompt": "Long.", "max_tokens": 1500}).json()["id"]
+    assert http.post(f"/v1/tasks/{long}/cancel").json()["state"] == "cancelled"
+    (node,) = http.get("/v1/nodes").json()["data"]
+    assert node["name"] == "one"
+
+
+def test_a_repeated_request_is_the_first_one(api: ApiProcess) -> None:
+    http = api.http("again")
+    body = {"model": "auto", "messages": ASK, "max_tokens": 2, "temperature": 0}
+    answers = [http.post("/v1/chat/completions", json=body, headers={"Idempotency-Key": "k1"}) for _ in range(2)]
+    assert answers[0].json()["id"] == answers[1].json()["id"]
+    other = http.post("/v1/chat/completions", json={**body, "max_tokens": 3}, headers={"Idempotency-Key": "k1"})
+    assert other.status_code == 422
+    assert other.json()["error"]["param"] == "idempotency_key"
+
+
+def test_extensions_travel_as_headers_too(api: ApiProcess) -> None:
+    http = api.http("headers")
+    headers = {"X-PerLLM-Deadline": "45", "X-PerLLM-Value": "3.5", "X-PerLLM-Service": "front"}
+    task_id = http.post("/v1/responses", json={"input": "Hi.", "background": True}, headers=headers).json()["id"]
+    task = http.get(f"/v1/tasks/{task_id}").json()
+    assert (task["value"], task["service"]) == (3.5, "front")
+    assert task["deadline"] - task["submitted"] == pytest.approx(45)
+
+
+def test_who_goes_away_does_not_keep_a_node_busy(api: ApiProcess) -> None:
+    http = api.http("hasty")
+    body = {"messages": ASK, "max_tokens": 1500, "deadline": 100}
+    with pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/chat/completions", json=body, timeout=0.5)
+    with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
+        next(stream.iter_lines())
+    eventually(
+        lambda: {t["state"] for t in http.get("/v1/tasks").json()["data"]} == {"cancelled"}, "both are cancelled"
+    )
+
+
+# --- bad input
+
+
+IMAGE = {"role": "user", "content": [{"type": "image_url"}]}
+BATCH = {"input_file_id": "f", "endpoint": "/v1/completions", "completion_window": "24h"}
+
+
+def failure(answer: httpx.Response, status: int, *words: str) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    error = dict(answer.json()["error"])
+    assert set(error) >= {"message", "type", "param", "code"}
+    for word in words:
+        assert word in error["message"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("chat/completions", {"messages": ASK, "max_tokens": -1}, 400, "max_tokens"),
+        ("chat/completions", {"messages": ASK, "deadline": -5}, 400, "deadline"),
+        ("chat/completions", {"messages": ASK, "deadline": "2020-01-01T00:00:00Z"}, 400, "deadline"),
+        ("chat/completions", {"messages": ASK, "deadline": "tomorrow"}, 400, "deadline"),
+        ("chat/completions", {"messages": ASK, "model": "gpt-99"}, 404, "model"),
+        ("chat/completions", {"messages": ASK, "model": 5}, 400, "model"),
+        ("chat/completions", {"messages": ASK, "n": 2}, 400, "n"),
+        ("chat/completions", {"messages": ASK, "tools": [{"type": "function"}]}, 400, "tools"),
+        ("chat/completions", {"messages": ASK, "tenant": "root"}, 400, "tenant"),
+        ("chat/completions", {"messages": ASK, "stream": "yes"}, 400, "stream"),
+        ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": "hi"}, 400, "messages"),
+        ("chat/completions", {"messages": [IMAGE]}, 400, "messages.0.content.0"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, 400, None),
+        ("chat/completions", {}, 400, "messages"),
+        ("chat/completions", {"messages": ASK, "temperature": 9}, 400, "temperature"),
+        ("chat/completions", {"messages": ASK, "max_tokens": 10**6}, 400, "max_tokens"),
+        ("completions", {"prompt": ["a", "b"]}, 400, "prompt"),
+        ("completions", {"prompt": "x", "value": "much"}, 400, "value"),
+        ("responses", {"input": "x", "max_output_tokens": 0}, 400, "max_output_tokens"),
+        ("responses", {"input": "x", "previous_response_id": "nobody"}, 404, "id"),
+        ("responses", {}, 400, "input"),
+        ("tasks", {"prompt": "x", "messages": ASK}, 400, None),
+        ("tasks", {"tasks": [{"prompt": "x"}, {"prompt": ""}]}, 400, "tasks.1.prompt"),
+        ("tasks", {"tasks": []}, 400, "tasks"),
+        ("tasks", {"tasks": [{"prompt": "x"}], "deadline": 5}, 400, "deadline"),
+        ("batches", {**BATCH, "input_file_id": None}, 400, "input_file_id"),
+        ("batches", {**BATCH, "endpoint": "/v1/embeddings"}, 400, "endpoint"),
+        ("batches", {**BATCH, "completion_window": "90d"}, 400, "completion_window"),
+        ("batches", BATCH, 404, "input_file_id"),
+        ("webhooks", {"url": "https://example.com", "events": ["task.begun"]}, 400, "events"),
+    ],
+)  # fmt: skip
+def test_a_bad_field_is_named(api: ApiProcess, path: str, body: dict[str, Any], status: int, param: str | None) -> None:
+    raw = json.dumps(body).encode()
+    error = failure(api.http().post(f"/v1/{path}", content=raw), status)
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("raw", [b"", b"nonsense", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"a": NaN}', b"1" * 5000])
+def test_a_body_that_is_no_json_object_is_refused(api: ApiProcess, raw: bytes) -> None:
+    failure(api.http().post("/v1/chat/completions", content=raw), 400, "body")
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "a/b.jsonl", "..\\b", "..", "", "a\x00b", "x" * 300, "line\nbreak"]
+)
+def test_a_file_name_that_is_a_path_is_refused(api: ApiProcess, name: str) -> None:
+    head = f'Content-Disposition: form-data; name="file"; filename="{name}"\r\n\r\nx'
+    purpose = 'Content-Disposition: form-data; name="purpose"\r\n\r\nbatch'
+    body = f"--b\r\n{head}\r\n--b\r\n{purpose}\r\n--b--\r\n".encode()
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    answer = api.http().post("/v1/files", content=body, headers=headers)
+    assert answer.status_code == 400, answer.text
+
+
+def test_an_upload_that_was_cut_short_is_refused_and_nothing_is_kept(api: ApiProcess) -> None:
+    http = api.http("cut")
+    purpose = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    half = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n{"custom_id": '
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    failure(http.post("/v1/files", content=purpose + half, headers=headers), 400, "file")
+    key = http.headers["Authorization"]
+    with socket.create_connection(("127.0.0.1", api.port)) as connection:
+        head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\nContent-Length: 100000\r\n"
+        connection.sendall(head.encode() + b"Content-Type: multipart/form-data; boundary=b\r\n\r\n" + purpose + half)
+    assert http.get("/v1/files").json()["data"] == []
+
+
+def test_more_than_200_mb_is_refused_before_it_is_read(api: ApiProcess) -> None:
+    with socket.create_connection(("127.0.0.1", api.port)) as connection:
+        key = api.http().headers["Authorization"]
+        head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\nContent-Length: 201000000\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+
+
+def test_more_than_is_allowed_is_refused_though_no_length_was_given(api: ApiProcess) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(10):
+            yield b"x" * (1 << 20)
+
+    failure(api.http().post("/v1/tasks", content=endless()), 413, "bytes")
+
+
+def test_a_huge_header_is_refused(api: ApiProcess) -> None:
+    with socket.create_connection(("127.0.0.1", api.port)) as connection, contextlib.suppress(OSError):
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Big: ")
+        for _ in range(160):
+            connection.sendall(b"x" * 65_536)
+    assert api.http().get("/health").status_code == 200
+    with socket.create_connection(("127.0.0.1", api.port)) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Big: " + b"x" * 40_000)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 4")
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/tasks HTTP/1.1\r\nHo", b"HEAD"])
+def test_who_sends_nothing_for_long_is_hung_up_on(api: ApiProcess, sent: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", api.port), timeout=30) as connection:
+        connection.sendall(sent)
+        assert connection.recv(4096) == b""
+
+
+def test_a_body_that_does_not_come_is_given_up(api: ApiProcess) -> None:
+    key = api.http().headers["Authorization"]
+    with socket.create_connection(("127.0.0.1", api.port), timeout=30) as connection:
+        head = f"POST /v1/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\nContent-Length: 1000\r\n\r\n"
+        connection.sendall(head.encode() + b"{")
+        answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b'"error"' in answer
+
+
+def test_cors_is_off(api: ApiProcess) -> None:
+    answer = api.http().get("/v1/models", headers={"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in answer.headers

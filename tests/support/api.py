@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,9 +22,10 @@ from support.wait import eventually
 
 
 class ApiProcess:
-    """`perllm api` as a process. `settings` are PERLLM_ variables in lower case without the prefix."""
+    """`perllm api` as a process, and with `webhooks` the worker that delivers them. `settings` are PERLLM_ variables in
+    lower case without the prefix."""
 
-    def __init__(self, url: str, folder: Path, **settings: object) -> None:
+    def __init__(self, url: str, folder: Path, *, webhooks: bool = False, **settings: object) -> None:
         self.port = free_port()
         self.base = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"api-{self.port}.log"
@@ -31,8 +34,13 @@ class ApiProcess:
         self.settings = Settings.model_validate({"redis_url": url, "data_dir": folder})
         self.ledger = Ledger(self.settings)
         self.keys = Keys(self.settings, self.ledger)
-        command = [sys.executable, "-m", "broker.api"]
-        self.process = spawn(command, self.log, environment={**os.environ, **variables})
+        environment = {**os.environ, **variables}
+        self.process = spawn([sys.executable, "-m", "broker.api"], self.log, environment=environment)
+        deliverer = [sys.executable, "-W", "ignore", "-m", "celery", "-A", "broker.api", "worker", "-n", "hooks@test"]
+        self.deliverer = None
+        if webhooks:
+            command = [*deliverer, "--without-gossip", "--without-mingle"]
+            self.deliverer = spawn(command, folder / "webhooks.log", environment=environment)
 
     def await_health(self) -> None:
         def healthy() -> bool:
@@ -63,6 +71,45 @@ class ApiProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.process.terminate()
-        self.process.wait()
+        for process in (self.process, self.deliverer):
+            if process is not None:
+                process.terminate()
+        for process in (self.process, self.deliverer):
+            if process is not None:
+                process.wait()
         self.ledger.client.close()
+
+
+class Sink:
+    """A webhook receiver. `statuses` are answered in turn, the last one for good."""
+
+    def __init__(self, host: str, *statuses: int) -> None:
+        self.received: list[tuple[dict[str, str], bytes]] = []
+        left = list(statuses)
+        received = self.received
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                received.append(({k.lower(): v for k, v in self.headers.items()}, body))
+                self.send_response(left.pop(0) if len(left) > 1 else left[0])
+                self.send_header("Location", "/elsewhere")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                """Quiet."""
+
+        self._server = ThreadingHTTPServer((host, 0), Handler)
+        self.url = f"http://{host}:{self._server.server_port}/hook"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
