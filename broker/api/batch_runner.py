@@ -259,9 +259,10 @@ class BatchRunner(Duty):
                         _write(done, lines.output_line(line, result, batch.created))
                         continue
                     entry = lines.output_line(line, result, batch.created) if result else _lost(line)
-                    if reason := self._ended_with_batch(batch, line, result.state if result else None):
-                        entry["error"] = reason
-                        overdue = overdue or reason["code"] == "batch_expired"
+                    state, reason = (result.state, result.reason) if result else (None, None)
+                    if error := self._ended_with_batch(batch, line, state, reason):
+                        entry["error"] = error
+                        overdue = overdue or error["code"] == "batch_expired"
                     _write(failed, entry)
             for name, content in (("out", done), ("err", failed)):
                 if content.tell():
@@ -275,12 +276,16 @@ class BatchRunner(Duty):
         return collected
 
     @staticmethod
-    def _ended_with_batch(batch: BatchDocument, line: lines.Line, state: State | None) -> dict[str, str] | None:
+    def _ended_with_batch(
+        batch: BatchDocument, line: lines.Line, state: State | None, reason: str | None
+    ) -> dict[str, str] | None:
+        """The error of a line whose batch did not give it the time."""
         if state in (State.CANCELLED, None) and "cancelling" in batch.times:
             return {"code": "batch_cancelled", "message": "the batch was cancelled before this request was done"}
-        if (state is State.EXPIRED and "deadline" not in line.fields) or (state is State.CANCELLED and batch.overdue):
+        by_window = state in (State.EXPIRED, State.REJECTED) and "deadline" not in line.fields
+        if by_window or (state is State.CANCELLED and batch.overdue):
             message = "this request could not be done before the completion window was over"
-            return {"code": "batch_expired", "message": message}
+            return {"code": "batch_expired", "message": f"{message}: {reason}" if reason else message}
         return None
 
     def _finalize(self, batch: BatchDocument, marks: bytearray, *, failed: bool = False) -> None:

@@ -127,6 +127,7 @@ async def get_file(id: str, api: TheApi, caller: TheCaller) -> Response:
 
 @router.get(
     "/v1/files/{id}/content",
+    response_class=StreamingResponse,
     responses={
         **answers(None, {}, 404),
         200: {
