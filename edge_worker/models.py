@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import importlib.util
 import os
 import re
@@ -33,6 +34,8 @@ QUANTISATIONS = {
     "q4_k_m": 15, "q4_k_s": 14, "q4_1": 3, "q4_0": 2, "iq4_nl": 25, "iq4_xs": 30, "q3_k_l": 13, "q3_k_m": 12,
     "q3_k_s": 11, "q2_k": 10,
 }  # fmt: skip
+#: What is read of a file to tell it from others: so many samples of so many bytes.
+SAMPLES, SAMPLE_BYTES = 64, 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +88,9 @@ def quantised(source: Path, quantisation: str, folder: Path, *, threads: int = 1
     """
     quantisation = check_quantisation(quantisation)
     gguf = read_gguf(source)
-    stat = source.stat()
-    # The source's size and time are in the path, so another file of the same name is not mistaken for it.
-    target = folder / f"{stat.st_size:x}-{int(stat.st_mtime):x}" / f"{base_name(gguf)}.{quantisation}.gguf"
+    # What the source holds is in the path, so that another file of the same name is not mistaken for it, and the same
+    # file installed anew is known again.
+    target = folder / fingerprint(source) / f"{base_name(gguf)}.{quantisation}.gguf"
     if target.exists():
         return target
     with _lock(target.parent, target.name):
@@ -95,6 +98,17 @@ def quantised(source: Path, quantisation: str, folder: Path, *, threads: int = 1
             log.info("model_quantising", source=str(source), quantisation=quantisation)
             quantise(source, target, quantisation, threads=threads)
     return target
+
+
+def fingerprint(path: Path) -> str:
+    """A digest of a file's size and of samples of its content: the header, and weights from all over."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    with path.open("rb") as file:
+        for part in range(SAMPLES):
+            file.seek(part * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def quantise(source: Path, target: Path, quantisation: str, *, threads: int = 1) -> None:
