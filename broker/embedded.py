@@ -11,6 +11,7 @@ import secrets
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -28,17 +29,21 @@ _START_TIMEOUT = 20.0
 
 
 class EmbeddedServer:
-    """One Valkey server process with its data in `data_dir`. `port` None means a Unix socket.
+    """One Valkey server process with its data in `data_dir`. `port` None means a Unix socket. `users` are lines
+    `user <name> <rule> ...` (valkey.io, "ACL") for users beside the one that may do everything, who is `url`'s.
 
     Attributes: `url`, the Redis URL to reach it by (with the password, if any; known once started).
     """
 
-    def __init__(self, data_dir: Path, port: int | None = None, *, fsync: str = "everysec") -> None:
+    def __init__(
+        self, data_dir: Path, port: int | None = None, *, fsync: str = "everysec", users: Sequence[str] = ()
+    ) -> None:
         self.data_dir = data_dir.absolute()
         self.port = port
         self.socket = self.data_dir / "valkey.sock"
         self._password = ""
         self._fsync = fsync
+        self._users = tuple(users)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -124,6 +129,7 @@ class EmbeddedServer:
             "maxmemory-policy noeviction",
             "daemonize no",
             "tcp-backlog 128",
+            *self._users,
         ]
         if self.port is None:
             lines += ["port 0", f"unixsocket {_quoted(self.socket)}", "unixsocketperm 700"]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+from support import users
 from support.servers import DebianRedis, Server, skip_without_debian_redis
 
 from broker.embedded import EmbeddedServer
@@ -32,7 +33,7 @@ def _no_settings_from_outside() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     """The embedded server."""
-    with EmbeddedServer(tmp_path_factory.mktemp("valkey")) as server:
+    with EmbeddedServer(tmp_path_factory.mktemp("valkey"), users=users.rules()) as server:
         yield server
 
 
@@ -44,6 +45,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     else:
         skip_without_debian_redis()
         with DebianRedis(tmp_path_factory.mktemp("redis")) as redis_server:
+            users.create(redis_server.url)
             yield redis_server
 
 
@@ -54,6 +56,7 @@ def own_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     if request.param != "valkey":
         skip_without_debian_redis()
     with EmbeddedServer(folder) if request.param == "valkey" else DebianRedis(folder) as started:
+        users.create(started.url)
         yield started
 
 

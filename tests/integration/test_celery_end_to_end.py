@@ -12,6 +12,7 @@ import pytest
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 from kombu.transport.redis import Channel
+from support import users
 from support.cluster import Cluster
 from support.poison import POISON
 from support.servers import Server
@@ -166,8 +167,8 @@ def test_a_key_that_another_task_has(producer: celery.Celery) -> None:
 # --- messages
 
 
-def test_a_node_message_is_what_celery_would_send(cluster: Cluster, producer: celery.Celery) -> None:
-    task_id = new_id()
+def test_a_node_message_is_what_celery_would_send(cluster: Cluster) -> None:
+    task_id, producer = new_id(), cluster.producer(unbound=True)
     with producer.connection_for_write() as connection:
         producer.send_task(RUN, kwargs={"attempt": 1, "v": 1}, queue="shapes", task_id=task_id, connection=connection)
     theirs = json.loads(cluster.ledger.client.rpop("shapes") or b"")
@@ -205,10 +206,11 @@ def test_foreign_entries_do_not_keep_neighbours_from_running(cluster: Cluster, p
     assert all("foreign_message" in p.output for p in nodes)
 
 
-def test_what_a_killed_inbox_had_taken_is_taken_up_again(cluster: Cluster, producer: celery.Celery) -> None:
+def test_what_a_killed_inbox_had_taken_is_taken_up_again(cluster: Cluster) -> None:
     """As a killed inbox leaves it: taken from the queue, noted as unacknowledged, two minutes ago."""
     redis = cluster.ledger.client
-    sent = producer.send_task(GENERATE, kwargs={"prompt": "hello", "max_tokens": 1}, queue="held")
+    kwargs = {"prompt": "hello", "max_tokens": 1}
+    sent = cluster.producer(unbound=True).send_task(GENERATE, kwargs=kwargs, queue="held")
     raw = json.loads(redis.rpop("held") or b"")
     raw["properties"]["delivery_info"]["routing_key"] = "inbox"
     tag = raw["properties"]["delivery_tag"]
@@ -217,3 +219,9 @@ def test_what_a_killed_inbox_had_taken_is_taken_up_again(cluster: Cluster, produ
     second = cluster.start_worker("broker", "inbox-2")
     assert sent.get(timeout=PATIENCE)["state"] == "succeeded"
     assert second.stop() == 0
+
+
+def test_nobody_needed_more_than_the_rights_of_their_role(cluster: Cluster, own_server: Server) -> None:
+    """The last one here: whatever ran before it ran as the users of compose/users.acl."""
+    assert cluster.url_of("worker") != own_server.url
+    assert users.denied(own_server.url) == []

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import users
 from support.cluster import Cluster, Process
 from support.ports import free_port
 from support.wait import eventually
@@ -157,7 +158,7 @@ def test_a_frozen_nodes_late_result_changes_nothing(cluster: Cluster) -> None:
 
 def test_everybody_comes_back_to_a_server_that_was_killed(tmp_path: Path) -> None:
     """The server ends as in a power cut and starts again on what it had written."""
-    server = EmbeddedServer(tmp_path / "server")
+    server = EmbeddedServer(tmp_path / "server", users=users.rules())
     server.start()
     with Cluster(server.url, tmp_path, slots=1, emulated_speed=100, context=100_000) as cluster:
         inbox = cluster.start_inbox()

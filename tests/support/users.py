@@ -1,0 +1,55 @@
+"""The users of compose/users.acl on a server of the tests."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import redis
+
+FILE = Path(__file__).parents[2] / "compose" / "users.acl"
+ROLES = ("producer", "api", "inbox", "scheduler", "worker", "monitor")
+
+
+def password(role: str) -> str:
+    """An obvious one, for tests only."""
+    return f"test-{role}-password"
+
+
+def rules() -> list[str]:
+    """The lines of the file for a server of the tests, whose own user stays what it is: the tests'."""
+    lines = [line for line in FILE.read_text(encoding="utf-8").splitlines() if line.startswith("user ")]
+    given = [re.sub(r"\$([A-Z]+)_PASSWORD", lambda m: password(m[1].lower()), line) for line in lines]
+    return [line for line in given if line.split()[1] in ROLES]
+
+
+def create(url: str) -> None:
+    """Give a running server these users."""
+    with redis.Redis.from_url(url) as admin:
+        for line in rules():
+            admin.execute_command("ACL", "SETUSER", *line.split()[1:])
+
+
+def known(url: str) -> bool:
+    """Whether the server has these users."""
+    with redis.Redis.from_url(url) as admin:
+        return set(ROLES) <= {_text(u) for u in admin.acl_users()}
+
+
+def url_of(role: str, url: str) -> str:
+    """The same server's URL for one of them."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=f"{role}:{password(role)}@{parts.netloc.rpartition('@')[2]}"))
+
+
+def denied(url: str) -> list[str]:
+    """What the server has refused since last asked: user and what it wanted."""
+    with redis.Redis.from_url(url) as admin:
+        log = admin.acl_log()
+        admin.acl_log_reset()
+    return sorted({f"{_text(e['username'])}: {_text(e['reason'])} {_text(e['object'])}" for e in log})
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
