@@ -276,7 +276,7 @@ class Core:
                 offer = node.info.offer(task.model)
                 assert offer is not None  # only nodes that offer the model are candidates
                 self._place(task, name, task.attempt + 1, now)
-                sentence = self._sentence(name, looks, len(candidates))
+                sentence = self._sentence(task, name, looks, len(candidates), now)
                 explanation = Explanation(
                     policy=self.policy.name, action="dispatch", sentence=sentence, node=name, candidates=looks
                 )
@@ -314,10 +314,20 @@ class Core:
             task, action, Explanation(policy=self.policy.name, action=action, sentence=reason, candidates=looks)
         )
 
-    def _sentence(self, chosen: str, looks: tuple[Candidate, ...], count: int) -> str:
+    def _sentence(self, task: Task, chosen: str, looks: tuple[Candidate, ...], count: int, now: float) -> str:
+        sentence = f"{chosen} was the best of {count} candidate node{'s' if count != 1 else ''}"
         mine = next((c for c in looks if c.node == chosen), None)
-        note = f": {mine.note}" if mine and mine.note else ""
-        return f"{chosen} was the best of {count} candidate node{'s' if count != 1 else ''}{note}"
+        if mine is None:
+            return sentence
+        if mine.note:
+            return f"{sentence}: {mine.note}"
+        if mine.finish is None or mine.p_on_time is None or mine.marginal_energy is None:
+            return sentence
+        left = task.deadline - now
+        return (
+            f"{sentence}: done in about {mine.finish:.1f} s of {left:.1f} s, {mine.p_on_time:.0%} on time, "
+            f"{mine.marginal_energy:.3g} J"
+        )
 
     # --- state kept over a restart
 

@@ -201,32 +201,28 @@ class CsUcb(Policy):
             looks,
         )
         order = order[np.argsort(-looks[order, f.INDEX], kind="stable")]
-        left, spreads = task.deadline - now, board.arms[arm_rows[order], f.SPREAD].tolist()
+        spreads = board.arms[arm_rows[order], f.SPREAD].tolist()
         still = board.nodes[rows[order], f.STILL].tolist()
         single = constraints.single_server_slack(0 if task.node is None else 1)
         return tuple(
-            self._explained(candidates[i].info.name, look, left, spread, single, still=stands > 0)
+            self._explained(candidates[i].info.name, look, spread, single, still=stands > 0)
             for i, look, spread, stands in zip(order.tolist(), looks[order].tolist(), spreads, still, strict=True)
         )
 
     @staticmethod
-    def _explained(
-        name: str, look: list[float], left: float, spread: float, single: float, *, still: bool
-    ) -> Candidate:
-        finish, chance, joules, feasible = look[f.FINISH], look[f.CHANCE], look[f.JOULES], look[f.INDEX] > s.OUT
+    def _explained(name: str, look: list[float], spread: float, single: float, *, still: bool) -> Candidate:
+        feasible, note = look[f.INDEX] > s.OUT, ""
         if still:
             note = "stands still"
-        elif not feasible and chance >= admission.LEAST:
-            note = "has no room for it now"
-        else:
-            note = f"done in about {finish:.1f} s of {left:.1f} s, {chance:.0%} on time, {joules:.3g} J"
+        elif not feasible:
+            note = "has no room for it now" if look[f.CHANCE] >= admission.LEAST else "would be too late"
         return Candidate(
             node=name,
             index=look[f.INDEX] if feasible else None,
             feasible=feasible,
-            finish=finish,
-            p_on_time=chance,
-            marginal_energy=joules,
+            finish=look[f.FINISH],
+            p_on_time=look[f.CHANCE],
+            marginal_energy=look[f.JOULES],
             slacks={
                 "deadline": look[f.C_DEADLINE],
                 "compute": look[f.C_COMPUTE],
