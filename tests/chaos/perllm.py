@@ -53,6 +53,11 @@ class Outcome:
     tracebacks: list[str]
 
     @property
+    def good(self) -> bool:
+        """Whether everything held."""
+        return self.settled and not self.report.violations and not self.crashes
+
+    @property
     def figures(self) -> dict[str, float | int]:
         """What the result's `figures` hold of it."""
         report = self.report
@@ -97,6 +102,7 @@ def run(
 ) -> Outcome:
     """Let the blows fall on a fresh system while producers keep it busy with at least so many tasks; then let it
     finish, stop it, and check it. The environment's PYTHONPATH must be ours."""
+    folder.mkdir(parents=True, exist_ok=True)
     server = FragileServer(folder / "server")
     # As shipped, but for bounds that a run of this length reaches.
     shipped = {n: Settings.model_fields[n].default for n in ("policy", "lease", "heartbeat", "leader_ttl", "grace")}

@@ -27,6 +27,8 @@ from chaos.observer import digest
 BACKLOG = 300
 #: Most tasks per call.
 BATCH = 25
+#: How long answers are, tokens.
+LENGTHS = (1, 2, 4, 8, 16)
 #: Tasks that kill the workers they run on: this one, and so many of all.
 FIRST_POISON, POISONED = "producer-1.1.200", 1 / 8000
 
@@ -85,7 +87,7 @@ class Producer:
             "prompt": f"{key} why is the sky blue?",
             "idempotency_key": key,
             "deadline": 3600,
-            "max_tokens": self._random.choice((1, 2, 4, 8, 16)),
+            "max_tokens": self._random.choice(LENGTHS),
             "model": MODEL,
             "service": self._random.choice(("chat", "batch")),
             "tenant": self._random.choice(("us", "them")),

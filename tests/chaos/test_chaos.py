@@ -21,7 +21,7 @@ def test_nothing_is_lost_doubled_or_stuck_whatever_dies(tmp_path: Path) -> None:
     outcome = perllm.run(tmp_path, blows, TASKS, SEED, **quick, real=True, show=lambda *_: None)
     assert outcome.report.violations == [], outcome.details
     assert outcome.crashes == []
-    assert outcome.settled
+    assert outcome.good
     assert outcome.figures["kills"] >= KILLS
     assert outcome.report.tasks >= TASKS
     assert outcome.by_model["real"] > 0

@@ -19,6 +19,8 @@ from broker.errors import Unreachable
 from chaos.plan import Blow, Role
 from chaos.server import FragileServer
 
+#: Seconds without anything done after which nothing will be.
+STALL = 90.0
 #: Seconds before one that could not start (there was no server) tries again.
 _AGAIN = 0.3
 _LOOK_EVERY = 0.02
@@ -71,18 +73,27 @@ class World:
 
     def rain(self, blows: Sequence[Blow], tasks: int, done: Callable[[], int | None], show: Show) -> None:
         """Let the blows fall, no faster than the work goes: each waits until its share of the tasks is done. Returns
-        when all have fallen and all tasks are done."""
-        finished = 0
+        when all have fallen and all tasks are done, or when nothing gets done any more."""
         for number, blow in enumerate(blows):
             self._tend_for(blow.wait)
-            while finished < tasks * number / len(blows):
-                finished = done() or finished
-                show(len(self.struck), finished)
-                self._tend_for(0.1)
+            if not self._work(done, tasks * number / len(blows), show):
+                return
             self._strike(blow)
-        while finished < tasks:
-            finished = done() or finished
-            show(len(self.struck), finished)
+        self._work(done, tasks, show)
+
+    def _work(self, done: Callable[[], int | None], share: float, show: Show) -> bool:
+        """Tend everybody until so much is done; False when for STALL s nothing was."""
+        last, since = -1, time.monotonic()
+        while True:
+            finished = done()
+            if finished is not None:
+                show(len(self.struck), finished)
+                if finished >= share:
+                    return True
+                if finished != last:
+                    last, since = finished, time.monotonic()
+            if time.monotonic() - since > STALL:
+                return False
             self._tend_for(0.1)
 
     def _strike(self, blow: Blow) -> None:
