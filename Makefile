@@ -41,6 +41,10 @@ lint: env ## ruff and mypy
 chaos: env ## kills at random moments under load, then a check of every task (ARGS="--quick", ARGS="--seed 3")
 	@PYTHONPATH=.:tests $(BIN)/python -m chaos $(ARGS)
 
+.PHONY: soak
+soak: env ## a million no-op tasks, and whether any process's memory grows (ARGS="--tasks 20000")
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
+
 # Each benchmark is a module of benchmarks/ that prints JSON and compares with a peer.
 bench-%: .venv/.bench ## run a benchmark: bench-dispatch, bench-decision, bench-schedule, bench-edge, bench-cloud, bench-api
 	@$(BIN)/python -m benchmarks.$*

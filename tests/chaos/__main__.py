@@ -46,7 +46,7 @@ def main() -> int:
     if options.peer:
         more["celery"] = {}
         for name, peer in peers(folder, blows, options.tasks, options.seed).items():
-            figures |= {f"celery_{name}_lost": peer.lost, f"celery_{name}_doubled": peer.doubled}
+            figures |= {f"celery_{name}_{what}": getattr(peer, what) for what in ("lost", "doubled", "stuck")}
             more["celery"][name] = asdict(peer)
     if options.record:
         emit("chaos", figures, {}, **more)

@@ -8,6 +8,7 @@ timeout short enough to see what it brings back.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -17,10 +18,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
+from kombu.transport import TRANSPORT_ALIASES
 from support.cluster import Cluster, Process
 
 from broker.settings import load_settings
@@ -40,6 +43,7 @@ _DONE = "done"
 
 def make_app() -> Celery:
     url = load_settings().celery_url
+    assert "broker" not in TRANSPORT_ALIASES["redis"], "the peer is to run on kombu's own transport"
     made = Celery("plain", broker=url)
     made.conf.update(
         task_default_queue=QUEUE,
@@ -93,14 +97,15 @@ def produce(name: str, folder: Path, seed: str) -> None:
 
 @dataclass
 class PlainOutcome:
-    """What one run showed. `last_second` were accepted just before a server that may forget that ended by force."""
+    """What one run showed. `stuck` tasks are not done but still in the queue, or unacknowledged, long after all else;
+    `last_second` were accepted just before a server that may forget that ended by force."""
 
     kills: int
     tasks: int
     lost: int
+    stuck: int
     last_second: int
     doubled: int
-    settled: bool
 
 
 def run(folder: Path, blows: Sequence[Blow], tasks: int, seed: int, *, late: bool, show: Show) -> PlainOutcome:
@@ -136,22 +141,31 @@ def run(folder: Path, blows: Sequence[Blow], tasks: int, seed: int, *, late: boo
         os.environ["PLAIN_LATE"] = str(int(late))
         world.rain(blows, tasks, done, show)
         world.dismiss("producer")
-        settled = world.settle(unfinished, SETTLE)
+        world.settle(unfinished, SETTLE)
         show(len(world.struck), done())
         world.dismiss("worker")
+        held = _held(client)
     forgetful = [o.at for o in server.outages if o.fsync == "everysec"]
     _, told, _ = read_records(folder)
     effects = Counter(_effects(folder))
-    gone = [t for t in told if t.key not in effects]
+    undone = [t for t in told if t.key not in effects]
+    gone = [t for t in undone if t.id not in held]
     excused = sum(any(0 <= at - t.at <= WINDOW for at in forgetful) for t in gone)
     return PlainOutcome(
         kills=len(world.struck),
         tasks=len(told),
         lost=len(gone) - excused,
+        stuck=len(undone) - len(gone),
         last_second=excused,
         doubled=sum(1 for n in effects.values() if n > 1),
-        settled=settled,
     )
+
+
+def _held(client: redis.Redis) -> set[str]:
+    """Ids of the messages Celery still has."""
+    waiting = cast("list[bytes]", client.lrange(QUEUE, 0, -1))
+    unacknowledged = (json.loads(raw)[0] for raw in cast("list[bytes]", client.hvals("unacked")))
+    return {m["headers"]["id"] for m in (*map(json.loads, waiting), *unacknowledged)}
 
 
 def _effects(folder: Path) -> list[str]:

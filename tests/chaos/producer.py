@@ -15,7 +15,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, cast
 
-from support.replay_worker import FAULT, MODEL, POISON
+from support.replay import FAULT, MODEL, POISON
 
 from broker import Client, State
 from broker.connection import reaching

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.cluster import Cluster, Process
-from support.replay_worker import POISON, POISON_STATUS
+from support.replay import POISON, POISON_STATUS
 from support.wait import eventually
 
 from broker.embedded import EmbeddedServer

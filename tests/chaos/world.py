@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from support.cluster import Cluster, Process
-from support.replay_worker import POISON_STATUS
+from support.replay import POISON_STATUS
 from support.wait import PATIENCE
 
 from broker.errors import Unreachable
