@@ -21,6 +21,8 @@ from chaos.world import Show
 #: Share of the kills and of the tasks that plain Celery gets.
 PEER_SHARE = 0.25
 QUICK = {"kills": 30, "tasks": 4_000}
+#: Shorter runs are not recorded.
+LONG = {"kills": 220, "tasks": 100_000}
 
 
 def main() -> int:
@@ -56,19 +58,19 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="which blows fall on whom (default %(default)s)")
-    parser.add_argument("--kills", type=int, default=220, help="(default %(default)s)")
-    parser.add_argument("--tasks", type=int, default=100_000, help="at least so many (default %(default)s)")
+    parser.add_argument("--kills", type=int, default=LONG["kills"], help="(default %(default)s)")
+    parser.add_argument("--tasks", type=int, default=LONG["tasks"], help="at least so many (default %(default)s)")
     parser.add_argument("--gap", type=float, default=2.0, help="mean seconds between kills (default %(default)s)")
     quick = ", ".join(f"{n:,} {what}" for what, n in QUICK.items())
-    parser.add_argument("--quick", action="store_true", help=f"at most {quick}; no peer, nothing is recorded")
+    parser.add_argument("--quick", action="store_true", help=f"at most {quick}; no peer")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, help="plain Celery as well")
     parser.add_argument("--policy", help="of the scheduler (default: the one shipped)")
-    parser.add_argument("--only", help="one kind of kill, as in server.power_cut; nothing is recorded")
+    parser.add_argument("--only", help="one kind of kill, as in server.power_cut")
     parser.add_argument("--keep", type=Path, help="run in this folder and keep it: logs, records, the server's files")
     options = parser.parse_args()
     if options.quick:
         options.kills, options.tasks = min(options.kills, QUICK["kills"]), min(options.tasks, QUICK["tasks"])
-    options.record = not options.quick and options.only is None
+    options.record = options.kills >= LONG["kills"] and options.tasks >= LONG["tasks"] and options.only is None
     options.peer = options.record if options.peer is None else options.peer
     return options
 
