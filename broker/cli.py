@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,18 +86,31 @@ def _missing(name: str, reason: str) -> Callable[[], None]:
 def up(
     edges: Annotated[int, typer.Option(help="Edge workers to start.", min=0, max=64)] = 2,
     flower_port: Annotated[int, typer.Option(help="Flower's port on 127.0.0.1; 0 for no Flower.", min=0)] = 5555,
+    api_port: Annotated[int, typer.Option(help="The HTTP API's port on 127.0.0.1; 0 for no API.", min=0)] = 8000,
     port: Annotated[
         int | None, typer.Option(help="Let the embedded server listen here too far away processes of this machine.")
     ] = None,
 ) -> None:
-    """Run the whole system here until interrupted: server, scheduler, inbox, workers, Flower."""
+    """Run the whole system here until interrupted: server, scheduler, inbox, workers, Flower, HTTP API."""
     settings = load_settings()
+    if api_port and find_spec("fastapi") is None:
+        err.print("no HTTP API: pip install 'perllm[api]'", style="yellow", highlight=False)
+        api_port = 0
     names = tuple(f"e{i + 1}" for i in range(edges))
-    stack = Stack(settings, edges=names, clouds=("c1",), flower_port=flower_port or None, server_port=port)
+    stack = Stack(
+        settings,
+        edges=names,
+        clouds=("c1",),
+        flower_port=flower_port or None,
+        api_port=api_port or None,
+        server_port=port,
+    )
     with stack:
         demonstration.await_nodes(stack, err)
         if flower_port:
             err.print(f"Flower: http://127.0.0.1:{flower_port}", highlight=False)
+        if api_port:
+            err.print(f"API:    http://127.0.0.1:{api_port}/v1 (any key), /docs", highlight=False)
         if port:
             password = settings.data_dir / "password"
             err.print(f"Redis:  redis://:<password in {password}>@127.0.0.1:{port}/0", highlight=False, soft_wrap=True)

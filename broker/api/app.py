@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -26,6 +27,8 @@ def make_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.api = Api(settings)
         app.state.api.start()
+        gc.collect()
+        gc.freeze()  # what is there now stays: looking through it again and again would stop all requests for 50 ms
         yield
         await app.state.api.close()
 

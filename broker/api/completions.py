@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from broker.api import examples, sse
 from broker.api.core import Accepted, Api, Caller, Extensions, TheApi, TheCaller, read_json, with_pauses
-from broker.api.docs import answers, takes
+from broker.api.docs import answers, takes_task
 from broker.api.errors import ApiError, document
 from broker.api.schemas import ChatCompletion, ChatRequest, Completion, CompletionRequest
 from broker.dialect import ANY_MODEL, CHAT, COMPLETIONS, receipt_fields, response_body, task_fields, usage
@@ -21,7 +21,7 @@ router = APIRouter(tags=["Completions"])
 
 @router.post(
     CHAT,
-    openapi_extra=takes(ChatRequest, plain=examples.CHAT_REQUEST),
+    openapi_extra=takes_task(ChatRequest, plain=examples.CHAT_REQUEST),
     responses=answers(ChatCompletion, examples.CHAT, 404, 408, 413, 422, events=examples.CHAT_STREAM),
 )
 async def chat_completion(request: Request, api: TheApi, caller: TheCaller, extensions: Extensions) -> Response:
@@ -32,7 +32,7 @@ async def chat_completion(request: Request, api: TheApi, caller: TheCaller, exte
 
 @router.post(
     COMPLETIONS,
-    openapi_extra=takes(CompletionRequest, plain=examples.COMPLETION_REQUEST),
+    openapi_extra=takes_task(CompletionRequest, plain=examples.COMPLETION_REQUEST),
     responses=answers(Completion, examples.COMPLETION, 404, 408, 413, 422, events=examples.CHAT_STREAM),
 )
 async def completion(request: Request, api: TheApi, caller: TheCaller, extensions: Extensions) -> Response:

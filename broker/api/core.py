@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from broker.api.batch_runner import BatchRunner
@@ -23,7 +23,7 @@ from broker.api.intake import Intake
 from broker.api.keys import Key, Keys
 from broker.api.webhook_store import Webhooks
 from broker.client import AsyncClient
-from broker.dialect import EXTENSIONS, seconds_left
+from broker.dialect import seconds_left
 from broker.ledger import TaskRecord
 from broker.messages import Result, TaskSpec, new_id
 from broker.settings import Settings
@@ -228,7 +228,7 @@ async def with_pauses(source: AsyncIterator[T], every: float = HEARTBEAT) -> Asy
 # --- what endpoints declare
 
 
-def the_api(request: Request) -> Api:
+async def the_api(request: Request) -> Api:  # asynchronous, or FastAPI would run it in a thread
     return cast(Api, request.app.state.api)
 
 
@@ -236,55 +236,32 @@ _bearer = HTTPBearer(auto_error=False, scheme_name="API key", description="A key
 
 
 async def _caller(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Caller:
-    return await the_api(request).admit(given.credentials if given else None)
+    api: Api = request.app.state.api
+    return await api.admit(given.credentials if given else None)
 
 
-async def _extensions(
-    idempotency_key: Annotated[
-        str | None,
-        Header(
-            max_length=256,
-            min_length=1,
-            description="A request repeated under the same key gives the first one's task instead of another.",
-            examples=["order-4711"],
-        ),
-    ] = None,
-    x_perllm_deadline: Annotated[
-        str | None,
-        Header(
-            max_length=64,
-            description="Seconds from now, or a time (RFC 3339), by which the answer is needed. Also a body field.",
-            examples=["30"],
-        ),
-    ] = None,
-    x_perllm_value: Annotated[
-        float | None,
-        Header(description="The task's weight when not all can be on time. Also a body field.", examples=[1.0]),
-    ] = None,
-    x_perllm_service: Annotated[
-        str | None,
-        Header(
-            max_length=128,
-            description="The class whose lengths and rewards are learned together. Also a body field.",
-            examples=["chat"],
-        ),
-    ] = None,
-) -> dict[str, Any]:
-    given = {
-        "idempotency_key": idempotency_key,
-        "deadline": x_perllm_deadline,
-        "value": x_perllm_value,
-        "service": x_perllm_service,
-    }
-    return {name: value for name, value in given.items() if value is not None}
+async def _extensions(request: Request) -> dict[str, Any]:
+    """The fields a request may also give as headers, which the document describes (`docs.EXTENSION_HEADERS`)."""
+    given = {field: value for field, name in _HEADERS.items() if (value := request.headers.get(name)) is not None}
+    if "value" in given:
+        try:
+            return {**given, "value": float(given["value"])}
+        except ValueError:
+            raise ApiError(400, "X-PerLLM-Value: a number is required", param="X-PerLLM-Value") from None
+    return given
 
 
+_HEADERS = {
+    "idempotency_key": "idempotency-key",
+    "deadline": "x-perllm-deadline",
+    "value": "x-perllm-value",
+    "service": "x-perllm-service",
+}
 TheApi = Annotated[Api, Depends(the_api)]
 TheCaller = Annotated[Caller, Depends(_caller)]
 #: For endpoints that show everybody the same, but only to who has a key.
 needs_key = Depends(_caller)
 Extensions = Annotated[dict[str, Any], Depends(_extensions)]
-assert set(EXTENSIONS) >= {"deadline", "value", "service"}
 
 
 async def read_json(request: Request) -> dict[str, Any]:

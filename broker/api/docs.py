@@ -38,6 +38,43 @@ def takes(model: type[BaseModel], **examples: Mapping[str, Any]) -> dict[str, An
     return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
 
+def _header(name: str, about: str, example: Any, **schema: Any) -> dict[str, Any]:
+    return {"name": name, "in": "header", "description": about, "schema": schema, "example": example}
+
+
+#: Headers of the endpoints that make tasks, for clients that cannot add fields to a body; a body's field goes first.
+EXTENSION_HEADERS = [
+    _header(
+        "Idempotency-Key",
+        "A request repeated under the same key gives the first one's task instead of another.",
+        "order-4711",
+        type="string",
+        minLength=1,
+        maxLength=256,
+    ),
+    _header(
+        "X-PerLLM-Deadline",
+        "Seconds from now, or a time (RFC 3339), by which the answer is needed.",
+        "30",
+        type="string",
+        maxLength=64,
+    ),
+    _header("X-PerLLM-Value", "The task's weight when not all can be on time.", 1.0, type="number"),
+    _header(
+        "X-PerLLM-Service",
+        "The class whose lengths and rewards are learned together.",
+        "chat",
+        type="string",
+        maxLength=128,
+    ),
+]
+
+
+def takes_task(model: type[BaseModel], **examples: Mapping[str, Any]) -> dict[str, Any]:
+    """`takes` for an endpoint that makes tasks."""
+    return {**takes(model, **examples), "parameters": EXTENSION_HEADERS}
+
+
 def answers(
     model: type[BaseModel] | None, example: Mapping[str, Any], *failures: int, events: str | None = None
 ) -> dict[int | str, dict[str, Any]]:

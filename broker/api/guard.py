@@ -46,7 +46,8 @@ class Guard:
                 return await receive()
             left = began + s.api_patience + seen / SLOWEST - time.monotonic()
             try:
-                message = await asyncio.wait_for(receive(), max(0.0, left))
+                async with asyncio.timeout(left):
+                    message = await receive()
             except TimeoutError:
                 raise ApiError(408, "the body did not come in time", headers={"Connection": "close"}) from None
             seen += len(message.get("body", b""))

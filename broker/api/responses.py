@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from broker.api import examples, sse
 from broker.api.completions import flag
 from broker.api.core import Accepted, Api, Caller, Extensions, TheApi, TheCaller, read_json, with_pauses
-from broker.api.docs import answers, takes
+from broker.api.docs import answers, takes_task
 from broker.api.errors import ApiError
 from broker.api.schemas import ResponseObject, ResponseRequest
 from broker.dialect import RESPONSES, message_item, response_object, task_fields
@@ -27,7 +27,7 @@ _FIRST_PIECE = 4
 
 @router.post(
     RESPONSES,
-    openapi_extra=takes(ResponseRequest, plain=examples.RESPONSE_REQUEST, background=examples.BACKGROUND_REQUEST),
+    openapi_extra=takes_task(ResponseRequest, plain=examples.RESPONSE_REQUEST, background=examples.BACKGROUND_REQUEST),
     responses=answers(ResponseObject, examples.RESPONSE, 404, 408, 413, 422, events=examples.RESPONSE_STREAM),
 )
 async def create_response(request: Request, api: TheApi, caller: TheCaller, extensions: Extensions) -> Response:

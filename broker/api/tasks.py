@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from broker.api import examples
 from broker.api.core import Extensions, TheApi, TheCaller, needs_key, read_json
-from broker.api.docs import answers, takes
+from broker.api.docs import answers, takes_task
 from broker.api.errors import ApiError, not_found
 from broker.api.paging import After, Limit, Order, page
 from broker.api.schemas import (
@@ -42,7 +42,7 @@ _PIECE = 200
 
 @router.post(
     "/v1/tasks",
-    openapi_extra=takes(
+    openapi_extra=takes_task(
         TasksRequest, one=examples.TASK_REQUEST, many={"tasks": [examples.TASK_REQUEST, {"prompt": "And the sea?"}]}
     ),
     responses=answers(SubmittedTasks, examples.SUBMITTED, 404, 408, 413, 422),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.ports import free_port
 from support.wait import eventually
 
 from broker import Client, InvalidTask
@@ -157,7 +158,11 @@ def test_an_occupied_flower_port_is_named_and_nothing_is_left_running(tmp_path: 
         port = taken.getsockname()[1]
         environment = {**os.environ, "PERLLM_DATA_DIR": str(tmp_path)}
         done = subprocess.run(
-            [PERLLM, "up", "--flower-port", str(port)], env=environment, capture_output=True, text=True, check=False
+            [PERLLM, "up", "--flower-port", str(port), "--api-port", "0"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     assert done.returncode == 1
     assert f"port {port} is in use" in done.stderr
@@ -170,7 +175,12 @@ def up(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     environment = {**os.environ, **EMULATED, "PERLLM_DATA_DIR": str(tmp_path)}
     told = tmp_path / "up.txt"
     with told.open("w") as said:
-        running = subprocess.Popen([PERLLM, "up", "--flower-port", "0"], env=environment, stdout=said, stderr=said)
+        running = subprocess.Popen(
+            [PERLLM, "up", "--flower-port", "0", "--api-port", str(free_port())],
+            env=environment,
+            stdout=said,
+            stderr=said,
+        )
     try:
         eventually(lambda: "Ctrl-C stops everything" in told.read_text() or running.poll() is not None, "up")
         assert running.poll() is None, told.read_text()
@@ -182,7 +192,7 @@ def up(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_up_runs_until_interrupted_and_leaves_nothing(up: subprocess.Popen[bytes]) -> None:
     children = _descendants(up.pid)
-    assert len(children) >= 6  # server, scheduler, inbox, three workers
+    assert len(children) >= 8  # server, scheduler, inbox, three workers, the HTTP API and its webhooks
     up.send_signal(signal.SIGINT)
     assert up.wait(timeout=60) == 0
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
@@ -190,7 +200,7 @@ def test_up_runs_until_interrupted_and_leaves_nothing(up: subprocess.Popen[bytes
 
 def test_killing_up_kills_all_it_started(up: subprocess.Popen[bytes]) -> None:
     children = _descendants(up.pid)
-    assert len(children) >= 6
+    assert len(children) >= 8
     up.kill()
     up.wait()
     eventually(lambda: not [pid for pid in children if Path(f"/proc/{pid}").exists()], "all children are gone")

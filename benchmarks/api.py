@@ -1,0 +1,246 @@
+"""`make bench-api`: what the HTTP API costs over a bare FastAPI endpoint, and a batch of 50,000 lines.
+
+- submission: POST /v1/tasks, ours stored in the ledger against a bare endpoint that checks the same body and stores
+  nothing; the same connections and requests, alternating, medians over the rounds; requests/s and p50, p99 in ms;
+- batch: upload and creation until every line is checked and in the ledger (accepted, s), the API process's largest
+  resident memory (MB), and whether every line is in the output or the error file, once. The system runs meanwhile: one
+  node with the emulated engine, which does nothing at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+from benchmarks.common import emit, median_and_spread
+from broker import Client
+from broker.embedded import EmbeddedServer
+from broker.process import spawn
+
+TASK = {"prompt": "Why is the sky blue? Answer in one short sentence.", "max_tokens": 32, "deadline": 600}
+#: Every so many lines of the batch one is no request.
+BAD_EVERY = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=3000, help="requests per round and side")
+    parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--lines", type=int, default=50_000, help="lines of the batch")
+    options = parser.parse_args()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = stack.enter_context(EmbeddedServer(folder))
+        os.environ.update(
+            PERLLM_REDIS_URL=server.url,
+            PERLLM_DATA_DIR=str(folder),
+            PERLLM_SLOTS="64",
+            PERLLM_ENGINE="emulated",
+            PERLLM_POLICY="least-loaded",
+            PERLLM_API_OPEN="true",
+        )
+        samples: dict[str, list[float]] = {}
+        for number in range(options.rounds):
+            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+            for name, value in submissions(folder, options.requests, options.connections).items():
+                samples.setdefault(name, []).append(value)
+        figures, spread = median_and_spread(samples)
+        print(f"a batch of {options.lines} lines", file=sys.stderr)
+        figures |= batch(folder, options.lines)
+    emit(
+        "api",
+        figures,
+        spread,
+        rounds=options.rounds,
+        requests=options.requests,
+        connections=options.connections,
+        batch_lines=options.lines,
+        engine="emulated, no delay",
+    )
+
+
+# --- submissions
+
+
+def submissions(folder: Path, requests: int, connections: int) -> dict[str, float]:
+    """Both sides once, each in a fresh process, the ledger cleared between."""
+    bare = _side(folder, "bare", [sys.executable, "-m", "benchmarks.bare_fastapi"], requests, connections)
+    ours = _side(folder, "api", [sys.executable, "-m", "broker.api", "--port"], requests, connections)
+    with Client() as client:
+        client.ledger.client.flushdb()
+    return {
+        "submit_per_s": ours["per_s"],
+        "bare_fastapi_per_s": bare["per_s"],
+        "submit_over_bare_fastapi": ours["per_s"] / bare["per_s"],
+        "submit_p50_ms": ours["p50_ms"],
+        "submit_p99_ms": ours["p99_ms"],
+        "bare_fastapi_p50_ms": bare["p50_ms"],
+        "bare_fastapi_p99_ms": bare["p99_ms"],
+    }
+
+
+def _side(folder: Path, name: str, command: list[str], requests: int, connections: int) -> dict[str, float]:
+    port = _free_port()
+    with _process(folder, name, [*command, str(port)]):
+        _await(port)
+        asyncio.run(_load(port, requests // 5, connections))  # warm
+        began = time.perf_counter()
+        latencies = asyncio.run(_load(port, requests, connections))
+        took = time.perf_counter() - began
+    cuts = statistics.quantiles(latencies, n=100)
+    return {"per_s": len(latencies) / took, "p50_ms": 1e3 * cuts[49], "p99_ms": 1e3 * cuts[98]}
+
+
+async def _load(port: int, requests: int, connections: int) -> list[float]:
+    """Seconds each request took, over connections that each send the next when the last is answered. Written on bare
+    sockets: a client library would take longer than the server."""
+    body = json.dumps(TASK).encode()
+    head = (
+        f"POST /v1/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    request, latencies, left = head.encode() + body, [], requests
+
+    async def one() -> None:
+        nonlocal left
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while left > 0:
+            left -= 1
+            began = time.perf_counter()
+            writer.write(request)
+            answered = await reader.readuntil(b"\r\n\r\n")
+            assert answered.startswith(b"HTTP/1.1 200"), answered
+            length = int(answered.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+            await reader.readexactly(length)
+            latencies.append(time.perf_counter() - began)
+        writer.close()
+        await writer.wait_closed()
+
+    await asyncio.gather(*(one() for _ in range(connections)))
+    return latencies
+
+
+# --- a batch
+
+
+def batch(folder: Path, lines: int) -> dict[str, float]:
+    """Accept it, watch the memory, and count every line."""
+    path = folder / "batch.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(lines):
+            if number % BAD_EVERY == BAD_EVERY - 1:
+                file.write('{"custom_id": "cut", "body": {\n')
+                continue
+            body = {"model": "emulated", "messages": [{"role": "user", "content": TASK["prompt"]}], "max_tokens": 32}
+            line = {"custom_id": f"line-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+            file.write(json.dumps(line) + "\n")
+    port = _free_port()
+    node = [sys.executable, "-m", "celery", "-A", "edge_worker", "worker", "-n", "bench@bench"]
+    with ExitStack() as stack:
+        stack.enter_context(_process(folder, "scheduler", [sys.executable, "-m", "scheduler"]))
+        stack.enter_context(_process(folder, "node", [*node, "--without-gossip", "--without-mingle"]))
+        api = stack.enter_context(_process(folder, "api", [sys.executable, "-m", "broker.api", "--port", str(port)]))
+        _await(port)
+        http = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600))
+        while http.get("/ready").status_code != 200:
+            time.sleep(0.1)
+        began = time.perf_counter()
+        with path.open("rb") as content:
+            uploaded = http.post("/v1/files", files={"file": ("batch.jsonl", content)}, data={"purpose": "batch"})
+        upload = time.perf_counter() - began
+        asked = {
+            "input_file_id": uploaded.raise_for_status().json()["id"],
+            "endpoint": "/v1/chat/completions",
+            "completion_window": "1h",
+        }
+        made = http.post("/v1/batches", json=asked).raise_for_status().json()
+        while (state := http.get(f"/v1/batches/{made['id']}").json())["status"] == "validating":
+            time.sleep(0.05)
+        accepted = time.perf_counter() - began
+        while (state := http.get(f"/v1/batches/{made['id']}").json())["status"] in ("in_progress", "finalizing"):
+            print(f"  {state['request_counts']}", file=sys.stderr)
+            time.sleep(2)
+        done = time.perf_counter() - began
+        assert state["status"] == "completed", state
+        outcomes: list[str] = []
+        for name in ("output_file_id", "error_file_id"):
+            with http.stream("GET", f"/v1/files/{state[name]}/content") as file_lines:
+                outcomes += [json.loads(line)["custom_id"] or "bad" for line in file_lines.iter_lines()]
+        peak = _peak_rss(api.pid)
+    bad = lines // BAD_EVERY
+    whole = {f"line-{n}" for n in range(lines) if n % BAD_EVERY != BAD_EVERY - 1}
+    lost = len(whole - set(outcomes)) + max(0, bad - outcomes.count("bad"))
+    doubled = len(outcomes) - len(set(outcomes)) - max(0, outcomes.count("bad") - 1)
+    return {
+        "batch_50k_accept_s": accepted,
+        "batch_50k_upload_s": upload,
+        "batch_50k_rss_mb": peak,
+        "batch_50k_lost": lost,
+        "batch_50k_doubled": doubled,
+        "batch_50k_bad_lines": bad,
+        "batch_50k_per_s": lines / done,
+        "batch_50k_file_mb": path.stat().st_size / 1e6,
+    }
+
+
+def _peak_rss(pid: int) -> float:
+    """The most memory a process has had resident so far, MB."""
+    status = Path(f"/proc/{pid}/status")
+    if status.exists():
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024 / 1e6
+    return float(psutil.Process(pid).memory_info().rss / 1e6)
+
+
+# --- processes
+
+
+@contextmanager
+def _process(folder: Path, name: str, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    child = spawn(command, folder / f"{name}.log", environment=dict(os.environ))
+    try:
+        yield child
+    finally:
+        child.terminate()
+        try:
+            child.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _await(port: int) -> None:
+    give_up = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+if __name__ == "__main__":
+    main()
