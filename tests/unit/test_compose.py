@@ -87,7 +87,7 @@ def faults(found: Services) -> set[str]:
 
 
 def test_every_service_is_unprivileged_bounded_checked_and_runs_what_exists() -> None:
-    assert set(services()) == {"redis", "scheduler", "inbox", "edge", "cloud", "flower"}
+    assert set(services()) == {"redis", "scheduler", "inbox", "api", "webhooks", "edge", "cloud", "flower"}
     assert faults(services()) == set()
 
 
