@@ -17,6 +17,7 @@ import pytest
 from openai import OpenAI
 from openai.types import Batch
 from standardwebhooks.webhooks import Webhook
+from support import users
 from support.api import ApiProcess, Sink
 from support.wait import eventually
 
@@ -28,12 +29,24 @@ SINK = "127.0.0.2"
 ASK = [{"role": "user", "content": "Why is the sky blue?"}]
 
 
+SETTINGS = {"webhook_allow": f'["{SINK}/32"]', "api_patience": 2}
+
+
+@contextlib.contextmanager
+def api_users(url: str) -> Iterator[dict[str, Any]]:
+    """The users of compose/users.acl for the API and its webhooks, which suffice for all that is done here."""
+    users.create(url)
+    yield {"redis_url": users.url_of("api", url), "webhooks": users.url_of("webhooks", url)}
+    assert users.denied(url) == []
+
+
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiProcess]:
     folder = tmp_path_factory.mktemp("api")
     with (
         Stack(Settings(data_dir=folder), edges=("one",), clouds=()) as stack,
-        ApiProcess(stack.url, folder, webhooks=True, webhook_allow=f'["{SINK}/32"]', api_patience=2) as running,
+        api_users(stack.url) as users_of_api,
+        ApiProcess(stack.url, folder, **users_of_api, **SETTINGS) as running,
     ):
         eventually(lambda: not stack.waiting_for(), "the node is up")
         eventually(lambda: running.http().get("/ready").status_code == 200, "a scheduler leads")

@@ -48,6 +48,7 @@ OPERATIONS: dict[str, Callable[[Ledger], object]] = {
 MAY = {
     "producer": {"submit", "cancel"},
     "api": {"submit", "cancel"},
+    "webhooks": set[str](),
     "inbox": {"submit", "cancel"},
     "scheduler": {"lead", "resign", "dispatch", "end", "sweep", "snapshot"},
     "worker": {"register", "beat", "claim", "say", "complete", "fail", "hand_back", "drain", "leave"},
@@ -124,6 +125,8 @@ ONE = {
                  "XTRIM {perllm}:events MAXLEN 0", "PUBLISH /0.celery.pidbox x", "GET {perllm}:api:key:x"],
     "api": ["GET {perllm}:snapshot", "SET {perllm}:leader me", "LPUSH edge.n x", "BRPOP inbox 1",
             "PUBLISH /0.celery.pidbox x"],
+    "webhooks": ["GET {perllm}:api:key:x", "GET {perllm}:api:file:x", "HGET {perllm}:task:running payload",
+                 "LPUSH inbox x", "BRPOP inbox 1", "GET {perllm}:snapshot", "PUBLISH {perllm}:signal:n x"],
     "inbox": ["GET {perllm}:snapshot", "SET {perllm}:leader me", "LPUSH edge.n x", "GET {perllm}:api:key:x"],
     "scheduler": ["BRPOP inbox 1", "PUBLISH /0.celery.pidbox x", "GET {perllm}:api:key:x", "LPUSH inbox x"],
     "worker": ["BRPOP inbox 1", "LPUSH inbox x", "GET {perllm}:snapshot", "SET {perllm}:leader me",

@@ -22,14 +22,14 @@ from support.wait import eventually
 
 
 class ApiProcess:
-    """`perllm api` as a process, and with `webhooks` the worker that delivers them. `settings` are PERLLM_ variables in
-    lower case without the prefix."""
+    """`perllm api` as a process, and with `webhooks`, a Redis URL, the worker that delivers them. `settings` are
+    PERLLM_ variables in lower case without the prefix."""
 
-    def __init__(self, url: str, folder: Path, *, webhooks: bool = False, **settings: object) -> None:
+    def __init__(self, url: str, folder: Path, *, webhooks: str | None = None, **settings: object) -> None:
         self.port = free_port()
         self.base = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"api-{self.port}.log"
-        given = {"redis_url": url, "data_dir": folder, "api_port": self.port, **settings}
+        given: dict[str, object] = {"redis_url": url, "data_dir": folder, "api_port": self.port, **settings}
         variables = {f"PERLLM_{k.upper()}": str(v) for k, v in given.items()}
         self.settings = Settings.model_validate({"redis_url": url, "data_dir": folder})
         self.ledger = Ledger(self.settings)
@@ -40,7 +40,8 @@ class ApiProcess:
         self.deliverer = None
         if webhooks:
             command = [*deliverer, "--without-gossip", "--without-mingle"]
-            self.deliverer = spawn(command, folder / "webhooks.log", environment=environment)
+            own = {**environment, "PERLLM_REDIS_URL": webhooks}
+            self.deliverer = spawn(command, folder / "webhooks.log", environment=own)
 
     def await_health(self) -> None:
         def healthy() -> bool:

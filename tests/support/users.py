@@ -9,7 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 import redis
 
 FILE = Path(__file__).parents[2] / "compose" / "users.acl"
-ROLES = ("producer", "api", "inbox", "scheduler", "worker", "monitor")
+ROLES = ("producer", "api", "webhooks", "inbox", "scheduler", "worker", "monitor")
 
 
 def password(role: str) -> str:

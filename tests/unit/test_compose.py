@@ -192,6 +192,7 @@ def health(service: str, url: str, folder: Path | None = None) -> int:
 def test_every_service_has_its_own_user() -> None:
     found = {name: service.get("environment", {}).get("PERLLM_REDIS_URL") for name, service in services().items()}
     roles = {"scheduler": "scheduler", "inbox": "inbox", "edge": "worker", "cloud": "worker", "flower": "monitor"}
+    roles |= {"api": "api", "webhooks": "webhooks"}
     assert found == {"redis": None} | {
         name: f"redis://{role}:${{{role.upper()}_PASSWORD}}@redis:6379/0" for name, role in roles.items()
     }
