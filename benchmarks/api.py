@@ -110,9 +110,8 @@ async def _load(port: int, requests: int, connections: int) -> list[float]:
     """Seconds each request took, over connections that each send the next when the last is answered. Written on bare
     sockets: a client library would take longer than the server."""
     body = json.dumps(TASK).encode()
-    head = (
-        f"POST /v1/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
+    kind = "Content-Type: application/json"
+    head = f"POST /v1/tasks HTTP/1.1\r\nHost: 127.0.0.1\r\n{kind}\r\nContent-Length: {len(body)}\r\n\r\n"
     request, latencies, left = head.encode() + body, [], requests
 
     async def one() -> None:

@@ -18,7 +18,7 @@ from typing import IO, Any, TypeVar
 import structlog
 
 from broker import batch as lines
-from broker.api.batch_store import BatchDocument, Batches
+from broker.api.batch_store import ENDED, BatchDocument, Batches
 from broker.api.duty import PAUSE, Deposed, Duty
 from broker.api.file_store import FileDocument, Files
 from broker.connection import reaching
@@ -31,6 +31,8 @@ from broker.settings import Settings
 
 #: What became of a line: nothing yet, refused at the door, succeeded, ended without a result; the last two, collected.
 OPEN, REFUSED, SUCCEEDED, FAILED, COLLECTED_SUCCEEDED, COLLECTED_FAILED = range(6)
+#: Times in a row that a batch may meet a bug of ours before it is given up.
+MOST_FAILURES = 3
 #: Tasks looked at per s: a large batch is looked at less often.
 LOOKS = 5000
 #: Seconds after its window that a batch's tasks are ended by us, in case no scheduler does.
@@ -60,12 +62,13 @@ class BatchRunner(Duty):
         self._door = Door(settings, ledger)
         self._due: dict[str, float] = {}  # when each batch is to be looked at, monotonic
         self._collected: dict[str, float] = {}
+        self._failures: dict[str, int] = {}
         self._swept = float("-inf")
 
-    def wake(self) -> None:
-        """There is something to do."""
-        self._due.clear()
-        super().wake()
+    def look_at(self, batch_id: str) -> None:
+        """Something is to be done about this batch, now."""
+        self._due.pop(batch_id, None)
+        self.wake()
 
     def round(self) -> None:
         """Advance every batch, and forget old files."""
@@ -90,16 +93,27 @@ class BatchRunner(Duty):
         except Exception:
             log.exception("batch_failed", batch=batch.id)
             self._due[batch.id] = time.monotonic() + 5.0
+            self._failures[batch.id] = self._failures.get(batch.id, 0) + 1
+            if self._failures[batch.id] == MOST_FAILURES:
+                said = "an internal error; it is in the server's log"
+                self._end(batch, "failed", errors=[{"code": "internal", "message": said, "line": None, "param": None}])
+        else:
+            self._failures.pop(batch.id, None)
 
     # --- one batch
 
     def _advance(self, batch: BatchDocument) -> None:
+        if batch.status in ENDED:  # we were stopped just then
+            self._close(batch)
+            return
         if batch.status == "validating":
             fed = self._feed(batch)
             if fed is None:
                 return
             batch = fed
         marks = self._marks(batch)
+        if not marks:  # cancelled before its lines were looked at
+            batch, marks = self._unfed(batch)
         if batch.status in ("in_progress", "cancelling"):
             batch = self._look(batch, marks)
             overtime = self._ledger.now() > batch.expires + OVERTIME
@@ -182,6 +196,12 @@ class BatchRunner(Duty):
             return None
         return fed
 
+    def _unfed(self, batch: BatchDocument) -> tuple[BatchDocument, bytearray]:
+        """A batch that was cancelled before it was fed, or half-way and we were stopped then: no line is known bad."""
+        total = self._count(batch)
+        marks = bytearray(total)
+        return self._save(batch, marks, lambda b: b.model_copy(update={"total": total, "parts": 1})), marks
+
     def _good(
         self, batch: BatchDocument, marks: bytearray, shown: list[dict[str, Any]], refused: IO[bytes]
     ) -> Iterator[tuple[str, TaskSpec]]:
@@ -254,7 +274,9 @@ class BatchRunner(Duty):
                 self.hold()
                 results = self._ledger.results([_task_id(batch, n) for n, _ in some])
                 for (_, line), result in zip(some, results, strict=True):
-                    assert isinstance(line, lines.Line)
+                    if isinstance(line, lines.BadLine):
+                        _write(failed, lines.error_line(line))
+                        continue
                     if result is not None and result.state is State.SUCCEEDED:
                         _write(done, lines.output_line(line, result, batch.created))
                         continue
@@ -317,15 +339,18 @@ class BatchRunner(Duty):
         ended = self._batches.shelf.change(
             batch.id, lambda b: b.entered(status, now, **changes), keep=self._settings.api_file_retention
         )
+        log.info("batch_ended", batch=batch.id, status=status)
+        self._close(ended or batch)
+
+    def _close(self, batch: BatchDocument) -> None:
+        """Tell of a batch that has ended, and tidy up after it."""
+        self._announce(batch)
         for name in ("out", "err"):
             for number in range(batch.parts):
                 self._files.discard(self._part(batch, name, number))
         self._batches.close(batch)
-        self._due.pop(batch.id, None)
-        self._collected.pop(batch.id, None)
-        log.info("batch_ended", batch=batch.id, status=status)
-        if ended is not None:
-            self._announce(ended)
+        for remembered in (self._due, self._collected, self._failures):
+            remembered.pop(batch.id, None)
 
     # --- parts
 

@@ -14,6 +14,10 @@ from broker.settings import Settings
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 
 
+#: Statuses a batch does not leave.
+ENDED = ("failed", "completed", "expired", "cancelled")
+
+
 class BatchDocument(Document):
     """A batch. Times are in s since the epoch; `times` has one for each status it was in."""
 

@@ -110,5 +110,5 @@ async def cancel_batch(id: str, api: TheApi, caller: TheCaller) -> Response:
     batch = await asyncio.to_thread(api.batches.cancel, id, caller.tenant)
     if batch is None:
         raise not_found("batch", id)
-    api.runner.wake()
+    api.runner.look_at(id)
     return JSONResponse(shown(batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import tempfile
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from rich.table import Table
 from broker import logs
 from broker.api.app import make_app
 from broker.api.core import is_loopback
+from broker.api.file_store import Files
 from broker.api.guard import MAX_HEAD, Protocol
 from broker.api.keys import Key, Keys
 from broker.connection import check
@@ -57,29 +59,32 @@ def run(settings: Settings) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     tempfile.tempdir = str(scratch)  # where uploads lie while they come in: /tmp may be memory
     Protocol.patience = settings.api_patience
-    server = uvicorn.Server(
-        uvicorn.Config(
-            make_app(settings),
-            host=settings.api_host,
-            port=settings.api_port,
-            http=Protocol,
-            ws="none",
-            lifespan="on",
-            access_log=False,
-            log_config=None,
-            log_level="warning",
-            server_header=False,
-            h11_max_incomplete_event_size=MAX_HEAD,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=5,
-        )
+    Files(settings, Ledger(settings))  # raises BadSetting for a store there is not
+    listening = _listen(settings.api_host, settings.api_port)
+    config = uvicorn.Config(
+        make_app(settings),
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        h11_max_incomplete_event_size=MAX_HEAD,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=5,
     )
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
     try:
-        server.run()
-    except SystemExit:
-        raise BadSetting(
-            f"{settings.api_host}:{settings.api_port} cannot be listened on: set PERLLM_API_HOST and PERLLM_API_PORT"
-        ) from None
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except OSError as error:
+        reason = f"{host}:{port} cannot be listened on ({error.strerror}): set PERLLM_API_HOST and PERLLM_API_PORT"
+        raise BadSetting(reason) from None
 
 
 @keys.command("make")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
+from collections.abc import Sequence
 
 import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,11 +34,14 @@ class Guard:
             await self._app(scope, receive, send)
             return
         s = self._settings
+        if s.api_open and (stranger := _stranger(scope, s.api_cors)):
+            await _refuse(send, 403, stranger)
+            return
         upload = scope["method"] == "POST" and scope["path"] == "/v1/files"
         most = s.api_max_file + ENVELOPE if upload else s.api_max_body
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if int(length) > most:
-            await _refuse(send, most)
+            await _refuse(send, 413, f"the body has more than {most} bytes")
             return
         began, seen, whole = time.monotonic(), 0, False
 
@@ -59,14 +64,28 @@ class Guard:
         await self._app(scope, guarded, send)
 
 
-async def _refuse(send: Send, most: int) -> None:
-    body = json.dumps(document(413, f"the body has more than {most} bytes")).encode()
+def _stranger(scope: Scope, origins: Sequence[str]) -> str | None:
+    """Why a request cannot come from this machine's user, where no key says so: some page in a browser may send it, or
+    have its own name resolve to 127.0.0.1 (DNS rebinding)."""
+    headers = dict(scope["headers"])
+    host = headers.get(b"host", b"").decode("latin-1")
+    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+    if name not in ("localhost", "127.0.0.1", "[::1]"):
+        return f"without keys (PERLLM_API_OPEN) this is localhost, not {name[:80]!r}"
+    origin = headers.get(b"origin", b"").decode("latin-1")
+    if origin and origin not in (f"http://{host}", *origins):
+        return f"without keys (PERLLM_API_OPEN) pages of {origin[:80]!r} have no access: PERLLM_API_CORS lets them in"
+    return None
+
+
+async def _refuse(send: Send, status: int, message: str) -> None:
+    body = json.dumps(document(status, message)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         (b"connection", b"close"),
     ]
-    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
