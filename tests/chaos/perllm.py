@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.cluster import Cluster, Process
+from support.ports import free_port
 
 from broker.errors import Unreachable
 from broker.settings import Settings
@@ -27,8 +28,8 @@ ROOT = Path(__file__).parents[2]
 PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 #: The nodes that replay a profile, and their slots.
 REPLAYS = {
-    "cloud-1": ("vllm-0.25.1_h200_llama-8b-bf16", 16),
-    "cloud-2": ("vllm-0.25.1_h200_llama-33b-bf16", 16),
+    "cloud-1": ("vllm-0.25.1_h200_llama-8b-bf16", 32),
+    "cloud-2": ("vllm-0.25.1_h200_llama-33b-bf16", 32),
     "edge-1": ("llamacpp-0.3.36_xeon-spr_llama-8b-q4_0", 8),
     "edge-2": ("llamacpp-0.3.36_xeon-spr_llama-8b-q4_0", 8),
 }
@@ -36,17 +37,21 @@ REPLAYS = {
 REAL, REAL_NODE = "real", "edge-real"
 SCHEDULERS = ("scheduler-1", "scheduler-2")
 PRODUCERS = ("producer-1", "producer-2")
+#: One more hands its tasks in over HTTP.
+API, API_PRODUCER = "api", "producer-http"
+#: Seconds for which what struck a scheduler or the server may still be felt.
+SHADOW = 8.0
 #: Seconds without any change after which what is unfinished is stuck: longer than a dispatched task may wait unclaimed.
 SETTLE = 45.0
 
 
 @dataclass
 class Outcome:
-    """What one run showed. `recovery` is seconds per kind of blow, see `recoveries`."""
+    """What one run showed. `recovery` is (seconds, whether nothing else was wrong) per kind of blow, see `recoveries`."""
 
     report: Report
     kinds: dict[str, int]
-    recovery: dict[str, list[float]]
+    recovery: dict[str, list[tuple[float, bool]]]
     crashes: list[str]
     settled: bool
     by_model: dict[str, int]  # completed
@@ -67,7 +72,10 @@ class Outcome:
             "lost": report.count("lost"),
             "doubled": report.count("doubled", "overwritten"),
             "stuck": report.count("stuck"),
-            "recovery_s_max": max((max(times) for times in self.recovery.values()), default=0.0),
+            "recovery_s_max": max((s for times in self.recovery.values() for s, _ in times), default=0.0),
+            "recovery_alone_s_max": max(
+                (s for times in self.recovery.values() for s, alone in times if alone), default=0.0
+            ),
         }
 
     @property
@@ -80,10 +88,7 @@ class Outcome:
             "attempts_max": report.attempts_max,
             "last_second_lost": report.forgiven,
             "last_second_oldest_s": round(report.oldest, 3),
-            "recovery_s": {
-                kind: {"median": round(statistics.median(times), 3), "max": round(max(times), 3), "n": len(times)}
-                for kind, times in sorted(self.recovery.items())
-            },
+            "recovery_s": {kind: _spread([s for s, _ in times]) for kind, times in sorted(self.recovery.items())},
             "violations": [f"{v.kind} {v.subject}: {v.detail}" for v in report.violations[:20]],
             "crashes": self.crashes[:5],
             "tracebacks": self.tracebacks[:20],
@@ -125,7 +130,7 @@ def run(
         world.dismiss("producer")
         settled = world.settle(lambda: unfinished(cluster.ledger), SETTLE)
         show(len(world.struck), done() or 0)
-        world.dismiss("worker")
+        world.dismiss("worker", "api")
         world.dismiss("scheduler")
         observer.close()
         tried, told, saw = read_records(folder)
@@ -153,6 +158,7 @@ def run(
 
 def _posts(cluster: Cluster, folder: Path, seed: int, *, real: bool) -> list[Post]:
     lives = Counter[str]()
+    port = free_port()
 
     def replay(name: str) -> Process:
         profile, slots = REPLAYS[name]
@@ -164,13 +170,18 @@ def _posts(cluster: Cluster, folder: Path, seed: int, *, real: bool) -> list[Pos
     def produce(name: str) -> Process:
         lives[name] += 1
         life = f"{name}.{lives[name]}"
-        return cluster.start(name, "chaos.producer", life, str(folder), f"{seed}.{life}", REAL if real else "")
+        url = f"http://127.0.0.1:{port}" if name == API_PRODUCER else ""
+        return cluster.start(name, "chaos.producer", life, str(folder), f"{seed}.{life}", REAL if real else "", url)
+
+    def serve(name: str) -> Process:
+        return cluster.start(name, "broker.api", data_dir=folder / name, api_port=port, api_open=True)
 
     return [
         *(Post(name, "scheduler", cluster.start_scheduler) for name in SCHEDULERS),
         *(Post(name, "worker", replay) for name in REPLAYS),
         *(Post(name, "worker", real_engine) for name in (REAL_NODE,) if real),
-        *(Post(name, "producer", produce) for name in PRODUCERS),
+        Post(API, "api", serve),
+        *(Post(name, "producer", produce) for name in (*PRODUCERS, API_PRODUCER)),
     ]
 
 
@@ -179,15 +190,20 @@ def _tracebacks(log: Path) -> list[str]:
     return [f"{log.name}: {line}" for line in text.splitlines() if line.startswith("Traceback ")]
 
 
-def recoveries(struck: Sequence[Struck], events: Sequence[Seen]) -> dict[str, list[float]]:
+def _spread(times: list[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(times), 3), "max": round(max(times), 3), "n": len(times)}
+
+
+def recoveries(struck: Sequence[Struck], events: Sequence[Seen]) -> dict[str, list[tuple[float, bool]]]:
     """Seconds, per kind of blow, until the system was over it: a worker's death noticed (or the worker back), the next
     dispatch after a scheduler's, the next completion after the server answers again. Where the server was away
-    meanwhile, counted from its return, since nobody can notice anything without it."""
+    meanwhile, counted from its return, since nobody can notice anything without it. Beside each, whether neither a
+    scheduler nor the server was struck just before or meanwhile."""
     away = [s.until for s in struck if s.until]
     noticed = defaultdict(list)  # type, or node → when
     for event in events:
         noticed[event.node if event.type in ("node_up", "node_down") else event.type].append(event.at)
-    found: dict[str, list[float]] = defaultdict(list)
+    found: dict[str, list[tuple[float, bool]]] = defaultdict(list)
     for blow in struck:
         match blow.kind.split("."):
             case ["worker", "kill" | "poison"]:
@@ -201,5 +217,7 @@ def recoveries(struck: Sequence[Struck], events: Sequence[Seen]) -> dict[str, li
         if (index := bisect_right(times, since)) < len(times):
             end = times[index]
             begin = max([since, *(until for until in away if since < until <= end)])
-            found[blow.kind].append(end - begin)
+            others = (s for s in struck if s is not blow and s.kind.startswith(("scheduler", "server")))
+            alone = not any(blow.at - SHADOW < s.at < end for s in others)
+            found[blow.kind].append((end - begin, alone))
     return found

@@ -109,8 +109,8 @@ class PlainOutcome:
 
 
 def run(folder: Path, blows: Sequence[Blow], tasks: int, seed: int, *, late: bool, show: Show) -> PlainOutcome:
-    """As `chaos.perllm.run`; blows meant for a scheduler, which there is none of, are left out."""
-    blows = [b for b in blows if b.role != "scheduler"]
+    """As `chaos.perllm.run`; blows meant for a scheduler or an API, which there are none of, are left out."""
+    blows = [b for b in blows if b.role not in ("scheduler", "api")]
     folder.mkdir(parents=True, exist_ok=True)
     server = FragileServer(folder / "server")
     with World(folder, server, cluster := Cluster(server.url, folder), []) as world:

@@ -7,16 +7,17 @@ from typing import Literal, NamedTuple, cast
 
 from chaos.history import Fsync
 
-Role = Literal["worker", "scheduler", "producer", "server"]
+Role = Literal["worker", "scheduler", "producer", "api", "server"]
 How = Literal["kill", "freeze", "terminate", "power_cut"]
 
 #: How often each role is hit, and how each is: kill (SIGKILL), freeze (SIGSTOP, later SIGCONT), terminate (SIGTERM and
 #: a new start), power_cut (SIGKILL, and the append-only file loses what it was not promised to keep).
-_ROLES: dict[Role, float] = {"worker": 0.5, "scheduler": 0.2, "producer": 0.1, "server": 0.2}
+_ROLES: dict[Role, float] = {"worker": 0.45, "scheduler": 0.2, "producer": 0.1, "api": 0.05, "server": 0.2}
 _HOWS: dict[Role, dict[How, float]] = {
     "worker": {"kill": 0.5, "freeze": 0.25, "terminate": 0.25},
     "scheduler": {"kill": 0.5, "freeze": 0.25, "terminate": 0.25},
     "producer": {"kill": 0.7, "freeze": 0.3},
+    "api": {"kill": 0.5, "freeze": 0.25, "terminate": 0.25},
     "server": {"kill": 0.35, "power_cut": 0.35, "freeze": 0.15, "terminate": 0.15},
 }
 #: Seconds before a killed process is started again; and frozen, short of a lease or well beyond it.
@@ -25,6 +26,7 @@ _FROZEN: dict[Role, tuple[tuple[float, float], ...]] = {
     "worker": ((0.2, 2.0), (5.0, 7.0)),
     "scheduler": ((0.2, 2.0), (4.0, 6.0)),
     "producer": ((0.2, 2.0),),
+    "api": ((0.2, 2.0), (4.0, 6.0)),
     "server": ((0.2, 2.0),),
 }
 

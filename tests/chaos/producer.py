@@ -1,4 +1,5 @@
-"""A producer as a process: `python -m chaos.producer NAME FOLDER SEED SHARE`, until SIGTERM.
+"""A producer as a process: `python -m chaos.producer NAME FOLDER SEED REAL_MODEL [URL]`, until SIGTERM. With a URL it
+hands its tasks in to the HTTP API there.
 
 It keeps some backlog in the ledger, repeats what it was not told is accepted, cancels a few tasks, and now and then
 looks at a result. What it does and is told goes to a file, a line each, written at once, so that a kill loses none of
@@ -15,6 +16,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, cast
 
+import httpx
 from support.replay import FAULT, MODEL, POISON
 
 from broker import Client, State
@@ -36,8 +38,9 @@ FIRST_POISON, POISONED = "producer-1.1.200", 1 / 8000
 class Producer:
     """See the module's head. `real_model` is what the node with a real engine offers, empty without one."""
 
-    def __init__(self, name: str, folder: Path, seed: str, real_model: str) -> None:
+    def __init__(self, name: str, folder: Path, seed: str, real_model: str, url: str = "") -> None:
         self._name = name
+        self._http = httpx.Client(base_url=url, timeout=5.0) if url else None
         self._random = random.Random(seed)
         self._real_model = real_model
         self._record = (folder / f"{name}.record").open("ab", buffering=0)
@@ -66,18 +69,30 @@ class Producer:
         self._note("try", *(t["idempotency_key"] for t in tasks))
         while not self._stopping:
             try:
-                handles = self._client.submit_many(tasks)
-            except Unreachable:
+                ids = self._hand_in(tasks)
+            except (Unreachable, httpx.TransportError):
                 time.sleep(0.1)
                 continue
             except InvalidTask:  # the node with the real model is away: nobody serves it at present
                 return
-            pairs = [f"{h.id}={t['idempotency_key']}" for h, t in zip(handles, tasks, strict=True)]
+            pairs = [f"{i}={t['idempotency_key']}" for i, t in zip(ids, tasks, strict=True)]
             self._note("ok", f"{time.time():.6f}", *pairs)
-            self._mine.extend(h.id for h in handles)
+            self._mine.extend(ids)
             if self._random.random() < 0.2:
-                self._client.ledger.cancel(self._random.choice(handles).id)
+                self._client.ledger.cancel(self._random.choice(ids))
             return
+
+    def _hand_in(self, tasks: list[dict[str, Any]]) -> list[str]:
+        """The tasks' ids, once they are accepted."""
+        if self._http is None:
+            return [handle.id for handle in self._client.submit_many(tasks)]
+        answer = self._http.post("/v1/tasks", json={"tasks": tasks})
+        if answer.status_code in (400, 404):
+            raise InvalidTask(answer.text)
+        if answer.status_code == 503:
+            raise Unreachable(answer.text)
+        answer.raise_for_status()
+        return [task["id"] for task in answer.json()["data"]]
 
     def _task(self) -> dict[str, Any]:
         self._count += 1
@@ -90,9 +105,10 @@ class Producer:
             "max_tokens": self._random.choice(LENGTHS),
             "model": MODEL,
             "service": self._random.choice(("chat", "batch")),
-            "tenant": self._random.choice(("us", "them")),
             "stream": self._random.random() < 0.02,
         }
+        if self._http is None:
+            task["tenant"] = self._random.choice(("us", "them"))
         if key == FIRST_POISON or dice > 1 - POISONED:
             task["prompt"] += POISON
         elif dice < 0.01:
@@ -134,6 +150,6 @@ def read_records(folder: Path) -> tuple[set[str], list[Told], list[Saw]]:
 
 if __name__ == "__main__":
     try:
-        Producer(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]).run()
+        Producer(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]).run()
     except PerLLMError as error:
         sys.exit(f"error: {error}")

@@ -25,4 +25,4 @@ def test_nothing_is_lost_doubled_or_stuck_whatever_dies(tmp_path: Path) -> None:
     assert outcome.figures["kills"] >= KILLS
     assert outcome.report.tasks >= TASKS
     assert outcome.by_model["real"] > 0
-    assert {kind.split(".")[0] for kind in outcome.kinds} == {"worker", "scheduler", "producer", "server"}
+    assert {kind.split(".")[0] for kind in outcome.kinds} == {"worker", "scheduler", "producer", "api", "server"}
