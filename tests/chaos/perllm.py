@@ -47,7 +47,7 @@ SETTLE = 45.0
 
 @dataclass
 class Outcome:
-    """What one run showed. `recovery` is (seconds, whether nothing else was wrong) per kind of blow, see `recoveries`."""
+    """What one run showed. `recovery`: see `recoveries`."""
 
     report: Report
     kinds: dict[str, int]
