@@ -41,7 +41,7 @@ def _die(error: PerLLMError) -> NoReturn:
 
 try:
     settings = load_settings()
-    _ledger = Ledger(settings)
+    _ledger = Ledger(settings, reply_timeout=connection.NEAR_REPLY_TIMEOUT)
 except PerLLMError as error:
     _die(error)
 

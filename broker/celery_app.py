@@ -15,13 +15,16 @@ from uuid import uuid4
 from celery import Celery
 
 from broker import transport
-from broker.connection import CONNECT_TIMEOUT
+from broker.connection import CONNECT_TIMEOUT, NEAR_REPLY_TIMEOUT
 from broker.messages import WIRE_VERSION
 from broker.settings import Settings
 
 #: The task plain Celery producers send, and the queue they send it to.
 GENERATE = "perllm.generate"
 INBOX = "inbox"
+#: How kombu notices a server that is gone without a word: a reply is awaited for so long, and a connection that should
+#: have said something within 1 s + health_check_interval is dropped when next looked at (kombu.transport.redis).
+NOTICE = {"socket_timeout": NEAR_REPLY_TIMEOUT, "health_check_interval": 5}
 #: The task node queues carry.
 RUN = "perllm.run"
 
@@ -50,12 +53,13 @@ def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) ->
         worker_redirect_stdouts=False,
         broker_connection_retry_on_startup=True,
         broker_connection_timeout=CONNECT_TIMEOUT,
-        broker_transport_options={"health_check_interval": 15},
+        broker_transport_options=dict(NOTICE),
         redis_backend_health_check_interval=15,
+        redis_socket_timeout=NEAR_REPLY_TIMEOUT,
     )
     if not settings.url.startswith("unix:"):
         app.conf.update(
-            broker_transport_options={"health_check_interval": 15, "socket_keepalive": True},
+            broker_transport_options={**NOTICE, "socket_keepalive": True},
             redis_socket_keepalive=True,
             redis_socket_connect_timeout=CONNECT_TIMEOUT,
         )

@@ -10,27 +10,35 @@ with Client() as client:
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import redis
 import redis.asyncio
 
-from broker.connection import connect, reaching
+from broker.connection import connect, connect_async, reaching
 from broker.door import Door
-from broker.errors import TaskNotFound, WaitTimeout
+from broker.errors import TaskNotFound, Unreachable, WaitTimeout
 from broker.ledger import Ledger, TaskRecord
 from broker.messages import Explanation, Result, State, TaskFields, TaskSpec, new_id
 from broker.settings import Settings, load_settings
 
 #: Seconds after which a waiter looks for itself, in case an announcement was lost with a connection.
 LOOK_EVERY = 2.0
+#: Seconds a server that has answered before may be away while its answer is waited for, and between looks meanwhile
+#: (drawn at random, so that not all waiters come back at once).
+OUTAGE = 60.0
+OUTAGE_LOOKS = (0.2, 1.0)
 #: Channels per SUBSCRIBE, ids per look.
 _CHUNK = 1000
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +96,27 @@ class Client:
 
     def wait(self, task_ids: Iterable[str], timeout: float | None = None) -> Iterator[Result]:
         """Results as tasks reach their final states, in that order. Raises WaitTimeout when `timeout` s have passed
-        and TaskNotFound for an id the ledger does not hold."""
+        and TaskNotFound for an id the ledger does not hold. A server that is away for less than a minute meanwhile is
+        waited for."""
         left = dict.fromkeys(task_ids)
         give_up = None if timeout is None else time.monotonic() + timeout
+        answered: float | None = None  # when the server last did
+        while left:
+            try:
+                for result in self._follow(left, give_up):
+                    answered = time.monotonic()
+                    if result is not None:
+                        yield result
+            except Unreachable:
+                if answered is None or time.monotonic() > answered + OUTAGE:
+                    raise
+                time.sleep(random.uniform(*OUTAGE_LOOKS))
+            if left and give_up is not None and time.monotonic() >= give_up:
+                raise WaitTimeout(f"{len(left)} task(s) not final after {timeout:g} s; they go on")
+
+    def _follow(self, left: dict[str, None], give_up: float | None) -> Iterator[Result | None]:
+        """Take results out of `left` as they come, until it is empty or `give_up`; None whenever the server answered
+        that there is no more yet."""
         with reaching(self.settings), _Announcements(self.settings) as announcements:
             announcements.listen(left)  # before looking, so that nothing ends unheard in between
             fresh: list[str] | None = None
@@ -98,11 +124,10 @@ class Client:
                 for result in self._look(list(left) if fresh is None else fresh, everything=fresh is None):
                     del left[result.id]
                     yield result
-                if not left:
-                    return
+                yield None
                 patience = LOOK_EVERY if give_up is None else min(LOOK_EVERY, give_up - time.monotonic())
-                if patience <= 0:
-                    raise WaitTimeout(f"{len(left)} task(s) not final after {timeout:g} s; they go on")
+                if not left or patience <= 0:
+                    return
                 fresh = announcements.hear(patience, left)
 
     def _look(self, task_ids: list[str], *, everything: bool) -> list[Result]:
@@ -216,7 +241,7 @@ class AsyncClient:
         async with self._bell(_channel(task_id)) as bell:
             everything = True
             while True:
-                if found := await asyncio.to_thread(self._client._look, [task_id], everything=everything):
+                if found := await _through_outages(partial(self._client._look, [task_id], everything=everything)):
                     return found[0]
                 everything = not await _rung(bell)
 
@@ -230,7 +255,7 @@ class AsyncClient:
         heard, said, everything = 0, _Said(), True
         async with self._bell(_channel(task_id), self.ledger.said(task_id)) as bell:
             while True:
-                found, pieces = await asyncio.to_thread(self._look_and_hear, task_id, heard, everything)
+                found, pieces = await _through_outages(partial(self._look_and_hear, task_id, heard, everything))
                 heard += len(pieces)
                 for attempt, text in pieces:
                     yield said.add(attempt, text)
@@ -265,7 +290,7 @@ class AsyncClient:
 
     def _listen(self) -> redis.asyncio.client.PubSub:
         if self._pubsub is None:
-            client = redis.asyncio.Redis.from_url(self.settings.url)
+            client = connect_async(self.settings)
             self._pubsub = client.pubsub(ignore_subscribe_messages=True)
             self._listener = asyncio.create_task(self._hear(self._pubsub))
         return self._pubsub
@@ -315,6 +340,18 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+async def _through_outages(look: Callable[[], T]) -> T:
+    """What there is to see, also when the server is away for less than a minute."""
+    give_up = time.monotonic() + OUTAGE
+    while True:
+        try:
+            return await asyncio.to_thread(look)
+        except Unreachable:
+            if time.monotonic() > give_up:
+                raise
+            await asyncio.sleep(random.uniform(*OUTAGE_LOOKS))
 
 
 async def _rung(bell: asyncio.Event) -> bool:

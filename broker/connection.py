@@ -8,15 +8,18 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import redis
+import redis.asyncio
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
 from broker.errors import BadSetting, Unreachable
 from broker.settings import Settings
 
-#: Seconds a connection attempt, and a reply, may take.
+#: Seconds a connection attempt, and a reply, may take. Producers may be far away and send much at once; the system's
+#: own processes are near, and must soon notice a connection that leads nowhere.
 CONNECT_TIMEOUT = 5.0
-REPLY_TIMEOUT = 10.0
+REPLY_TIMEOUT = 30.0
+NEAR_REPLY_TIMEOUT = 5.0
 #: Seconds after which nothing is repeated any more: the caller shall know.
 RETRY_TIME = 10.0
 
@@ -56,15 +59,25 @@ def connect(settings: Settings, *, reply_timeout: float | None = REPLY_TIMEOUT) 
 
     Raises BadSetting for a URL with an option there is not."""
     retry = _Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries=5)
-    options: dict[str, object] = {"socket_timeout": reply_timeout, "retry": retry, "health_check_interval": 15}
-    if not settings.url.startswith("unix:"):
-        options |= {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_keepalive": True}
+    options = _options(settings) | {"socket_timeout": reply_timeout, "retry": retry}
     try:
         client: redis.Redis = redis.Redis.from_url(settings.url, **options)
         client.connection_pool.make_connection()  # connects nothing yet, but finds what the URL may not say
     except (TypeError, ValueError) as error:
         raise BadSetting(f"PERLLM_REDIS_URL: {str(error).rpartition('() ')[2]}") from None
     return client
+
+
+def connect_async(settings: Settings) -> redis.asyncio.Redis:
+    """The same for asyncio, for subscriptions."""
+    return redis.asyncio.Redis.from_url(settings.url, **_options(settings))
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    options: dict[str, Any] = {"health_check_interval": 15}
+    if not settings.url.startswith("unix:"):
+        options |= {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_keepalive": True}
+    return options
 
 
 @contextmanager

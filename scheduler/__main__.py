@@ -29,7 +29,7 @@ def main() -> int:
     except PerLLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    service = Service(settings, Ledger(settings), make_core)
+    service = Service(settings, Ledger(settings, reply_timeout=connection.NEAR_REPLY_TIMEOUT), make_core)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     service.run()

@@ -80,7 +80,6 @@ class Service:
         sweep = _Every(SWEEP_EVERY)
         more_to_sweep = False
         while not self._stopping.is_set():
-            tenure.renew()
             if sweep.due() or more_to_sweep:
                 more_to_sweep = reign.sweep()
             if save.due():
@@ -110,13 +109,19 @@ class _Reign:
     """One leader's work under one epoch."""
 
     def __init__(self, ledger: Ledger, core: Core, tenure: _Tenure) -> None:
-        self._ledger = ledger
+        self._any_ledger = ledger
         self._core = core
         self._tenure = tenure
         self._position = "0-0"
         self._clock_offset = 0.0
         self._incarnation = ledger.incarnation()
         self._sync_clock()
+
+    @property
+    def _ledger(self) -> Ledger:
+        """The ledger, for who still leads: over a slow line a few calls take as long as leadership lasts."""
+        self._tenure.renew()
+        return self._any_ledger
 
     # --- taking over
 
@@ -129,7 +134,7 @@ class _Reign:
             if heartbeat:
                 self._core.handle(heartbeat)
         while _later(newest, self._position) and self._read(block=None):
-            self._tenure.renew()
+            pass
         self._reconcile_nodes()
         self._reconcile_tasks()
         log.info("took_over", pending=len(self._core.pending), nodes=len(self._core.cluster.nodes))
@@ -165,7 +170,6 @@ class _Reign:
         self._core.keep_only(set(unfinished))
         for start in range(0, len(unfinished), FETCH):
             self._load(unfinished[start : start + FETCH])
-            self._tenure.renew()
 
     def _load(self, task_ids: list[str]) -> None:
         for placement in self._ledger.features(task_ids):

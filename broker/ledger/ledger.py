@@ -12,7 +12,7 @@ import redis
 import structlog
 from pydantic import ValidationError
 
-from broker.connection import connect, reaching
+from broker.connection import REPLY_TIMEOUT, connect, reaching
 from broker.errors import field_errors
 from broker.ledger.script import Argument, Script
 from broker.messages import (
@@ -110,13 +110,13 @@ class Ledger:
     """Every operation on tasks and nodes, each one atomic call. Thread-safe.
 
     Raises broker.errors.Unreachable when the server cannot be used; nothing is half-done then, and any call may be
-    repeated.
+    repeated. `reply_timeout` is how long the server may be silent, s.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, reply_timeout: float = REPLY_TIMEOUT) -> None:
         self._settings = settings
         self.prefix = f"{{{settings.cell}}}:"
-        self.client = connect(settings)
+        self.client = connect(settings, reply_timeout=reply_timeout)
         self._script = Script(self.client, self.prefix, (settings.stream_length, settings.retention))
 
     def _call(self, operation: str, *arguments: Argument) -> Any:

@@ -35,7 +35,7 @@ def worker_app(tier: Tier, make_engine: Callable[[Settings], Engine]) -> Celery:
     """
     try:
         settings = load_settings()
-        ledger = Ledger(settings)
+        ledger = Ledger(settings, reply_timeout=connection.NEAR_REPLY_TIMEOUT)
         engine = make_engine(settings)
     except PerLLMError as error:
         _die(error)

@@ -8,6 +8,8 @@ import socket
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,8 @@ from support.wait import eventually
 from broker.connection import check
 from broker.embedded import EmbeddedServer
 from broker.errors import BadSetting, Unreachable
+from broker.ledger import Ledger
+from broker.messages import State, TaskSpec, new_id
 from broker.settings import Settings
 
 
@@ -35,6 +39,33 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path, port: bool) -> No
     with EmbeddedServer(tmp_path, number) as server:
         assert server.url == url  # the password stays too
         assert redis.Redis.from_url(url).get("k") == b"v"
+
+
+@pytest.mark.parametrize("fsync", ["everysec", "always"])
+def test_no_submission_that_was_acknowledged_is_lost_by_a_kill(tmp_path: Path, fsync: str) -> None:
+    """The file is written before anything is answered. What `everysec` may lose, `always` not, is what the end of the
+    machine itself (a power cut) keeps from the disk: tests/chaos cuts the file for that."""
+    server = EmbeddedServer(tmp_path, fsync=fsync)
+    server.start()
+    ledger = Ledger(Settings.model_validate({"redis_url": server.url}))
+    assert ledger.client.config_get("appendfsync")["appendfsync"] == fsync
+    acknowledged = list[str]()
+
+    def submit() -> None:
+        with suppress(Unreachable):
+            while True:
+                acknowledged.extend(ledger.submit([(new_id(), TaskSpec(prompt="hi")) for _ in range(3)]))
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(submit)
+        eventually(lambda: len(acknowledged) > 500, "it submits")
+        server.kill()
+    with server:
+        again = Ledger(Settings.model_validate({"redis_url": server.url}))
+        assert all(again.known(acknowledged))
+        assert again.totals()["submitted"] == again.counts()[State.PENDING] >= len(acknowledged)
+        again.client.close()
+    ledger.client.close()
 
 
 def test_any_folder_name_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

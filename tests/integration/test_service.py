@@ -10,6 +10,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +395,38 @@ def test_one_leads_and_the_other_follows(stage: Stage) -> None:
     (task_id,) = stage.submit()
     stage.ledger.register(node_info("b"))
     assert stage.placed(task_id) == ("b", 1)
+
+
+def test_two_that_both_believe_they_lead_place_every_task_once(stage: Stage) -> None:
+    """Both decide about every task at once; the ledger listens only to who leads now."""
+    for name in ("a", "b"):
+        stage.ledger.register(node_info(name))
+    old = stage.ledger.lead("old", 60)
+    stage.ledger.resign("old")  # without its knowledge, as when its lease had lapsed
+    new = stage.ledger.lead("new", 60)
+    assert old is not None
+    assert new == old + 1
+    ids = stage.submit(200)
+
+    def decide(epoch: int, node: str) -> Counter[str]:
+        ledger, rulings = Ledger(stage.settings), Counter[str]()
+        for task_id in ids:
+            message = node_message(task_id, 1, f"edge.{node}")
+            rulings.update(
+                ledger.dispatch(
+                    epoch, [Dispatch(task_id, 1, node, "boot-1", "emulated", f"edge.{node}", message, why())]
+                )
+            )
+        assert ledger.save_snapshot(epoch, {"by": epoch}) == (epoch == new)
+        ledger.client.close()
+        return rulings
+
+    with ThreadPoolExecutor(2) as threads:
+        rulings = list(threads.map(decide, (old, new), "ab"))
+    assert rulings == [{"not_leader": 200}, {"ok": 200}]
+    queues = [stage.ledger.client.llen(f"edge.{node}") for node in "ab"]
+    assert queues == [0, 200]
+    assert stage.ledger.load_snapshot() == {"by": new}
 
 
 def test_a_leader_that_was_frozen_finds_itself_deposed(valkey: EmbeddedServer, tmp_path: Path) -> None:

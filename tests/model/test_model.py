@@ -80,4 +80,4 @@ def test_the_ledger_does_what_the_model_says(real: RealLedger) -> None:
 
 
 #: Random walks of up to 60 steps; enough to meet every kind of step.
-WALKS = 500
+WALKS = 400
