@@ -103,8 +103,8 @@ def _from_response_request(body: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {"messages": turns}
     if (limit := body.get("max_output_tokens")) is not None:
         fields["max_tokens"] = limit
-    match body.get("text"):
-        case None | {}:
+    match body.get("text") or None:
+        case None:
             pass
         case {"format": wanted, **more} if not set(more) - {"verbosity"}:
             fields.update(_format("text.format", wanted))

@@ -327,6 +327,7 @@ class BatchRunner(Duty):
                     f"{batch.id}_{suffix}.jsonl",
                     "batch_output",
                     contents,
+                    lasts=batch.output_lasts,
                     identity=f"file-{batch.id.removeprefix('batch_')}-{suffix}",
                 )
                 made[field] = kept.id

@@ -34,6 +34,7 @@ class BatchDocument(Document):
     errors: list[dict[str, Any]] = Field(default_factory=list)  # the first of its bad lines
     parts: int = 0  # of its results, collected so far
     overdue: bool = False  # some line was not done within the window
+    output_lasts: float | None = None  # s that its output files are kept; None: as all files
     output_file_id: str | None = None
     error_file_id: str | None = None
 

@@ -42,6 +42,7 @@ async def create_batch(request: Request, api: TheApi, caller: TheCaller) -> Resp
         raise ApiError(400, f"endpoint: one of {', '.join(ENDPOINTS)} is required", param="endpoint")
     seconds = _seconds(body.get("completion_window"))
     metadata = _metadata(body.get("metadata"))
+    lasts = _lasts(body.get("output_expires_after"))
     if not isinstance(identity, str):
         raise ApiError(400, "input_file_id: a file's id is required", param="input_file_id")
 
@@ -58,6 +59,7 @@ async def create_batch(request: Request, api: TheApi, caller: TheCaller) -> Resp
             window=body["completion_window"],
             expires=now + seconds,
             metadata=metadata,
+            output_lasts=lasts,
         )
         api.batches.add(batch)
         return batch
@@ -76,6 +78,16 @@ def _seconds(window: Any) -> float:
         message = "completion_window: a duration from 1s to 30d is required, as 90s, 15m, 24h or 7d"
         raise ApiError(400, message, param="completion_window")
     return float(seconds)
+
+
+def _lasts(given: Any) -> float | None:
+    match given:
+        case None:
+            return None
+        case {"anchor": "created_at", "seconds": int(seconds)} if 3600 <= seconds <= MAX_DEADLINE and len(given) == 2:
+            return float(seconds)
+    message = "output_expires_after: anchor 'created_at' and seconds from 3600 to 2592000 are required"
+    raise ApiError(400, message, param="output_expires_after")
 
 
 def _metadata(given: Any) -> dict[str, str] | None:

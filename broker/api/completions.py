@@ -14,6 +14,7 @@ from broker.api.docs import answers, takes_task
 from broker.api.errors import ApiError, document
 from broker.api.schemas import ChatCompletion, ChatRequest, Completion, CompletionRequest
 from broker.dialect import ANY_MODEL, CHAT, COMPLETIONS, receipt_fields, response_body, task_fields, usage
+from broker.errors import PerLLMError
 from broker.messages import Result, State
 
 router = APIRouter(tags=["Completions"])
@@ -130,6 +131,9 @@ async def _events(url: str, api: Api, accepted: Accepted, with_usage: bool) -> A
                 if with_usage:
                     yield sse.event({**common, "choices": [], "usage": usage(piece)})
         yield sse.DONE
+    except PerLLMError as error:  # too late for a status
+        done = True
+        yield sse.event(document(503, f"the stream ends here: {error}", code="unavailable", task_id=accepted.id))
     finally:
         if not done:
             api.abandon(accepted)

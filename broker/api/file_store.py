@@ -39,8 +39,9 @@ class Files:
         self.shelf: Shelf[FileDocument] = Shelf(settings, ledger, "file", FileDocument)
         self._expiring = f"{ledger.prefix}api:files-expiring"
         url = settings.api_files or (settings.data_dir / "api" / "files").as_uri()
+        here = {"auto_mkdir": True} if url.startswith(("file:", "/")) else {}
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(url)
+            self._fs, self._root = fsspec.core.url_to_fs(url, **here)
         except (ImportError, ValueError) as error:
             raise BadSetting(f"PERLLM_API_FILES: {url}: {error}") from None
 
@@ -50,8 +51,6 @@ class Files:
 
     def open(self, path: str, mode: str = "rb") -> IO[bytes]:
         """A file's content, by its path."""
-        if mode == "wb":
-            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         return cast("IO[bytes]", self._fs.open(path, mode))
 
     def exists(self, path: str) -> bool:

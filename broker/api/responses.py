@@ -15,7 +15,7 @@ from broker.api.docs import answers, takes_task
 from broker.api.errors import ApiError
 from broker.api.schemas import ResponseObject, ResponseRequest
 from broker.dialect import RESPONSES, message_item, response_object, task_fields
-from broker.errors import InvalidTask
+from broker.errors import InvalidTask, PerLLMError
 from broker.ledger import TaskRecord
 from broker.messages import Result, State
 
@@ -123,6 +123,10 @@ async def _events(api: Api, accepted: Accepted, *, background: bool, after: int)
                 done = event["type"] in ("response.completed", "response.incomplete", "response.failed")
                 if event["sequence_number"] > after:
                     yield sse.event(event, event["type"])
+    except PerLLMError as error:  # too late for a status
+        done = True
+        number = 2**53 - 1  # which no event of the response has
+        yield sse.event(_event(number, "error", code="unavailable", message=str(error), param=None), "error")
     finally:
         if not done and not background:
             api.abandon(accepted)

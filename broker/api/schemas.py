@@ -125,6 +125,13 @@ class TasksRequest(TaskRequest):
     tasks: Annotated[list[TaskRequest] | None, Field(min_length=1, max_length=1000)] = None
 
 
+class OutputExpiry(Shape):
+    """How long the output files are kept, s."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
+
+
 class BatchRequest(Shape):
     """A batch. `completion_window` is any duration from seconds to 30 days: `90s`, `15m`, `24h`, `7d`."""
 
@@ -134,6 +141,7 @@ class BatchRequest(Shape):
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
     completion_window: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,6}[smhd]$")]
     metadata: Metadata | None = None
+    output_expires_after: OutputExpiry | None = None
 
 
 EVENTS = (

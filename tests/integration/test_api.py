@@ -627,6 +627,7 @@ def failure(answer: httpx.Response, status: int, *words: str) -> dict[str, Any]:
         ("batches", {**BATCH, "input_file_id": None}, 400, "input_file_id"),
         ("batches", {**BATCH, "endpoint": "/v1/embeddings"}, 400, "endpoint"),
         ("batches", {**BATCH, "completion_window": "90d"}, 400, "completion_window"),
+        ("batches", {**BATCH, "output_expires_after": {"seconds": 5}}, 400, "output_expires_after"),
         ("batches", BATCH, 404, "input_file_id"),
         ("webhooks", {"url": "https://example.com", "events": ["task.begun"]}, 400, "events"),
     ],

@@ -32,7 +32,7 @@ schema = schemathesis.openapi.from_dict(make_app(Settings()).openapi())
 
 
 @schema.parametrize()
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 def test_nothing_that_is_sent_is_a_server_error(api: ApiProcess, case: Any) -> None:
     answer = case.call(base_url=api.base, headers={"Authorization": f"Bearer {_key(api)}"}, timeout=30)
     case.validate_response(answer, checks=[not_a_server_error])
