@@ -163,7 +163,7 @@ local ops = {}
 
 -- submit (id payload features deadline key tenant)+ → the id in force for each: its own, or the one its idempotency key had
 function ops.submit()
-    local out = {}
+    local out, fresh, pending, of = {}, 0, {}, {}
     for i = 2, #ARGV - 2, 6 do
         local id, payload, features, window, key, tenant = unpack(ARGV, i, i + 5)
         local first = key ~= '' and redis.call('GET', P .. 'key:' .. key)
@@ -173,9 +173,11 @@ function ops.submit()
             local deadline = num(now + tonumber(window))
             redis.call('HSET', task_key(id), 'state', 'pending', 'submitted', num(now), 'deadline', deadline, 'window', window,
                 'attempt', 0, 'strikes', 0, 'payload', payload, 'features', features, 'tenant', tenant)
-            redis.call('ZADD', set_key('pending'), deadline, id)
-            redis.call('ZADD', P .. 'of:' .. tenant, num(now + i * 1e-6), id) -- tasks of one call keep their order
-            redis.call('HINCRBY', P .. 'totals', 'submitted', 1)
+            fresh = fresh + 1
+            local mine = of[tenant] or {}
+            of[tenant] = mine
+            pending[2 * fresh - 1], pending[2 * fresh] = deadline, id
+            mine[#mine + 1], mine[#mine + 2] = num(now + i * 1e-6), id -- tasks of one call keep their order
             if key ~= '' then
                 redis.call('SET', P .. 'key:' .. key, id)
                 redis.call('HSET', task_key(id), 'key', 'key:' .. key)
@@ -183,6 +185,11 @@ function ops.submit()
             event('{"at":' .. num(now) .. ',"id":' .. str(id) .. ',"deadline":' .. deadline .. ',' .. string.sub(features, 2))
         end
         out[#out + 1] = id
+    end
+    if fresh > 0 then
+        redis.call('ZADD', set_key('pending'), unpack(pending))
+        for tenant, mine in pairs(of) do redis.call('ZADD', P .. 'of:' .. tenant, unpack(mine)) end
+        redis.call('HINCRBY', P .. 'totals', 'submitted', fresh)
     end
     return out
 end
