@@ -7,15 +7,16 @@ pending until the ledger stores the real result under that id.
 
 from __future__ import annotations
 
+import random
 import re
 import sys
-import time
+import threading
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import structlog
 from celery import Task, signals
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject
 
 from broker import connection, logs
 from broker.celery_app import GENERATE, make_app
@@ -26,8 +27,8 @@ from broker.settings import load_settings
 
 #: Seconds after which a message that an inbox took and did not finish (it was killed) is taken up again.
 REDELIVERY = 60.0
-#: Seconds it keeps trying to hand a task in while the server does not answer.
-PATIENCE = 60.0
+#: Seconds between tries to hand a task in while the server does not take it, drawn at random.
+PAUSE = (0.2, 1.0)
 
 log = structlog.get_logger(__name__)
 #: Ids are the producers' own; they become parts of keys and messages.
@@ -53,6 +54,14 @@ _door = Door(settings, _ledger)
 @signals.setup_logging.connect
 def _log(**_: Any) -> None:
     logs.configure(settings)
+
+
+_stopping = threading.Event()
+
+
+@signals.worker_shutting_down.connect
+def _stop(**_: Any) -> None:
+    _stopping.set()
 
 
 @signals.worker_init.connect
@@ -87,15 +96,14 @@ def generate(task: Task, *args: Any, **fields: Any) -> None:
 
 
 def _patiently(task_id: str, fields: Mapping[str, Any]) -> None:
-    give_up = time.monotonic() + PATIENCE
+    """Hand in, whenever the server takes it: nobody else has the message. Who stops meanwhile puts it back."""
     while True:
         try:
             return _hand_in(task_id, fields)
         except Unreachable as error:
             log.warning("submission_delayed", task_id=task_id, reason=str(error))
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(0.5)
+            if _stopping.wait(random.uniform(*PAUSE)):
+                raise Reject(str(error), requeue=True) from None
 
 
 def _hand_in(task_id: str, fields: Mapping[str, Any]) -> None:

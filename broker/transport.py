@@ -7,13 +7,17 @@ for good. Here such an entry is logged and dropped, and its neighbours are deliv
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty
 from typing import Any
 
 import structlog
 from kombu.transport import TRANSPORT_ALIASES, redis, virtual
 from pydantic import BaseModel, ValidationError
+from redis.exceptions import ResponseError
 
 from broker.errors import field_errors
 
@@ -31,9 +35,36 @@ class _Task(BaseModel):
     expires: str | None = None
 
 
-class Channel(redis.Channel):
-    """A channel whose consumers never see foreign entries twice."""
+#: What kombu's QoS notes of a message it has taken, also at the memory limit: the message was in memory before.
+_NOTE = """#!lua flags=allow-oom
+redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1])
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
+"""
 
+
+class _QoS(redis.QoS):
+    """Survives a server that has handed a message out and is too full to let it be noted, or cannot write its disk:
+    kombu would end the worker, and the message with it."""
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        try:
+            super().append(message, delivery_tag)  # type: ignore[no-untyped-call]
+        except ResponseError:
+            with suppress(ResponseError):  # then it is in this process's memory only
+                self._note(message, delivery_tag)
+            virtual.QoS.append(self, message, delivery_tag)  # type: ignore[no-untyped-call]
+
+    def _note(self, message: Any, tag: str) -> None:
+        place = message.delivery_info
+        noted = json.dumps([message._raw, place["exchange"], place["routing_key"]])
+        with self.channel.conn_or_acquire() as client:
+            client.register_script(_NOTE)([self.unacked_index_key, self.unacked_key], [tag, time.time(), noted])
+
+
+class Channel(redis.Channel):
+    """A channel whose consumers never see foreign entries twice, and that a full server does not end."""
+
+    QoS: type[redis.QoS] = _QoS
     _client: Any = None
 
     def _create_client(self, asynchronous: bool = False) -> Any:

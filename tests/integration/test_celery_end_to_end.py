@@ -4,6 +4,7 @@ producers with plain Celery see it."""
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import celery
 import pytest
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
+from kombu.exceptions import OperationalError
 from kombu.transport.redis import Channel
 from support import users
 from support.cluster import Cluster
@@ -28,7 +30,7 @@ ENDLESS = 90_000  # tokens: 15 minutes
 
 @pytest.fixture(scope="module")
 def cluster(own_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    settings = {"slots": 2, "emulated_speed": 100, "context": CONTEXT, "lease": 30}
+    settings = {"slots": 2, "emulated_speed": 100, "context": CONTEXT, "lease": 30, "log_level": "debug"}
     with Cluster(own_server.url, tmp_path_factory.mktemp("cluster"), **settings) as one:
         one.start_inbox()
         one.scheduler()
@@ -219,6 +221,30 @@ def test_what_a_killed_inbox_had_taken_is_taken_up_again(cluster: Cluster) -> No
     second = cluster.start_worker("broker", "inbox-2")
     assert sent.get(timeout=PATIENCE)["state"] == "succeeded"
     assert second.stop() == 0
+
+
+def test_a_full_server_does_not_end_the_inbox_nor_lose_what_it_had_taken(
+    cluster: Cluster, producer: celery.Celery
+) -> None:
+    inbox = next(p for p in cluster.processes if p.name == "inbox")
+    inbox.signal(signal.SIGSTOP)
+    sent = [send(producer, prompt="hello", max_tokens=1, deadline=600) for _ in range(6)]
+    cluster.ledger.client.config_set("maxmemory", 1)
+    try:
+        inbox.signal(signal.SIGCONT)
+        cluster.watch(inbox, lambda: inbox.output.count("submission_delayed") > 4, "tries to hand them in")
+        assert cluster.ledger.client.hlen("unacked") == 4  # who kills it now loses nothing
+        with pytest.raises(OperationalError, match="maxmemory"):
+            producer.send_task(GENERATE, kwargs={"prompt": "hello"}, queue="inbox", retry=False)
+    finally:
+        cluster.ledger.client.config_set("maxmemory", 0)
+    assert {s.get(timeout=PATIENCE)["state"] for s in sent} == {"succeeded"}
+
+
+def test_no_secret_is_in_a_log(cluster: Cluster) -> None:
+    for process in cluster.processes:
+        for role in users.ROLES:
+            assert users.password(role) not in process.output, process.name
 
 
 def test_nobody_needed_more_than_the_rights_of_their_role(cluster: Cluster, own_server: Server) -> None:
