@@ -5,7 +5,7 @@ The invariants, each with the name its violations go by:
 lost         a task somebody was told is accepted, and that is neither in the ledger nor ever reached a final state
 doubled      a task with two final states, or two tasks under one idempotency key
 overwritten  a result that is not the one its task reached, or not the one a producer saw before
-stuck        a task without a final state when all has settled
+stuck        a task without a final state when all has settled, or that expired although it had AMPLE s
 path         events no task's life can have: an attempt out of turn, a claim on another node, anything after the end
 strikes      strikes that do not count faults, or that go beyond the limit
 phantom      a task nobody submitted
@@ -30,6 +30,8 @@ from chaos.history import History, Row, Seen
 
 #: Seconds `everysec` may lose: one, and one more while an fsync is under way (Valkey postpones a write for so long).
 WINDOW = 2.0
+#: Seconds that are enough for any task of a run, whatever dies meanwhile.
+AMPLE = 120.0
 FINAL = ("succeeded", "failed", "expired", "rejected", "cancelled")
 STATES = ("pending", "dispatched", "running", *FINAL)
 #: Keys that outlive all work: the ledger's own; idempotency keys and streamed texts, which expire; and what Celery
@@ -101,12 +103,13 @@ class _Check:
     def found(self, kind: str, subject: str, detail: str) -> None:
         self.violations.append(Violation(kind, subject, detail))
 
-    def until_forgotten(self, at: float) -> float | None:
-        """Seconds from `at` to the end by force that may have undone it, None when none may."""
-        index = bisect_left(self._forgetful, at)
+    def until_forgotten(self, begun: float, at: float) -> float | None:
+        """Seconds from what happened between `begun` and `at` to the end by force that may have undone it, at least;
+        None when none may."""
+        index = bisect_left(self._forgetful, begun)
         if index == len(self._forgetful) or self._forgetful[index] - at > WINDOW:
             return None
-        return self._forgetful[index] - at
+        return max(0.0, self._forgetful[index] - at)
 
     # --- what producers know
 
@@ -116,7 +119,7 @@ class _Check:
         for told in self.history.told:
             if told.id in self.dump.tasks or any(map(_is_end, self.lives.get(told.id, []))):
                 continue
-            excuse = self.until_forgotten(told.at)
+            excuse = self.until_forgotten(told.begun, told.at)
             if excuse is None:
                 self.found("lost", told.id, f"accepted at {told.at:.3f} under {told.key}")
             else:
@@ -131,13 +134,13 @@ class _Check:
 
     def check_undone(self) -> None:
         for event in self.history.events:
-            if event.position in self.history.undone and self.until_forgotten(event.at) is None:
+            if event.position in self.history.undone and self.until_forgotten(event.at, event.at) is None:
                 self.found("undone", event.id or event.node, f"{event.type} at {event.at:.3f}")
 
     def check_saw(self) -> None:
         for saw in self.history.saw:
             row = self.dump.tasks.get(saw.id)
-            if row is not None and row.result != saw.digest and self.until_forgotten(saw.at) is None:
+            if row is not None and row.result != saw.digest and self.until_forgotten(saw.begun, saw.at) is None:
                 self.found("overwritten", saw.id, f"a producer saw another result at {saw.at:.3f}")
 
     # --- one task
@@ -150,6 +153,8 @@ class _Check:
             self.found("path", task_id, "in the ledger without having been submitted")
         elif (wrong := _misstep(events)) is not None:
             self.found("path", task_id, wrong)
+        if ends and ends[-1].state == "expired" and events[0].window >= AMPLE:
+            self.found("stuck", task_id, f"expired after {events[0].window:.0f} s: {ends[-1].reason}")
         for wrong in _miscounted(events, self.history.max_strikes):
             self.found("strikes", task_id, wrong)
         if row is None:

@@ -12,18 +12,20 @@ Fsync = Literal["always", "everysec"]
 
 
 class Told(NamedTuple):
-    """A producer was told that its task was accepted."""
+    """A producer was told that its task was accepted: it asked at `begun` and knew at `at`."""
 
     id: str
     key: str  # the idempotency key it was submitted under, also the beginning of its prompt
+    begun: float
     at: float
 
 
 class Saw(NamedTuple):
-    """A producer saw a result."""
+    """A producer saw a result: it asked at `begun` and knew at `at`."""
 
     id: str
     digest: str
+    begun: float
     at: float
 
 
@@ -41,6 +43,7 @@ class Seen(NamedTuple):
     strikes: int = 0
     key: str = ""  # of a submitted task, from its preview
     reason: str = ""
+    window: float = 0.0  # s a submitted task was given
     model: str = ""  # of a completed one, from its receipt
 
 

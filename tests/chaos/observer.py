@@ -91,6 +91,7 @@ def _seen(position: str, raw: bytes) -> Seen | None:
         event.get("strikes", 0),
         event.get("preview", " ").split(" ", 1)[0],
         event.get("reason", ""),
+        event["deadline"] - event["at"] if kind == "submitted" else 0.0,
         event["receipt"]["model"] if kind == "completed" else "",
     )
 

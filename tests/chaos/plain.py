@@ -89,8 +89,9 @@ def produce(name: str, folder: Path, seed: str) -> None:
                 count += 1
                 key = f"{name}.{count}"
                 record.write(f"try {key}\n".encode())
+                begun = time.time()
                 sent = work.apply_async((key, rng.choice(LENGTHS)))
-                record.write(f"ok {time.time():.6f} {sent.id}={key}\n".encode())
+                record.write(f"ok {begun:.6f} {time.time():.6f} {sent.id}={key}\n".encode())
         except (OperationalError, redis.exceptions.RedisError):
             time.sleep(0.1)
 
@@ -150,7 +151,7 @@ def run(folder: Path, blows: Sequence[Blow], tasks: int, seed: int, *, late: boo
     effects = Counter(_effects(folder))
     undone = [t for t in told if t.key not in effects]
     gone = [t for t in undone if t.id not in held]
-    excused = sum(any(0 <= at - t.at <= WINDOW for at in forgetful) for t in gone)
+    excused = sum(any(t.begun <= at <= t.at + WINDOW for at in forgetful) for t in gone)
     return PlainOutcome(
         kills=len(world.struck),
         tasks=len(told),

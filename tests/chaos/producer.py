@@ -3,7 +3,7 @@ hands its tasks in to the HTTP API there.
 
 It keeps some backlog in the ledger, repeats what it was not told is accepted, cancels a few tasks, and now and then
 looks at a result. What it does and is told goes to a file, a line each, written at once, so that a kill loses none of
-it: `try KEY...`, `ok TIME ID=KEY...`, `saw TIME ID DIGEST`.
+it: `try KEY...`, `ok BEGUN TIME ID=KEY...`, `saw BEGUN TIME ID DIGEST`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from support.replay import FAULT, MODEL, POISON
 from broker import Client, State
 from broker.connection import reaching
 from broker.errors import InvalidTask, PerLLMError, Unreachable
+from chaos.checker import AMPLE
 from chaos.history import Saw, Told
 from chaos.observer import digest
 
@@ -68,6 +69,7 @@ class Producer:
         tasks = [self._task() for _ in range(self._random.randint(1, BATCH))]
         self._note("try", *(t["idempotency_key"] for t in tasks))
         while not self._stopping:
+            begun = time.time()
             try:
                 ids = self._hand_in(tasks)
             except (Unreachable, httpx.TransportError):
@@ -76,7 +78,7 @@ class Producer:
             except InvalidTask:  # the node with the real model is away: nobody serves it at present
                 return
             pairs = [f"{i}={t['idempotency_key']}" for i, t in zip(ids, tasks, strict=True)]
-            self._note("ok", f"{time.time():.6f}", *pairs)
+            self._note("ok", f"{begun:.6f}", f"{time.time():.6f}", *pairs)
             self._mine.extend(ids)
             if self._random.random() < 0.2:
                 self._client.ledger.cancel(self._random.choice(ids))
@@ -101,7 +103,7 @@ class Producer:
         task = {
             "prompt": f"{key} why is the sky blue?",
             "idempotency_key": key,
-            "deadline": 3600,
+            "deadline": 1.5 * AMPLE,
             "max_tokens": self._random.choice(LENGTHS),
             "model": MODEL,
             "service": self._random.choice(("chat", "batch")),
@@ -121,11 +123,11 @@ class Producer:
 
     def _look(self) -> None:
         if self._mine:
-            task_id = self._random.choice(self._mine)
+            task_id, begun = self._random.choice(self._mine), time.time()
             with reaching(self._client.settings):
                 result = self._client.ledger.client.hget(f"{self._client.ledger.prefix}task:{task_id}", "result")
             if result:
-                self._note("saw", f"{time.time():.6f}", task_id, digest(cast("bytes", result)))
+                self._note("saw", f"{begun:.6f}", f"{time.time():.6f}", task_id, digest(cast("bytes", result)))
 
     def _note(self, *words: str) -> None:
         self._record.write((" ".join(words) + "\n").encode())
@@ -141,10 +143,10 @@ def read_records(folder: Path) -> tuple[set[str], list[Told], list[Saw]]:
             match line.split(" "):
                 case ["try", *keys]:
                     tried.update(keys)
-                case ["ok", at, *pairs]:
-                    told += [Told(*pair.split("=", 1), float(at)) for pair in pairs]
-                case ["saw", at, task_id, seen]:
-                    saw.append(Saw(task_id, seen, float(at)))
+                case ["ok", begun, at, *pairs]:
+                    told += [Told(*pair.split("=", 1), float(begun), float(at)) for pair in pairs]
+                case ["saw", begun, at, task_id, seen]:
+                    saw.append(Saw(task_id, seen, float(begun), float(at)))
     return tried, told, saw
 
 

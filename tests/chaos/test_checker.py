@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from chaos.checker import WINDOW, check
+from chaos.checker import AMPLE, WINDOW, check
 from chaos.history import Dump, History, Outage, Row, Saw, Seen, Told
 
 
@@ -67,9 +67,9 @@ def good() -> History:
         celery_results={"a", "b", "c"},
         other_keys={"{perllm}:events", "{perllm}:totals", "{perllm}:key:default key-a", "_kombu.binding.celeryev"},
     )
-    told = [Told(i, f"key-{i}", 100 + n / 10) for n, i in enumerate("abcd")]
+    told = [Told(i, f"key-{i}", 100 + n / 10, 100 + n / 10) for n, i in enumerate("abcd")]
     tried = {f"key-{i}" for i in "abcdef"}
-    return History(tried, told, [Saw("a", "result a", 101)], events, set(), [], dump, 3)
+    return History(tried, told, [Saw("a", "result a", 101, 101)], events, set(), [], dump, 3)
 
 
 def add(history: History, type_: str, **fields: object) -> None:
@@ -88,7 +88,7 @@ def test_a_good_history_is_good() -> None:
 
 
 def lose(h: History) -> None:
-    h.told.append(Told("e", "key-e", 101.0))
+    h.told.append(Told("e", "key-e", 100.9, 101.0))
 
 
 def lose_after_it_ran(h: History) -> None:
@@ -150,6 +150,11 @@ def stick_pending(h: History) -> None:
 
 def stick_running(h: History) -> None:
     stick(h, "running")
+
+
+def expire_though_there_was_time(h: History) -> None:
+    index = next(i for i, e in enumerate(h.events) if e.key == "key-d")
+    h.events[index] = h.events[index]._replace(window=AMPLE)
 
 
 def skip_an_attempt(h: History) -> None:
@@ -253,6 +258,7 @@ PLANTED: list[tuple[Callable[[History], None], str, str]] = [
     (final_without_result, "overwritten", "a"),
     (stick_pending, "stuck", "e"),
     (stick_running, "stuck", "e"),
+    (expire_though_there_was_time, "stuck", "d"),
     (skip_an_attempt, "path", "b"),
     (dispatch_twice, "path", "b"),
     (claim_elsewhere, "path", "a"),
@@ -289,12 +295,22 @@ def test_what_everysec_may_forget_is_forgiven_and_counted() -> None:
     lose(history)
     undo(history)
     history.outages.append(Outage(history.events[-1].at + 0.1, "everysec"))
-    history.saw.append(Saw("a", "a result that was undone", history.events[-1].at))
-    history.told[-1] = history.told[-1]._replace(at=history.events[-1].at - 0.4)
+    end = history.events[-1].at
+    history.saw.append(Saw("a", "a result that was undone", end - 0.1, end))
+    history.told[-1] = history.told[-1]._replace(at=end - 0.4)
     report = check(history)
     assert report.violations == []
     assert report.forgiven == 1
     assert report.oldest == pytest.approx(0.5)
+
+
+def test_who_was_frozen_before_it_could_note_what_it_knew_is_forgiven_too() -> None:
+    history = good()
+    history.told.append(Told("e", "key-e", 100.9, 105.0))
+    history.outages.append(Outage(101.0, "everysec"))
+    assert check(history).violations == []
+    history.told.append(Told("f", "key-f", 101.1, 105.0))  # asked after the server had come back
+    assert check(history).count("lost") == 1
 
 
 def test_an_event_undone_does_not_count() -> None:
