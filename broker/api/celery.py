@@ -14,14 +14,12 @@ from celery import signals
 from broker import connection, logs
 from broker.api.herald import DELIVER, QUEUE
 from broker.api.webhook_post import post
-from broker.api.webhook_store import Webhooks
+from broker.api.webhook_store import BACKOFF, Webhooks
 from broker.celery_app import make_app
 from broker.errors import PerLLMError
 from broker.ledger import Ledger
 from broker.settings import load_settings
 
-#: Seconds before each further attempt, and up to a fifth more: nine hours in all.
-BACKOFF = (5, 30, 120, 600, 1800, 3600, 7200, 18_000)
 #: Deliveries at once.
 CONCURRENCY = 8
 

@@ -46,7 +46,10 @@ class Herald(Duty):
 
     def _hear(self, tenants: set[str]) -> bool:
         """Whether there is more to hear."""
-        events = self._ledger.events(self._hooks.position(), count=READ)
+        position = self._hooks.position()
+        events = self._ledger.events(position, count=READ)
+        if events and _before(position, self._ledger.first_and_last_event()[0]):
+            log.warning("events_missed", hint="nobody told webhooks for longer than PERLLM_STREAM_LENGTH events last")
         ends = {e.id: e.state for _, e in events if isinstance(e, Completed | Ended) and not e.id.startswith("batch_")}
         if ends:
             for (task_id, state), tenant in zip(ends.items(), self._ledger.tenants(list(ends)), strict=True):
@@ -73,3 +76,8 @@ class Herald(Duty):
         if self._celery is None:
             self._celery = make_app(self._settings, queue=QUEUE)
         return self._celery
+
+
+def _before(position: str, first: str) -> bool:
+    """Whether a stream position is older than the first entry still kept, so that some may be gone."""
+    return position != "0-0" and [int(n) for n in position.split("-")] < [int(n) for n in first.split("-")]

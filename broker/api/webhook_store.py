@@ -24,6 +24,8 @@ from broker.settings import Settings
 #: Webhooks of one tenant; deliveries kept of each, and for how long, s.
 MOST_HOOKS = 20
 MOST_DELIVERIES, KEPT = 1000, 7 * 86_400.0
+#: Seconds before each further attempt, and up to a fifth more: nine hours in all.
+BACKOFF = (5, 30, 120, 600, 1800, 3600, 7200, 18_000)
 #: Seconds after which a delivery that was sent out and not heard of is sent out again.
 RESEND = 60.0
 

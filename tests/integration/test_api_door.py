@@ -14,6 +14,7 @@ from support.api import ApiProcess
 from support.ports import free_port
 
 from broker.api.keys import Keys
+from broker.api.webhook_store import BACKOFF, MOST_HOOKS, DeliveryDocument, Webhooks
 from broker.embedded import EmbeddedServer
 from broker.ledger import Ledger
 from broker.messages import TaskSpec
@@ -155,3 +156,64 @@ def test_a_secret_is_not_kept(keys: Keys, ledger: Ledger) -> None:
     keys.revoke(key.id)
     assert keys.find(secret) is None
     assert [k.revoked is not None for k in keys.list()] == [True]
+
+
+# --- deliveries
+
+
+@pytest.fixture
+def hooks(ledger: Ledger, settings: Settings) -> Webhooks:
+    return Webhooks(settings, ledger)
+
+
+def failed(error: str | None = "HTTP 500") -> dict[str, object]:
+    return {"at": 0.0, "status": 500, "error": error, "took": 0.1}
+
+
+def test_an_event_is_delivered_once_however_often_it_is_told(hooks: Webhooks) -> None:
+    hook = hooks.make("t", "http://example.com", ["task.failed"])
+    assert hook is not None
+    for event, subject in (("task.failed", "a"), ("task.failed", "a"), ("task.succeeded", "a"), ("task.failed", "b")):
+        hooks.announce("t", event, subject, {"id": subject})
+    hooks.announce("another", "task.failed", "a", {})
+    found, _ = hooks.deliveries.page(hook.id, after=None, limit=10)
+    assert sorted((d.event, '"id": "a"' in d.payload) for d in found) == [("task.failed", False), ("task.failed", True)]
+    assert sorted(hooks.take_due(10)) == sorted(d.id for d in found)
+    assert hooks.take_due(10) == []  # they are on their way; lost, they are due again in a minute
+
+
+def test_a_delivery_is_tried_again_given_up_and_replayed(hooks: Webhooks) -> None:
+    hook = hooks.make("t", "http://example.com", ["task.failed"])
+    assert hook is not None
+    hooks.announce("t", "task.failed", "a", {})
+    ((delivery,), _) = hooks.deliveries.page(hook.id, after=None, limit=10)
+
+    def now() -> DeliveryDocument:
+        found = hooks.deliveries.get(delivery.id)
+        assert found is not None
+        return found
+
+    for tries, pause in enumerate(BACKOFF, start=1):
+        hooks.settle(now(), failed(), again=pause)
+        assert (now().state, now().tries) == ("pending", tries)
+        assert now().next == pytest.approx(hooks._ledger.now() + pause, abs=5)
+    assert sum(BACKOFF) > 8 * 3600
+    hooks.settle(now(), failed(), again=None)
+    assert now().state == "failed"
+    assert len(now().attempts) == len(BACKOFF) + 1
+    hooks.replay(now())
+    assert (now().state, now().tries) == ("pending", 0)
+    assert hooks.take_due(10) == [delivery.id]
+    hooks.settle(now(), failed(None), again=5)
+    assert now().state == "delivered"
+
+
+def test_a_tenant_has_so_many_webhooks_and_no_more(hooks: Webhooks) -> None:
+    for _ in range(MOST_HOOKS):
+        assert hooks.make("t", "http://example.com", ["task.failed"]) is not None
+    assert hooks.make("t", "http://example.com", ["task.failed"]) is None
+    assert hooks.tenants() == {"t"}
+    for hook in hooks.of("t"):
+        assert hook.secret not in repr(hook)
+        hooks.remove(hook)
+    assert hooks.tenants() == set()

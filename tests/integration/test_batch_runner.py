@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.make import node_info, output, receipt, why
+from support.wait import eventually
 
 from broker.api.batch_runner import BatchRunner
 from broker.api.batch_store import BatchDocument, Batches
@@ -241,6 +242,18 @@ def test_a_line_too_long_and_one_that_is_no_text_are_named(bench: Bench, monkeyp
     assert [m.split(":")[0] for m in said] == ["line 2", "line 4"]
     assert batch.total == 5
     assert len(bench.entries(batch.output_file_id)) == 2
+
+
+def test_only_one_process_runs_batches_and_another_takes_over_at_once(bench: Bench) -> None:
+    one, another = (
+        BatchRunner(bench.settings, bench.ledger, bench.files, bench.batches, lambda _: None) for _ in range(2)
+    )
+    one.start()
+    eventually(lambda: bench.ledger.client.exists(one._lease), "one has the duty")
+    with pytest.raises(Deposed):
+        another.hold()
+    one.close()
+    another.hold()
 
 
 def test_a_bug_does_not_keep_a_batch_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
