@@ -26,6 +26,10 @@ from broker.stack import Stack
 
 #: Where the tests' webhook receiver listens: private, and allowed by setting; 127.0.0.1 is not.
 SINK = "127.0.0.2"
+#: Words without an end: they last for as many tokens as are allowed, many more than any test waits for.
+ENDLESS = {"grammar": 'root ::= "word " root', "max_tokens": 1900}
+FOREVER = {"grammar": ENDLESS["grammar"], "deadline": 600}
+LONG = {"messages": [{"role": "user", "content": "Say words."}], **ENDLESS}
 ASK = [{"role": "user", "content": "Why is the sky blue?"}]
 
 
@@ -123,7 +127,7 @@ def test_a_background_response_is_polled_to_its_end(client: OpenAI) -> None:
 
 def test_a_background_response_is_cancelled(client: OpenAI) -> None:
     made = client.responses.create(
-        model="auto", input="Tell me a very long story.", max_output_tokens=1500, background=True
+        model="auto", input="Say words.", max_output_tokens=1900, background=True, extra_body=FOREVER
     )
     cancelled = client.responses.cancel(made.id)
     assert cancelled.status == "cancelled"
@@ -192,10 +196,6 @@ def test_models_are_what_live_nodes_offer(client: OpenAI) -> None:
 
 
 # --- batches
-
-
-#: Much longer than any test waits.
-LONG = {"messages": [{"role": "user", "content": "Count from 1 to 1000, one by one."}], "max_tokens": 1500}
 
 
 def jsonl(*lines: object) -> bytes:
@@ -385,7 +385,9 @@ def test_a_webhook_hears_what_it_asked_for_signed(api: ApiProcess) -> None:
     with Sink(SINK, 204) as sink:
         hook = make_hook(http, sink.url, "task.succeeded", "batch.completed")
         done = client.chat.completions.create(model="auto", messages=ASK, max_tokens=1, metadata={"order": "7"})
-        cancelled = client.responses.create(model="auto", input="Long.", max_output_tokens=1500, background=True)
+        cancelled = client.responses.create(
+            model="auto", input="Say words.", max_output_tokens=1900, background=True, extra_body=FOREVER
+        )
         client.responses.cancel(cancelled.id)
         batch = run_batch(client, jsonl(chat_line("a")))
         eventually(lambda: len(sink.received) >= 2, "both are told of")
@@ -509,7 +511,7 @@ def test_limits_of_a_key_say_when_to_try_again(api: ApiProcess) -> None:
     assert int(refused[0].headers["retry-after"]) >= 1
     assert refused[0].json()["error"]["code"] == "rate_limit_exceeded"
     few = httpx.Client(base_url=api.base, headers={"Authorization": f"Bearer {api.key('limited', in_flight=2)}"})
-    long = {"prompt": "A long story.", "max_tokens": 1500, "deadline": 60}
+    long = {"prompt": "Say words.", **ENDLESS, "deadline": 600}
     ids = [few.post("/v1/tasks", json=long).json()["id"] for _ in range(2)]
     third = few.post("/v1/tasks", json=long)
     assert third.status_code == 429
@@ -542,7 +544,7 @@ def test_tasks_are_submitted_listed_cancelled_and_explained(api: ApiProcess) -> 
     explained = http.get(f"/v1/tasks/{ids[0]}/explain").json()
     assert explained["node"] == "one"
     assert explained["sentence"]
-    long = http.post("/v1/tasks", json={"prompt": "Long.", "max_tokens": 1500}).json()["id"]
+    long = http.post("/v1/tasks", json={"prompt": "Say words.", **ENDLESS, "deadline": 600}).json()["id"]
     assert http.post(f"/v1/tasks/{long}/cancel").json()["state"] == "cancelled"
     (node,) = http.get("/v1/nodes").json()["data"]
     assert node["name"] == "one"
@@ -569,7 +571,7 @@ def test_extensions_travel_as_headers_too(api: ApiProcess) -> None:
 
 def test_who_goes_away_does_not_keep_a_node_busy(api: ApiProcess) -> None:
     http = api.http("hasty")
-    body = {"messages": ASK, "max_tokens": 1500, "deadline": 100}
+    body = {**LONG, "deadline": 600}
     with pytest.raises(httpx.ReadTimeout):
         http.post("/v1/chat/completions", json=body, timeout=0.5)
     with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
