@@ -432,7 +432,7 @@ class Ledger:
             names = cast("list[bytes]", self.client.zrange(f"{self.prefix}nodes", 0, -1))
             pipe = self.client.pipeline(transaction=False)
             for name in names:
-                pipe.hmget(f"{self.prefix}node:{name.decode()}", "info", "beat", "draining")
+                pipe.hmget(f"{self.prefix}node:".encode() + name, "info", "beat", "draining")
             rows = pipe.execute()
         return [node for row in rows if (node := _node(row)) is not None]
 
