@@ -114,7 +114,11 @@ FAULTS = [breaks, goes_away_and_comes_back]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_who_waits_waits_on(ledger: Ledger, proxy: Proxy, fault: Callable[[Proxy], None]) -> None:
+def test_who_waits_waits_on(
+    ledger: Ledger, proxy: Proxy, fault: Callable[[Proxy], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "RETRY_TIME", 0.1)  # as if the outage were long
+
     with Client(proxy.url) as client, ThreadPoolExecutor(1) as thread:
         task = client.submit("hi", deadline=600)
         waiting = thread.submit(task.result, 60)
@@ -125,7 +129,11 @@ def test_who_waits_waits_on(ledger: Ledger, proxy: Proxy, fault: Callable[[Proxy
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_who_awaits_waits_on(ledger: Ledger, proxy: Proxy, fault: Callable[[Proxy], None]) -> None:
+def test_who_awaits_waits_on(
+    ledger: Ledger, proxy: Proxy, fault: Callable[[Proxy], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "RETRY_TIME", 0.1)  # as if the outage were long
+
     async def scene() -> str:
         async with AsyncClient(proxy.url) as client:
             task = await client.submit("hi", deadline=600)
