@@ -14,12 +14,13 @@ from support.cluster import Cluster, Process
 from support.ports import free_port
 
 from broker.errors import Unreachable
+from broker.ledger.ledger import DISPATCH_LEASE
 from broker.settings import Settings
 from chaos.checker import Report, check
 from chaos.history import History, Seen
 from chaos.observer import Observer, dump, unfinished
 from chaos.plan import Blow
-from chaos.producer import read_records
+from chaos.producer import DEADLINE, read_records
 from chaos.server import FragileServer
 from chaos.world import Post, Show, Struck, World
 
@@ -41,8 +42,9 @@ PRODUCERS = ("producer-1", "producer-2")
 API, API_PRODUCER = "api", "producer-http"
 #: Seconds for which what struck a scheduler or the server may still be felt.
 SHADOW = 8.0
-#: Seconds without any change after which what is unfinished is stuck: longer than a dispatched task may wait unclaimed.
-SETTLE = 45.0
+#: Seconds without any change after which what is unfinished is stuck. A policy may let a task rest nearly until its
+#: deadline, and what was dispatched may wait unclaimed for a while.
+SETTLE = DEADLINE + DISPATCH_LEASE + 5.0
 
 
 @dataclass

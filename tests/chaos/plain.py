@@ -28,7 +28,7 @@ from support.cluster import Cluster, Process
 
 from broker.settings import load_settings
 from chaos.checker import WINDOW
-from chaos.perllm import PRODUCERS, REPLAYS, SETTLE
+from chaos.perllm import PRODUCERS, REPLAYS
 from chaos.plan import Blow
 from chaos.producer import BACKLOG, BATCH, LENGTHS, read_records
 from chaos.server import FragileServer
@@ -38,6 +38,8 @@ from scheduler.simulator.tables import load_table
 QUEUE = "plain"
 #: Seconds after which Celery delivers again what nobody acknowledged: beyond any task here (its default is an hour).
 VISIBILITY = 15.0
+#: Seconds without any change after which what is unfinished is stuck.
+SETTLE = 4 * VISIBILITY
 _DONE = "done"
 
 

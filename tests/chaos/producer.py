@@ -26,6 +26,8 @@ from chaos.checker import AMPLE
 from chaos.history import Saw, Told
 from chaos.observer import digest
 
+#: Seconds most tasks are given.
+DEADLINE = 1.5 * AMPLE
 #: Tasks waiting in the ledger beyond which it rests.
 BACKLOG = 300
 #: Most tasks per call.
@@ -103,7 +105,7 @@ class Producer:
         task = {
             "prompt": f"{key} why is the sky blue?",
             "idempotency_key": key,
-            "deadline": 1.5 * AMPLE,
+            "deadline": DEADLINE,
             "max_tokens": self._random.choice(LENGTHS),
             "model": MODEL,
             "service": self._random.choice(("chat", "batch")),
