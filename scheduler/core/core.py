@@ -170,6 +170,8 @@ class Core:
             if flight := node.flights.get(task_id):
                 flight.generated = generated
         node.touch(event.at)
+        if not node.flights:  # idle: what waits beside it is looked at again, as prices and expectations fade
+            self.pending.resume(_models(node))
 
     def _find_serving(self) -> None:
         serving: dict[str | None, list[Node]] = {None: []}

@@ -159,7 +159,8 @@ class CsUcb(Policy):
 
     def _least_energy(self, task: Task, cluster: Cluster, now: float) -> float:
         """J the task would cost on the node where it costs least, room or no room."""
-        self._survey(task, cluster.serving.get(task.model, ()), now)
+        serving = cluster.serving.get(task.model, ())
+        self._survey(task, tuple(n for n in serving if n.name not in task.avoid) if task.avoid else serving, now)
         able = self._looks[:, f.CHANCE] >= admission.LEAST
         return float(self._looks[able, f.JOULES].min()) if able.any() else 0.0
 

@@ -3,8 +3,10 @@
 A task's fields rest in a row of a numpy record array and become a `Task` when it is looked at. Tasks that any node with
 room for a model may take stand in one lane per model, so that work for a model that is full (or nowhere) never stands
 before work that could run. In its lane a task is `fresh`, to be looked at in the next round, or `parked`: it was looked
-at, nothing good enough was free, and it rests until room appears (`stir`) or a time comes. The parked stand in order of
-how near they were to being placed. So a round costs what there is to decide, however many tasks wait.
+at, nothing good enough was free, and it rests until a time comes or its turn in a sweep. A sweep goes through the
+parked in order of how near they were to being placed, a few in each round; it begins anew when room appears (`stir`),
+and goes on when something may have changed (`resume`). So a round costs what there is to decide, however many
+tasks wait, and no task rests for long beside a node that would take it.
 """
 
 from __future__ import annotations
@@ -35,23 +37,39 @@ _ROW = np.dtype(
         ("expected_tokens", "u4"),  # 0: none
         ("attempt", "u4"),
         ("serial", "u4"),  # order of arrival here; 0: the row is free
+        ("ticket", "u4"),  # order in which it was parked last
         ("strikes", "u1"),
         ("state", "u1"),
     ]
 )
 _FRESH, _PARKED, _OUT = 1, 2, 3
+#: By what the entries of a lane's heaps know that they are alive.
+_MARK = {_FRESH: "serial", _PARKED: "ticket"}
 _MOST = 2**32 - 1
+_FEW = 16  # so many times smaller is a heap pushed into another one entry by entry
 
 
 class _Lane:
     """The pending tasks of one model (or of any), in order of urgency."""
 
-    __slots__ = ("fresh", "live", "parked", "stirred")
+    __slots__ = ("fresh", "live", "open", "parked", "tried")
 
     def __init__(self) -> None:
         self.fresh, self.parked = Heap(), Heap()
+        self.tried = Heap()  # the parked that were looked at since the sweep began
         self.live = 0
-        self.stirred = False
+        self.open = False  # the parked may be taken
+
+    def sweep(self) -> None:
+        """Begin with the first of the parked."""
+        if len(self.tried) * _FEW < len(self.parked):
+            while len(self.tried):
+                self.parked.push(*self.tried.pop())
+            return
+        entries = zip(self.parked.entries(), self.tried.entries(), strict=True)
+        keys, items = (np.concatenate(pair) for pair in entries)
+        self.parked.replace(keys, items)
+        self.tried = Heap()
 
 
 class Pending:
@@ -67,7 +85,7 @@ class Pending:
         self._chunks: list[NDArray[np.void]] = []
         self._free: list[int] = []
         self._rows = 0  # rows ever used
-        self._serial = 0
+        self._serial = self._ticket = 0
         self._avoid: dict[int, frozenset[str]] = {}  # row → nodes; most tasks avoid none
         self._lanes: dict[str | None, _Lane] = {}
         self._alarms = Heap()
@@ -108,6 +126,7 @@ class Pending:
             task.expected_tokens or 0,
             task.attempt,
             serial,
+            0,
             min(task.strikes, 255),
             _FRESH,
         )
@@ -123,10 +142,8 @@ class Pending:
         self._alarms.push(task.deadline, item)
 
     def park(self, task: Task, until: float, rank: float = 0.0) -> None:
-        """A taken task rests until `until` (s), or until its lane is stirred; those of higher rank are tried first.
-
-        A task that rested before may come up by its old rank, should that be higher.
-        """
+        """A taken task rests until `until` (s), or until the next sweep of its lane, where higher ranks are tried
+        first."""
         self._return(task, _PARKED, min(until, task.deadline), -rank)
 
     def put_back(self, task: Task) -> None:
@@ -138,8 +155,13 @@ class Pending:
         record = self._record(row)
         item = int(record["serial"]) << 32 | row
         lane = self._lanes[task.model]
-        heap = lane.parked if state == _PARKED else lane.fresh
-        heap.push(key, item)
+        if state == _PARKED:
+            record["ticket"] = self._ticket = self._ticket % _MOST + 1
+            heap = lane.tried
+            heap.push(key, self._ticket << 32 | row)
+        else:
+            heap = lane.fresh
+            heap.push(key, item)
         if record["alarm"] != alarm:
             record["alarm"] = alarm
             self._alarms.push(alarm, item)
@@ -163,14 +185,14 @@ class Pending:
         if not lane.live:
             del self._lanes[model]
         self._avoid.pop(row, None)
-        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, *(0,) * 12)
+        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, *(0,) * 13)
         self._free.append(row)
         if len(self._alarms) > 4 * len(self._index) + 64:
             self._tidy_alarms()
 
     def take(self, fresh: Iterable[str | None], parked: Iterable[str | None] = ()) -> tuple[Task, bool] | None:
-        """Take in hand the most urgent fresh task of the models `fresh` or, when there is none, the first parked one of
-        those models in `parked` whose lanes were stirred. Returns it and whether it was parked, or None.
+        """Take in hand the most urgent fresh task of the models `fresh` or, when there is none, the next one in the
+        sweeps of those in `parked`. Returns it and whether it was parked, or None.
 
         It stays in the pool until `remove`; until `park` or `put_back` it is not taken again.
         """
@@ -189,7 +211,7 @@ class Pending:
         best: Heap | None = None
         first = (0.0, 0)
         for model in models:
-            if (lane := self._lanes.get(model)) is not None and (state == _FRESH or lane.stirred):
+            if (lane := self._lanes.get(model)) is not None and (state == _FRESH or lane.open):
                 heap = lane.fresh if state == _FRESH else lane.parked
                 head = self._head(heap, state)
                 if head is not None and (best is None or head < first):
@@ -197,16 +219,30 @@ class Pending:
         return None if best is None else (best, first[1] & 0xFFFFFFFF)
 
     def stir(self, models: Iterable[str | None]) -> None:
-        """Room appeared for these models: parked tasks may be looked at, until `settle`."""
+        """Room appeared for these models: their parked tasks are looked at from the first one on, until `settle`."""
         for model in models:
             if (lane := self._lanes.get(model)) is not None:
-                lane.stirred = True
+                self._sweep(lane)
+                lane.open = True
+
+    def resume(self, models: Iterable[str | None]) -> None:
+        """Something may have changed for these models: the sweep goes on, or begins anew, until `settle`."""
+        for model in models:
+            if (lane := self._lanes.get(model)) is not None:
+                if self._head(lane.parked, _PARKED) is None:
+                    self._sweep(lane)
+                lane.open = True
 
     def settle(self, models: Iterable[str | None]) -> None:
         """A round has looked at enough of these models' tasks: the parked rest again."""
         for model in models:
             if (lane := self._lanes.get(model)) is not None:
-                lane.stirred = False
+                lane.open = False
+
+    def _sweep(self, lane: _Lane) -> None:
+        lane.sweep()
+        if len(lane.parked) > 2 * lane.live + 64:
+            self._tidy(lane.parked, _PARKED)
 
     def ring(self, now: float) -> list[Task]:
         """Parked tasks whose time has come are fresh again. Returns those whose deadline has passed, taken in hand."""
@@ -255,7 +291,7 @@ class Pending:
             payload_bytes=payload,
             max_tokens=most,
             expected_tokens=expected or None,
-            strikes=values[13],
+            strikes=values[14],
             attempt=attempt,
             avoid=self._avoid.get(row, frozenset()),
         )
@@ -270,7 +306,7 @@ class Pending:
         while len(heap):
             head = heap.peek()
             record = self._record(head[1] & 0xFFFFFFFF)
-            if record["serial"] == head[1] >> 32 and record["state"] == state:
+            if record[_MARK[state]] == head[1] >> 32 and record["state"] == state:
                 return head
             heap.pop()
         return None
@@ -282,7 +318,7 @@ class Pending:
         keys, items = keys[order], items[order]
         items, first = np.unique(items, return_index=True)
         keep = self._column("state", items) == state
-        keep &= self._column("serial", items) == items >> 32
+        keep &= self._column(_MARK[state], items) == items >> 32
         heap.replace(keys[first][keep], items[keep])
 
     def _tidy_alarms(self) -> None:

@@ -214,6 +214,22 @@ def test_a_lone_long_task_does_not_wait_on_an_idle_node_for_its_energy() -> None
     assert where(submit(core, "long", now + 1.0, left=60.0, max_tokens=4000)) is not None
 
 
+def test_no_task_rests_beside_idle_nodes_until_its_review() -> None:
+    """Patient tasks that found the nodes taken are all placed soon after these are idle again."""
+    core = core_with(info("a", slots=2), info("b", slots=2))
+    for i in range(60):
+        submit(core, f"t{i}", 1.0 + i / 100, left=3600.0)
+    now = 2.0
+    for _ in range(400):
+        now += 0.1
+        for node in core.cluster.nodes.values():
+            core.handle(Heartbeat(at=now, node=node.name, boot=f"{node.name}.1", counters=Counters()))
+            for task_id in list(node.flights):
+                finish(core, task_id, now, 20, Counters(), Counters())
+        settle(core, now)
+    assert len(core.pending) == 0
+
+
 def test_memory_spoken_for_is_not_promised_again() -> None:
     core = core_with(info("small", kv=400, watts=10.0), info("large", watts=500.0))
     assert where(submit(core, "t", 1.0, prompt_tokens=250)) == "small"

@@ -36,6 +36,8 @@ class Entry:
     until: float | None = None  # parked until then; None: fresh
     rank: float = 0.0
     out: bool = False
+    ticket: int = 0  # order in which it was parked
+    due: bool = False  # to be looked at in this sweep
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -47,7 +49,7 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = Pending()
         self.model: dict[str, Entry] = {}
-        self.stirred: set[str | None] = set()
+        self.open: set[str | None] = set()
         self.count = 0
         self.now = 0.0
 
@@ -68,12 +70,13 @@ class PoolMachine(RuleBasedStateMachine):
         best = min(able, key=lambda e: (e.task.deadline, e.order), default=None)
         was_parked = best is None
         if best is None:
-            able = [e for e in idle if e.until is not None and e.task.model in parked & self.stirred]
-            best = min(able, key=lambda e: (-e.rank, e.order), default=None)
+            able = [e for e in idle if e.until is not None and e.task.model in parked & self.open and e.due]
+            best = min(able, key=lambda e: (-e.rank, e.ticket), default=None)
         got = self.pool.take(fresh, parked)
         assert got == (None if best is None else (best.task, was_parked))
         if best:
             best.out = True
+            best.due = False
 
     def _one_out(self) -> Entry | None:
         return next((e for e in self.model.values() if e.out), None)
@@ -82,8 +85,8 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(rest=st.integers(0, 9))
     def park(self, rest: int) -> None:
         if entry := self._one_out():
-            # Its rank is its own, so that an entry it left in the heap before stands where the new one does
-            entry.rank = float(entry.order % 3)
+            self.count += 1
+            entry.rank, entry.ticket = float(rest % 3), self.count
             self.pool.park(entry.task, self.now + rest, entry.rank)
             entry.out, entry.until = False, min(self.now + rest, entry.task.deadline)
 
@@ -101,17 +104,23 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.remove(task_id)
         gone = self.model.pop(task_id)
         if all(e.task.model != gone.task.model for e in self.model.values()):
-            self.stirred.discard(gone.task.model)  # an empty lane forgets
+            self.open.discard(gone.task.model)  # an empty lane forgets
 
-    @rule(models=st.sets(st.sampled_from(MODELS)), stir=st.booleans())
-    def stir_or_settle(self, models: set[str | None], stir: bool) -> None:
-        alive = {e.task.model for e in self.model.values()}
-        if stir:
-            self.pool.stir(models)
-            self.stirred |= models & alive
-        else:
-            self.pool.settle(models)
-            self.stirred -= models
+    @rule(models=st.sets(st.sampled_from(MODELS)))
+    def settle(self, models: set[str | None]) -> None:
+        self.pool.settle(models)
+        self.open -= models
+
+    @rule(models=st.sets(st.sampled_from(MODELS)), resume=st.booleans())
+    def sweep(self, models: set[str | None], resume: bool) -> None:
+        (self.pool.resume if resume else self.pool.stir)(models)
+        self.open |= models & {e.task.model for e in self.model.values()}
+        for model in models:
+            lane = [e for e in self.model.values() if e.task.model == model]
+            parked = [e for e in lane if e.until is not None and not e.out]
+            if not resume or not any(e.due for e in parked):
+                for entry in parked:
+                    entry.due = True
 
     @rule(step=st.integers(0, 4))
     def ring(self, step: int) -> None:
@@ -123,7 +132,7 @@ class PoolMachine(RuleBasedStateMachine):
             if entry.task.id in late:
                 entry.out = True
             elif entry.until is not None and entry.until <= self.now:
-                entry.until = None
+                entry.until, entry.due = None, False
 
     @invariant()
     def agree(self) -> None:
