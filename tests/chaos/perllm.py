@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from support.cluster import Cluster, Process
@@ -147,10 +148,11 @@ def run(
             cluster.settings.max_strikes,
         )
         lines = [line for post in world.posts for line in _tracebacks(folder / f"{post.name}.log")]
+        takeovers = [at for name in SCHEDULERS for at in _takeovers(folder / f"{name}.log")]
     return Outcome(
         report=check(history),
         kinds=world.kinds(),
-        recovery=recoveries(world.struck, observer.events),
+        recovery=recoveries(world.struck, observer.events, takeovers),
         crashes=world.crashes,
         settled=settled,
         by_model=dict(Counter(e.model for e in observer.events if e.type == "completed")),
@@ -192,13 +194,22 @@ def _tracebacks(log: Path) -> list[str]:
     return [f"{log.name}: {line}" for line in text.splitlines() if line.startswith("Traceback ")]
 
 
+def _takeovers(log: Path) -> list[float]:
+    """When a scheduler began to lead with everything known."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    words = [line.split() for line in text.splitlines() if " took_over " in line]
+    return [datetime.fromisoformat(first).timestamp() for first, *_ in words]
+
+
 def _spread(times: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(times), 3), "max": round(max(times), 3), "n": len(times)}
 
 
-def recoveries(struck: Sequence[Struck], events: Sequence[Seen]) -> dict[str, list[tuple[float, bool]]]:
+def recoveries(
+    struck: Sequence[Struck], events: Sequence[Seen], takeovers: Sequence[float]
+) -> dict[str, list[tuple[float, bool]]]:
     """Seconds, per kind of blow, until the system was over it: a worker's death noticed (or the worker back), the next
-    dispatch after a scheduler's, the next completion after the server answers again. Where the server was away
+    dispatch or takeover after a scheduler's, the next completion after the server answers again. Where the server was away
     meanwhile, counted from its return, since nobody can notice anything without it. Beside each, whether neither a
     scheduler nor the server was struck just before or meanwhile."""
     away = [s.until for s in struck if s.until]
@@ -211,7 +222,7 @@ def recoveries(struck: Sequence[Struck], events: Sequence[Seen]) -> dict[str, li
             case ["worker", "kill" | "poison"]:
                 times, since = noticed[blow.name], blow.at
             case ["scheduler", "kill"]:
-                times, since = noticed["dispatched"], blow.at
+                times, since = sorted([*noticed["dispatched"], *takeovers]), blow.at
             case ["server", _]:
                 times, since = noticed["completed"], blow.until
             case _:
