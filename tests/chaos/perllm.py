@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from support import users
 from support.cluster import Cluster, Process
 from support.ports import free_port
 
@@ -148,12 +149,13 @@ def run(
             cluster.settings.max_strikes,
         )
         lines = [line for post in world.posts for line in _tracebacks(folder / f"{post.name}.log")]
+        refused = [f"refused {what}" for what in users.denied(server.url)]
         takeovers = [at for name in SCHEDULERS for at in _takeovers(folder / f"{name}.log")]
     return Outcome(
         report=check(history),
         kinds=world.kinds(),
         recovery=recoveries(world.struck, observer.events, takeovers),
-        crashes=world.crashes,
+        crashes=[*world.crashes, *refused],
         settled=settled,
         by_model=dict(Counter(e.model for e in observer.events if e.type == "completed")),
         tracebacks=lines,
@@ -209,8 +211,8 @@ def recoveries(
     struck: Sequence[Struck], events: Sequence[Seen], takeovers: Sequence[float]
 ) -> dict[str, list[tuple[float, bool]]]:
     """Seconds, per kind of blow, until the system was over it: a worker's death noticed (or the worker back), the next
-    dispatch or takeover after a scheduler's, the next completion after the server answers again. Where the server was away
-    meanwhile, counted from its return, since nobody can notice anything without it. Beside each, whether neither a
+    dispatch or takeover after a scheduler's, the next completion after the server answers again. Where the server was
+    away meanwhile, counted from its return, since nobody can notice anything without it. Beside each, whether neither a
     scheduler nor the server was struck just before or meanwhile."""
     away = [s.until for s in struck if s.until]
     noticed = defaultdict(list)  # type, or node → when

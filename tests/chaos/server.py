@@ -10,6 +10,8 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
+from support import users
+
 from broker.embedded import EmbeddedServer
 from chaos.history import Fsync, Outage
 
@@ -25,7 +27,7 @@ class FragileServer:
         self.outages: list[Outage] = []
         self.fsync: Fsync = "everysec"
         self._folder = folder
-        self._server = EmbeddedServer(folder, fsync=self.fsync)
+        self._server = EmbeddedServer(folder, fsync=self.fsync, users=users.rules())
         self._server.start()
         self.url = self._server.url
         self._sizes: deque[tuple[float, Path, int]] = deque()  # of the file being written, lately
@@ -41,7 +43,7 @@ class FragileServer:
         """Start again on what is on the disk; returns when it answers."""
         self.fsync = fsync
         self._sizes.clear()
-        self._server = EmbeddedServer(self._folder, fsync=fsync)
+        self._server = EmbeddedServer(self._folder, fsync=fsync, users=users.rules())
         self._server.start()
 
     def kill(self) -> None:
