@@ -112,7 +112,7 @@ def run(
     """Let the blows fall on a fresh system while producers keep it busy with at least so many tasks; then let it
     finish, stop it, and check it. The environment's PYTHONPATH must be ours."""
     folder.mkdir(parents=True, exist_ok=True)
-    server = FragileServer(folder / "server")
+    server = FragileServer(folder / "server", users.rules())
     # As shipped, but for bounds that a run of this length reaches.
     shipped = {n: Settings.model_fields[n].default for n in ("policy", "lease", "heartbeat", "leader_ttl", "grace")}
     if policy is not None:

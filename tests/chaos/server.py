@@ -7,10 +7,9 @@ import signal
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-
-from support import users
 
 from broker.embedded import EmbeddedServer
 from chaos.history import Fsync, Outage
@@ -21,13 +20,13 @@ _SAMPLE_EVERY = 0.02
 
 
 class FragileServer:
-    """A server with its append-only file, whose life ends and begins again."""
+    """A server with its append-only file, whose life ends and begins again. `users`: see `EmbeddedServer`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, users: Sequence[str] = ()) -> None:
         self.outages: list[Outage] = []
         self.fsync: Fsync = "everysec"
-        self._folder = folder
-        self._server = EmbeddedServer(folder, fsync=self.fsync, users=users.rules())
+        self._folder, self._users = folder, users
+        self._server = EmbeddedServer(folder, fsync=self.fsync, users=users)
         self._server.start()
         self.url = self._server.url
         self._sizes: deque[tuple[float, Path, int]] = deque()  # of the file being written, lately
@@ -43,7 +42,7 @@ class FragileServer:
         """Start again on what is on the disk; returns when it answers."""
         self.fsync = fsync
         self._sizes.clear()
-        self._server = EmbeddedServer(self._folder, fsync=fsync, users=users.rules())
+        self._server = EmbeddedServer(self._folder, fsync=fsync, users=self._users)
         self._server.start()
 
     def kill(self) -> None:
