@@ -79,12 +79,16 @@ def run(settings: Settings) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server(
+        listening = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
         )
     except OSError as error:
         reason = f"{host}:{port} cannot be listened on ({error.strerror}): set PERLLM_API_HOST and PERLLM_API_PORT"
         raise BadSetting(reason) from None
+    # Connections inherit it; asyncio sets it only on sockets made for TCP by number, and a body would wait 40 ms for
+    # the acknowledgement of its head.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 @keys.command("make")
