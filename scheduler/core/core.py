@@ -54,9 +54,8 @@ class Core:
     """Holds what is known of nodes and tasks and asks the policy where each pending task goes.
 
     `queue_beyond_slots` bounds the tasks a node holds to its slots plus that many, or FEED seconds' worth (None:
-    unbounded). `edf` orders
-    pending tasks by deadline instead of arrival. Without `explain`, decisions carry no candidates, which saves time
-    where nobody reads them.
+    unbounded). `edf` orders pending tasks by deadline instead of arrival. Without `explain`, decisions carry no
+    candidates, which saves time where nobody reads them.
     """
 
     def __init__(

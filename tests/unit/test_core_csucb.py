@@ -20,6 +20,7 @@ from broker.messages import (
     NodeUp,
     Power,
     Receipt,
+    Returned,
     State,
     Submitted,
 )
@@ -214,20 +215,12 @@ def test_a_lone_long_task_does_not_wait_on_an_idle_node_for_its_energy() -> None
     assert where(submit(core, "long", now + 1.0, left=60.0, max_tokens=4000)) is not None
 
 
-def test_no_task_rests_beside_idle_nodes_until_its_review() -> None:
-    """Patient tasks that found the nodes taken are all placed soon after these are idle again."""
-    core = core_with(info("a", slots=2), info("b", slots=2))
-    for i in range(60):
-        submit(core, f"t{i}", 1.0 + i / 100, left=3600.0)
-    now = 2.0
-    for _ in range(400):
-        now += 0.1
-        for node in core.cluster.nodes.values():
-            core.handle(Heartbeat(at=now, node=node.name, boot=f"{node.name}.1", counters=Counters()))
-            for task_id in list(node.flights):
-                finish(core, task_id, now, 20, Counters(), Counters())
-        settle(core, now)
-    assert len(core.pending) == 0
+def test_no_task_waits_for_a_node_it_may_not_go_to() -> None:
+    """It failed on the cheap node: what it would cost there is no reason to wait."""
+    core = core_with(info("cheap", watts=10.0), info("dear", watts=500.0), energy_scale=10.0)
+    assert where(submit(core, "t", 1.0, left=600.0)) == "cheap"
+    core.handle(Returned(at=2.0, id="t", node="cheap", attempt=1, cause="lease_expired", reason="died", strikes=1))
+    assert where(settle(core, 2.1)) == "dear"
 
 
 def test_memory_spoken_for_is_not_promised_again() -> None:

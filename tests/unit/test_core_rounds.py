@@ -9,6 +9,7 @@ from broker.messages import (
     Calibration,
     Candidate,
     Completed,
+    Counters,
     Dispatched,
     Energy,
     Event,
@@ -102,6 +103,37 @@ def test_most_urgent_first_until_the_nodes_are_full() -> None:
     assert core.decide(0) == []
     core.handle(completed("t3", "n", 1))
     assert [d.task.id for d in core.decide(1)] == ["t1"]
+
+
+def test_beside_an_idle_node_every_parked_task_has_its_turn() -> None:
+    """Not the two of the highest rank again and again; and beside a node at work nobody is asked for a heartbeat."""
+
+    class Ranking(Scripted):
+        def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
+            super().choose(task, candidates, cluster, now)
+            return Wait(until=1000.0, rank=float(task.id[1:]))
+
+    policy = Ranking()
+    core = core_with(policy, info("n", slots=8))
+    tasks = {f"t{i}" for i in range(3 * RETRIES)}
+    for task_id in tasks:
+        core.handle(submitted(task_id, deadline=2000.0))
+    while {task_id for task_id, _ in policy.asked} < tasks:
+        core.decide(0)
+    policy.asked.clear()
+
+    def beat(at: float) -> None:
+        core.handle(Heartbeat(at=at, node="n", boot="n.1", counters=Counters()))
+        core.decide(at)
+
+    for second in range(1, 4):
+        beat(float(second))
+    assert sorted(task_id for task_id, _ in policy.asked) == sorted(tasks)
+    policy.asked.clear()
+    core.handle(submitted("t99"))
+    core.handle(Dispatched(at=4.0, id="t99", node="n", attempt=1, model="m"))
+    beat(5.0)
+    assert policy.asked == []
 
 
 def test_parked_tasks_are_asked_about_only_with_cause() -> None:
