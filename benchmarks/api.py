@@ -15,21 +15,18 @@ import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import psutil
 
-from benchmarks.common import emit, median_and_spread
+from benchmarks.common import SCHEDULER, celery_worker, child, emit, median_and_spread
 from broker import Client
 from broker.embedded import EmbeddedServer
-from broker.process import spawn
 
 TASK = {"prompt": "Why is the sky blue? Answer in one short sentence.", "max_tokens": 32, "deadline": 600}
 #: Every so many lines of the batch one is no request.
@@ -96,7 +93,7 @@ def submissions(folder: Path, requests: int, connections: int) -> dict[str, floa
 
 def _side(folder: Path, name: str, command: list[str], requests: int, connections: int) -> dict[str, float]:
     port = _free_port()
-    with _process(folder, name, [*command, str(port)]):
+    with child(folder / f"{name}.log", [*command, str(port)]):
         _await(port)
         asyncio.run(_load(port, requests // 5, connections))  # warm
         began = time.perf_counter()
@@ -148,11 +145,11 @@ def batch(folder: Path, lines: int) -> dict[str, float]:
             line = {"custom_id": f"line-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
             file.write(json.dumps(line) + "\n")
     port = _free_port()
-    node = [sys.executable, "-m", "celery", "-A", "edge_worker", "worker", "-n", "bench@bench"]
     with ExitStack() as stack:
-        stack.enter_context(_process(folder, "scheduler", [sys.executable, "-m", "scheduler"]))
-        stack.enter_context(_process(folder, "node", [*node, "--without-gossip", "--without-mingle"]))
-        api = stack.enter_context(_process(folder, "api", [sys.executable, "-m", "broker.api", "--port", str(port)]))
+        stack.enter_context(child(folder / "scheduler.log", SCHEDULER))
+        stack.enter_context(child(folder / "node.log", celery_worker("edge_worker")))
+        door = [sys.executable, "-m", "broker.api", "--port", str(port)]
+        api = stack.enter_context(child(folder / "api.log", door))
         _await(port)
         http = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600))
         while http.get("/ready").status_code != 200:
@@ -206,20 +203,6 @@ def _peak_rss(pid: int) -> float:
 
 
 # --- processes
-
-
-@contextmanager
-def _process(folder: Path, name: str, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    child = spawn(command, folder / f"{name}.log", environment=dict(os.environ))
-    try:
-        yield child
-    finally:
-        child.terminate()
-        try:
-            child.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
 
 
 def _free_port() -> int:

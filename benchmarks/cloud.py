@@ -24,7 +24,6 @@ import os
 import random
 import statistics
 import string
-import subprocess
 import sys
 import tempfile
 import threading
@@ -37,13 +36,12 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import emit, machine, median_and_spread, versions
+from benchmarks.common import SCHEDULER, celery_worker, child, emit, machine, median_and_spread, versions
 from benchmarks.random_llama import SIZES, write_model
 from broker.celery_app import make_app
 from broker.client import AsyncClient, Client
 from broker.embedded import EmbeddedServer
 from broker.messages import Completed, Result, State, TaskSpec
-from broker.process import spawn
 from broker.settings import Settings, load_settings
 from cloud_worker.nvml import NVMLDevice, no_gpu, visible_gpus
 from cloud_worker.vllm_engine import quiet_environment
@@ -109,25 +107,19 @@ def configure(options: argparse.Namespace, folder: Path, url: str) -> None:
 def processes(options: argparse.Namespace, folder: Path) -> Iterator[int]:
     """A scheduler and a worker, once the worker is in service. Gives the worker's process id."""
     app = "benchmarks.cpu_vllm" if options.cpu else "cloud_worker"
-    command = [sys.executable, "-m", "celery", "-A", app, "worker", "-n", "gpu@bench"]
-    scheduler = spawn([sys.executable, "-m", "scheduler"], folder / "scheduler.log")
-    worker = spawn([*command, "--without-gossip", "--without-mingle"], folder / "worker.log")
     try:
-        with Client() as client:
-            give_up = time.monotonic() + PATIENCE
-            while not client.ledger.nodes():
-                if worker.poll() is not None or scheduler.poll() is not None or time.monotonic() > give_up:
-                    raise SystemExit((folder / "worker.log").read_text() + (folder / "scheduler.log").read_text())
-                time.sleep(0.5)
-        yield worker.pid
+        with (
+            child(folder / "scheduler.log", SCHEDULER) as scheduler,
+            child(folder / "worker.log", celery_worker(app)) as worker,
+        ):
+            with Client() as client:
+                give_up = time.monotonic() + PATIENCE
+                while not client.ledger.nodes():
+                    if worker.poll() is not None or scheduler.poll() is not None or time.monotonic() > give_up:
+                        raise SystemExit((folder / "worker.log").read_text() + (folder / "scheduler.log").read_text())
+                    time.sleep(0.5)
+            yield worker.pid
     finally:
-        for process in (worker, scheduler):
-            process.terminate()
-        for process in (worker, scheduler):
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
         log = (folder / "worker.log").read_text(errors="replace").splitlines()
         print("\n".join(["--- the end of the worker's log", *log[-30:]]), file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the result's form, the machine it ran on, medians with their spread."""
+"""What every benchmark shares: child processes, the result's form, the machine it ran on, medians with their spread."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from broker.process import spawn
+
+#: The command of a scheduler.
+SCHEDULER = (sys.executable, "-m", "scheduler")
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
     "celery",
@@ -25,6 +32,27 @@ _PACKAGES = (
     "xllamacpp",
     "vllm",
 )
+
+
+@contextmanager
+def child(log: Path, command: Sequence[str], **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process for as long as the block, with `environment` over this one's. Its output is appended to `log`."""
+    process = spawn(command, log, environment={**os.environ, **environment})
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def celery_worker(app: str) -> list[str]:
+    """The command of a Celery worker that keeps to itself."""
+    command = [sys.executable, "-m", "celery", "-A", app, "worker", "-n", f"{app}@bench"]
+    return [*command, "--without-gossip", "--without-mingle"]
 
 
 def emit(bench: str, figures: Mapping[str, Any], spread: Mapping[str, Any], *, keep: bool = True, **more: Any) -> None:

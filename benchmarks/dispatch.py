@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,10 +21,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.common import emit, median_and_spread
+from benchmarks.common import SCHEDULER, celery_worker, child, emit, median_and_spread
 from broker import Client, State
 from broker.embedded import EmbeddedServer
-from broker.process import spawn
 
 SLOTS = 8
 PROMPT = "Why is the sky blue? Answer in one short sentence."
@@ -139,39 +137,20 @@ class Bench:
 
     @contextmanager
     def scheduler(self) -> Iterator[None]:
-        with self.process("scheduler", [sys.executable, "-m", "scheduler"]):
+        with child(self.folder / "scheduler.log", SCHEDULER):
             yield
 
     @contextmanager
     def node(self) -> Iterator[None]:
-        with self.celery("benchmarks.stamping_worker", {"PERLLM_NODE_NAME": "bench"}):
+        with child(self.folder / "node.log", celery_worker("benchmarks.stamping_worker"), PERLLM_NODE_NAME="bench"):
             self.client.submit(PROMPT, deadline=60).result(60)  # as the plain worker's: one task opens everything
             yield
 
     @contextmanager
     def plain_worker(self, *, events: bool) -> Iterator[None]:
-        with self.celery("benchmarks.plain_celery", {"PLAIN_EVENTS": str(int(events))}):
+        with child(self.folder / "plain.log", celery_worker("benchmarks.plain_celery"), PLAIN_EVENTS=str(int(events))):
             self.stamp.apply_async((PROMPT,)).get(timeout=60)  # type: ignore[attr-defined]
             yield
-
-    @contextmanager
-    def celery(self, app: str, environment: dict[str, str]) -> Iterator[None]:
-        command = [sys.executable, "-m", "celery", "-A", app, "worker", "-n", f"{app}@bench"]
-        with self.process(app, [*command, "--without-gossip", "--without-mingle"], environment):
-            yield
-
-    @contextmanager
-    def process(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> Iterator[None]:
-        child = spawn(command, self.folder / f"{name}.log", environment={**os.environ, **(environment or {})})
-        try:
-            yield
-        finally:
-            child.terminate()
-            try:
-                child.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
 
 
 if __name__ == "__main__":

@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from benchmarks.common import emit
+from benchmarks.common import SCHEDULER, child, emit
 from broker import Client, State
 from broker.embedded import EmbeddedServer
-from broker.process import spawn
 
 TASKS = 1_000_000
 SLOTS = 8
@@ -51,12 +49,11 @@ def main() -> int:
         assert server.pid is not None
         os.environ.update(PERLLM_REDIS_URL=server.url, PERLLM_ENGINE="emulated", PERLLM_SLOTS=str(SLOTS), **BOUNDS)
         logs = Path(folder)
-        scheduler = [sys.executable, "-m", "scheduler"]
         worker = [sys.executable, "-m", "celery", "-A", "edge_worker", "worker", "-n", "soak@soak"]
         pids = {"server": server.pid, "producer": os.getpid()}
-        pids["scheduler"] = stack.enter_context(process(logs / "scheduler.log", scheduler))
-        pids["standby"] = stack.enter_context(process(logs / "standby.log", scheduler))
-        pids["worker"] = stack.enter_context(process(logs / "worker.log", worker, PERLLM_NODE_NAME="soak"))
+        pids["scheduler"] = stack.enter_context(child(logs / "scheduler.log", SCHEDULER)).pid
+        pids["standby"] = stack.enter_context(child(logs / "standby.log", SCHEDULER)).pid
+        pids["worker"] = stack.enter_context(child(logs / "worker.log", worker, PERLLM_NODE_NAME="soak")).pid
         client = stack.enter_context(Client())
         client.submit("a first task opens everything", deadline=600).result(120)
         began = time.monotonic()
@@ -122,21 +119,6 @@ def show(done: int, tasks: int, rss: Mapping[str, float]) -> None:
     terminal = sys.stderr.isatty()
     line = f"{done:,} of {tasks:,} tasks; MB: {memory}"
     print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def process(log: Path, command: list[str], **environment: str) -> Iterator[int]:
-    """A child for as long as the block; yields its pid."""
-    child = spawn(command, log, environment={**os.environ, **environment})
-    try:
-        yield child.pid
-    finally:
-        child.terminate()
-        try:
-            child.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
 
 
 if __name__ == "__main__":

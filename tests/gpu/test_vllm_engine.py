@@ -172,7 +172,7 @@ def long_ones(engine: VLLMEngine, pool: ThreadPoolExecutor, count: int) -> dict[
 
 
 def test_a_cancel_ends_a_running_request_and_no_other(engine: VLLMEngine) -> None:
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(2 * SLOTS) as pool:
         runs = long_ones(engine, pool, SLOTS)
         stop, run = runs.pop("long1")
         stop.ask()
@@ -187,7 +187,7 @@ def test_a_cancel_ends_a_running_request_and_no_other(engine: VLLMEngine) -> Non
 
 
 def test_a_cancel_ends_a_waiting_request(engine: VLLMEngine) -> None:
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(2 * SLOTS) as pool:
         runs = long_ones(engine, pool, SLOTS)
         stop = Stop(300)
         waiting = pool.submit(engine.generate, "waiting", spec(), stop)
@@ -212,9 +212,9 @@ def test_the_urgent_go_first(engine: VLLMEngine) -> None:
         engine.generate(name, spec(tokens=4, value=value), stop)
         ended.append(name)
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(2 * SLOTS) as pool:
         runs = long_ones(engine, pool, SLOTS)
-        order = [("relaxed", Stop(3000), 1.0), ("urgent", Stop(100), 1.0), ("precious", Stop(100), 100.0)]
+        order = [("relaxed", Stop(3000), 1.0), ("urgent", Stop(100), 1.0), ("precious", Stop(200), 100.0)]
         for number, (name, stop, value) in enumerate(order, start=1):
             pool.submit(run, name, stop, value)
             eventually(lambda n=number: engine.counters().waiting == n, "it waits")  # type: ignore[misc]
