@@ -266,6 +266,9 @@ class Core:
         if not candidates:
             return self._never(task)
         choice = self.policy.choose(task, candidates, self.cluster, now)
+        if isinstance(choice, Wait) and choice.hopeless and task.avoid:
+            candidates = self._able(task)
+            choice = self.policy.choose(task, candidates, self.cluster, now)
         if isinstance(choice, Wait):
             return choice
         looks = self.policy.explain(task, candidates, self.cluster, now) if self._explain else ()
@@ -287,11 +290,16 @@ class Core:
 
     def _candidates(self, task: Task) -> tuple[Node, ...]:
         """Nodes with room that can hold the task and, if any others serve it, did not lose it before."""
+        nodes = self._able(task)
+        if task.avoid and self._alternatives(task):
+            nodes = tuple(n for n in nodes if n.name not in task.avoid)
+        return nodes
+
+    def _able(self, task: Task) -> tuple[Node, ...]:
+        """Nodes with room that can hold the task."""
         nodes = self._room_for(task.model)
         if not fits(self._least_context.get(task.model, 0), task):
             nodes = tuple(n for n in nodes if serves(n, task))
-        if task.avoid and self._alternatives(task):
-            nodes = tuple(n for n in nodes if n.name not in task.avoid)
         return nodes
 
     def _alternatives(self, task: Task) -> bool:

@@ -160,8 +160,11 @@ class CsUcb(Policy):
     def _least_energy(self, task: Task, cluster: Cluster, now: float) -> float:
         """J the task would cost on the node where it costs least, room or no room."""
         serving = cluster.serving.get(task.model, ())
-        self._survey(task, tuple(n for n in serving if n.name not in task.avoid) if task.avoid else serving, now)
+        self._survey(task, serving, now)
         able = self._looks[:, f.CHANCE] >= admission.LEAST
+        if task.avoid:
+            others = able & [n.name not in task.avoid for n in serving]
+            able = others if others.any() else able
         return float(self._looks[able, f.JOULES].min()) if able.any() else 0.0
 
     def _without_a_chance(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
@@ -176,7 +179,7 @@ class CsUcb(Policy):
             return Reject(
                 f"{task.deadline - now:.1f} s are left, too little for any node even if it had nothing else to do"
             )
-        return Wait(admission.review(now, task.deadline - now))
+        return Wait(admission.review(now, task.deadline - now), hopeless=True)
 
     # --- explaining
 

@@ -20,10 +20,12 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Wait:
     """Leave the task pending. Without `until` it is asked about again in every round; with it, only when room appears
-    on a node that serves its model, and at `until` (s) at the latest; then those of higher `rank` first."""
+    on a node that serves its model, and at `until` (s) at the latest; then those of higher `rank` first. `hopeless`: no
+    candidate gives it a chance to be on time."""
 
     until: float | None = None
     rank: float = 0.0
+    hopeless: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,12 +215,33 @@ def test_a_lone_long_task_does_not_wait_on_an_idle_node_for_its_energy() -> None
     assert where(submit(core, "long", now + 1.0, left=60.0, max_tokens=4000)) is not None
 
 
+def lose(core: Core, task_id: str, node: str, at: float) -> None:
+    core.handle(Returned(at=at, id=task_id, node=node, attempt=1, cause="failed", reason="died", strikes=1))
+
+
 def test_no_task_waits_for_a_node_it_may_not_go_to() -> None:
     """It failed on the cheap node: what it would cost there is no reason to wait."""
     core = core_with(info("cheap", watts=10.0), info("dear", watts=500.0), energy_scale=10.0)
     assert where(submit(core, "t", 1.0, left=600.0)) == "cheap"
-    core.handle(Returned(at=2.0, id="t", node="cheap", attempt=1, cause="lease_expired", reason="died", strikes=1))
+    lose(core, "t", "cheap", 2.0)
     assert where(settle(core, 2.1)) == "dear"
+
+
+def test_a_long_task_lost_by_the_only_node_goes_back_to_it_at_once() -> None:
+    """What it costs there must be paid anyway: it is no reason to put it off."""
+    core = core_with(info("only"), energy_scale=10.0)
+    assert where(submit(core, "t", 1.0, left=600.0, max_tokens=4000)) == "only"
+    lose(core, "t", "only", 2.0)
+    assert where(settle(core, 2.1)) == "only"
+
+
+def test_a_lost_task_goes_back_where_no_other_node_can_make_its_deadline() -> None:
+    core = core_with(info("slow", step=2.0))
+    assert where(submit(core, "first", 1.0, left=600.0, max_tokens=20)) == "slow"  # it is not idle, to be tried out
+    core.handle(NodeUp(at=1.0, info=info("fast")))
+    assert where(submit(core, "t", 2.0, left=20.0, expected_tokens=150)) == "fast"
+    lose(core, "t", "fast", 3.0)
+    assert where(settle(core, 3.1)) == "fast"
 
 
 def test_memory_spoken_for_is_not_promised_again() -> None:
