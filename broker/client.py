@@ -212,6 +212,7 @@ class AsyncClient:
         self.ledger = self._client.ledger
         self._bells: dict[str, set[asyncio.Event]] = {}  # channel → those who wait for it
         self._pubsub: redis.asyncio.client.PubSub | None = None
+        self._subscribed = asyncio.Event()
         self._listener: asyncio.Task[None] | None = None
 
     async def accept(self, fields: Mapping[str, Any]) -> TaskSpec:
@@ -278,6 +279,7 @@ class AsyncClient:
         try:
             with reaching(self.settings):
                 await pubsub.subscribe(*channels)
+            self._subscribed.set()
             yield bell
         finally:
             for channel in channels:
@@ -297,14 +299,15 @@ class AsyncClient:
 
     async def _hear(self, pubsub: redis.asyncio.client.PubSub) -> None:
         while True:
+            if not pubsub.subscribed:
+                self._subscribed.clear()
+                await self._subscribed.wait()
             try:
-                message = await pubsub.get_message(timeout=LOOK_EVERY) if pubsub.subscribed else None
+                message = await pubsub.get_message(timeout=LOOK_EVERY)
             except redis.exceptions.RedisError:
                 message = None  # waiters look for themselves until the connection is back
                 await asyncio.sleep(LOOK_EVERY)
-            if message is None:
-                await asyncio.sleep(0.01)
-            else:
+            if message is not None:  # None: nothing came in time, or a subscription was confirmed
                 for bell in self._bells.get(message["channel"].decode(), ()):
                     bell.set()
 

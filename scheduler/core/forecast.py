@@ -54,6 +54,8 @@ _SLOT_MARGIN = 0.7
 _BEFORE_FIRST = -0.5
 #: Below this chance a task is as good as over.
 _LITTLE = 1e-3
+#: No step is believed to be shorter, s: the whole map must reach well beyond the moment a new task could arrive.
+_FASTEST = 5e-5
 #: Bins walked one by one; after them, two at a time.
 _FINE = 8
 _NEVER = 1e18
@@ -82,7 +84,7 @@ def steps_at(times: Floats, time: float) -> float:
 def _catch_up(node: Floats, arms: Matrix, flights: Matrix) -> None:
     """Bring the flights from the node's last heartbeat to its last change: fills READY, LEFT, START and TOKENS."""
     heard, anchor = node[HEARD], node[ANCHOR]
-    fixed, rest = node[FIXED], 0.0  # of the time of a step
+    fixed, rest = max(node[FIXED], _FASTEST), 0.0  # of the time of a step
     for i in range(len(flights)):
         flight = flights[i]
         arm = arms[int(flight[ARM])]

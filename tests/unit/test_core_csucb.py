@@ -244,6 +244,13 @@ def test_a_lost_task_goes_back_where_no_other_node_can_make_its_deadline() -> No
     assert where(settle(core, 3.1)) == "fast"
 
 
+def test_a_node_that_takes_no_time_at_all_takes_every_task() -> None:
+    """As an emulated one says of itself: its forecast must not end before a task could reach it."""
+    core = core_with(info("instant", step=0.0, slots=16))
+    for i in range(8):
+        assert where(submit(core, f"t{i}", 1.0 + 0.01 * i, left=60.0)) == "instant"
+
+
 def test_memory_spoken_for_is_not_promised_again() -> None:
     core = core_with(info("small", kv=400, watts=10.0), info("large", watts=500.0))
     assert where(submit(core, "t", 1.0, prompt_tokens=250)) == "small"
