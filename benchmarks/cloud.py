@@ -301,6 +301,8 @@ class Bench:
             wait_until(lambda: self._running(client) == self.options.crowd, "all are running", pause=0.01)
             for task in tasks[:10]:
                 time.sleep(self._random.uniform(0.05, 0.15))
+                if task.id in stopped:  # it ended by itself
+                    continue
                 began = time.time()
                 task.cancel()
                 wait_until(lambda task=task: task.id in stopped, "it was stopped", pause=0.01)
