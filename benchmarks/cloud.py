@@ -298,7 +298,7 @@ class Bench:
         took = []
         with Client(settings=self.settings) as client:
             tasks = client.submit_many(self._long_tasks())
-            wait_until(lambda: self._running(client) == self.options.crowd, "all are running", pause=0.01)
+            wait_until(lambda: not self._waiting(client), "all were claimed", pause=0.01)
             for task in tasks[:10]:
                 time.sleep(self._random.uniform(0.05, 0.15))
                 if task.id in stopped:  # it ended by itself
@@ -319,6 +319,12 @@ class Bench:
         return [TaskSpec(prompt=p, max_tokens=tokens, deadline=PATIENCE) for p in self._prompts(self.options.crowd)]
 
     @staticmethod
+    def _waiting(client: Client) -> int:
+        """Tasks not claimed yet."""
+        counts = client.ledger.counts()
+        return counts[State.PENDING] + counts[State.DISPATCHED]
+
+    @staticmethod
     def _running(client: Client) -> int:
         """Tasks claimed and not ended."""
         return client.ledger.counts()[State.RUNNING]
@@ -329,7 +335,7 @@ class Bench:
         with Client(settings=self.settings) as client:
             last_event = client.ledger.first_and_last_event()[1]
             tasks = client.submit_many(self._long_tasks())
-            wait_until(lambda: self._running(client) == self.options.crowd, "all are running", pause=0.01)
+            wait_until(lambda: not self._waiting(client), "all were claimed", pause=0.01)
             (engine,) = [
                 child
                 for child in psutil.Process(self._worker).children(recursive=True)
