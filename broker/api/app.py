@@ -9,8 +9,9 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from prometheus_client import CollectorRegistry
 
-from broker.api import batches, completions, docs, errors, files, responses, tasks, webhooks
+from broker.api import batches, completions, docs, errors, files, metrics, responses, tasks, webhooks
 from broker.api.core import Api
 from broker.api.guard import Guard
 from broker.settings import Settings
@@ -22,10 +23,13 @@ The OpenAI dialect over PerLLM's queue: submit and wait, stream, or submit and f
 
 def make_app(settings: Settings) -> FastAPI:
     """The ASGI application for these settings."""
+    registry = CollectorRegistry(auto_describe=False)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.api = Api(settings)
+        app.state.metrics = registry
+        registry.register(metrics.LedgerMetrics(app.state.api.ledger))
         app.state.api.start()
         gc.collect()
         gc.freeze()  # what is there now stays: looking through it again and again would stop all requests for 50 ms
@@ -51,6 +55,7 @@ def make_app(settings: Settings) -> FastAPI:
         webhooks.router,
         tasks.catalogue,
         tasks.health,
+        metrics.router,
     ):
         app.include_router(router)
     app.add_middleware(Guard, settings=settings)
@@ -58,4 +63,5 @@ def make_app(settings: Settings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.api_cors, allow_methods=["*"], allow_headers=["*"], max_age=600
         )
+    app.add_middleware(metrics.Timer, registry=registry)
     return app

@@ -249,10 +249,8 @@ async def alive() -> Response:
 @health.get("/ready", responses={200: _says("ready"), 503: _says("no scheduler and no node")})
 async def ready(api: TheApi) -> Response:
     """Whether tasks can be taken and done: the ledger answers, a scheduler leads, a node is live. Needs no key."""
-    leader, nodes = await asyncio.to_thread(
-        lambda: (api.ledger.client.exists(f"{api.ledger.prefix}leader"), api.ledger.nodes())
-    )
-    lacking = [what for what, there in (("scheduler", leader), ("node", nodes)) if not there]
+    led, nodes = await asyncio.to_thread(lambda: (api.ledger.led(), api.ledger.nodes()))
+    lacking = [what for what, there in (("scheduler", led), ("node", nodes)) if not there]
     if lacking:
         return JSONResponse({"status": f"no {' and no '.join(lacking)}"}, 503)
     return JSONResponse({"status": "ready"})

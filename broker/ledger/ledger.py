@@ -253,6 +253,11 @@ class Ledger:
             raw = self.client.zrange(f"{self.prefix}in:{state}", start, stop, desc=newest)
         return [i.decode() for i in cast("list[bytes]", raw)]
 
+    def led(self) -> bool:
+        """Whether a scheduler leads."""
+        with reaching(self._settings):
+            return bool(self.client.exists(f"{self.prefix}leader"))
+
     # --- scheduler
 
     def lead(self, holder: str, ttl: float) -> int | None:

@@ -16,6 +16,7 @@ import openai
 import pytest
 from openai import OpenAI
 from openai.types import Batch
+from prometheus_client.parser import text_string_to_metric_families
 from standardwebhooks.webhooks import Webhook
 from support import users
 from support.api import ApiProcess, Sink
@@ -718,3 +719,42 @@ def test_a_body_that_does_not_come_is_given_up(api: ApiProcess) -> None:
 def test_cors_is_off(api: ApiProcess) -> None:
     answer = api.http().get("/v1/models", headers={"Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in answer.headers
+
+
+# --- metrics
+
+
+def scraped(client: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Every sample of `/metrics` by its name and labels."""
+    answer = client.get("/metrics")
+    assert answer.status_code == 200
+    families = text_string_to_metric_families(answer.text)
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def test_metrics_tell_of_tasks_nodes_and_requests(api: ApiProcess) -> None:
+    assert httpx.get(f"{api.base}/metrics").status_code == 401
+    client = api.http("watcher")
+    before = scraped(client)
+    submitted = client.post("/v1/tasks", json={"prompt": "hi", "max_tokens": 2, "deadline": 60}).json()["id"]
+    client.get(f"/v1/tasks/{submitted}")
+    client.get("/no/such/path")
+    eventually(lambda: client.get(f"/v1/tasks/{submitted}").json()["state"] == "succeeded", "it is done")
+    after = scraped(client)
+
+    def grown(name: str, **labels: str) -> float:
+        key = name, tuple(sorted(labels.items()))
+        return after[key] - before.get(key, 0.0)
+
+    assert grown("perllm_tasks_ever_total", event="submitted") == 1
+    assert grown("perllm_tasks_ever_total", event="succeeded") == 1
+    assert grown("perllm_tasks", state="succeeded") == 1
+    assert after["perllm_scheduler_leads", ()] == 1
+    of_node = {"node": "one", "tier": "edge"}
+    eventually(lambda: scraped(client)["perllm_node_tokens_total", tuple(of_node.items())] > 0, "it beats")
+    assert after["perllm_node_slots", tuple(of_node.items())] == api.ledger.nodes()[0][0].slots
+    assert after["perllm_node_silent_seconds", tuple(of_node.items())] < 60
+    requests = "perllm_api_request_seconds_count"
+    assert grown(requests, method="POST", route="/v1/tasks", status="200") == 1
+    assert grown(requests, method="GET", route="/v1/tasks/{id}", status="200") >= 2
+    assert grown(requests, method="GET", route="none", status="404") == 1

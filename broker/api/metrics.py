@@ -1,0 +1,107 @@
+"""`/metrics`: what a Prometheus server watches: tasks and nodes as the ledger has them, and how requests fare here."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import structlog
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from broker.api.core import needs_key
+from broker.api.docs import answers
+from broker.ledger import Ledger
+from broker.messages import Counters, Heartbeat, NodeInfo
+
+log = structlog.get_logger(__name__)
+router = APIRouter(tags=["Health"], dependencies=[needs_key])
+
+#: Upper bounds of the request histogram, s: from a submission's to a long task's that is waited for.
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class LedgerMetrics(Collector):
+    """Read from the ledger at every scrape: any process behind the door says the same. Raises Unreachable."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def collect(self) -> Iterator[Metric]:
+        ledger = self._ledger
+        held = GaugeMetricFamily("perllm_tasks", "Tasks held, final ones until they are forgotten.", labels=["state"])
+        for state, count in ledger.counts().items():
+            held.add_metric([state], count)
+        ever = CounterMetricFamily("perllm_tasks_ever", "Tasks since the cell began.", labels=["event"])
+        for event, count in ledger.totals().items():
+            ever.add_metric([event], count)
+        leads = GaugeMetricFamily("perllm_scheduler_leads", "1 while a scheduler leads.", value=ledger.led())
+        yield from (held, ever, leads)
+        yield from _of_nodes(ledger.nodes(), ledger.now())
+
+
+def _of_nodes(nodes: list[tuple[NodeInfo, Heartbeat | None, bool]], now: float) -> Iterator[Metric]:
+    labels = ["node", "tier"]
+    slots = GaugeMetricFamily("perllm_node_slots", "Tasks it runs at once.", labels=labels)
+    active = GaugeMetricFamily("perllm_node_active", "Tasks it runs now.", labels=labels)
+    draining = GaugeMetricFamily("perllm_node_draining", "1 while it takes nothing new.", labels=labels)
+    silent = GaugeMetricFamily("perllm_node_silent_seconds", "Since its last heartbeat.", labels=labels)
+    tokens = CounterMetricFamily("perllm_node_tokens", "Tokens generated since it started.", labels=labels)
+    joules = CounterMetricFamily(
+        "perllm_node_energy_joules", "Energy since it started, idle included.", labels=[*labels, "method", "estimated"]
+    )
+    for info, beat, drains in nodes:
+        of, counters = [info.name, info.tier], beat.counters if beat else Counters()
+        slots.add_metric(of, info.slots)
+        active.add_metric(of, counters.active)
+        draining.add_metric(of, drains)
+        if beat:
+            silent.add_metric(of, max(0.0, now - beat.at))
+        tokens.add_metric(of, counters.generated)
+        joules.add_metric([*of, info.power.method, str(info.power.estimated).lower()], counters.energy)
+    yield from (slots, active, draining, silent, tokens, joules)
+
+
+class Timer:
+    """ASGI middleware: times each request until its answer is whole, and names it in the log at debug level."""
+
+    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+        self._app = app
+        labels = ("method", "route", "status")
+        about = "Seconds until an answer was whole, by route; streams count to their end."
+        self._seconds = Histogram("perllm_api_request_seconds", about, labels, buckets=BUCKETS, registry=registry)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 500
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        finally:
+            seconds = time.perf_counter() - began
+            route = getattr(scope.get("route"), "path", "none")  # never the path itself: anybody could make up more
+            self._seconds.labels(scope["method"], route, status).observe(seconds)
+            log.debug("request", method=scope["method"], path=scope["path"], status=status, seconds=round(seconds, 4))
+
+
+_EXAMPLE = 'perllm_tasks{state="pending"} 3.0\nperllm_node_slots{node="edge-1",tier="edge"} 4.0\n'
+_PLAIN = {"description": "Done.", "content": {"text/plain": {"schema": {"type": "string"}, "example": _EXAMPLE}}}
+
+
+@router.get("/metrics", responses={**answers(None, {}), 200: _PLAIN}, response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Tasks, nodes and requests for Prometheus. Any key opens it: it tells sums over all tenants, and names none."""
+    registry: CollectorRegistry = request.app.state.metrics
+    return Response(await asyncio.to_thread(generate_latest, registry), media_type=CONTENT_TYPE_LATEST)
