@@ -130,7 +130,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert late == {e.task.id for e in idle if e.task.deadline <= self.now}
         for entry in idle:
             if entry.task.id in late:
-                entry.out = True
+                entry.out, entry.due = True, False
             elif entry.until is not None and entry.until <= self.now:
                 entry.until, entry.due = None, False
 
