@@ -41,12 +41,13 @@ def test_the_clock_is_wrong_at_all(monkeypatch: pytest.MonkeyPatch, library: Pat
 def test_nodes_and_scheduler_an_hour_off(
     valkey: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path
 ) -> None:
-    """The scheduler is an hour behind, one node ahead and one behind: deadlines hold and nothing expires by mistake."""
+    """The scheduler is an hour ahead, one node ahead and one behind: deadlines hold and nothing expires by mistake."""
     with Cluster(valkey.url, tmp_path, slots=1, emulated_speed=100, context=100_000, lease=3) as cluster:
         cluster.ledger.client.flushall()
         for name, seconds in (("ahead", 3600), ("behind", -3600)):
             shifted(monkeypatch, library, seconds)
             cluster.start_node(name)
+        shifted(monkeypatch, library, 3600)
         cluster.scheduler()
         for process in cluster.processes[:2]:
             cluster.await_node(process)
