@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from broker.api.completions import flag
 from broker.api.core import Accepted, Api, Caller, Extensions, TheApi, TheCaller, read_json, with_pauses
 from broker.api.docs import answers, takes_task
 from broker.api.errors import ApiError
-from broker.api.schemas import ResponseObject, ResponseRequest
+from broker.api.schemas import Deleted, ResponseObject, ResponseRequest
 from broker.dialect import RESPONSES, message_item, response_object, task_fields
 from broker.errors import InvalidTask, PerLLMError
 from broker.ledger import TaskRecord
@@ -106,6 +107,16 @@ async def cancel_response(id: str, api: TheApi, caller: TheCaller) -> Response:
     await api.record(caller, id, "response")
     await api.client.cancel(id)
     return JSONResponse(_shown(await api.record(caller, id, "response")))
+
+
+@router.delete(
+    RESPONSES + "/{id}", responses=answers(Deleted, {**examples.DELETED, "id": "resp-1", "object": "response"}, 404)
+)
+async def delete_response(id: str, api: TheApi, caller: TheCaller) -> Response:
+    """Forget a response for good. One that goes on is cancelled first."""
+    await api.record(caller, id, "response")
+    await asyncio.to_thread(api.ledger.forget, id)
+    return JSONResponse({"id": id, "object": "response", "deleted": True})
 
 
 def _shown(record: TaskRecord) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from broker.api.docs import answers, takes_task
 from broker.api.errors import ApiError, not_found
 from broker.api.paging import After, Limit, Order, page
 from broker.api.schemas import (
+    Deleted,
     ExplanationObject,
     Health,
     ModelList,
@@ -145,6 +146,16 @@ async def cancel_task(id: str, api: TheApi, caller: TheCaller) -> Response:
     await api.record(caller, id)
     await api.client.cancel(id)
     return JSONResponse(_shown(await api.record(caller, id), whole=True))
+
+
+@router.delete(
+    "/v1/tasks/{id}", responses=answers(Deleted, {**examples.DELETED, "id": "task-1", "object": "task"}, 404)
+)
+async def delete_task(id: str, api: TheApi, caller: TheCaller) -> Response:
+    """Forget a task, its prompt, text and result, for good. One that goes on is cancelled first."""
+    await api.record(caller, id)
+    await asyncio.to_thread(api.ledger.forget, id)
+    return JSONResponse({"id": id, "object": "task", "deleted": True})
 
 
 @router.get("/v1/tasks/{id}/explain", responses=answers(ExplanationObject, examples.EXPLANATION, 404))

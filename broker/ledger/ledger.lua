@@ -151,6 +151,16 @@ local function forget_node(name)
     if queue then redis.call('DEL', queue) end
 end
 
+-- Nothing of a final task is kept.
+local function drop(id, state)
+    local tenant, key = unpack(redis.call('HMGET', task_key(id), 'tenant', 'key'))
+    if tenant then redis.call('ZREM', P .. 'of:' .. tenant, id) end
+    redis.call('UNLINK', task_key(id), 'celery-task-meta-' .. id)
+    if key then redis.call('UNLINK', P .. key) end
+    redis.call('ZREM', set_key(state), id)
+    redis.call('HINCRBY', P .. 'totals', 'forgotten', 1)
+end
+
 local function leads(epoch) return redis.call('GET', P .. 'epoch') == epoch end
 
 local function running_under(id, attempt, token) -- the task if this attempt still runs it
@@ -305,6 +315,16 @@ function ops.cancel()
     return t.state
 end
 
+-- forget id → ok, or nothing for an unknown task        drop it at its producer's wish, cancelled first if it goes on
+function ops.forget()
+    local id = ARGV[2]
+    local state = ops.cancel()
+    if not state then return false end
+    drop(id, FINAL[state] and state or 'cancelled')
+    redis.call('UNLINK', P .. 'text:' .. id)
+    return 'ok'
+end
+
 -- register name boot info queue ttl max_strikes → 'ok' | seconds until a live namesake's registration would lapse
 function ops.register()
     local name, boot, info, queue, ttl, max_strikes = unpack(ARGV, 2, 7)
@@ -403,12 +423,7 @@ function ops.sweep()
             if beyond > 0 then old = redis.call('ZRANGE', set_key(state), 0, math.min(beyond, limit) - 1) end
         end
         for _, id in ipairs(old) do
-            local tenant, key = unpack(redis.call('HMGET', task_key(id), 'tenant', 'key'))
-            if tenant then redis.call('ZREM', P .. 'of:' .. tenant, id) end
-            redis.call('UNLINK', task_key(id), 'celery-task-meta-' .. id)
-            if key then redis.call('UNLINK', P .. key) end
-            redis.call('ZREM', set_key(state), id)
-            redis.call('HINCRBY', P .. 'totals', 'forgotten', 1)
+            drop(id, state)
             done = done + 1
         end
     end

@@ -166,6 +166,11 @@ class Ledger:
         reply = self._call("cancel", task_id)
         return State(reply.decode()) if reply else None
 
+    def forget(self, task_id: str) -> bool:
+        """Drop a task and all that is kept of it, its prompt, text and result; it is cancelled first if it goes on.
+        False if there is none."""
+        return self._call("forget", task_id) is not None
+
     def cancel_many(self, task_ids: Sequence[str]) -> list[State | None]:
         """`cancel` for many, in one round trip."""
         return [State(r.decode()) if r else None for r in self._pipeline([("cancel", i) for i in task_ids])]

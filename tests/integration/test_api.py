@@ -136,6 +136,21 @@ def test_a_background_response_is_cancelled(client: OpenAI) -> None:
     assert client.responses.cancel(made.id).status == "cancelled"
 
 
+def test_a_deleted_response_is_gone_and_its_node_free(client: OpenAI, api: ApiProcess) -> None:
+    made = client.responses.create(
+        model="auto", input="Say words.", max_output_tokens=1900, background=True, extra_body=FOREVER
+    )
+    eventually(lambda: client.responses.retrieve(made.id).status == "in_progress", "it runs")
+    with pytest.raises(openai.NotFoundError):
+        api.openai("another").responses.delete(made.id)
+    client.responses.delete(made.id)
+    for gone in (client.responses.retrieve, client.responses.delete):
+        with pytest.raises(openai.NotFoundError):
+            gone(made.id)
+    eventually(lambda: api.http().get("/v1/nodes").json()["data"][0]["active"] == 0, "its node is free")
+    assert not list(api.ledger.client.scan_iter(f"*{made.id}*"))
+
+
 def test_a_running_response_is_watched_from_where_one_left(client: OpenAI) -> None:
     stream = client.responses.create(
         model="auto", input="Count to fifty.", max_output_tokens=100, background=True, stream=True, temperature=0
@@ -494,7 +509,7 @@ def test_a_revoked_key_is_refused(api: ApiProcess) -> None:
     assert listed[made["id"]]["tenant"] == "short"
     assert made["key"] not in json.dumps(listed)
     stored = b"".join(api.ledger.client.get(k) or b"" for k in api.ledger.client.keys("*api:key:*"))
-    assert made["key"].rpartition("_")[2].encode() not in stored
+    assert made["key"].split("_", 2)[2].encode() not in stored
     assert keys("revoke", made["id"])["revoked"]
 
     def refused() -> bool:
@@ -542,6 +557,9 @@ def test_tasks_are_submitted_listed_cancelled_and_explained(api: ApiProcess) -> 
         eventually(lambda i=task_id: http.get(f"/v1/tasks/{i}").json()["state"] == "succeeded", "it is done")
     assert http.get("/v1/tasks", params={"state": "pending"}).json()["data"] == []
     assert http.get(f"/v1/tasks/{ids[0]}").json()["result"]["output"]["text"]
+    assert http.delete(f"/v1/tasks/{ids[3]}").json() == {"id": ids[3], "object": "task", "deleted": True}
+    assert http.get(f"/v1/tasks/{ids[3]}").status_code == 404
+    assert [t["id"] for t in http.get("/v1/tasks").json()["data"]] == ids[2::-1]
     explained = http.get(f"/v1/tasks/{ids[0]}/explain").json()
     assert explained["node"] == "one"
     assert explained["sentence"]

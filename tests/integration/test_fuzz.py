@@ -25,6 +25,7 @@ from broker.settings import Settings
 OPERATIONS = (
     "submit",
     "cancel",
+    "forget",
     "lead",
     "resign",
     "dispatch",

@@ -188,6 +188,7 @@ class LedgerMachine(RuleBasedStateMachine):
             "a_deadline_passes": 2 * bool(unfinished),
             "a_finished_task_ages": bool(finished),
             "cancel": bool(there),
+            "forget": bool(there),
             "decide_to_end": bool(there),
             "another_leads": 1,
             "sweep": 2,
@@ -256,15 +257,31 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.expected.append(("submitted", task_id))
         assert self.ledger.submit(batch) == wanted
 
+    def forget(self, data: st.DataObject) -> None:
+        assert not self.ledger.forget("nobody")
+        task = data.draw(st.sampled_from(list(self.tasks.values())), "task")
+        self.stop(task)
+        self.drop(task)
+        assert self.ledger.forget(task.id)
+
+    def drop(self, task: Task) -> None:
+        del self.tasks[task.id]
+        self.keys = {k: i for k, i in self.keys.items() if i != task.id}
+        self.totals["forgotten"] += 1
+
     def cancel(self, data: st.DataObject) -> None:
         assert self.ledger.cancel("nobody") is None
         task = data.draw(st.sampled_from(list(self.tasks.values())), "task")
+        was = task.state
+        self.stop(task)
+        assert self.ledger.cancel(task.id) == was
+
+    def stop(self, task: Task) -> None:
         was, node = task.state, task.node
         if not task.final:
             self.end(task, "cancelled")
             if was == "running":
                 self.announced.append((f"{self.p}signal:{node}", task.id))
-        assert self.ledger.cancel(task.id) == was
 
     # --- scheduler
 
@@ -485,9 +502,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.end(task, "expired")
             mended += 1
         for task in list(self.too_old()):
-            del self.tasks[task.id]
-            self.keys = {k: i for k, i in self.keys.items() if i != task.id}
-            self.totals["forgotten"] += 1
+            self.drop(task)
             mended += 1
         assert self.ledger.sweep() == mended
 

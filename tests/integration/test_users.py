@@ -29,6 +29,7 @@ from broker.settings import Settings
 OPERATIONS: dict[str, Callable[[Ledger], object]] = {
     "submit": lambda x: x.submit([("new", TaskSpec(prompt="hi", idempotency_key="k"))]),
     "cancel": lambda x: x.cancel("pending"),
+    "forget": lambda x: x.forget("running"),
     "lead": lambda x: x.lead("me", 60),
     "resign": lambda x: x.resign("test"),
     "dispatch": lambda x: x.dispatch(1, [_dispatch("pending", 1)]),
@@ -47,7 +48,7 @@ OPERATIONS: dict[str, Callable[[Ledger], object]] = {
 }
 MAY = {
     "producer": {"submit", "cancel"},
-    "api": {"submit", "cancel"},
+    "api": {"submit", "cancel", "forget"},
     "webhooks": set[str](),
     "inbox": {"submit", "cancel"},
     "scheduler": {"lead", "resign", "dispatch", "end", "sweep", "snapshot"},
