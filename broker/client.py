@@ -213,6 +213,7 @@ class AsyncClient:
         self._bells: dict[str, set[asyncio.Event]] = {}  # channel → those who wait for it
         self._pubsub: redis.asyncio.client.PubSub | None = None
         self._subscribed = asyncio.Event()
+        self._subscribing = asyncio.Lock()
         self._listener: asyncio.Task[None] | None = None
 
     async def accept(self, fields: Mapping[str, Any]) -> TaskSpec:
@@ -278,7 +279,8 @@ class AsyncClient:
             self._bells.setdefault(channel, set()).add(bell)
         try:
             with reaching(self.settings):
-                await pubsub.subscribe(*channels)
+                async with self._subscribing:  # or the first of them would open a connection each
+                    await pubsub.subscribe(*channels)
             self._subscribed.set()
             yield bell
         finally:

@@ -10,6 +10,7 @@ import pytest
 from support.cluster import Cluster
 from support.make import node_info, output, receipt, why
 from support.servers import Server
+from support.wait import eventually
 
 from broker import AsyncClient, Result, TaskNotFound, TaskSpec
 from broker.ledger import Dispatch, Ledger
@@ -126,3 +127,19 @@ def test_a_tenants_tasks_are_listed_by_age_and_forgotten_with_the_task(ledger: L
     ledger.cancel("a4")
     short.sweep()
     assert "a3" not in ledger.tasks_of("a", after=None, limit=9)
+
+
+def test_hundreds_awaited_at_once_share_one_connection(server: Server, ledger: Ledger) -> None:
+    ids = ledger.submit([(new_id(), TaskSpec(prompt="hi")) for _ in range(300)])
+
+    def listeners() -> list[int]:
+        return [n for c in ledger.client.client_list() if (n := int(c["sub"]))]
+
+    async def awaited() -> list[Result]:
+        async with AsyncClient(server.url) as client:
+            waiting = [asyncio.create_task(client.result(i, 60)) for i in ids]
+            await asyncio.to_thread(eventually, lambda: listeners() == [300], "all listen on one connection")
+            ledger.cancel_many(ids)
+            return await asyncio.gather(*waiting)
+
+    assert {r.state for r in asyncio.run(awaited())} == {State.CANCELLED}
