@@ -173,8 +173,8 @@ def batch(folder: Path, lines: int) -> dict[str, float]:
         done = time.perf_counter() - began
         assert state["status"] == "completed", state
         outcomes: list[str] = []
-        for name in ("output_file_id", "error_file_id"):
-            with http.stream("GET", f"/v1/files/{state[name]}/content") as file_lines:
+        for file in filter(None, (state["output_file_id"], state["error_file_id"])):
+            with http.stream("GET", f"/v1/files/{file}/content") as file_lines:
                 outcomes += [json.loads(line)["custom_id"] or "bad" for line in file_lines.iter_lines()]
         peak = _peak_rss(api.pid)
     bad = lines // BAD_EVERY
