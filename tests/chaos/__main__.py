@@ -4,6 +4,7 @@ Celery with early and with late acknowledgement. Prints one JSON line and keeps 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -45,6 +46,7 @@ def main() -> int:
     figures = dict(outcome.figures)
     more = {"seed": options.seed, **outcome.details, "took_s": round(time.monotonic() - began, 1)}
     if options.peer:
+        print(f"PerLLM: {json.dumps(figures)}", file=sys.stderr)  # known, whatever becomes of the peer's runs
         more["celery"] = {}
         for name, peer in peers(folder, blows, options.tasks, options.seed).items():
             figures |= {f"celery_{name}_{what}": getattr(peer, what) for what in ("lost", "doubled", "stuck")}

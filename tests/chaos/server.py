@@ -60,8 +60,9 @@ class FragileServer:
         path = _newest(self._folder)
         samples = [(at, size) for at, sampled, size in list(self._sizes) if sampled == path]
         if path is not None and samples:
-            synced = max((size for at, size in samples if at <= since), default=samples[0][1])
             size = path.stat().st_size
+            synced = max((then for at, then in samples if at <= since), default=samples[0][1])
+            synced = min(size, synced)  # a server that starts cuts off what it cannot read: the file was longer then
             os.truncate(path, size - int((size - synced) * share))
 
     def stop(self) -> None:
