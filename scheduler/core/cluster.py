@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import exp
 
@@ -32,7 +33,11 @@ class Task:
     dispatched: float | None = None
     claimed: float | None = None
     generated: int = 0  # tokens, as of the node's last heartbeat
-    avoid: frozenset[str] = frozenset()  # nodes that lost it before
+    avoid: Mapping[str, float] = field(default_factory=dict)  # nodes that lost it, until when they are avoided (s)
+
+    def avoids(self, node: str, now: float) -> bool:
+        """Whether it had better not go to this node now."""
+        return self.avoid.get(node, 0.0) > now
 
 
 @dataclass(slots=True)

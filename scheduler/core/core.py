@@ -37,6 +37,9 @@ REST = 1.0
 #: never idles for as long as a decision takes to reach it.
 FEED = 0.05
 MOST_BEYOND = 64
+#: A task keeps away from a node that lost it for so long, s, while others serve it: long enough that a node which fails
+#: all it is given takes few tasks' strikes, short enough not to leave one idle that has recovered.
+AVOID = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,7 @@ class Core:
     def _put_back(self, task: Task, event: Returned) -> None:
         self._take_out(task, event.at)
         if event.cause != "handed_back":
-            task.avoid |= {event.node}
+            task.avoid = {**task.avoid, event.node: event.at + AVOID}
         task.node = task.dispatched = task.claimed = None
         task.generated, task.strikes = 0, event.strikes
         self.pending.add(task)
@@ -262,9 +265,9 @@ class Core:
             self.forget(task)
 
     def _decide(self, task: Task, now: float) -> Decision | Wait:
-        candidates = self._candidates(task)
+        candidates = self._candidates(task, now)
         if not candidates:
-            return self._never(task)
+            return self._never(task, now)
         choice = self.policy.choose(task, candidates, self.cluster, now)
         if isinstance(choice, Wait) and choice.hopeless and task.avoid:
             candidates = self._able(task)
@@ -288,11 +291,11 @@ class Core:
             case _:
                 assert_never(choice)
 
-    def _candidates(self, task: Task) -> tuple[Node, ...]:
-        """Nodes with room that can hold the task and, if any others serve it, did not lose it before."""
+    def _candidates(self, task: Task, now: float) -> tuple[Node, ...]:
+        """Nodes with room that can hold the task and, if any others serve it, did not lose it lately."""
         nodes = self._able(task)
-        if task.avoid and self._alternatives(task):
-            nodes = tuple(n for n in nodes if n.name not in task.avoid)
+        if task.avoid and self._alternatives(task, now):
+            nodes = tuple(n for n in nodes if not task.avoids(n.name, now))
         return nodes
 
     def _able(self, task: Task) -> tuple[Node, ...]:
@@ -302,15 +305,17 @@ class Core:
             nodes = tuple(n for n in nodes if serves(n, task))
         return nodes
 
-    def _alternatives(self, task: Task) -> bool:
+    def _alternatives(self, task: Task, now: float) -> bool:
         """Whether a node it has not failed on serves it: only then are the others avoided."""
-        return any(n.name not in task.avoid and serves(n, task) for n in self.cluster.serving.get(task.model, ()))
+        serving = self.cluster.serving.get(task.model, ())
+        return any(not task.avoids(n.name, now) and serves(n, task) for n in serving)
 
-    def _never(self, task: Task) -> Decision | Wait:
-        """No node can take it now. Wait for room, unless live nodes serve its model and none could ever hold it."""
+    def _never(self, task: Task, now: float) -> Decision | Wait:
+        """No node can take it now. Wait for room, or until it need not avoid a node any more, unless live nodes serve
+        its model and none could ever hold it."""
         offers = [o for n in self.cluster.serving.get(task.model, ()) if (o := n.info.offer(task.model))]
         if not offers or any(fits(o.context, task) for o in offers):
-            return Wait(until=task.deadline)
+            return Wait(until=min([task.deadline, *(u for u in task.avoid.values() if u > now)]))
         need, most = task.prompt_tokens + task.max_tokens, max(o.context for o in offers)
         return self._end(
             task, "reject", f"prompt and max_tokens need about {need} tokens; the largest context offered is {most}"

@@ -163,7 +163,7 @@ class CsUcb(Policy):
         self._survey(task, serving, now)
         able = self._looks[:, f.CHANCE] >= admission.LEAST
         if task.avoid:
-            others = able & [n.name not in task.avoid for n in serving]
+            others = able & [not task.avoids(n.name, now) for n in serving]
             able = others if others.any() else able
         return float(self._looks[able, f.JOULES].min()) if able.any() else 0.0
 

@@ -11,7 +11,7 @@ tasks wait, and no task rests for long beside a node that would take it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from sys import intern
 from typing import Any
 
@@ -86,7 +86,7 @@ class Pending:
         self._free: list[int] = []
         self._rows = 0  # rows ever used
         self._serial = self._ticket = 0
-        self._avoid: dict[int, frozenset[str]] = {}  # row → nodes; most tasks avoid none
+        self._avoid: dict[int, Mapping[str, float]] = {}  # row → nodes; most tasks avoid none
         self._lanes: dict[str | None, _Lane] = {}
         self._alarms = Heap()
 
@@ -293,7 +293,7 @@ class Pending:
             expected_tokens=expected or None,
             strikes=values[14],
             attempt=attempt,
-            avoid=self._avoid.get(row, frozenset()),
+            avoid=self._avoid.get(row, {}),
         )
 
     def _key(self, task: Task) -> float:

@@ -25,7 +25,7 @@ from broker.messages import (
     Submitted,
 )
 from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.core import LOOKAHEAD, RESTING, RETRIES, Core
+from scheduler.core.core import AVOID, LOOKAHEAD, RESTING, RETRIES, Core
 from scheduler.core.policy import Choice, Place, Reject, Wait
 
 
@@ -236,6 +236,19 @@ def test_a_task_is_not_sent_to_a_node_that_lost_it_while_others_serve_it() -> No
     (third,) = core.decide(2)
     assert third.node is not None
     assert third.node.name == "a"  # nobody else
+
+
+def test_a_full_alternative_is_waited_for_only_so_long() -> None:
+    core = core_with(Scripted(), info("a"), info("b", slots=1, models=("m", "x")))
+    for n in range(9):
+        core.handle(submitted(f"filler-{n}", model="x"))
+    core.handle(submitted("t"))
+    assert {d.task.id: d.node.name for d in core.decide(0) if d.node}["t"] == "a"
+    core.handle(Returned(id="t", node="a", attempt=1, at=1, cause="failed", strikes=1))
+    assert core.decide(1) == core.decide(AVOID) == []
+    (again,) = core.decide(1 + AVOID)
+    assert again.node is not None
+    assert (again.task.id, again.node.name) == ("t", "a")
 
 
 def test_too_long_for_every_context_is_rejected_and_too_long_for_some_goes_elsewhere() -> None:
