@@ -27,6 +27,8 @@ from broker.messages import Energy
 WINDOW = 0.1
 #: How much of the older windows' weight in the price of work is kept at each new one: about the last ten count.
 _MEMORY = 0.9
+#: So little work in recent windows does not tell what a unit of it costs.
+_TELLING = 1e-9
 
 
 class Meter(Protocol):
@@ -142,7 +144,7 @@ class Attribution:
             account.seconds += passed / len(self._accounts)
 
     def _advance(self, account: _Account, now: float) -> None:
-        if self._worked:
+        if self._worked > _TELLING:
             inference = self._paid / self._worked * account.work
         else:  # nothing is known yet but the meter's word
             work = sum(a.work for a in self._accounts.values()) + self._advanced_work
@@ -180,7 +182,7 @@ class Attribution:
     def _tick_error(self, left: float, metered: float, seconds: float, work: float, now: float) -> float:
         """How much of `left` is likely to be there only because the counter moves in ticks, J."""
         elapsed = now - self._opened
-        if not self._worked or elapsed <= 0:
+        if self._worked <= _TELLING or elapsed <= 0:
             return 0.0
         expected = self.meter.idle * seconds + self._paid / self._worked * work
         tick = metered / elapsed * self.meter.resolution

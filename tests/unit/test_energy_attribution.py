@@ -50,7 +50,7 @@ EVENTS = st.lists(
         st.integers(0, 4),
         st.floats(0, 0.3),  # s until the next event
         st.floats(0, 300),  # W in that time
-        st.floats(0, 5),  # work
+        st.just(0.0) | st.floats(1e-6, 5),  # work, s: no step takes less than a microsecond
     ),
     max_size=60,
 )
@@ -80,6 +80,17 @@ def test_shares_and_unattributed_sum_to_the_meter(
     assert total == pytest.approx(meter.read())
     assert sum(share.total for share in shares) + split.unattributed == pytest.approx(total, abs=1e-6)
     assert all(share.inference >= 0 and share.idle >= 0 for share in shares)
+
+
+def test_next_to_no_work_costs_next_to_nothing() -> None:
+    meter = Trace(resolution=0.1)
+    split = attribution(meter)
+    split.enter("a")
+    meter.pass_time(1, 60)
+    split.work({"a": 5e-324})
+    split.enter("b")
+    meter.pass_time(0.01, 60)
+    assert split.leave("b").inference == 0  # it had no part in any step
 
 
 def test_work_decides_the_active_part_and_presence_the_idle_part() -> None:
