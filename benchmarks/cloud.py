@@ -8,8 +8,9 @@ rounds. At each level so many producers keep one task in flight each.
 - `added_p50_ms_LEVEL`, `added_p50_ms` (the worst): from the producer's call of `submit` to its result, less the time
   in the engine (waiting, prefill, decode) by the receipt;
 - `energy_sum_error`: the receipts' joules of a run of 20 s and more against the GPU's own counter over it;
-- `abort_s` (the worst of ten): from a cancel to the end of the Celery task, 64 others running;
-- `kill_*`: the engine's process killed by SIGKILL under 64 tasks.
+- `abort_s` (the worst of `abort_tasks`, ten unless some ended before): from a cancel to the end of the Celery task, 64
+  others running;
+- `kill_*`: the engine's process killed by SIGKILL under 64 tasks, of which `kill_running` had not ended by then.
 
 `--cpu` tries all of it on a CPU build of vLLM with a tiny model and emulated joules, and keeps no result.
 """
@@ -310,8 +311,10 @@ class Bench:
             for task in tasks[10:]:
                 task.cancel()
             wait_until(lambda: self._running(client) == 0, "nothing runs")
-        self.figures["abort_s"] = max(took)
-        self.spread["abort_s"] = [min(took), max(took)]
+        if took:
+            self.figures["abort_s"] = max(took)
+            self.spread["abort_s"] = [min(took), max(took)]
+        self.figures["abort_tasks"] = len(took)
 
     def _long_tasks(self) -> list[TaskSpec]:
         """A crowd of them, as long as they can be."""
@@ -341,6 +344,7 @@ class Bench:
                 for child in psutil.Process(self._worker).children(recursive=True)
                 if child.name().startswith("VLLM::Eng")
             ]
+            running = self._running(client)
             engine.kill()
             killed = time.monotonic()
             wait_until(lambda: self._running(client) == 0, "all were handed back", pause=0.005)
@@ -355,6 +359,7 @@ class Bench:
         states = Counter(str(result.state) for result in results)
         self.figures |= {
             "kill_tasks": len(tasks),
+            "kill_running": running,
             "kill_lost": len(tasks) - states["succeeded"],
             "kill_doubled": sum(1 for task in tasks if completed[task.id] > 1),
             "kill_handed_back_s": back,
