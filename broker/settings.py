@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     api_file_retention: Annotated[float, Field(ge=3600)] = 30 * 86_400.0
     api_cors: tuple[str, ...] = ()  # JSON: origins whose pages may use the API from a browser
     webhook_allow: tuple[str, ...] = ()  # JSON: private networks webhooks may reach, e.g. ["10.1.0.0/16"]
+    webhook_dns: tuple[
+        str, ...
+    ] = ()  # JSON: DNS servers asked for webhooks' names, e.g. ["10.1.0.53"]; default: the system's
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
@@ -134,6 +137,13 @@ class Settings(BaseSettings):
             ipaddress.ip_network(network)  # raises ValueError naming it
         return networks
 
+    @field_validator("webhook_dns")
+    @classmethod
+    def _servers(cls, servers: tuple[str, ...]) -> tuple[str, ...]:
+        for server in servers:
+            address_and_port(server)  # raises ValueError naming it
+        return servers
+
     @property
     def socket(self) -> Path:
         """The embedded server's Unix socket."""
@@ -164,6 +174,14 @@ class Settings(BaseSettings):
         query = parse_qs(parts.query)
         login = f"{parts.netloc.rsplit('@', 1)[0]}@" if "@" in parts.netloc else ""
         return f"redis+socket://{login}{parts.path}?virtual_host={query.get('db', ['0'])[0]}"
+
+
+def address_and_port(server: str) -> tuple[str, int]:
+    """A DNS server's: `10.0.0.53`, `10.0.0.53:5353`, `[fd00::53]`. Raises ValueError."""
+    parts = urlsplit(f"//{server}")
+    if not parts.hostname or parts.netloc != server or parts.username is not None:
+        raise ValueError(f"{server!r}: an IP address, and a port if it is not 53, is required")
+    return str(ipaddress.ip_address(parts.hostname)), parts.port or 53
 
 
 def load_settings(**overrides: object) -> Settings:

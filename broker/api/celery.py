@@ -1,4 +1,4 @@
-"""`celery -A broker.api worker`: delivers webhooks. The queue `webhooks` carries ids; what is to be delivered, and
+"""`celery -A broker.api worker`: delivers webhooks. The queue `webhooks` carries turns; what is to be delivered, and
 when, rests in `webhook_store`."""
 
 from __future__ import annotations
@@ -6,22 +6,23 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+import time
 from typing import Any
 
 import structlog
 from celery import signals
 
 from broker import connection, logs
-from broker.api.herald import DELIVER, QUEUE
-from broker.api.webhook_post import post
-from broker.api.webhook_store import BACKOFF, Webhooks
+from broker.api.herald import DELIVER
+from broker.api.webhook_post import PATIENCE, connections, post
+from broker.api.webhook_store import BACKOFF, QUEUE, TURN, TURNS, Turn, Webhooks
 from broker.celery_app import make_app
 from broker.errors import PerLLMError
 from broker.ledger import Ledger
 from broker.settings import load_settings
 
-#: Deliveries at once.
-CONCURRENCY = 8
+#: Posts to one webhook at once.
+AT_ONCE = 2
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +33,7 @@ except PerLLMError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
-app = make_app(settings, queue=QUEUE, concurrency=CONCURRENCY)
+app = make_app(settings, queue=QUEUE, concurrency=TURNS)
 
 
 @signals.setup_logging.connect
@@ -50,15 +51,26 @@ def _check(**_: Any) -> None:
 
 
 @app.task(name=DELIVER)
-def deliver(delivery_id: str) -> str:
-    """Make one attempt; a failed one is due again later. Returns a line for people (Flower shows it)."""
-    delivery = _hooks.deliveries.get(delivery_id)
-    hook = _hooks.shelf.get(delivery.webhook) if delivery is not None else None
-    if delivery is None or hook is None or delivery.state != "pending":
-        _hooks.drop(delivery_id)
-        return "void: delivered, given up or no longer wanted"
-    attempt = asyncio.run(post(hook, delivery, settings.webhook_allow))
-    again = BACKOFF[delivery.tries] * random.uniform(1, 1.2) if delivery.tries < len(BACKOFF) else None
-    _hooks.settle(delivery, attempt, again=again)
-    log.info("webhook_attempt", delivery=delivery_id, status=attempt["status"], error=attempt["error"])
-    return f"{delivery.event}: {attempt['error'] or 'delivered'}"
+def deliver(hook: str, tenant: str, until: float) -> str:
+    """A webhook's turn: post what is due to it, for `TURN` s. Returns a line for people (Flower shows it)."""
+    made, failed = asyncio.run(_take(Turn(hook, tenant, until)))
+    return f"{made - failed} delivered, {failed} failed"
+
+
+async def _take(turn: Turn) -> tuple[int, int]:
+    began, made, failed = time.monotonic(), 0, 0
+    async with connections(settings.webhook_allow, settings.webhook_dns) as pool:
+        # What is begun must be done before the turn is over: another may follow it.
+        while time.monotonic() - began < TURN and _hooks.in_turn(turn, spare=2 * PATIENCE):
+            due = _hooks.next_due(turn, AT_ONCE)
+            if due is None:
+                break
+            hook, deliveries = due
+            attempts = await asyncio.gather(*(post(pool, hook, delivery) for delivery in deliveries))
+            for delivery, attempt in zip(deliveries, attempts, strict=True):
+                again = BACKOFF[delivery.tries] * random.uniform(1, 1.2) if delivery.tries < len(BACKOFF) else None
+                _hooks.settle(hook, delivery, attempt, again=again)
+                log.info("webhook_attempt", delivery=delivery.id, status=attempt["status"], error=attempt["error"])
+                made, failed = made + 1, failed + (attempt["error"] is not None)
+    _hooks.end_turn(turn)
+    return made, failed

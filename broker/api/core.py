@@ -7,6 +7,7 @@ import ipaddress
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
@@ -71,6 +72,7 @@ class Api:
         self.webhooks = Webhooks(settings, self.ledger)
         self.herald = Herald(settings, self.ledger, self.webhooks)
         self.runner = BatchRunner(settings, self.ledger, self.files, self.batches, self.herald.batch_ended)
+        self.address_checks: Counter[str] = Counter()  # of webhooks, by tenant, going on now
         self._intake = Intake(self.ledger)
         self._callers: dict[str, tuple[float, Caller | None]] = {}
         self._errands: set[asyncio.Task[Any]] = set()

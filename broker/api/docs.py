@@ -21,6 +21,7 @@ _FAILURES = {
     401: "No API key, or one that is not valid.",
     404: "There is no such thing, or it is another tenant's.",
     408: "The body did not come in time.",
+    409: "The webhook is disabled; it can be enabled again.",
     413: "The body is too large.",
     422: "The task ended without a result, or its idempotency key was used for another request.",
     429: "Too many requests, or too many unfinished tasks; `Retry-After` says when to try again.",

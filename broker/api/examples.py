@@ -137,7 +137,16 @@ BATCH: dict[str, Any] = {
     "metadata": None,
 }
 WEBHOOK_REQUEST = {"url": "https://example.com/hooks/perllm", "events": ["task.succeeded", "batch.completed"]}
-WEBHOOK = {"id": "wh_9d1e", "object": "webhook", **WEBHOOK_REQUEST, "created_at": 1795161600}
+WEBHOOK = {
+    "id": "wh_9d1e",
+    "object": "webhook",
+    **WEBHOOK_REQUEST,
+    "created_at": 1795161600,
+    "health": "closed",
+    "reason": None,
+    "next_probe": None,
+    "dropped": 0,
+}
 DELIVERY: dict[str, Any] = {
     "id": "dlv_52aa",
     "object": "webhook.delivery",

@@ -1,4 +1,4 @@
-"""Tells webhooks what became of tasks and batches: reads the event stream, makes deliveries, sends out those due.
+"""Tells webhooks what became of tasks and batches: reads the event stream, makes deliveries, gives webhooks their turns.
 
 It may tell of the same thing twice after a crash; the delivery is the same then. A batch's tasks are not told of one by
 one: its end is.
@@ -13,17 +13,17 @@ from celery import Celery
 
 from broker.api.batch_store import BatchDocument, shown
 from broker.api.duty import Duty
-from broker.api.webhook_store import Webhooks
+from broker.api.webhook_store import QUEUE, Webhooks
 from broker.celery_app import make_app
 from broker.dialect import receipt_fields
 from broker.ledger import Ledger
 from broker.messages import Completed, Ended
 from broker.settings import Settings
 
-#: The Celery task that makes one attempt at a delivery, and the queue it travels by.
-DELIVER, QUEUE = "perllm.deliver", "webhooks"
-#: Events read, and deliveries sent out, at once.
-READ, SEND = 1000, 200
+#: The Celery task that is a webhook's turn.
+DELIVER = "perllm.deliver"
+#: Events read at once: few enough that turns are given often meanwhile.
+READ = 200
 
 log = structlog.get_logger(__name__)
 
@@ -37,12 +37,16 @@ class Herald(Duty):
         self._celery: Celery | None = None
 
     def round(self) -> None:
-        """Hear what happened, and send out what is due."""
+        """Hear what happened, and have sent out what is due."""
         tenants = self._hooks.tenants()
         while tenants and self._hear(tenants):
+            self._give_turns()  # however much there is to hear
             self.hold()
-        for delivery_id in self._hooks.take_due(SEND):
-            self._producer().send_task(DELIVER, args=[delivery_id], queue=QUEUE, ignore_result=True)
+        self._give_turns()
+
+    def _give_turns(self) -> None:
+        for turn in self._hooks.give_turns():
+            self._producer().send_task(DELIVER, args=list(turn), queue=QUEUE, ignore_result=True)
 
     def _hear(self, tenants: set[str]) -> bool:
         """Whether there is more to hear."""

@@ -344,6 +344,10 @@ class WebhookObject(Shape):
     url: str
     events: list[str]
     created_at: int
+    health: Literal["closed", "open", "half-open", "disabled"]
+    reason: str | None
+    next_probe: float | None
+    dropped: int
 
 
 class WebhookPage(Shape):

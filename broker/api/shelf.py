@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar, cast
 
 import redis
@@ -87,6 +87,18 @@ class Shelf(Generic[D]):
                     return new
                 except redis.exceptions.WatchError:
                     continue
+
+    def known(self, identities: Sequence[str]) -> set[str]:
+        """Which of these there are."""
+        with reaching(self._settings):
+            pipe = self.client.pipeline(transaction=False)
+            for identity in identities:
+                pipe.exists(self.key(identity))
+            return {identity for identity, there in zip(identities, pipe.execute(), strict=True) if there}
+
+    def key(self, identity: str) -> str:
+        """Where a document is, for who watches it."""
+        return self._key(identity)
 
     def remove(self, document: D, *, shelf: str | None = None) -> None:
         """Forget a document."""

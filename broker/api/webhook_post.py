@@ -1,16 +1,17 @@
-"""One HTTP request to an address a user gave: signed, bounded in time, and never into a private network.
+"""One HTTP request to an address a user gave: signed, bounded in time and size, and never into a private network.
 
-The address is checked when the connection is made, on what the name resolves to then, so a name that resolves otherwise
-later gains nothing. Redirects are not followed, proxies of the environment not used.
+The address is checked when the connection is made, and that very address is connected to, so a name that resolves
+otherwise later gains nothing. Redirects are not followed, proxies of the environment not used.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import socket
+import functools
+import ssl
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,83 +19,68 @@ from urllib.parse import urlsplit
 import httpcore
 from standardwebhooks.webhooks import Webhook
 
+from broker.api.webhook_address import Forbidden, check_url, resolve
 from broker.api.webhook_store import DeliveryDocument, WebhookDocument
 
-#: Seconds one attempt may take in all.
-PATIENCE = 15.0
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-
-class Forbidden(Exception):
-    """The address is not one to post to."""
+#: Seconds one attempt may take in all, and those of them that connecting to one of several addresses may take.
+PATIENCE, CONNECT = 15.0, 5.0
+#: Bytes an answer may have; and seconds its body, in which nobody is interested, may take for the connection to be
+#: used again.
+MOST_ANSWER, BODY = 128 << 10, 1.0
 
 
-def check_url(url: str) -> None:
-    """Raises Forbidden for what is no plain HTTP(S) URL."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise Forbidden(str(error)) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise Forbidden("an http:// or https:// address is required")
-    if parts.username or parts.password or parts.fragment:
-        raise Forbidden("no user, password or fragment may be in it")
-    if port == 0 or not url.isascii() or any(c.isspace() or not c.isprintable() for c in url):
-        raise Forbidden("it holds what no address holds")
+class TooMuch(Exception):
+    """The answer is longer than any answer needs to be."""
 
 
-def permitted(address: str, allowed: Sequence[str]) -> bool:
-    """Whether an IP address is a public one, or in a network of `allowed`."""
-    ip = _plain(ipaddress.ip_address(address.partition("%")[0]))
-    if any(ip in ipaddress.ip_network(network) for network in allowed):
-        return True
-    return ip.is_global and not ip.is_multicast
+class _Bounded(httpcore.AsyncNetworkStream):
+    """A connection that ends when more than `MOST_ANSWER` bytes come in answer to one request."""
 
+    def __init__(self, real: httpcore.AsyncNetworkStream) -> None:
+        self._real, self._left = real, MOST_ANSWER
 
-def _plain(ip: Address) -> Address:
-    """The IPv4 address that an IPv6 one stands for: mapped, 6to4 (RFC 3056), NAT64 (RFC 6052) or Teredo (RFC 4380)."""
-    if isinstance(ip, ipaddress.IPv4Address):
-        return ip
-    inside = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-    if inside is None and ip in ipaddress.ip_network("64:ff9b::/96"):
-        inside = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    return inside or ip
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if self._left <= 0:
+            raise TooMuch(f"the answer is longer than {MOST_ANSWER} bytes")
+        data = await self._real.read(min(max_bytes, self._left), timeout)
+        self._left -= len(data)
+        return data
 
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._left = MOST_ANSWER
+        await self._real.write(buffer, timeout)
 
-async def resolve(host: str, port: int, allowed: Sequence[str]) -> list[str]:
-    """The addresses of a host that may be posted to. Raises Forbidden when there is none."""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise Forbidden(f"{host} does not resolve") from None
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    good = [address for address in addresses if permitted(address, allowed)]
-    if not good:
-        raise Forbidden(f"{host} resolves to {', '.join(addresses)}: private, loopback and link-local are not allowed")
-    return good
+    async def aclose(self) -> None:
+        await self._real.aclose()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        return _Bounded(await self._real.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._real.get_extra_info(info)
 
 
 class _Checked(httpcore.AsyncNetworkBackend):
     """Connects to permitted addresses only."""
 
-    def __init__(self, allowed: Sequence[str]) -> None:
-        self._allowed = allowed
+    def __init__(self, allowed: Sequence[str], servers: Sequence[str]) -> None:
+        self._allowed, self._servers = allowed, servers
         self._real = httpcore.AnyIOBackend()
 
     async def connect_tcp(
         self,
         host: str,
         port: int,
-        timeout: float | None = None,
+        timeout: float | None = None,  # noqa: ARG002  the attempt has one
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         failure: Exception | None = None
-        for address in await resolve(host, port, self._allowed):
+        for address in await resolve(host, port, self._allowed, self._servers):
             try:
-                return await self._real.connect_tcp(address, port, timeout, local_address, socket_options)
+                return _Bounded(await self._real.connect_tcp(address, port, CONNECT, local_address, socket_options))
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         assert failure is not None
@@ -107,13 +93,24 @@ class _Checked(httpcore.AsyncNetworkBackend):
         await asyncio.sleep(seconds)
 
 
-async def post(hook: WebhookDocument, delivery: DeliveryDocument, allowed: Sequence[str]) -> dict[str, Any]:
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return httpcore.default_ssl_context()  # reads all certificates: once
+
+
+def connections(allowed: Sequence[str], servers: Sequence[str] = ()) -> httpcore.AsyncConnectionPool:
+    """Connections to public addresses and `allowed` networks, their names looked up at these DNS servers (none: the
+    system's). To be used in one event loop, with `async with`."""
+    return httpcore.AsyncConnectionPool(_tls(), network_backend=_Checked(allowed, servers), keepalive_expiry=BODY)
+
+
+async def post(pool: httpcore.AsyncConnectionPool, hook: WebhookDocument, delivery: DeliveryDocument) -> dict[str, Any]:
     """Make one attempt. Returns what is to be noted of it: `error` is None where it was accepted (2xx)."""
     began = time.monotonic()
     status: int | None = None
     try:
         async with asyncio.timeout(PATIENCE):
-            status = await _post(hook, delivery, allowed)
+            status = await _post(pool, hook, delivery)
         error = None if 200 <= status < 300 else f"HTTP {status}"
     except TimeoutError:
         error = f"no answer in {PATIENCE:g} s"
@@ -124,7 +121,7 @@ async def post(hook: WebhookDocument, delivery: DeliveryDocument, allowed: Seque
     return {"at": time.time(), "status": status, "error": error, "took": round(time.monotonic() - began, 3)}
 
 
-async def _post(hook: WebhookDocument, delivery: DeliveryDocument, allowed: Sequence[str]) -> int:
+async def _post(pool: httpcore.AsyncConnectionPool, hook: WebhookDocument, delivery: DeliveryDocument) -> int:
     check_url(hook.url)
     now = datetime.now(UTC)
     headers: dict[bytes | str, bytes | str] = {
@@ -135,8 +132,9 @@ async def _post(hook: WebhookDocument, delivery: DeliveryDocument, allowed: Sequ
         "webhook-timestamp": str(int(now.timestamp())),
         "webhook-signature": Webhook(hook.secret).sign(delivery.event_id, now, delivery.payload),
     }
-    async with (
-        httpcore.AsyncConnectionPool(network_backend=_Checked(allowed)) as pool,
-        pool.stream("POST", hook.url, headers=headers, content=delivery.payload.encode()) as answer,
-    ):
-        return answer.status  # what it says beyond that nobody wants to know
+    async with pool.stream("POST", hook.url, headers=headers, content=delivery.payload.encode()) as answer:
+        with suppress(TimeoutError, TooMuch, httpcore.NetworkError, httpcore.ProtocolError):
+            async with asyncio.timeout(BODY):  # what it says beyond its status nobody wants to know
+                async for _ in answer.aiter_stream():
+                    pass
+        return answer.status

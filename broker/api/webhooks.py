@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,10 +24,13 @@ from broker.api.schemas import (
     WebhookPage,
     WebhookRequest,
 )
-from broker.api.webhook_post import Forbidden, check_url, resolve
+from broker.api.webhook_address import Forbidden, check_url, resolve
 from broker.api.webhook_store import MOST_HOOKS, DeliveryDocument, WebhookDocument
 
 router = APIRouter(tags=["Webhooks"])
+
+#: Seconds the check of an address may take, and checks of one tenant's at once: each asks a DNS server.
+CHECK, CHECKS = 6.0, 4
 
 
 @router.post(
@@ -43,26 +47,34 @@ async def create_webhook(request: Request, api: TheApi, caller: TheCaller) -> Re
     events = body.get("events", list(EVENTS))
     if not isinstance(events, list) or not events or not all(isinstance(e, str) and e in EVENTS for e in events):
         raise ApiError(400, f"events: a list of some of {', '.join(EVENTS)} is required", param="events")
-    url = await _checked(api, body.get("url"))
+    url = await _checked(api, caller.tenant, body.get("url"))
     hook = await asyncio.to_thread(api.webhooks.make, caller.tenant, url, list(dict.fromkeys(events)))
     if hook is None:
         raise ApiError(400, f"url: there are {MOST_HOOKS} webhooks already; delete one", param="url")
-    return JSONResponse({**_shown(hook), "secret": hook.secret})
+    return JSONResponse({**(await _shown(api, [hook]))[0], "secret": hook.secret})
 
 
-async def _checked(api: Api, url: Any) -> str:
+async def _checked(api: Api, tenant: str, url: Any) -> str:
     if not isinstance(url, str) or len(url) > 2048:
         raise ApiError(400, "url: an address of at most 2048 characters is required", param="url")
+    checks: Counter[str] = api.address_checks
+    if checks[tenant] >= CHECKS:
+        message = f"url: {CHECKS} addresses are being looked up for this tenant; try again when one is done"
+        raise ApiError(429, message, param="url", code="too_many_lookups", headers={"Retry-After": "1"})
+    checks[tenant] += 1
     try:
         check_url(url)
         parts = urlsplit(url)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(CHECK):
             port = parts.port or (443 if parts.scheme == "https" else 80)
-            await resolve(parts.hostname or "", port, api.settings.webhook_allow)
+            await resolve(parts.hostname or "", port, api.settings.webhook_allow, api.settings.webhook_dns)
     except Forbidden as refused:
         raise ApiError(400, f"url: {refused}", param="url", code="url_not_allowed") from None
     except TimeoutError:
         raise ApiError(400, "url: its name was not resolved in time", param="url") from None
+    finally:
+        checks[tenant] -= 1
+        checks += Counter()  # forgets who has none
     return url
 
 
@@ -70,13 +82,27 @@ async def _checked(api: Api, url: Any) -> str:
 async def list_webhooks(api: TheApi, caller: TheCaller) -> Response:
     """The tenant's webhooks, newest first."""
     hooks = await asyncio.to_thread(api.webhooks.of, caller.tenant)
-    return JSONResponse(page([_shown(hook) for hook in hooks], False))
+    return JSONResponse(page(await _shown(api, hooks), False))
 
 
 @router.get("/v1/webhooks/{id}", responses=answers(WebhookObject, examples.WEBHOOK, 404))
 async def get_webhook(id: str, api: TheApi, caller: TheCaller) -> Response:
-    """A webhook less its secret."""
-    return JSONResponse(_shown(await _hook(api, caller, id)))
+    """A webhook less its secret. Its `health` is `closed` while its deliveries go out. After failures in a row it is
+    `open`: what is to be delivered waits until `next_probe`, then is `half-open` and one delivery is tried. After three
+    days without a success it is `disabled`. `reason` is the last failure, `dropped` counts the events it was not told
+    of since too much was waiting."""
+    return JSONResponse((await _shown(api, [await _hook(api, caller, id)]))[0])
+
+
+@router.post("/v1/webhooks/{id}/enable", responses=answers(WebhookObject, examples.WEBHOOK, 404))
+async def enable_webhook(id: str, api: TheApi, caller: TheCaller) -> Response:
+    """Post to a webhook as if it had never failed, what waits for it first: for one that was disabled, or whose
+    receiver is mended."""
+    hook = await asyncio.to_thread(api.webhooks.enable, await _hook(api, caller, id))
+    if hook is None:
+        raise not_found("webhook", id)
+    api.herald.wake()
+    return JSONResponse((await _shown(api, [hook]))[0])
 
 
 @router.delete("/v1/webhooks/{id}", responses=answers(Deleted, {**examples.DELETED, "object": "webhook"}, 404))
@@ -95,7 +121,7 @@ async def list_deliveries(id: str, api: TheApi, caller: TheCaller, limit: Limit 
 
 
 @router.post(
-    "/v1/webhooks/{id}/deliveries/{delivery_id}/replay", responses=answers(DeliveryObject, examples.DELIVERY, 404)
+    "/v1/webhooks/{id}/deliveries/{delivery_id}/replay", responses=answers(DeliveryObject, examples.DELIVERY, 404, 409)
 )
 async def replay_delivery(id: str, delivery_id: str, api: TheApi, caller: TheCaller) -> Response:
     """Deliver something again, under the same `webhook-id`."""
@@ -103,7 +129,9 @@ async def replay_delivery(id: str, delivery_id: str, api: TheApi, caller: TheCal
     delivery = await asyncio.to_thread(api.webhooks.deliveries.get, delivery_id, caller.tenant)
     if delivery is None or delivery.webhook != hook.id:
         raise not_found("delivery", delivery_id)
-    again = await asyncio.to_thread(api.webhooks.replay, delivery)
+    if hook.health.disabled:
+        raise ApiError(409, "the webhook is disabled: enable it first", code="webhook_disabled")
+    again = await asyncio.to_thread(api.webhooks.replay, hook, delivery)
     api.herald.wake()
     return JSONResponse(_shown_delivery(again or delivery))
 
@@ -115,14 +143,22 @@ async def _hook(api: Api, caller: Caller, identity: str) -> WebhookDocument:
     return hook
 
 
-def _shown(hook: WebhookDocument) -> dict[str, Any]:
-    return {
-        "id": hook.id,
-        "object": "webhook",
-        "url": hook.url,
-        "events": hook.events,
-        "created_at": int(hook.created),
-    }
+async def _shown(api: Api, hooks: list[WebhookDocument]) -> list[dict[str, Any]]:
+    now, dropped = await asyncio.to_thread(lambda: (api.ledger.now(), api.webhooks.dropped(hooks)))
+    return [
+        {
+            "id": hook.id,
+            "object": "webhook",
+            "url": hook.url,
+            "events": hook.events,
+            "created_at": int(hook.created),
+            "health": (state := hook.health.state(now)),
+            "reason": hook.health.reason,
+            "next_probe": hook.health.until if state == "open" else None,
+            "dropped": count,
+        }
+        for hook, count in zip(hooks, dropped, strict=True)
+    ]
 
 
 def _shown_delivery(delivery: DeliveryDocument) -> dict[str, Any]:
