@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import threading
@@ -55,7 +56,7 @@ class NameServer:
 
 
 class Receiver:
-    """A TCP server on `host` that hands every connection, once a request's head is there, to `serve`, in a thread. It
+    """A TCP server on `host` that hands every connection, once a request is there, to `serve`, in a thread. It
     keeps the heads, and how many connections it had at once."""
 
     def __init__(
@@ -89,7 +90,11 @@ class Receiver:
             while b"\r\n\r\n" not in head and (data := there.recv(65_536)):
                 head += data
             if head:
-                self.heads.append(head.partition(b"\r\n\r\n")[0])
+                head, _, body = head.partition(b"\r\n\r\n")
+                self.heads.append(head)
+                length = int(re.search(rb"Content-Length: (\d+)", head)[1])  # type: ignore[index]
+                while len(body) < length and (data := there.recv(65_536)):  # unread, it would have the answer lost
+                    body += data
                 self._serve(there, head)
             there.close()
         self._open.discard(connection)
