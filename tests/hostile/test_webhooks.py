@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import ssl
 import subprocess
@@ -22,11 +23,14 @@ from support.api import ApiProcess, Sink
 from support.receivers import NameServer, Receiver, accept, tarpit
 from support.wait import eventually
 
-from broker.api import webhook_post
+from broker.api import webhook_post, webhook_store
 from broker.api.webhook_address import LOOKUP
+from broker.api.webhook_health import FAILURES, Health
 from broker.api.webhook_post import MOST_ANSWER, connections, post
-from broker.api.webhook_store import TURNS, DeliveryDocument, WebhookDocument, Webhooks
+from broker.api.webhook_store import MOST_HOOKS, TURNS, DeliveryDocument, WebhookDocument, Webhooks
 from broker.embedded import EmbeddedServer
+from broker.ledger import Ledger
+from broker.settings import Settings
 
 SECRET = "whsec_" + "c2VjcmV0" * 4
 #: Where receivers are allowed; 127.0.0.1, where they must never be reached, is not.
@@ -316,3 +320,123 @@ def test_messages_of_turns_that_nobody_reads_do_not_pile_up(valkey: EmbeddedServ
                 api.ledger.client.delete(turns)  # their time is over
             assert hooks.give_turns() == []
         assert api.ledger.client.llen("webhooks") == TURNS
+
+
+# --- what is kept is bounded, and comes back
+
+
+@pytest.fixture
+def hooks(ledger: Ledger, settings: Settings) -> Webhooks:
+    return Webhooks(settings, ledger)
+
+
+def made(hooks: Webhooks, tenant: str = "t") -> WebhookDocument:
+    hook = hooks.make(tenant, "http://example.com", ["task.failed"])
+    assert hook is not None
+    return hook
+
+
+def noted(error: str | None, took: float = 0.1) -> dict[str, Any]:
+    return {"at": 0.0, "status": None, "error": error, "took": took}
+
+
+def all_keys(hooks: Webhooks, pattern: str) -> list[bytes]:
+    return list(hooks.shelf.client.keys(f"*{pattern}"))
+
+
+def test_pending_and_final_deliveries_are_bounded(hooks: Webhooks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhook_store, "MOST_PENDING", 20)
+    monkeypatch.setattr(webhook_store, "MOST_DELIVERIES", 5)
+    hook, second = made(hooks), made(hooks)
+    for n in range(30):
+        hooks.announce("t", "task.failed", f"task-{n}", {"id": n})
+    assert len(all_keys(hooks, "api:delivery:*")) == 20
+    assert hooks.dropped([hook, second]) == [20, 20]
+    hooks.announce("t", "task.failed", "task-1", {"id": 1})  # it was told already
+    assert hooks.dropped([hook]) == [20]
+    turn = next(t for t in hooks.give_turns() if t.hook == hook.id)
+    while found := hooks.next_due(turn, 3):
+        for delivery in found[1]:
+            hooks.settle(hook, delivery, noted(None), again=None)
+    assert len(all_keys(hooks, "api:delivery:*")) == 10 + 5
+    assert len(hooks.deliveries.page(hook.id, after=None, limit=100)[0]) == 5
+    for each in (hook, second):
+        hooks.remove(each)
+    assert all_keys(hooks, "api:deliver*") in ([], [f"{hooks._ledger.prefix}api:deliveries-done:t".encode()])
+
+
+def test_a_payload_is_bounded_and_says_what_it_lacks(hooks: Webhooks) -> None:
+    hook = made(hooks)
+    hooks.announce("t", "task.failed", "a", {"id": "a", "metadata": {"k": "ö" * 50_000}, "reason": "half \ud800"})
+    ((delivery,), _) = hooks.deliveries.page(hook.id, after=None, limit=1)
+    told = json.loads(delivery.payload)["data"]
+    assert told == {"id": "a", "reason": "half ?", "omitted": ["metadata"]}
+
+
+def test_no_more_webhooks_than_allowed_however_many_are_made_at_once(hooks: Webhooks) -> None:
+    threads = [threading.Thread(target=hooks.make, args=("t", "http://example.com", [])) for _ in range(60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(all_keys(hooks, "api:webhook:*")) <= MOST_HOOKS
+
+
+def test_a_turn_is_had_once_and_comes_again_when_it_was_lost(hooks: Webhooks, monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = made(hooks)
+    for n in range(3):
+        hooks.announce("t", "task.failed", f"task-{n}", {})
+    monkeypatch.setattr(webhook_store, "LEASE", 1.0)
+    (lost,) = hooks.give_turns()
+    assert hooks.give_turns() == []
+    (turn,) = eventually(hooks.give_turns, "whoever had it is taken for dead")
+    assert not hooks.in_turn(lost, 0)  # its message, read late, is void
+    assert hooks.in_turn(turn, 0)
+    hooks.end_turn(lost)
+    assert hooks.in_turn(turn, 0)
+    found = hooks.next_due(turn, 10)
+    assert found is not None
+    assert len(found[1]) == 3
+    hooks.end_turn(turn)
+    assert [t.hook for t in hooks.give_turns()] == [hook.id]  # there is more
+
+
+def test_an_unreadable_record_keeps_nothing_else_from_being_delivered(hooks: Webhooks) -> None:
+    hook, broken = made(hooks), made(hooks, "another")
+    for n in range(3):
+        hooks.announce("t", "task.failed", f"task-{n}", {})
+    hooks.announce("another", "task.failed", "x", {})
+    client = hooks.shelf.client
+    client.set(hooks.shelf.key(broken.id), b"{")
+    client.set(all_keys(hooks, "api:delivery:*")[0], b'{"id": 1}')
+    for turn in hooks.give_turns():
+        found = hooks.next_due(turn, 10)
+        assert (found is None) is (turn.hook == broken.id)
+        hooks.end_turn(turn)
+    assert client.zrange(hooks._due, 0, -1) == [f"{hook.id} t".encode()]
+
+
+def test_a_webhook_that_failed_for_days_is_disabled_until_it_is_enabled(hooks: Webhooks) -> None:
+    hook = made(hooks)
+    hooks.announce("t", "task.failed", "a", {})
+    (turn,) = hooks.give_turns()
+    found = hooks.next_due(turn, 1)
+    assert found is not None
+    long_ago = Health(failures=FAILURES, since=1.0, pauses=3, until=1.0, reason="HTTP 500")
+    hooks.shelf.change(hook.id, lambda h: h.model_copy(update={"health": long_ago}))
+    failing = hooks.shelf.get(hook.id)
+    assert failing is not None
+    hooks.settle(failing, found[1][0], noted("HTTP 500"), again=0.0)
+    assert hooks.next_due(turn, 1) is None
+    hooks.end_turn(turn)
+    disabled = hooks.shelf.get(hook.id)
+    assert disabled is not None
+    assert disabled.health.disabled
+    assert "HTTP 500" in str(disabled.health.reason)
+    hooks.announce("t", "task.failed", "b", {})
+    assert hooks.give_turns() == []
+    hooks.enable(disabled)
+    (turn,) = hooks.give_turns()
+    found = hooks.next_due(turn, 10)
+    assert found is not None
+    assert len(found[1]) == 1  # what had waited, and not what happened meanwhile
