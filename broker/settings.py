@@ -101,9 +101,7 @@ class Settings(BaseSettings):
     api_file_retention: Annotated[float, Field(ge=3600)] = 30 * 86_400.0
     api_cors: tuple[str, ...] = ()  # JSON: origins whose pages may use the API from a browser
     webhook_allow: tuple[str, ...] = ()  # JSON: private networks webhooks may reach, e.g. ["10.1.0.0/16"]
-    webhook_dns: tuple[
-        str, ...
-    ] = ()  # JSON: DNS servers asked for webhooks' names, e.g. ["10.1.0.53"]; default: the system's
+    webhook_dns: tuple[str, ...] = ()  # JSON: DNS servers asked for webhooks' names; default: the system's
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False

@@ -98,3 +98,14 @@ def test_a_data_folder_may_be_relative_and_hold_any_character(monkeypatch: pytes
     assert connect(settings).get_connection_kwargs()["path"] == str(settings.socket)
     assert settings.address == f"unix://{settings.socket}"
     assert Settings(data_dir=Path("~/x")).data_dir == Path.home() / "x"
+
+
+@pytest.mark.parametrize("server", ["10.0.0.53", "10.0.0.53:5353", "[fd00::53]", "[fd00::53]:53"])
+def test_a_name_server_is_an_address(server: str) -> None:
+    assert load_settings(webhook_dns=[server]).webhook_dns == (server,)
+
+
+@pytest.mark.parametrize("server", ["", "dns.example", "10.0.0.53:x", "10.0.0.53:99999", "fd00::53", "a@10.0.0.53"])
+def test_a_name_server_that_is_no_address_is_named(server: str) -> None:
+    with pytest.raises(BadSetting, match="PERLLM_WEBHOOK_DNS"):
+        load_settings(webhook_dns=[server])
