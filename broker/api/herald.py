@@ -1,4 +1,4 @@
-"""Tells webhooks what became of tasks and batches: reads the event stream, makes deliveries, gives webhooks their turns.
+"""Tells webhooks what became of tasks and batches: reads the event stream, makes deliveries, gives webhooks turns.
 
 It may tell of the same thing twice after a crash; the delivery is the same then. A batch's tasks are not told of one by
 one: its end is.
