@@ -24,15 +24,13 @@ from edge_worker import llama
 from edge_worker.cells import Cells
 from edge_worker.plan import Widths, choose_victim, share_prefill
 from edge_worker.prefixes import SHORTEST, Prefixes, common_prefix
-from edge_worker.sampling import token_logprobs
+from edge_worker.sampling import Drawing, GrammarError, token_logprobs
 from edge_worker.text import TextStream
 
 log = structlog.get_logger(__name__)
 
 #: A step that takes so many times its expected time, and `STALL_SECONDS` more, was held up by something else.
 STALL_FACTOR, STALL_SECONDS = 3.0, 0.2
-#: A grammar may hold up the others for so long at a token, s; one that takes longer once is not let again.
-SLOWEST_DRAW = 1.0
 #: A request joins others only if, beyond its prompt, each of them and itself has so many free cells to grow into.
 HEADROOM = 16
 
@@ -47,7 +45,7 @@ class Request:
     spec: TaskSpec
     stop: Stop
     tokens: list[int]  # the prompt's; the output's are appended
-    sampler: llama.Sampler | None  # None: always the most likely token
+    drawing: Drawing | None  # None: always the most likely token
     text: TextStream
     accepted: float
     streams: bool = False  # put pieces of text into `outbox`
@@ -346,15 +344,14 @@ class Batch:
         self.waiting.appendleft(victim)
 
     def _sample(self, request: Request, row: int) -> None:
-        logits, began = self.context.logits(row), time.monotonic()
-        token = int(logits.argmax()) if request.sampler is None else request.sampler.draw(logits)
+        logits = self.context.logits(row)
+        try:
+            token = int(logits.argmax()) if request.drawing is None else request.drawing.draw(logits)
+        except GrammarError as error:
+            field = "grammar" if request.spec.grammar is not None else "json_schema"
+            request.error = EngineError(f"{field}: {error}", retry=False)
+            return
         now = time.monotonic()
-        if token is None:
-            request.error = EngineError("grammar: it allows none of the model's tokens here", retry=False)
-            return
-        if now - began > SLOWEST_DRAW:
-            request.error = EngineError(f"grammar: one token took {now - began:.1f} s: simplify it", retry=False)
-            return
         request.first = request.first or now
         request.last = now
         self._gauges.generated += 1
@@ -395,8 +392,8 @@ class Batch:
             self._prefixes.trim()
         else:
             self.waiting.remove(request)
-        if request.sampler is not None:
-            request.sampler.close()
+        if request.drawing is not None:
+            request.drawing.close()
         if (rest := request.text.finish()) and request.streams:
             request.outbox.put(rest)
         request.after = self._counters()

@@ -26,7 +26,7 @@ from broker.worker.gauges import Gauges
 from edge_worker.batch import Batch, Request
 from edge_worker.llama import MAX_SEQUENCES, VERSION
 from edge_worker.meters import make_meter
-from edge_worker.sampling import greedy, make_sampler
+from edge_worker.sampling import greedy, make_drawing
 from edge_worker.text import TextStream
 from edge_worker.variants import Loaded, Stopped, Variant, Variants
 
@@ -190,8 +190,8 @@ class LlamaEngine:
                 f"{variant.context} tokens: {way_out}",
                 retry=False,
             )
-        sampler = None if greedy(spec) else make_sampler(loaded.model, spec, variant.context)
-        return Request(task_id, spec, stop, tokens, sampler, TextStream(spec.stop), accepted)
+        drawing = None if greedy(spec) else make_drawing(loaded.model, spec, variant.context)
+        return Request(task_id, spec, stop, tokens, drawing, TextStream(spec.stop), accepted)
 
     def _enqueue(self, batch: Batch, request: Request) -> None:
         with self._changed:

@@ -17,7 +17,8 @@ import redis
 import structlog
 from pydantic import ValidationError
 
-from broker.errors import BadSetting, TaskExpired, TaskFailed, Unreachable
+from broker import grammar
+from broker.errors import BadSetting, InvalidTask, TaskExpired, TaskFailed, TryAgain, Unreachable
 from broker.ledger import Claim, Ledger
 from broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec
 from broker.settings import Settings
@@ -145,6 +146,7 @@ class NodeWorker:
     def _run_claimed(self, task_id: str, attempt: _Attempt, claim: Claim, transfer: float) -> str:
         try:
             spec = TaskSpec.model_validate_json(claim.payload).model_copy(update={"model": claim.model})
+            grammar.check(spec)
             speaker = Speaker(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
             done = self._engine.generate(task_id, spec, attempt.stop, speaker)
         except EngineDown as error:
@@ -156,6 +158,8 @@ class NodeWorker:
             return f"handed back: {reason}"
         except EngineError as error:
             return self._failed(task_id, attempt, str(error), retry=error.retry)
+        except InvalidTask as error:
+            return self._failed(task_id, attempt, str(error), retry=isinstance(error, TryAgain))
         except ValidationError as error:
             return self._failed(task_id, attempt, f"the payload is of another version: {error}", retry=True)
         except Exception as error:  # an engine's bug must not take the attempt's record with it
