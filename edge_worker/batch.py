@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -135,6 +135,7 @@ class Batch:
         self._cells = Cells(self.context.kv_tokens, slots)
         self._prefixes = Prefixes(range(slots, slots + remember), self.context, self._cells)
         self._stepping: tuple[Request, ...] = ()
+        self._at_work: tuple[Request, ...] = ()
 
     @property
     def busy(self) -> bool:
@@ -145,6 +146,16 @@ class Batch:
     def free_kv(self) -> int:
         """Tokens of KV cache free, or held only for reuse. From any thread."""
         return self._cells.free + self._cells.idle
+
+    @property
+    def at_work(self) -> Sequence[Request]:
+        """Those being computed or drawn for now; all in the batch, where that is not known. From any thread."""
+        return self._at_work or tuple(self.active)
+
+    @property
+    def longest_step(self) -> float:
+        """What a full step is expected to take, s."""
+        return self.pace.step(sequences=self._slots, prefilled=self.pace.chunk, context=self.context.kv_tokens)
 
     def interrupt(self) -> None:
         """A request was asked to stop: if all in the present step were, end it now. From any thread.
@@ -273,10 +284,11 @@ class Batch:
             if not self._make_room(sum(n for _, n in group)):
                 continue
             rows = self._fill(group)
-            self._stepping = tuple(r for r, _ in group)
+            self._stepping = self._at_work = tuple(r for r, _ in group)
             self.context.abort(False)
             status = self.context.decode()
             self._stepping = ()
+            self._at_work = ()
             if status != llama.NO_KV_SLOT:
                 break
             self._cells.correct(sum(n for _, n in group) - 1)
@@ -290,11 +302,13 @@ class Batch:
             self._cells.grow(request.sequence, tokens)
         for request, row in rows:
             request.prefilling = False
+            self._at_work = (request,)
             try:
                 self._sample(request, row)
             except Exception as error:  # one request's sampling must not take the others with it
                 log.exception("sampling_failed", task_id=request.task_id)
                 request.error = EngineError(f"sampling failed: {type(error).__name__}: {error}", retry=True)
+        self._at_work = ()
         return group
 
     def _fill(self, group: list[tuple[Request, int]]) -> list[tuple[Request, int]]:

@@ -46,9 +46,8 @@ def judge(tokenizer: llguidance.LLTokenizer, lark: str) -> str:
     matcher = llguidance.LLMatcher(tokenizer, lark, log_level=0, limits=limits())
     if not matcher.is_error():
         matcher.compute_bitmask()
-        if matcher.stop_reason() == "NoExtensionBias":
-            return "no text fits it"
-    return matcher.get_error()
+    error = matcher.get_error()
+    return "no text fits it" if error.startswith("NoExtension") else error
 
 
 def _serve() -> None:
