@@ -22,6 +22,7 @@ from typing import Any, Self, TypeVar, Unpack
 import redis
 import redis.asyncio
 
+from broker import grammar
 from broker.connection import connect, connect_async, reaching
 from broker.door import Door
 from broker.errors import TaskNotFound, Unreachable, WaitTimeout
@@ -220,7 +221,9 @@ class AsyncClient:
         """See Client.accept."""
         if self._client.door.stale:
             await asyncio.to_thread(self._client.door.refresh)
-        return self._client.accept(fields)
+        spec = self._client.door.accept_unchecked(fields)
+        await grammar.check_from_loop(spec)
+        return spec
 
     async def submit(self, prompt: str | None = None, **fields: Unpack[TaskFields]) -> AsyncHandle:
         """See Client.submit."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from broker import grammar
 from broker.errors import InvalidTask, field_errors
 from broker.ledger import Ledger
 from broker.messages import ModelOffer, TaskSpec
@@ -27,7 +28,15 @@ class Door:
         self._as_of = float("-inf")
 
     def accept(self, fields: Mapping[str, Any]) -> TaskSpec:
-        """The task these fields describe. Raises InvalidTask naming every field that is wrong.
+        """The task these fields describe. Raises InvalidTask naming every field that is wrong. A grammar or schema that
+        this process has not seen before is compiled elsewhere meanwhile (a second at most, usually milliseconds).
+        """
+        spec = self.accept_unchecked(fields)
+        grammar.check(spec, hurried=True)
+        return spec
+
+    def accept_unchecked(self, fields: Mapping[str, Any]) -> TaskSpec:
+        """The same, but without the check of a grammar or schema: that is left to the caller.
 
         A model nobody offers, and more tokens than any context holds, are refused only while nodes are live: without
         any, the task waits for one.

@@ -16,6 +16,10 @@ class InvalidTask(PerLLMError):
     """A task, or one field of it, is not acceptable; nothing was stored."""
 
 
+class TryAgain(InvalidTask):
+    """A task could not be judged now; nothing was stored. The same one may be taken later."""
+
+
 class Unreachable(PerLLMError):
     """The Redis server cannot be used: not there, wrong password, too old, or out of memory."""
 

@@ -33,7 +33,7 @@ from broker.messages import (
     TaskSpec,
 )
 from broker.settings import Settings
-from broker.worker.engine import EngineDown, EngineError, Generation, OnText, Stop
+from broker.worker.engine import EngineDown, EngineError, Generation, OnText, Stop, Stuck
 from broker.worker.gauges import Gauges
 from cloud_worker.loop import LoopThread, Pieces
 from cloud_worker.openai_api import (
@@ -226,6 +226,10 @@ class RemoteEngine:
     def progress(self) -> Mapping[str, int]:
         """Task id → tokens generated so far."""
         return {request.task_id: request.tokens for request in list(self._requests)}
+
+    def stuck(self) -> Stuck | None:
+        """Never: every request has its time-outs."""
+        return None
 
     # --- one request
 

@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 import vllm
 from pydantic import ValidationError
+from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
@@ -22,8 +23,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from broker.errors import BadSetting
-from broker.messages import Sampling, TaskSpec
+from broker import grammar
+from broker.errors import BadSetting, InvalidTask, TryAgain
+from broker.messages import TaskSpec
 from broker.settings import Settings
 from broker.worker.engine import EngineError
 
@@ -65,6 +67,8 @@ def engine_args(settings: Settings, slots: int) -> Any:
         "max_model_len": settings.context,
         "max_num_seqs": slots,
         "scheduling_policy": "priority",
+        # What checks grammars and schemas before a task is taken, so that what passes there passes here
+        "structured_outputs_config": StructuredOutputsConfig(backend="guidance"),
         "disable_log_stats": True,  # its own logs of them: ours are a stat logger beside
     }
     if settings.adapters:
@@ -136,14 +140,12 @@ def lora_requests(adapters: Mapping[str, Path], prefix: str) -> dict[str, Any]:
     }
 
 
-def sampling_params(spec: Sampling, max_tokens: int) -> Any:
+def sampling_params(spec: TaskSpec, max_tokens: int) -> Any:
     """`spec` in vLLM's terms. Raises EngineError (retry=False) for what vLLM does not accept."""
     structured = None
     try:
-        if spec.json_schema is not None:
-            structured = StructuredOutputsParams(json=spec.json_schema)
-        elif spec.grammar is not None:
-            structured = StructuredOutputsParams(grammar=spec.grammar)
+        if (text := grammar.lark(spec)) is not None:
+            structured = StructuredOutputsParams(grammar=text)
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=spec.temperature,
@@ -159,6 +161,8 @@ def sampling_params(spec: Sampling, max_tokens: int) -> Any:
             structured_outputs=structured,
             output_kind=RequestOutputKind.DELTA,
         )
+    except InvalidTask as error:
+        raise EngineError(str(error), retry=isinstance(error, TryAgain)) from None
     except ValueError as error:
         raise EngineError(f"vLLM does not accept it: {error}", retry=False) from None
 

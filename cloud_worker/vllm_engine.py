@@ -29,7 +29,7 @@ from broker.errors import BadSetting
 from broker.messages import Calibration, Counters, Energy, ModelOffer, Output, Power, TaskSpec
 from broker.settings import Settings
 from broker.worker.energy import WINDOW, Attribution
-from broker.worker.engine import EngineDown, EngineError, Generation, OnText, Stop
+from broker.worker.engine import EngineDown, EngineError, Generation, OnText, Stop, Stuck
 from broker.worker.gauges import Gauges
 from cloud_worker import pace
 from cloud_worker.loop import LoopThread, Pieces
@@ -47,6 +47,8 @@ SWITCH_INTERVAL = 5e-4
 LOOK = 0.02
 #: A step that takes so many times its expected time, and `STALL_SECONDS` more, was held up by something else.
 STALL_FACTOR, STALL_SECONDS = 3.0, 0.2
+#: Seconds without a step's end, with work there, after which vLLM will not get on again.
+STUCK = 300.0
 #: Pauses before the engine is started anew: the first and the longest, s, and how often it is tried.
 RESTART_PAUSE, RESTART_LONGEST, RESTART_TRIES = 1.0, 60.0, 10
 #: Calibration: requests at once with a long context and its tokens, at most; seconds of idling and decoding metered.
@@ -247,6 +249,14 @@ class VLLMEngine:
     def progress(self) -> Mapping[str, int]:
         """Task id → tokens generated so far."""
         return {request.task_id: len(request.tokens) for request in list(self._present)}
+
+    def stuck(self) -> Stuck | None:
+        """Whether vLLM's processes live and do nothing for longer than anything they compile on demand takes."""
+        present = [request.task_id for request in list(self._present)]
+        silent = time.monotonic() - self._gauges.progress
+        if self._down is not None or not present or silent <= STUCK:
+            return None
+        return Stuck(f"vLLM has not got on for {silent:.0f} s", frozenset(present))
 
     # --- one request
 

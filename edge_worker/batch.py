@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -24,15 +24,13 @@ from edge_worker import llama
 from edge_worker.cells import Cells
 from edge_worker.plan import Widths, choose_victim, share_prefill
 from edge_worker.prefixes import SHORTEST, Prefixes, common_prefix
-from edge_worker.sampling import token_logprobs
+from edge_worker.sampling import Drawing, GrammarError, token_logprobs
 from edge_worker.text import TextStream
 
 log = structlog.get_logger(__name__)
 
 #: A step that takes so many times its expected time, and `STALL_SECONDS` more, was held up by something else.
 STALL_FACTOR, STALL_SECONDS = 3.0, 0.2
-#: A grammar may hold up the others for so long at a token, s; one that takes longer once is not let again.
-SLOWEST_DRAW = 1.0
 #: A request joins others only if, beyond its prompt, each of them and itself has so many free cells to grow into.
 HEADROOM = 16
 
@@ -47,7 +45,7 @@ class Request:
     spec: TaskSpec
     stop: Stop
     tokens: list[int]  # the prompt's; the output's are appended
-    sampler: llama.Sampler | None  # None: always the most likely token
+    drawing: Drawing | None  # None: always the most likely token
     text: TextStream
     accepted: float
     streams: bool = False  # put pieces of text into `outbox`
@@ -137,6 +135,7 @@ class Batch:
         self._cells = Cells(self.context.kv_tokens, slots)
         self._prefixes = Prefixes(range(slots, slots + remember), self.context, self._cells)
         self._stepping: tuple[Request, ...] = ()
+        self._at_work: tuple[Request, ...] = ()
 
     @property
     def busy(self) -> bool:
@@ -147,6 +146,16 @@ class Batch:
     def free_kv(self) -> int:
         """Tokens of KV cache free, or held only for reuse. From any thread."""
         return self._cells.free + self._cells.idle
+
+    @property
+    def at_work(self) -> Sequence[Request]:
+        """Those being computed or drawn for now; all in the batch, where that is not known. From any thread."""
+        return self._at_work or tuple(self.active)
+
+    @property
+    def longest_step(self) -> float:
+        """What a full step is expected to take, s."""
+        return self.pace.step(sequences=self._slots, prefilled=self.pace.chunk, context=self.context.kv_tokens)
 
     def interrupt(self) -> None:
         """A request was asked to stop: if all in the present step were, end it now. From any thread.
@@ -275,10 +284,11 @@ class Batch:
             if not self._make_room(sum(n for _, n in group)):
                 continue
             rows = self._fill(group)
-            self._stepping = tuple(r for r, _ in group)
+            self._stepping = self._at_work = tuple(r for r, _ in group)
             self.context.abort(False)
             status = self.context.decode()
             self._stepping = ()
+            self._at_work = ()
             if status != llama.NO_KV_SLOT:
                 break
             self._cells.correct(sum(n for _, n in group) - 1)
@@ -292,11 +302,13 @@ class Batch:
             self._cells.grow(request.sequence, tokens)
         for request, row in rows:
             request.prefilling = False
+            self._at_work = (request,)
             try:
                 self._sample(request, row)
             except Exception as error:  # one request's sampling must not take the others with it
                 log.exception("sampling_failed", task_id=request.task_id)
                 request.error = EngineError(f"sampling failed: {type(error).__name__}: {error}", retry=True)
+        self._at_work = ()
         return group
 
     def _fill(self, group: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
@@ -346,15 +358,14 @@ class Batch:
         self.waiting.appendleft(victim)
 
     def _sample(self, request: Request, row: int) -> None:
-        logits, began = self.context.logits(row), time.monotonic()
-        token = int(logits.argmax()) if request.sampler is None else request.sampler.draw(logits)
+        logits = self.context.logits(row)
+        try:
+            token = int(logits.argmax()) if request.drawing is None else request.drawing.draw(logits)
+        except GrammarError as error:
+            field = "grammar" if request.spec.grammar is not None else "json_schema"
+            request.error = EngineError(f"{field}: {error}", retry=False)
+            return
         now = time.monotonic()
-        if token is None:
-            request.error = EngineError("grammar: it allows none of the model's tokens here", retry=False)
-            return
-        if now - began > SLOWEST_DRAW:
-            request.error = EngineError(f"grammar: one token took {now - began:.1f} s: simplify it", retry=False)
-            return
         request.first = request.first or now
         request.last = now
         self._gauges.generated += 1
@@ -395,8 +406,8 @@ class Batch:
             self._prefixes.trim()
         else:
             self.waiting.remove(request)
-        if request.sampler is not None:
-            request.sampler.close()
+        if request.drawing is not None:
+            request.drawing.close()
         if (rest := request.text.finish()) and request.streams:
             request.outbox.put(rest)
         request.after = self._counters()

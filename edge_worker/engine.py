@@ -21,12 +21,12 @@ from broker.messages import Counters, Energy, ModelOffer, Output, Power, TaskSpe
 from broker.settings import Settings
 from broker.worker.cores import ThreadClaim, available_cores
 from broker.worker.energy import Attribution, Meter
-from broker.worker.engine import EngineError, Generation, OnText, Stop
+from broker.worker.engine import EngineError, Generation, OnText, Stop, Stuck
 from broker.worker.gauges import Gauges
 from edge_worker.batch import Batch, Request
 from edge_worker.llama import MAX_SEQUENCES, VERSION
 from edge_worker.meters import make_meter
-from edge_worker.sampling import greedy, make_sampler
+from edge_worker.sampling import greedy, make_drawing
 from edge_worker.text import TextStream
 from edge_worker.variants import Loaded, Stopped, Variant, Variants
 
@@ -37,6 +37,8 @@ log = structlog.get_logger(__name__)
 SLOTS, SLOTS_OF_MANY, MANY_CORES = 8, 16, 8
 #: Ended requests' prompts kept for reuse.
 REMEMBER = 8
+#: A step that takes longer than this, s, and than so many times the longest expected or lately seen, will not end.
+STUCK, STUCK_FACTOR = 10.0, 20.0
 #: How often a waiting caller looks whether its task was stopped, s: only to end a step early, so not often.
 LOOK = 0.05
 
@@ -152,6 +154,19 @@ class LlamaEngine:
         with self._changed:
             return {request.task_id: request.generated for request in self._requests}
 
+    def stuck(self) -> Stuck | None:
+        """Whether a step takes longer than any honest one could."""
+        now = time.monotonic()
+        busy = [batch for batch in self._variants.batches if batch.busy]
+        if not busy:
+            return None
+        longest = max(self._gauges.longest_step(now), *(batch.longest_step for batch in busy))
+        silent = now - self._gauges.progress
+        if silent <= max(STUCK, STUCK_FACTOR * longest):
+            return None
+        at_work = frozenset(request.task_id for batch in busy for request in batch.at_work)
+        return Stuck(f"the engine has not got on for {silent:.0f} s", at_work)
+
     # --- generating
 
     def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
@@ -190,8 +205,8 @@ class LlamaEngine:
                 f"{variant.context} tokens: {way_out}",
                 retry=False,
             )
-        sampler = None if greedy(spec) else make_sampler(loaded.model, spec, variant.context)
-        return Request(task_id, spec, stop, tokens, sampler, TextStream(spec.stop), accepted)
+        drawing = None if greedy(spec) else make_drawing(loaded.model, spec, variant.context)
+        return Request(task_id, spec, stop, tokens, drawing, TextStream(spec.stop), accepted)
 
     def _enqueue(self, batch: Batch, request: Request) -> None:
         with self._changed:

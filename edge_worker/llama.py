@@ -6,14 +6,10 @@ A C++ exception or failed assertion inside llama.cpp ends the process, so caller
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import sys
-import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 from llama_cpp import __version__
+from llguidance import LLTokenizer
 
 log = structlog.get_logger(__name__)
 
@@ -70,31 +67,6 @@ def complaint() -> str:
     return re.sub(r"^(?:\w+: |error loading model(?: hyperparameters)?: )+", "", text)
 
 
-_stderr = threading.Lock()
-
-
-@contextmanager
-def _stderr_heard() -> Iterator[list[str]]:
-    """Collects the grammar parser's complaints, which it prints to stderr past the log callback; whatever else is
-    written there meanwhile is passed on."""
-    heard: list[str] = []
-    with _stderr, tempfile.TemporaryFile() as file:
-        kept = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield heard
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            file.seek(0)
-            text = file.read().decode(errors="replace")
-            found = re.search(r"^parse: error parsing grammar: (.*)", text, re.MULTILINE)
-            if found:
-                heard.append(found[1].strip()[:200])
-            elif text:
-                sys.stderr.write(text)
-
-
 class LlamaError(Exception):
     """llama.cpp refused something; the message is its own."""
 
@@ -115,6 +87,8 @@ class Model:
         self.bos: int = lib.llama_vocab_bos(self._vocab)
         self.eos: int = lib.llama_vocab_eos(self._vocab)
         self._pieces: dict[int, bytes] = {}
+        self._vocabulary: LLTokenizer | None = None
+        self._making = threading.Lock()
         # Scratch of the samplers, so of the decode thread
         self.ids = np.arange(self.vocab_size, dtype=np.int32)
         self.candidates = np.zeros(self.vocab_size, _CANDIDATE)
@@ -189,10 +163,37 @@ class Model:
             self._pieces[token] = piece
         return piece
 
+    @property
+    def vocabulary(self) -> LLTokenizer:
+        """The tokens as grammars see them; made when first asked for (0.3 s). Thread-safe."""
+        with self._making:
+            if self._vocabulary is None:
+                vocabulary = _Vocabulary(self)
+                self._vocabulary = LLTokenizer(vocabulary, eos_token=vocabulary.ends or None)  # type: ignore[arg-type]
+            return self._vocabulary
+
     def close(self) -> None:
         if self._model:
             lib.llama_model_free(self._model)
             self._model = None
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer (its TokenizerWrapper). Nothing is ever to be tokenised: that is done only
+    for what a grammar forces, and ours force nothing."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(self, model: Model) -> None:
+        tokens = range(model.vocab_size)
+        self.tokens = [model.piece(token) for token in tokens]
+        self.special_token_ids = [token for token in tokens if not self.tokens[token]]
+        self.bos_token_id = model.bos if model.bos >= 0 else None
+        self.ends: list[int] = [token for token in tokens if model.ends(token)]
+        self.eos_token_id = model.eos if model.eos >= 0 else None
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        raise NotImplementedError
 
 
 class _Flag:
@@ -301,68 +302,35 @@ class Context:
 
 
 class Sampler:
-    """Draws tokens from logits by a chain of llama.cpp's samplers, within a grammar if there is one."""
+    """Draws tokens from logits by a chain of llama.cpp's samplers."""
 
-    def __init__(self, model: Model, chain: Sequence[Callable[[], Any]], grammar: str | None = None) -> None:
-        """`chain` makes the samplers in order, the last one choosing. Raises LlamaError for a grammar that does not
-        parse."""
-        self._chain: Any = None
-        self._grammar: Any = None
-        if grammar is not None:
-            complaint()
-            with _stderr_heard() as heard:
-                self._grammar = lib.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
-            if not self._grammar:
-                raise LlamaError(heard[0] if heard else complaint() or "it does not parse")
+    def __init__(self, model: Model, chain: Sequence[Callable[[], Any]]) -> None:
+        """`chain` makes the samplers in order, the last one choosing."""
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         for make in chain:
             lib.llama_sampler_chain_add(self._chain, make())
         self._model = model
 
-    def draw(self, logits: Logits) -> int | None:
-        """The next token, accepted into the grammar and the penalties; None when the grammar allows none."""
-        token = self._choose(logits, within_grammar=False)
-        if self._grammar is not None and not self._allowed(token):  # cheaper than always asking for all tokens
-            token = self._choose(logits, within_grammar=True)
-            if token is None or not self._allowed(token):
-                return None
-        if self._grammar is not None:
-            lib.llama_sampler_accept(self._grammar, token)
-        lib.llama_sampler_accept(self._chain, token)
-        return token
-
-    def _choose(self, logits: Logits, *, within_grammar: bool) -> int | None:
-        candidates = self._model.candidates
-        candidates["id"] = self._model.ids
-        candidates["logit"] = logits
-        array = self._array(candidates)
-        if within_grammar:
-            lib.llama_sampler_apply(self._grammar, ctypes.byref(array))
-            if not np.isfinite(candidates["logit"]).any():
-                return None
+    def choose(self, logits: Logits, among: npt.NDArray[np.intp] | None = None) -> int:
+        """The next token, one of `among` (ids, at least one) if given. Choosing commits to nothing: see `accept`."""
+        count = len(logits) if among is None else len(among)
+        candidates = self._model.candidates[:count]
+        candidates["id"] = self._model.ids if among is None else among
+        candidates["logit"] = logits if among is None else logits[among]
+        array = lib.llama_token_data_array(
+            data=candidates.ctypes.data_as(lib.llama_token_data_p), size=count, selected=-1, sorted=False
+        )
         lib.llama_sampler_apply(self._chain, ctypes.byref(array))
         return int(array.data[array.selected].id)
 
-    def _allowed(self, token: int | None) -> bool:
-        """Whether the grammar takes `token` next. Accepting one it does not take would end the process."""
-        single = np.zeros(1, _CANDIDATE)
-        single["id"], single["logit"] = token, 1.0
-        lib.llama_sampler_apply(self._grammar, ctypes.byref(self._array(single)))
-        return bool(np.isfinite(single["logit"][0]))
-
-    @staticmethod
-    def _array(candidates: npt.NDArray[Any]) -> Any:
-        return lib.llama_token_data_array(
-            data=candidates.ctypes.data_as(lib.llama_token_data_p), size=len(candidates), selected=-1, sorted=False
-        )
+    def accept(self, token: int) -> None:
+        """Let the penalties know of it."""
+        lib.llama_sampler_accept(self._chain, token)
 
     def close(self) -> None:
         if self._chain:
             lib.llama_sampler_free(self._chain)
             self._chain = None
-        if self._grammar:
-            lib.llama_sampler_free(self._grammar)
-            self._grammar = None
 
     def __del__(self) -> None:
         self.close()

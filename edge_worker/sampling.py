@@ -1,36 +1,88 @@
-"""From what a producer asks for to llama.cpp's samplers and a rendered prompt."""
+"""From what a producer asks for to samplers and a rendered prompt."""
 
 from __future__ import annotations
 
-import json
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-from llama_cpp.llama_grammar import json_schema_to_gbnf
+from llguidance import LLMatcher
 
-from broker.messages import Sampling, TaskSpec
+from broker import grammar
+from broker.errors import InvalidTask, TryAgain
+from broker.messages import TaskSpec
 from broker.worker.engine import EngineError
-from edge_worker.llama import LlamaError, Logits, Model, Sampler
+from edge_worker.llama import Logits, Model, Sampler
 
-#: A JSON schema's grammar may be so long, characters (as `Sampling.grammar`).
-MAX_GRAMMAR = 65_536
-#: llama.cpp parses a grammar by recursion: deeper nesting could overflow its stack, which would end the worker.
-MAX_NESTING = 64
+#: CPU time a request may spend on its grammar, s: so much, and so much more per token. Others in the batch wait
+#: meanwhile. What people mean takes far less; one token is bounded by `broker.grammar.limits` (about 0.5 s).
+GRAMMAR_BURST, GRAMMAR_RATE = 1.0, 0.005
 
 
-def greedy(spec: Sampling) -> bool:
+_NOTHING = "it allows none of the model's tokens here"
+
+
+class GrammarError(Exception):
+    """A grammar came to its end, or to a limit, where none should be: that request is over."""
+
+
+def greedy(spec: TaskSpec) -> bool:
     """Whether the most likely token is taken as it is."""
     return spec.temperature == 0 and not _penalised(spec) and spec.grammar is None and spec.json_schema is None
 
 
-def make_sampler(model: Model, spec: Sampling, penalty_window: int) -> Sampler:
-    """The sampler `spec` asks for. Penalties look at up to `penalty_window` generated tokens (not at the prompt, as in
-    the OpenAI API). Raises EngineError (retry=False) for a grammar or schema that cannot be used.
+class Drawing:
+    """How one request's tokens are drawn: by a chain of samplers, within a grammar if there is one."""
+
+    def __init__(self, sampler: Sampler, matcher: LLMatcher | None) -> None:
+        self._sampler, self._matcher = sampler, matcher
+        self._allowance = GRAMMAR_BURST
+
+    def draw(self, logits: Logits) -> int:
+        """The next token. Raises GrammarError when the grammar allows none, or takes too much."""
+        token = self._sampler.choose(logits) if self._matcher is None else self._draw_within(self._matcher, logits)
+        self._sampler.accept(token)
+        return token
+
+    def _draw_within(self, matcher: LLMatcher, logits: Logits) -> int:
+        began = time.thread_time()
+        token = self._sampler.choose(logits)
+        if matcher.try_consume_tokens([token]) == 0:  # cheaper than always asking for all that are allowed
+            bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            if not matcher.is_error():
+                among = np.flatnonzero(np.unpackbits(bits, count=len(logits), bitorder="little"))
+                if not len(among):
+                    raise GrammarError(_NOTHING)
+                token = self._sampler.choose(logits, among)
+                matcher.consume_token(token)
+        if matcher.is_error():
+            raise GrammarError(_limit(matcher))
+        self._allowance += GRAMMAR_RATE - (time.thread_time() - began)
+        if self._allowance < 0:
+            raise GrammarError("finding what it allows takes too long: simplify it")
+        return token
+
+    def close(self) -> None:
+        self._sampler.close()
+        self._matcher = None
+
+
+def _limit(matcher: LLMatcher) -> str:
+    said = matcher.get_error().split("\n", 1)[0].split(";", 1)[0][:200]
+    if said.startswith("NoExtension"):
+        return _NOTHING
+    return f"too many possibilities to follow: simplify it, or write recursion as repetition ({said})"
+
+
+def make_drawing(model: Model, spec: TaskSpec, penalty_window: int) -> Drawing:
+    """What `spec` asks for. Penalties look at up to `penalty_window` generated tokens (not at the prompt, as in the
+    OpenAI API). Raises EngineError (retry=False) for a grammar or schema that cannot be used.
     """
+    matcher = _matcher(model, spec)
     chain: list[Callable[[], Any]] = []
     if _penalised(spec):
         chain.append(
@@ -50,48 +102,27 @@ def make_sampler(model: Model, spec: Sampling, penalty_window: int) -> Sampler:
             chain.append(lambda: lib.llama_sampler_init_min_p(spec.min_p, 1))
         chain.append(lambda: lib.llama_sampler_init_temp(spec.temperature))
         chain.append(lambda: lib.llama_sampler_init_dist(seed))
-    try:
-        return Sampler(model, chain, _grammar(spec))
-    except LlamaError as error:
-        raise EngineError(f"grammar: {error}", retry=False) from None
+    return Drawing(Sampler(model, chain), matcher)
 
 
-def _penalised(spec: Sampling) -> bool:
+def _penalised(spec: TaskSpec) -> bool:
     return spec.repeat_penalty != 1 or spec.frequency_penalty != 0 or spec.presence_penalty != 0
 
 
-def _grammar(spec: Sampling) -> str | None:
-    if spec.grammar is not None:
-        grammar, field = spec.grammar, "grammar"
-    elif spec.json_schema is not None:
-        field = "json_schema"
-        try:
-            grammar = str(json_schema_to_gbnf(json.dumps(spec.json_schema)))
-        except (Exception, RecursionError) as error:  # the converter raises whatever a schema leads it into
-            raise EngineError(f"json_schema: cannot be used: {type(error).__name__}: {error}", retry=False) from None
-    else:
+def _matcher(model: Model, spec: TaskSpec) -> LLMatcher | None:
+    try:
+        text = grammar.lark(spec)
+    except TryAgain as error:
+        raise EngineError(str(error), retry=True) from None
+    except InvalidTask as error:
+        raise EngineError(str(error), retry=False) from None
+    if text is None:
         return None
-    if not grammar.strip():
-        raise EngineError(f"{field}: is empty", retry=False)
-    if len(grammar) > MAX_GRAMMAR:
-        raise EngineError(f"{field}: its grammar is longer than {MAX_GRAMMAR} characters", retry=False)
-    if "\0" in grammar:
-        raise EngineError(f"{field}: contains a null character", retry=False)
-    if _nesting(grammar) > MAX_NESTING:
-        raise EngineError(f"{field}: nested deeper than {MAX_NESTING}", retry=False)
-    return grammar
-
-
-def _nesting(grammar: str) -> int:
-    """Depth of parentheses, at least as the parser sees it (those inside literals count as well)."""
-    depth = deepest = 0
-    for character in grammar:
-        if character == "(":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character == ")":
-            depth = max(0, depth - 1)
-    return deepest
+    matcher = LLMatcher(model.vocabulary, text, log_level=0, limits=grammar.limits())
+    if matcher.is_error():  # it passed the check, so this is about the model's vocabulary
+        field = "grammar" if spec.grammar is not None else "json_schema"
+        raise EngineError(f"{field}: cannot be used with this model: {_limit(matcher)}", retry=False)
+    return matcher
 
 
 class Prompter:

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from broker.errors import InvalidTask, TaskNotFound, Unreachable, WaitTimeout
+from broker.errors import InvalidTask, TaskNotFound, TryAgain, Unreachable, WaitTimeout
 
 log = structlog.get_logger(__name__)
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -54,6 +54,8 @@ def of_task(error: InvalidTask) -> ApiError:
     said = str(error)
     named = re.match(r"([\w.]+): ", said)
     param = named[1] if named and named[1] != "task" else None
+    if isinstance(error, TryAgain):
+        return ApiError(429, said, param=param, code="try_again", headers={"Retry-After": "10"})
     if param == "model" and "no live node serves" in said:
         return ApiError(404, said, param=param, code="model_not_found")
     return ApiError(400, said, param=param, code="invalid_task")

@@ -69,7 +69,7 @@ async def submit_tasks(request: Request, api: TheApi, caller: TheCaller, extensi
                 raise InvalidTask("task: an object is required")
             specs.append(await api.accept(caller, {**extensions, **_fields(fields)}))
         except InvalidTask as error:
-            raise InvalidTask(f"tasks.{number}.{error}") from None
+            raise type(error)(f"tasks.{number}.{error}") from None
         except ApiError as error:
             raise ApiError(error.status_code, f"tasks.{number}: {error.detail}", param=f"tasks.{number}") from None
     accepted_all = await api.submit(caller, specs)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from broker.messages import Calibration, Counters, Energy, ModelOffer, Output, Power, TaskSpec
 from broker.settings import Settings
-from broker.worker.engine import EngineError, Generation, OnText, Stop
+from broker.worker.engine import EngineError, Generation, OnText, Stop, Stuck
 
 METHOD = "emulated"
 _IDLE_WATTS, _ACTIVE_WATTS = 1.0, 4.0
@@ -127,6 +127,10 @@ class EmulatedEngine:
     def progress(self) -> Mapping[str, int]:
         with self._lock:
             return dict(self._progress)
+
+    def stuck(self) -> Stuck | None:
+        """Never: it only sleeps."""
+        return None
 
     def close(self) -> None:
         """Nothing to free."""

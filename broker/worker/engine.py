@@ -80,6 +80,15 @@ class EngineDown(EngineError):
         self.inside = inside
 
 
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """An engine that will not get on again by itself, and the tasks it was at when it ceased to: one of them may be
+    the cause."""
+
+    reason: str
+    at_work: frozenset[str]
+
+
 #: Called with each piece of text (whole UTF-8 characters) as it is generated.
 OnText = Callable[[str], None]
 
@@ -114,6 +123,9 @@ class Engine(Protocol):
 
     def progress(self) -> Mapping[str, int]:
         """Task id → tokens generated so far, of every task inside."""
+
+    def stuck(self) -> Stuck | None:
+        """Whether a step takes longer than any honest one could. Then only a new process helps."""
 
     def close(self) -> None:
         """Stop every generation and free the model. Idempotent."""

@@ -6,6 +6,7 @@ and learns in the same call which of them must stop. A cancel wakes it at once t
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ import redis
 import structlog
 from pydantic import ValidationError
 
-from broker.errors import BadSetting, TaskExpired, TaskFailed, Unreachable
+from broker import grammar
+from broker.errors import BadSetting, InvalidTask, TaskExpired, TaskFailed, TryAgain, Unreachable
 from broker.ledger import Claim, Ledger
 from broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec
 from broker.settings import Settings
@@ -26,6 +28,10 @@ from broker.worker.speaker import Speaker
 
 #: Seconds a worker keeps trying to deliver a result to a server that does not answer.
 DELIVERY_PATIENCE = 60.0
+#: Seconds an engine must be found stuck, beat after beat: a process that was frozen itself would think so for a moment.
+CONFIRMED = 3.0
+#: The exit status of a worker whose engine is stuck (EX_SOFTWARE): who supervises it starts it anew.
+STUCK_STATUS = 70
 #: The reason given for work handed back by a graceful stop.
 STOPPING = "the worker is stopping"
 
@@ -58,6 +64,7 @@ class NodeWorker:
         self._closed = threading.Event()
         self._away = False  # out of the cluster while the engine is down
         self._leaving = threading.Lock()
+        self._stuck_since: float | None = None
         self._beating = threading.Thread(target=self._beat_until_closed, name="perllm-heartbeat", daemon=True)
 
     # --- service
@@ -145,6 +152,7 @@ class NodeWorker:
     def _run_claimed(self, task_id: str, attempt: _Attempt, claim: Claim, transfer: float) -> str:
         try:
             spec = TaskSpec.model_validate_json(claim.payload).model_copy(update={"model": claim.model})
+            grammar.check(spec)
             speaker = Speaker(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
             done = self._engine.generate(task_id, spec, attempt.stop, speaker)
         except EngineDown as error:
@@ -156,6 +164,8 @@ class NodeWorker:
             return f"handed back: {reason}"
         except EngineError as error:
             return self._failed(task_id, attempt, str(error), retry=error.retry)
+        except InvalidTask as error:
+            return self._failed(task_id, attempt, str(error), retry=isinstance(error, TryAgain))
         except ValidationError as error:
             return self._failed(task_id, attempt, f"the payload is of another version: {error}", retry=True)
         except Exception as error:  # an engine's bug must not take the attempt's record with it
@@ -287,7 +297,31 @@ class NodeWorker:
             log.info("node_back", node=self.info.name)
         return counters
 
+    def _watch_engine(self) -> None:
+        """End the process if its engine will not get on: native code cannot be stopped otherwise. What the engine was
+        at gets a strike, everything else goes back without one."""
+        stuck, now = self._engine.stuck(), time.monotonic()
+        if stuck is None:
+            self._stuck_since = None
+            return
+        self._stuck_since = self._stuck_since or now
+        if now - self._stuck_since < CONFIRMED:
+            return
+        reason = f"{stuck.reason}; the worker starts anew"
+        log.error("engine_stuck", node=self.info.name, reason=stuck.reason, at_work=sorted(stuck.at_work))
+        try:
+            with self._change:
+                running = dict(self._running)
+            self._ledger.drain(self.info.name, self.info.boot, reason)
+            for task_id in stuck.at_work & running.keys():
+                attempt = running[task_id]
+                self._ledger.fail(task_id, attempt.number, attempt.token, reason, retry=True)
+            self._ledger.leave(self.info.name, self.info.boot, reason)
+        finally:
+            os._exit(STUCK_STATUS)
+
     def _beat(self) -> None:
+        self._watch_engine()
         counters = self._counters()
         with self._change:
             running = dict(self._running)

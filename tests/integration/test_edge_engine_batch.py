@@ -20,7 +20,7 @@ from broker.errors import BadSetting
 from broker.messages import Message, TaskSpec
 from broker.settings import Settings
 from broker.worker.engine import EngineError, Generation, Stop
-from edge_worker import batch as batch_module
+from edge_worker import sampling
 from edge_worker.batch import Batch
 from edge_worker.cells import Cells
 from edge_worker.engine import LlamaEngine
@@ -243,8 +243,9 @@ def test_an_aborted_decode_leaves_nothing_half_done(tiny: Path) -> None:
 
 
 def test_a_grammar_that_takes_too_long_is_not_let_again(engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_module, "SLOWEST_DRAW", 0.0)
-    with pytest.raises(EngineError, match=r"grammar: one token took .* s: simplify it") as caught:
+    monkeypatch.setattr(sampling, "GRAMMAR_BURST", 0.0)
+    monkeypatch.setattr(sampling, "GRAMMAR_RATE", 0.0)
+    with pytest.raises(EngineError, match=r"grammar: finding what it allows takes too long: simplify it") as caught:
         engine.generate("t", TaskSpec(prompt="Hi.", grammar='root ::= "a"?'), Stop(60))
     assert not caught.value.retry
 

@@ -1,0 +1,325 @@
+"""The check of users' grammars and schemas: each distinct text once per process, in a child that may die of it.
+
+One tenant's slow grammars keep nobody else's waiting: each tenant has one of the children at a time, few of his may
+wait, and the time his slow ones took is held against him for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import LifoQueue
+from typing import Any
+
+from broker.errors import InvalidTask, TryAgain
+from broker.grammar import child
+from broker.grammar.gbnf import BadGBNF, to_lark
+from broker.messages import TaskSpec
+
+#: Children, and threads of an event loop's process that wait for them.
+CHILDREN, THREADS = 2, 32
+#: Verdicts remembered.
+REMEMBERED = 20_000
+#: Checks of one tenant that may wait, where nobody can be kept waiting.
+MOST_WAITING = 4
+#: CPU time a tenant's checks may take, where nobody can be kept waiting: so much at once and so much per s. The first
+#: 20 ms of each are free: what people mean takes less.
+BURST, RATE, FREE = 5.0, 0.1, 0.02
+#: Seconds after which a child counts as hung, however busy the machine is.
+HUNG = 20.0
+#: White space that schemas allow between the parts of a document: a small model would go on with it for ever.
+WHITE_SPACE = r" |\n{1,2}[ \t]{0,20}"
+_HEAD = '%llguidance {"no_forcing": true}\n'  # forcing would compute all that is certain to follow, however much it is
+
+
+def lark(spec: TaskSpec) -> str | None:
+    """The task's grammar or schema as llguidance takes it, checked; None where it has neither. Waits (seconds at
+    most). Raises InvalidTask, naming the field."""
+    if _source(spec) is None:
+        return None
+    check(spec)
+    return _lark(spec)
+
+
+def check(spec: TaskSpec, *, hurried: bool = False) -> None:
+    """Whether the task's grammar or schema can be used. Waits for a child; `hurried` says that nobody must be kept
+    waiting for long. Raises InvalidTask, naming the field; TryAgain, if hurried and the tenant has too much checked."""
+    checker = _checker
+    if (key := _key(spec)) is not None and not checker.known(key):
+        with checker.waiting(spec.tenant, hurried=hurried):
+            checker.look(key, spec)
+
+
+async def check_from_loop(spec: TaskSpec) -> None:
+    """`check`, hurried, for an event loop: it waits in threads of its own."""
+    checker = _checker
+    if (key := _key(spec)) is not None and not checker.known(key):
+        with checker.waiting(spec.tenant, hurried=True):
+            await asyncio.get_running_loop().run_in_executor(checker.threads, checker.look, key, spec)
+
+
+# --- the text
+
+
+def _source(spec: TaskSpec) -> tuple[str, str] | None:
+    """The field that constrains the output, and its text."""
+    if spec.grammar is not None:
+        return "grammar", spec.grammar
+    if spec.json_schema is not None:
+        return "json_schema", json.dumps(spec.json_schema, ensure_ascii=False)
+    return None
+
+
+def _key(spec: TaskSpec) -> bytes | None:
+    source = _source(spec)
+    return None if source is None else hashlib.sha256("\0".join(source).encode()).digest()
+
+
+def _lark(spec: TaskSpec) -> str:
+    """Raises InvalidTask."""
+    if spec.grammar is not None:
+        try:
+            return _HEAD + to_lark(spec.grammar)
+        except BadGBNF as error:
+            raise InvalidTask(f"grammar: {error}") from None
+    options = {"whitespace_pattern": WHITE_SPACE, "coerce_one_of": True, "lenient": False}
+    schema = {**(spec.json_schema or {}), "x-guidance": options}
+    return f"{_HEAD}start: %json {json.dumps(schema, ensure_ascii=False)}"
+
+
+# --- the children
+
+
+class _Died(Exception):
+    """The child died of what it was given. The message says of what."""
+
+
+class _Hung(Exception):
+    """The child did not answer, or was ended by others: this says nothing of what it was given."""
+
+
+class _Child:
+    """One process, started when it is first needed, and anew when it has died. One thread at a time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def judge(self, lark: str) -> tuple[str, float]:
+        """What is wrong ("": nothing), and the CPU time it took, s. Raises _Died, _Hung."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(Path(child.__file__))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        process, text = self._process, lark.encode()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        watch = threading.Timer(HUNG, process.kill)
+        watch.daemon = True
+        watch.start()
+        try:
+            process.stdin.write(len(text).to_bytes(4, "big") + text)
+            process.stdin.flush()
+            reply = process.stdout.readline()
+        except OSError:
+            reply = b""
+        finally:
+            watch.cancel()
+        if reply.endswith(b"\n"):
+            said = json.loads(reply)
+            return str(said["error"]), float(said["seconds"])
+        raise self._cause(self.end())
+
+    @staticmethod
+    def _cause(status: int | None) -> Exception:
+        match status:
+            case int() if status == -signal.SIGPROF:
+                return _Died(f"takes longer than {child.CPU:g} s to compile: simplify it")
+            case int() if status in (-signal.SIGSEGV, -signal.SIGBUS):
+                return _Died("its rules refer to each other too deeply: simplify it")
+            case int() if status == -signal.SIGABRT:
+                return _Died("takes too much memory to compile: simplify it")
+        return _Hung(f"status {status}")
+
+    def end(self) -> int | None:
+        """End the process, if there is one; returns its status."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            status = process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+        process.stdout.close()
+        return status
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """What one tenant has under way, and the CPU time held against him, s, as of a moment (monotonic)."""
+
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    waiting: int = 0
+    owed: float = 0.0
+    at: float = field(default_factory=time.monotonic)
+
+    def owes(self) -> float:
+        now = time.monotonic()
+        self.owed, self.at = max(0.0, self.owed - RATE * (now - self.at)), now
+        return self.owed
+
+
+class _Checker:
+    """The verdicts of this process, and who waits for one."""
+
+    def __init__(self) -> None:
+        self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="perllm-grammar")
+        self._children = [_Child() for _ in range(CHILDREN)]
+        self._free: LifoQueue[_Child] = LifoQueue()
+        for one in self._children:
+            self._free.put(one)
+        self._lock = threading.Lock()  # of the rest
+        self._verdicts: OrderedDict[bytes, str] = OrderedDict()
+        self._tenants: dict[str, _Tenant] = {}
+
+    def known(self, key: bytes) -> bool:
+        """Whether this was found good before. Raises InvalidTask where it was found bad."""
+        with self._lock:
+            verdict = self._verdicts.get(key)
+            if verdict is None:
+                return False
+            self._verdicts.move_to_end(key)
+        if verdict:
+            raise InvalidTask(verdict)
+        return True
+
+    @contextmanager
+    def waiting(self, name: str, *, hurried: bool) -> Iterator[None]:
+        """One more check of this tenant is under way. Raises TryAgain."""
+        with self._lock:
+            tenant = self._tenants.setdefault(name, _Tenant())
+            if hurried and (tenant.waiting >= MOST_WAITING or tenant.owes() > BURST):
+                raise TryAgain(
+                    "grammar: too many new grammars and schemas of this tenant are being checked, or took long to: "
+                    "try again later, or use one that was used before"
+                )
+            tenant.waiting += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                tenant.waiting -= 1
+                for idle in [n for n, t in self._tenants.items() if not t.waiting and not t.owes()]:
+                    del self._tenants[idle]
+
+    def look(self, key: bytes, spec: TaskSpec) -> None:
+        """Have it checked, unless somebody else had meanwhile. Raises InvalidTask, TryAgain."""
+        tenant = self._tenants[spec.tenant]
+        with tenant.turn:
+            if self.known(key):
+                return
+            try:
+                verdict, seconds = self._judge(spec)
+            except _Hung:
+                raise TryAgain("grammar: it could not be checked now: try again") from None
+            with self._lock:
+                tenant.owed = tenant.owes() + max(0.0, seconds - FREE)
+                self._verdicts[key] = verdict
+                if len(self._verdicts) > REMEMBERED:
+                    self._verdicts.popitem(last=False)
+        self.known(key)
+
+    def _judge(self, spec: TaskSpec) -> tuple[str, float]:
+        """The verdict, as an error names it, and the CPU time it took. Raises _Hung."""
+        try:
+            text = _lark(spec)
+        except InvalidTask as error:
+            return str(error), 0.0
+        for last_try in (False, True):
+            one = self._free.get()
+            try:
+                wrong, seconds = one.judge(text)
+            except _Died as died:
+                wrong, seconds = str(died), child.CPU
+            except _Hung:
+                if last_try:
+                    raise
+                continue
+            finally:
+                self._free.put(one)
+            name = "grammar" if spec.grammar is not None else "json_schema"
+            return wrong and f"{name}: {_plain(wrong, spec)}", seconds
+        raise AssertionError("the second try ends otherwise")
+
+    def close(self) -> None:
+        for one in self._children:
+            one.end()
+
+
+def _plain(error: str, spec: TaskSpec) -> str:
+    """llguidance's complaint in one line, without our Lark around what the user wrote."""
+    said = error.split("\n<non-verbose", 1)[0]
+    _, found, rest = said.partition("failed to compile JSON schema: ")
+    said = (rest if found else said).split("\n   1 | ", 1)[0]
+    said = " ".join(said.split())[:300]
+    if spec.json_schema is not None and said.startswith("Unimplemented keys: "):
+        keys = json.loads(said.removeprefix("Unimplemented keys: "))
+        where = ", ".join(_path(spec.json_schema, key) for key in keys[:5])
+        return f"cannot be used: {where}: not supported: leave it out"
+    return f"cannot be used: {said}"
+
+
+def _path(schema: Mapping[str, Any], key: str) -> str:
+    """Where in the schema this keyword stands, as a JSON pointer: the first place."""
+    left: list[tuple[str, Any, bool]] = [("#", schema, False)]  # (where, what, whether its keys are names)
+    while left:
+        where, value, names = left.pop(0)
+        if isinstance(value, dict):
+            if key in value and not names:
+                return f"{where}/{key}"
+            for name, part in value.items():
+                maps = not names and name in ("properties", "patternProperties", "$defs", "definitions")
+                if names or name not in ("const", "enum", "default", "examples"):
+                    left.append((f"{where}/{name}", part, maps))
+        elif isinstance(value, list):
+            left += [(f"{where}/{number}", part, False) for number, part in enumerate(value)]
+    return key
+
+
+_checker = _Checker()
+
+
+def _renew() -> None:
+    """A forked process shares no children with the one it came from."""
+    global _checker  # noqa: PLW0603
+    _checker = _Checker()
+
+
+def _close() -> None:
+    _checker.close()
+
+
+os.register_at_fork(after_in_child=_renew)
+atexit.register(_close)

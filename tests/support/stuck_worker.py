@@ -1,0 +1,27 @@
+"""`celery -A support.stuck_worker worker`: an edge node that hangs in native code, with the interpreter free, as
+soon as a prompt says so."""
+
+from __future__ import annotations
+
+import ctypes
+
+from broker.worker import node
+from broker.worker.app import worker_app
+from edge_worker import engine
+from edge_worker.batch import Batch, Request
+from edge_worker.engine import LlamaEngine
+
+engine.STUCK = 1.0
+engine.STUCK_FACTOR = 0.0
+node.CONFIRMED = 0.5
+_sample = Batch._sample
+
+
+def _hanging(batch: Batch, request: Request, row: int) -> None:
+    if request.spec.prompt == "HANG":
+        ctypes.CDLL(None).sleep(1000)
+    _sample(batch, request, row)
+
+
+Batch._sample = _hanging  # type: ignore[method-assign]
+app = worker_app("edge", LlamaEngine)
