@@ -171,6 +171,8 @@ def _answer(url: str) -> bool | None:
         return bool(client.ping())
     except redis.exceptions.BusyLoadingError:
         return None
+    except redis.exceptions.ResponseError:  # a disk it cannot write, for one
+        return True
     except redis.exceptions.RedisError:
         return False
     finally:
