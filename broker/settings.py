@@ -19,7 +19,7 @@ from broker.messages import NodeName
 _SCHEMES = ("redis", "rediss", "unix")
 _PORT_AND_DATABASE = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/]+)(:\d+)?(/\d*)?")
 #: A certificate or key that is not given by its whole path.
-_FILE_IN_URL = re.compile(r"([?&]ssl_(?:ca_certs|ca_path|certfile|keyfile)=)([^&/#][^&#]*)")
+_FILE_IN_URL = re.compile(r"([?&]ssl_(?:ca_certs|ca_path|certfile|keyfile)=)(?!/|%2F)([^&#]+)", re.IGNORECASE)
 
 
 def _default_model_cache() -> Path:

@@ -98,3 +98,25 @@ def test_a_data_folder_may_be_relative_and_hold_any_character(monkeypatch: pytes
     assert connect(settings).get_connection_kwargs()["path"] == str(settings.socket)
     assert settings.address == f"unix://{settings.socket}"
     assert Settings(data_dir=Path("~/x")).data_dir == Path.home() / "x"
+
+
+def test_paths_and_all_else_that_was_set_hold_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("PERLLM_LOG_JSON=1\nPERLLM_MODEL=some/name\nPERLLM_WEBHOOK_ALLOW='[\"10.0.0.0/8\"]'")
+    given = {"redis_url": "rediss://u:p%40@h?ssl_ca_certs=c%20a.pem", "model_cache": "cache", "adapters": {"a": "b"}}
+    here = Settings.model_validate(given)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for variable, value in here.environment().items():
+        monkeypatch.setenv(variable, value)
+    there = Settings()
+    assert there == here
+    assert there.url == f"rediss://u:p%40@h?ssl_ca_certs={tmp_path}/c%20a.pem"
+    assert (there.model_cache, there.model) == (tmp_path / "cache", "some/name")
+
+
+def test_a_home_that_is_not_known_is_one_error() -> None:
+    with pytest.raises(BadSetting, match="PERLLM_DATA_DIR: "):
+        load_settings(data_dir="~nobody-of-this-name/x")
