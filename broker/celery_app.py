@@ -52,6 +52,8 @@ def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) ->
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
         broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_channel_error_retry=True,  # what a server refuses now (its disk is full, say) it will take later
         broker_connection_timeout=CONNECT_TIMEOUT,
         broker_transport_options=dict(NOTICE),
         redis_backend_health_check_interval=15,

