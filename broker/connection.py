@@ -74,10 +74,17 @@ def connect_async(settings: Settings) -> redis.asyncio.Redis:
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    options: dict[str, Any] = {"health_check_interval": 15}
+    # Half of a surrogate pair, as an argument or an engine's error may contain, is sent as "?" and stops nobody.
+    options: dict[str, Any] = {"health_check_interval": 15, "encoding_errors": "replace"}
     if not settings.url.startswith("unix:"):
         options |= {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_keepalive": True}
     return options
+
+
+def of_a_record(error: Exception) -> bool:
+    """Whether a call failed on what is stored of the thing it was about, and not on the server or the caller: who does
+    the same for many goes on with the next."""
+    return type(error) is redis.exceptions.ResponseError and str(error).partition(" ")[0] not in _CANNOT
 
 
 @contextmanager

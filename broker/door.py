@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from broker.errors import InvalidTask, field_errors
 from broker.ledger import Ledger
-from broker.messages import ModelOffer, TaskSpec
+from broker.messages import MAX_VALUE, ModelOffer, TaskSpec
 from broker.settings import Settings
 
 #: Seconds the list of models on offer may be old.
@@ -26,16 +26,21 @@ class Door:
         self._offers: list[ModelOffer] = []
         self._as_of = float("-inf")
 
-    def accept(self, fields: Mapping[str, Any]) -> TaskSpec:
-        """The task these fields describe. Raises InvalidTask naming every field that is wrong.
+    def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
+        """The task these fields describe. Raises InvalidTask naming every field that is wrong, also for a `value` above
+        `max_value`; none given is 1, or the most there may be.
 
         A model nobody offers, and more tokens than any context holds, are refused only while nodes are live: without
         any, the task waits for one.
         """
+        if "value" not in fields and max_value < 1:
+            fields = {**fields, "value": max_value}
         try:
             spec = TaskSpec.model_validate(dict(fields))
         except ValidationError as error:
             raise InvalidTask(field_errors(error)) from None
+        if spec.value > max_value:
+            raise InvalidTask(f"value: {spec.value:g} is more than this key may give, {max_value:g}")
         size = spec.text_bytes()
         if size > self._settings.max_prompt_bytes:
             field, limit = "prompt" if spec.prompt is not None else "messages", self._settings.max_prompt_bytes

@@ -24,6 +24,10 @@ class TaskNotFound(PerLLMError):
     """No task has this id (it may have been finished and forgotten after the retention time)."""
 
 
+class Unreadable(PerLLMError):
+    """What is stored of a task cannot be read: it was written by another version, or spoilt from outside."""
+
+
 class WaitTimeout(PerLLMError, TimeoutError):
     """The task did not reach a final state within the given time; it goes on."""
 

@@ -17,15 +17,17 @@ import redis
 import structlog
 from pydantic import ValidationError
 
-from broker.errors import BadSetting, TaskExpired, TaskFailed, Unreachable
+from broker.errors import BadSetting, TaskExpired, TaskFailed, Unreachable, field_errors
 from broker.ledger import Claim, Ledger
-from broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec
+from broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec, whole_text
 from broker.settings import Settings
 from broker.worker.engine import Engine, EngineDown, EngineError, Generation, Stop
 from broker.worker.speaker import Speaker
 
 #: Seconds a worker keeps trying to deliver a result to a server that does not answer.
 DELIVERY_PATIENCE = 60.0
+#: Longest reason of a failure that is kept, characters: engines quote what they were given.
+MAX_REASON = 2000
 #: The reason given for work handed back by a graceful stop.
 STOPPING = "the worker is stopping"
 
@@ -157,7 +159,9 @@ class NodeWorker:
         except EngineError as error:
             return self._failed(task_id, attempt, str(error), retry=error.retry)
         except ValidationError as error:
-            return self._failed(task_id, attempt, f"the payload is of another version: {error}", retry=True)
+            return self._failed(
+                task_id, attempt, f"it cannot be read, or its output: {field_errors(error)}", retry=True
+            )
         except Exception as error:  # an engine's bug must not take the attempt's record with it
             log.exception("engine_error", task_id=task_id)
             return self._failed(task_id, attempt, f"{type(error).__name__}: {error}", retry=True)
@@ -187,6 +191,7 @@ class NodeWorker:
                 assert_never(done.output.finish_reason)
 
     def _failed(self, task_id: str, attempt: _Attempt, reason: str, *, retry: bool) -> str:
+        reason = whole_text(reason[:MAX_REASON])
         log.warning("attempt_failed", task_id=task_id, attempt=attempt.number, reason=reason, retry=retry)
         self._patiently(lambda: self._ledger.fail(task_id, attempt.number, attempt.token, reason, retry=retry))
         raise TaskFailed(reason)
@@ -258,6 +263,9 @@ class NodeWorker:
             except BadSetting as error:
                 log.error("node_name_lost", reason=str(error))
                 self._closed.wait(self._settings.lease)
+            except Exception:  # a bug, or what an engine says of one task, must not end the heartbeat of all
+                log.exception("heartbeat_failed", node=self.info.name)
+                self._closed.wait(self._settings.heartbeat)
 
     def _await_next_beat(self, signals: redis.client.PubSub) -> None:
         """Sleep until the next beat is due or somebody cancels a task here."""
