@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import redis
 import redis.asyncio
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.connection import HiredisRespSerializer
 from redis.retry import Retry
 
 from broker.errors import BadSetting, Unreachable
+from broker.messages import whole_text
 from broker.settings import Settings
 
 #: Seconds a connection attempt, and a reply, may take. Producers may be far away and send much at once; the system's
@@ -54,12 +56,23 @@ class _Retry(Retry):
         return super().call_with_retry(do, fail, worth_it, with_failure_count)
 
 
+class _Packer(HiredisRespSerializer):
+    """Sends text with half a surrogate pair, as an argument or an engine's error may contain, without it: it is an id
+    of nothing, and no reason to fail."""
+
+    def pack(self, *args: Any) -> list[bytes]:
+        try:
+            return cast("list[bytes]", super().pack(*args))
+        except UnicodeEncodeError:
+            return cast("list[bytes]", super().pack(*(whole_text(a) if isinstance(a, str) else a for a in args)))
+
+
 def connect(settings: Settings, *, reply_timeout: float | None = REPLY_TIMEOUT) -> redis.Redis:
     """A client for the server in force. Connects on first use, retries a lost connection with backoff and jitter.
 
     Raises BadSetting for a URL with an option there is not."""
     retry = _Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries=5)
-    options = _options(settings) | {"socket_timeout": reply_timeout, "retry": retry}
+    options = _options(settings) | {"socket_timeout": reply_timeout, "retry": retry, "command_packer": _Packer()}
     try:
         client: redis.Redis = redis.Redis.from_url(settings.url, **options)
         client.connection_pool.make_connection()  # connects nothing yet, but finds what the URL may not say
@@ -74,8 +87,7 @@ def connect_async(settings: Settings) -> redis.asyncio.Redis:
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    # Half of a surrogate pair, as an argument or an engine's error may contain, is sent as "?" and stops nobody.
-    options: dict[str, Any] = {"health_check_interval": 15, "encoding_errors": "replace"}
+    options: dict[str, Any] = {"health_check_interval": 15}
     if not settings.url.startswith("unix:"):
         options |= {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_keepalive": True}
     return options

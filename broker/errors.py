@@ -59,5 +59,8 @@ def field_errors(error: ValidationError, name: Callable[[str], str] = str) -> st
 def _given(item: Any) -> str:
     if item["type"] in ("missing", "value_error") or isinstance(item.get("input"), dict | list | tuple):
         return ""
-    given = repr(item.get("input"))
+    try:
+        given = repr(item.get("input"))
+    except ValueError:  # an integer of too many digits
+        return ""
     return f" (given {given if len(given) <= 40 else given[:39] + '…'})"

@@ -105,7 +105,7 @@ class Message(Door):
     """One chat turn."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: str
+    content: Annotated[str, Field(min_length=0)]  # any bound has pydantic see to it that the text can be written
 
 
 class Sampling(Door):

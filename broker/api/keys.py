@@ -19,7 +19,7 @@ from broker.api.shelf import Document, Shelf
 from broker.connection import reaching
 from broker.errors import BadSetting, field_errors
 from broker.ledger import Ledger
-from broker.messages import MAX_VALUE, Name
+from broker.messages import MAX_NAME, MAX_VALUE, Name
 from broker.settings import Settings
 
 _FORM = re.compile(r"perllm_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
@@ -51,7 +51,7 @@ class Key(Document):
     is the highest value its tasks may have; 1 for a key from before there was such a limit."""
 
     tenant: Name
-    name: str
+    name: Annotated[str, Field(max_length=MAX_NAME)]
     digest: str
     rate: float | None = None
     in_flight: int | None = None
