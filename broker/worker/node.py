@@ -147,6 +147,10 @@ class NodeWorker:
     def _run_claimed(self, task_id: str, attempt: _Attempt, claim: Claim, transfer: float) -> str:
         try:
             spec = TaskSpec.model_validate_json(claim.payload).model_copy(update={"model": claim.model})
+        except ValidationError as error:
+            reason = f"the payload is of another version: {field_errors(error)}"
+            return self._failed(task_id, attempt, reason, retry=True)
+        try:
             speaker = Speaker(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
             done = self._engine.generate(task_id, spec, attempt.stop, speaker)
         except EngineDown as error:
@@ -158,10 +162,6 @@ class NodeWorker:
             return f"handed back: {reason}"
         except EngineError as error:
             return self._failed(task_id, attempt, str(error), retry=error.retry)
-        except ValidationError as error:
-            return self._failed(
-                task_id, attempt, f"it cannot be read, or its output: {field_errors(error)}", retry=True
-            )
         except Exception as error:  # an engine's bug must not take the attempt's record with it
             log.exception("engine_error", task_id=task_id)
             return self._failed(task_id, attempt, f"{type(error).__name__}: {error}", retry=True)
