@@ -7,10 +7,11 @@ may carry `deadline`, `value`, `service` and `expected_tokens`.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
+
+from pydantic_core import from_json
 
 from broker.dialect import CHAT, ENDPOINTS, EXTENSIONS, response_body, task_fields
 from broker.errors import InvalidTask
@@ -18,6 +19,8 @@ from broker.messages import Result, State, TaskSpec
 
 #: Longest `custom_id`, characters.
 MAX_CUSTOM_ID = 512
+#: Longest line, bytes.
+MAX_LINE = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,19 @@ class BadLine:
     reason: str
 
 
+def texts(content: IO[bytes]) -> Iterator[str]:
+    """A file's lines. One that is too long or no UTF-8 becomes one that is no JSON, and says so in its place."""
+    while raw := content.readline(MAX_LINE):
+        if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
+            while (rest := content.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                pass
+            raw = b"(a line of more than %d bytes)" % MAX_LINE
+        try:
+            yield raw.decode()
+        except UnicodeDecodeError:
+            yield "(not UTF-8 text)"
+
+
 def read(lines: Iterable[str]) -> Iterator[Line | BadLine]:
     """Parse a batch file line by line; empty lines are skipped, a repeated `custom_id` is an error of its line."""
     seen: set[bytes] = set()  # digests: 50,000 long ids would be much to keep
@@ -57,11 +73,9 @@ def read(lines: Iterable[str]) -> Iterator[Line | BadLine]:
 
 def _parse(number: int, text: str) -> Line | BadLine:
     try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as error:
-        return BadLine(number, None, f"not JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        return BadLine(number, None, f"not JSON: {error}")
+        raw = from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        return BadLine(number, None, f"not JSON: {str(error).replace(' at line 1 column', ' at column')}")
     if not isinstance(raw, dict):
         return BadLine(number, None, "not a JSON object")
     custom_id = raw.get("custom_id")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
@@ -20,7 +21,8 @@ from rich.table import Table
 from broker import demo as demonstration
 from broker import show, submit_file
 from broker.client import Client
-from broker.errors import BadSetting, InvalidTask, PerLLMError
+from broker.errors import BadSetting, InvalidTask, PerLLMError, TaskNotFound, Unreadable
+from broker.ledger import TaskRecord
 from broker.messages import Result, State
 from broker.settings import load_settings
 from broker.stack import Stack
@@ -44,6 +46,9 @@ TaskId = Annotated[str, typer.Argument(help="A task's id.", show_default=False)]
 def main() -> None:
     """The console script: the user's mistakes are one line and status 1, never a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` cleans up as Ctrl-C does
+    for stream in (sys.stdout, sys.stderr):  # arguments and file names may be no text, and are shown all the same
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if len(sys.argv) < 2 or sys.argv[1] not in _own_commands():
         _add_plugins()  # only then: importing the simulator takes longer than most commands
     try:
@@ -254,8 +259,10 @@ def tasks(
 ) -> None:
     """List tasks."""
     with Client() as client:
-        rows = [_row(client, i) for s in ([state] if state else State) for i in _ids(client, s, limit)]
-    found = [r for r in rows if r is not None]
+        now = client.ledger.now()
+        found = [
+            _row(r, now) for s in ([state] if state else State) for r in client.ledger.legible(_ids(client, s, limit))
+        ]
     if as_json:
         _print_json(found)
         return
@@ -298,7 +305,14 @@ def dead_retry(
         raise BadSetting("give task ids, or --all")
     with Client() as client:
         ids = client.ledger.ids(State.FAILED) if everything else task_ids or []
-        again = {task_id: client.retry(task_id).id for task_id in ids}
+        again = {}
+        for task_id in ids:
+            try:
+                again[task_id] = client.retry(task_id).id
+            except (Unreadable, TaskNotFound) as error:
+                if not everything:
+                    raise
+                err.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         _print_json(again)
         return
@@ -367,15 +381,12 @@ def _ids(client: Client, state: State, limit: int) -> list[str]:
     return client.ledger.ids(state, limit=limit, newest=state.final)
 
 
-def _row(client: Client, task_id: str) -> dict[str, Any] | None:
-    record = client.ledger.task(task_id)
-    if record is None:
-        return None
+def _row(record: TaskRecord, now: float) -> dict[str, Any]:
     return {
-        "id": task_id,
+        "id": record.id,
         "state": str(record.state),
         "node": record.node,
         "attempt": record.attempt,
-        "deadline_in": None if record.state.final else record.deadline - client.ledger.now(),
+        "deadline_in": None if record.state.final else record.deadline - now,
         "prompt": record.spec.preview(40),
     }

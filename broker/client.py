@@ -27,7 +27,7 @@ from broker.connection import connect, connect_async, reaching
 from broker.door import Door
 from broker.errors import TaskNotFound, Unreachable, WaitTimeout
 from broker.ledger import Ledger, TaskRecord
-from broker.messages import Explanation, Result, State, TaskFields, TaskSpec, new_id
+from broker.messages import MAX_VALUE, Explanation, Result, State, TaskFields, TaskSpec, new_id
 from broker.settings import Settings, load_settings
 
 #: Seconds after which a waiter looks for itself, in case an announcement was lost with a connection.
@@ -87,9 +87,9 @@ class Client:
         specs = ((new_id(), t if isinstance(t, TaskSpec) else self.accept(_with_prompt(t, {}))) for t in tasks)
         return [Handle(task_id, self) for task_id in self.ledger.submit(specs)]
 
-    def accept(self, fields: Mapping[str, Any]) -> TaskSpec:
+    def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
         """Check a task without submitting it. Raises InvalidTask naming every field that is wrong."""
-        return self.door.accept(fields)
+        return self.door.accept(fields, max_value=max_value)
 
     def result(self, task_id: str, timeout: float | None = None) -> Result:
         """Wait for a task's final state. Raises WaitTimeout, TaskNotFound."""
@@ -217,11 +217,11 @@ class AsyncClient:
         self._subscribing = asyncio.Lock()
         self._listener: asyncio.Task[None] | None = None
 
-    async def accept(self, fields: Mapping[str, Any]) -> TaskSpec:
+    async def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
         """See Client.accept."""
         if self._client.door.stale:
             await asyncio.to_thread(self._client.door.refresh)
-        spec = self._client.door.accept_unchecked(fields)
+        spec = self._client.door.accept_unchecked(fields, max_value=max_value)
         await grammar.check_from_loop(spec)
         return spec
 

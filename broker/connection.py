@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import redis
 import redis.asyncio
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.connection import HiredisRespSerializer
 from redis.retry import Retry
 
 from broker.errors import BadSetting, Unreachable
+from broker.messages import whole_text
 from broker.settings import Settings
 
 #: Seconds a connection attempt, login included, and a reply, may take. Producers may be far away and send much at once;
@@ -128,12 +130,23 @@ class _Socket(_Opening, redis.UnixDomainSocketConnection):
 _CLASSES = {"redis": _Plain, "rediss": _Tls, "unix": _Socket}
 
 
+class _Packer(HiredisRespSerializer):
+    """Sends text with half a surrogate pair, as an argument or an engine's error may contain, without it: it is an id
+    of nothing, and no reason to fail."""
+
+    def pack(self, *args: Any) -> list[bytes]:
+        try:
+            return cast("list[bytes]", super().pack(*args))
+        except UnicodeEncodeError:
+            return cast("list[bytes]", super().pack(*(whole_text(a) if isinstance(a, str) else a for a in args)))
+
+
 def connect(settings: Settings, *, reply_timeout: float | None = REPLY_TIMEOUT) -> redis.Redis:
     """A client for the server in force. Connects on first use, retries a lost connection with backoff and jitter.
 
     Raises BadSetting for a URL with an option there is not, or one that names a file that cannot be used."""
     retry = _Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries=5)
-    options = _options(settings) | {"socket_timeout": reply_timeout, "retry": retry}
+    options = _options(settings) | {"socket_timeout": reply_timeout, "retry": retry, "command_packer": _Packer()}
     options["connection_class"] = _CLASSES[settings.url.partition(":")[0]]
     try:
         client: redis.Redis = redis.Redis.from_url(settings.url, **options)
@@ -174,6 +187,12 @@ def _options(settings: Settings) -> dict[str, Any]:
     if not settings.url.startswith("unix:"):
         options |= {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_keepalive": True}
     return options
+
+
+def of_a_record(error: Exception) -> bool:
+    """Whether a call failed on what is stored of the thing it was about, and not on the server or the caller: who does
+    the same for many goes on with the next."""
+    return type(error) is redis.exceptions.ResponseError and str(error).partition(" ")[0] not in _CANNOT
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from broker import grammar
 from broker.errors import InvalidTask, field_errors
 from broker.ledger import Ledger
-from broker.messages import ModelOffer, TaskSpec
+from broker.messages import MAX_VALUE, ModelOffer, TaskSpec
 from broker.settings import Settings
 
 #: Seconds the list of models on offer may be old.
@@ -27,24 +27,29 @@ class Door:
         self._offers: list[ModelOffer] = []
         self._as_of = float("-inf")
 
-    def accept(self, fields: Mapping[str, Any]) -> TaskSpec:
-        """The task these fields describe. Raises InvalidTask naming every field that is wrong. A grammar or schema that
-        this process has not seen before is compiled elsewhere meanwhile (a second at most, usually milliseconds).
+    def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
+        """The task these fields describe. Raises InvalidTask naming every field that is wrong, also for a `value` above
+        `max_value`; none given is 1, or the most there may be. A grammar or schema that this process has not seen before
+        is compiled elsewhere meanwhile (a second at most, usually milliseconds).
         """
-        spec = self.accept_unchecked(fields)
+        spec = self.accept_unchecked(fields, max_value=max_value)
         grammar.check(spec, hurried=True)
         return spec
 
-    def accept_unchecked(self, fields: Mapping[str, Any]) -> TaskSpec:
+    def accept_unchecked(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
         """The same, but without the check of a grammar or schema: that is left to the caller.
 
         A model nobody offers, and more tokens than any context holds, are refused only while nodes are live: without
         any, the task waits for one.
         """
+        if "value" not in fields and max_value < 1:
+            fields = {**fields, "value": max_value}
         try:
             spec = TaskSpec.model_validate(dict(fields))
         except ValidationError as error:
             raise InvalidTask(field_errors(error)) from None
+        if spec.value > max_value:
+            raise InvalidTask(f"value: {spec.value:g} is more than this key may give, {max_value:g}")
         size = spec.text_bytes()
         if size > self._settings.max_prompt_bytes:
             field, limit = "prompt" if spec.prompt is not None else "messages", self._settings.max_prompt_bytes

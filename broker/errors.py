@@ -28,6 +28,10 @@ class TaskNotFound(PerLLMError):
     """No task has this id (it may have been finished and forgotten after the retention time)."""
 
 
+class Unreadable(PerLLMError):
+    """What is stored of a task cannot be read: it was written by another version, or spoilt from outside."""
+
+
 class WaitTimeout(PerLLMError, TimeoutError):
     """The task did not reach a final state within the given time; it goes on."""
 
@@ -59,5 +63,8 @@ def field_errors(error: ValidationError, name: Callable[[str], str] = str) -> st
 def _given(item: Any) -> str:
     if item["type"] in ("missing", "value_error") or isinstance(item.get("input"), dict | list | tuple):
         return ""
-    given = repr(item.get("input"))
+    try:
+        given = repr(item.get("input"))
+    except ValueError:  # an integer of too many digits
+        return ""
     return f" (given {given if len(given) <= 40 else given[:39] + '…'})"

@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self, TypedDict
+from typing import Annotated, Any, Literal, Self, TypedDict, cast
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
 WIRE_VERSION = 1
 
@@ -24,9 +24,14 @@ WIRE_VERSION = 1
 MAX_DEADLINE = 30 * 86_400.0
 #: Longest name of a node, model, service class or tenant, characters.
 MAX_NAME = 128
+#: Highest value of a task.
+MAX_VALUE = 1e6
 #: Most chat turns in a task, and longest grammar or JSON schema, bytes.
 MAX_MESSAGES = 4096
 MAX_SCHEMA = 65_536
+#: Deepest nesting of JSON that comes from outside, levels: below what any of our readers can take (pydantic's: 199),
+#: so that whatever is accepted can be read again, also where it is part of something larger.
+MAX_DEPTH = 64
 #: Bytes of prompt per token assumed before a tokenizer has seen the prompt.
 BYTES_PER_TOKEN = 4
 
@@ -34,6 +39,34 @@ Name = Annotated[str, Field(max_length=MAX_NAME, pattern=r"^[A-Za-z0-9][A-Za-z0-
 NodeName = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def check_depth(value: Any) -> None:
+    """Raises ValueError where lists and objects are nested deeper than MAX_DEPTH. Level by level, not by recursion, so
+    that no depth, and no object within itself, is too much for it."""
+    level = {id(value): value}  # what is in several places is looked at once
+    for _ in range(MAX_DEPTH):
+        inner: dict[int, Any] = {}
+        for each in level.values():
+            if isinstance(each, dict):
+                inner.update((id(v), v) for v in each.values() if isinstance(v, dict | list | tuple))
+            elif isinstance(each, list | tuple):
+                inner.update((id(v), v) for v in each if isinstance(v, dict | list | tuple))
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
+
+
+def whole_text(text: str) -> str:
+    """The text with halves of surrogate pairs joined or, alone, replaced by U+FFFD: only so can it be written as UTF-8.
+    Engines that speak JSON, and argument lists, may contain them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 class State(StrEnum):
@@ -72,7 +105,7 @@ class Message(Door):
     """One chat turn."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: str
+    content: Annotated[str, Field(min_length=0)]  # any bound has pydantic see to it that the text can be written
 
 
 class Sampling(Door):
@@ -96,13 +129,15 @@ class Sampling(Door):
     def _is_json(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
         if schema is None:
             return None
+        check_depth(schema)
         try:
-            size = len(json.dumps(schema, allow_nan=False, ensure_ascii=False).encode())
+            written = json.dumps(schema, allow_nan=False, ensure_ascii=False)
+            size = len(written.encode())
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"is not JSON: {error}") from None
         if size > MAX_SCHEMA:
             raise ValueError(f"{size} bytes; the limit is {MAX_SCHEMA} bytes")
-        return schema
+        return cast("dict[str, Any]", json.loads(written))  # as it will be read again: tuples are lists, keys text
 
 
 class TaskSpec(Sampling):
@@ -117,7 +152,7 @@ class TaskSpec(Sampling):
     prompt: Annotated[str, Field(min_length=1)] | None = None
     messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE)] = 60.0
-    value: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
+    value: Annotated[float, Field(gt=0, le=MAX_VALUE, allow_inf_nan=False)] = 1.0
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
     model: Name | None = None
     service: Name = "default"
@@ -261,6 +296,24 @@ class Output(Wire):
     finish_reason: Literal["stop", "length", "deadline", "cancelled"]
     logprobs: list[dict[str, Any]] | None = None
 
+    @field_validator("text", mode="before")
+    @classmethod
+    def _whole(cls, text: Any) -> Any:
+        return whole_text(text) if isinstance(text, str) else text
+
+    @field_validator("logprobs")
+    @classmethod
+    def _is_json(cls, logprobs: list[dict[str, Any]] | None, info: ValidationInfo) -> list[dict[str, Any]] | None:
+        """What engines give is written as it can be read again: a number that is none becomes null."""
+        if logprobs is None or info.mode == "json":
+            return logprobs
+        check_depth(logprobs)
+        try:
+            written = whole_text(json.dumps(logprobs, ensure_ascii=False))
+        except TypeError as error:
+            raise ValueError(f"is not JSON: {error}") from None
+        return cast("list[dict[str, Any]]", json.loads(written, parse_constant=lambda _: None))
+
 
 class Result(Wire):
     """A task in its final state, as a producer gets it.
@@ -356,16 +409,17 @@ class Submitted(_TaskEvent):
     """A task entered the pending set. All the scheduler needs to know of it, without its payload."""
 
     type: Literal["submitted"] = "submitted"
-    deadline: float  # s, server clock, absolute
-    value: float = 1.0
+    deadline: Finite  # s, server clock, absolute
+    value: NonNegative = 1.0
     service: str = "default"
+    tenant: str = "default"
     model: str | None = None
-    prompt_tokens: int = 1  # estimate
-    payload_bytes: int = 0
-    max_tokens: int = 128
-    expected_tokens: int | None = None
-    strikes: int = 0
-    attempt: int = 0  # attempts made before, where this tells of a task that is older
+    prompt_tokens: Count = 1  # estimate
+    payload_bytes: Count = 0
+    max_tokens: Count = 128
+    expected_tokens: Annotated[int, Field(ge=1, lt=2**32)] | None = None
+    strikes: Count = 0
+    attempt: Count = 0  # attempts made before, where this tells of a task that is older
 
 
 class Dispatched(_TaskEvent):
@@ -459,7 +513,7 @@ class Candidate(Wire):
     finish: float | None = None  # s from now, predicted
     p_on_time: float | None = None
     marginal_energy: float | None = None  # J
-    slacks: Mapping[str, float] = Field(default_factory=dict)  # constraint → normalised slack
+    slacks: Mapping[str, float | None] = Field(default_factory=dict)  # constraint → normalised slack; None: no number
     confidence: float | None = None
     note: str = ""
 

@@ -92,12 +92,10 @@ def _checked(
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8") as file:
-            yield from file
+        with path.open("rb") as file:
+            yield from batch.texts(file)
     except OSError as error:
         raise BadSetting(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise BadSetting(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _collect(

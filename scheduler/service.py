@@ -20,7 +20,7 @@ from broker.celery_app import node_message
 from broker.errors import Unreachable
 from broker.ledger import Dispatch, End, Ledger
 from broker.ledger.ledger import SWEEP_LIMIT
-from broker.messages import Ended, Event, Heartbeat, NodeDown, NodeUp, Submitted
+from broker.messages import Ended, Event, Explanation, Heartbeat, NodeDown, NodeUp, Submitted
 from broker.settings import Settings
 from scheduler.core.core import Core, Decision
 
@@ -72,6 +72,9 @@ class Service:
                 log.warning("server_restarted")
             except Unreachable as error:
                 log.warning("server_unreachable", reason=str(error))
+                self._stopping.wait(1.0)
+            except Exception:  # a bug: begin anew from what the ledger says, rather than leave everybody's work
+                log.exception("reign_failed")
                 self._stopping.wait(1.0)
 
     def _lead(self, epoch: int) -> None:
@@ -134,9 +137,9 @@ class _Reign:
         oldest, newest = self._ledger.first_and_last_event()
         self._restore(oldest)
         for info, heartbeat, _draining in self._ledger.nodes():
-            self._core.handle(NodeUp(at=self.now(), info=info))
+            self._handle(NodeUp(at=self.now(), info=info))
             if heartbeat:
-                self._core.handle(heartbeat)
+                self._handle(heartbeat)
         while _later(newest, self._position) and self._read(block=None):
             pass
         self._reconcile_nodes()
@@ -164,9 +167,9 @@ class _Reign:
         for name, (info, beat, draining) in live.items():
             known = self._core.cluster.nodes.get(name)
             if not draining and (known is None or known.info.boot != info.boot):
-                self._core.handle(NodeUp(at=self.now(), info=info))
+                self._handle(NodeUp(at=self.now(), info=info))
                 if beat:
-                    self._core.handle(beat)
+                    self._handle(beat)
 
     def _reconcile_tasks(self) -> None:
         """Make the core's tasks those of the ledger, wherever the stream was too short to tell."""
@@ -176,10 +179,28 @@ class _Reign:
             self._load(unfinished[start : start + FETCH])
 
     def _load(self, task_ids: list[str]) -> None:
-        for placement in self._ledger.features(task_ids):
+        placements = self._ledger.features(task_ids)
+        for placement in placements:
             for event in placement or ():
                 if event is not None:
-                    self._core.handle(event)
+                    self._handle(event)
+        lost = [task_id for task_id, placement in zip(task_ids, placements, strict=True) if placement is None]
+        if lost:
+            self._give_up([i for i, known in zip(lost, self._ledger.known(lost), strict=True) if known])
+
+    def _give_up(self, task_ids: list[str]) -> None:
+        """End tasks whose records cannot be read: nobody could place them, and their producers wait."""
+        why = Explanation(
+            policy=self._core.policy.name, action="reject", sentence="what is stored of it cannot be read"
+        )
+        self._ledger.end(self._tenure.epoch, [End(task_id, "rejected", why) for task_id in task_ids])
+
+    def _handle(self, event: Event) -> None:
+        """Let the core know. An event it cannot take is passed over: the ledger mends in time what it was about."""
+        try:
+            self._core.handle(event)
+        except Exception:
+            log.exception("event_unusable", event_type=event.type)
 
     # --- steady work
 
@@ -211,7 +232,7 @@ class _Reign:
         entries = self._ledger.events(self._position, block=block)
         self._load(_strangers((e for _, e in entries), self._core))
         for position, event in entries:
-            self._core.handle(event)
+            self._handle(event)
             self._position = position
         return len(entries)
 
@@ -226,6 +247,8 @@ class _Reign:
             self._obey(decision, ruling)
 
     def _obey(self, decision: Decision, ruling: str) -> None:
+        if decision.failure:
+            log.error("decision_failed", task_id=decision.task.id, reason=decision.explanation.sentence)
         log.debug(
             "decided", task_id=decision.task.id, action=decision.action, node=decision.explanation.node, ruling=ruling
         )

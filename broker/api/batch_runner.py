@@ -24,7 +24,7 @@ from broker.api.file_store import FileDocument, Files
 from broker.connection import reaching
 from broker.dialect import seconds_left
 from broker.door import Door
-from broker.errors import InvalidTask, PerLLMError
+from broker.errors import InvalidTask, PerLLMError, Unreachable
 from broker.ledger import Ledger
 from broker.messages import State, TaskSpec
 from broker.settings import Settings
@@ -41,8 +41,6 @@ OVERTIME = 5.0
 COLLECT_AT, FETCH = 10_000, 100
 #: Bad lines shown in the batch itself; all are in its error file.
 SHOWN_ERRORS = 100
-#: Longest line, bytes.
-MAX_LINE = 8 << 20
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -155,7 +153,7 @@ class BatchRunner(Duty):
     def _read(self, batch: BatchDocument) -> Iterator[lines.Line | lines.BadLine]:
         """Its lines in order, each time the same."""
         with self._files.read(self._input(batch)) as content:
-            for line in lines.read(_text(content)):
+            for line in lines.read(lines.texts(content)):
                 if isinstance(line, lines.Line) and line.url != batch.endpoint:
                     yield lines.BadLine(
                         line.number, line.custom_id, f"url: {line.url!r} is not the batch's endpoint, {batch.endpoint}"
@@ -166,7 +164,7 @@ class BatchRunner(Duty):
     def _count(self, batch: BatchDocument) -> int:
         most, found = self._settings.api_batch_lines, 0
         with self._files.read(self._input(batch)) as content:
-            for text in _text(content):
+            for text in lines.texts(content):
                 found += bool(text.strip())
                 if found > most:
                     raise _Unfit("too_many_lines", f"more than {most} lines")
@@ -236,7 +234,7 @@ class BatchRunner(Duty):
                 fields["deadline"] = left
             else:
                 fields["deadline"] = min(deadline, left) if isinstance(deadline, int | float) else deadline
-            return self._door.accept({**fields, "tenant": batch.tenant})
+            return self._door.accept({**fields, "tenant": batch.tenant}, max_value=batch.max_value)
         except InvalidTask as error:
             return lines.BadLine(line.number, line.custom_id, str(error))
 
@@ -345,7 +343,12 @@ class BatchRunner(Duty):
 
     def _close(self, batch: BatchDocument) -> None:
         """Tell of a batch that has ended, and tidy up after it."""
-        self._announce(batch)
+        try:
+            self._announce(batch)
+        except Unreachable:
+            raise
+        except Exception:  # it has ended all the same
+            log.exception("batch_untold", batch=batch.id)
         for name in ("out", "err"):
             for number in range(batch.parts):
                 self._files.discard(self._part(batch, name, number))
@@ -371,19 +374,6 @@ class BatchRunner(Duty):
 
 def _task_id(batch: BatchDocument, number: int) -> str:
     return f"{batch.id}-{number:05d}"
-
-
-def _text(content: IO[bytes]) -> Iterator[str]:
-    """The file's lines. One that is too long or no UTF-8 becomes one that is no JSON, and says so in its place."""
-    while raw := content.readline(MAX_LINE):
-        if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
-            while (rest := content.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                pass
-            raw = b"(a line of more than %d bytes)" % MAX_LINE
-        try:
-            yield raw.decode()
-        except UnicodeDecodeError:
-            yield "(not UTF-8 text)"
 
 
 def _pieces(items: Iterator[T], size: int) -> Iterator[list[T]]:

@@ -26,6 +26,7 @@ class BatchDocument(Document):
     window: str
     expires: float
     metadata: dict[str, str] | None = None
+    max_value: float = 1.0  # of a line, as the key it was made with says
     status: Status = "validating"
     times: dict[str, float] = Field(default_factory=dict)
     total: int = 0
@@ -57,10 +58,14 @@ class Batches:
         self.marks_key = f"{ledger.prefix}api:batch-marks:"
 
     def open(self) -> list[BatchDocument]:
-        """The batches that have not ended."""
+        """The batches that have not ended. One that is gone, or cannot be read, is no longer looked for."""
         with reaching(self._settings):
-            ids = [i.decode() for i in cast("set[bytes]", self._ledger.client.smembers(self._open))]
-        return [batch for i in ids if (batch := self.shelf.get(i)) is not None]
+            ids = [i.decode(errors="replace") for i in cast("set[bytes]", self._ledger.client.smembers(self._open))]
+        found = {i: self.shelf.get(i) for i in ids}
+        if gone := [i for i, batch in found.items() if batch is None]:
+            with reaching(self._settings):
+                self._ledger.client.srem(self._open, *gone)
+        return [batch for batch in found.values() if batch is not None]
 
     def inputs_in_use(self) -> set[str]:
         """Input files of the batches that have not ended."""

@@ -56,6 +56,7 @@ async def create_batch(request: Request, api: TheApi, caller: TheCaller) -> Resp
             created=now,
             endpoint=endpoint,
             input_file_id=identity,
+            max_value=caller.max_value,
             window=body["completion_window"],
             expires=now + seconds,
             metadata=metadata,

@@ -97,10 +97,11 @@ def make(
     name: Annotated[str, typer.Option(help="For people, to tell keys apart.")] = "",
     rate: Annotated[float | None, typer.Option(help="Most requests per second; else no limit.", min=0.001)] = None,
     in_flight: Annotated[int | None, typer.Option(help="Most unfinished tasks; else no limit.", min=1)] = None,
+    max_value: Annotated[float, typer.Option(help="Highest value of a task: its weight against others'.")] = 1.0,
     as_json: AsJson = False,
 ) -> None:
     """Make a key. It is shown once and kept as a digest only."""
-    key, secret = _keys().make(tenant, name, rate, in_flight)
+    key, secret = _keys().make(tenant, name, rate, in_flight, max_value)
     if as_json:
         print(json.dumps({**_row(key), "key": secret}))
     else:
@@ -114,7 +115,7 @@ def list_keys(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table("id", "tenant", "name", "made", "requests/s", "in flight", "revoked")
+    table = Table("id", "tenant", "name", "made", "requests/s", "in flight", "max value", "revoked")
     for row in rows:
         table.add_row(*("-" if value in (None, "") else str(value) for value in row.values()))
     Console(file=sys.stdout).print(table if rows else "no keys")
@@ -146,5 +147,6 @@ def _row(key: Key) -> dict[str, object]:
         "made": when(key.created),
         "rate": key.rate,
         "in_flight": key.in_flight,
+        "max_value": key.max_value,
         "revoked": when(key.revoked),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import math
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic_core import from_json
 
 from broker.api.batch_runner import BatchRunner
 from broker.api.batch_store import Batches
@@ -26,7 +26,7 @@ from broker.api.webhook_store import Webhooks
 from broker.client import AsyncClient
 from broker.dialect import seconds_left
 from broker.ledger import TaskRecord
-from broker.messages import Result, TaskSpec, new_id
+from broker.messages import MAX_VALUE, Result, TaskSpec, new_id
 from broker.settings import Settings
 
 #: Seconds a key once looked up is taken for granted: a revoked one is refused after so long at the latest.
@@ -47,6 +47,11 @@ class Caller:
 
     tenant: str
     key: Key | None
+
+    @property
+    def max_value(self) -> float:
+        """The highest value its tasks may have: whoever needs no key is this machine's user."""
+        return MAX_VALUE if self.key is None else self.key.max_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +122,7 @@ class Api:
         given = {**fields, "tenant": caller.tenant}
         if isinstance(given.get("deadline"), str):
             given["deadline"] = await self.seconds_left(given["deadline"])
-        return await self.client.accept(given)
+        return await self.client.accept(given, max_value=caller.max_value)
 
     async def seconds_left(self, deadline: str) -> float:
         """A deadline given as text: seconds, or a time (RFC 3339) by the server's clock."""
@@ -125,8 +130,9 @@ class Api:
 
     async def submit(self, caller: Caller, specs: Iterable[TaskSpec]) -> list[Accepted]:
         """Hand in checked tasks. Raises ApiError where they are too many at once, or where an idempotency key was used
-        for another task."""
+        for another task, here or before: none of them is kept then."""
         tasks = [(new_id(), spec) for spec in specs]
+        await self._check_keys(caller, [spec for _, spec in tasks])
         key = caller.key
         if key is not None and key.in_flight is not None:
             counted = {task_id: spec.deadline for task_id, spec in tasks}
@@ -139,18 +145,33 @@ class Api:
                 )
         now = time.time()
         ids = await self._intake.submit(tasks)
+        mine = {own for (own, _), in_force in zip(tasks, ids, strict=True) if own == in_force}
         accepted = []
         for (own, spec), in_force in zip(tasks, ids, strict=True):
-            repeated = in_force != own
-            if repeated:
-                first = await self.record(caller, in_force)
-                if not _same(first.spec, spec):
-                    message = f"idempotency_key: {spec.idempotency_key!r} was used for another request"
-                    raise ApiError(422, message, param="idempotency_key", code="idempotency_key_reused")
-                accepted.append(Accepted(in_force, first.spec, first.submitted, repeated))
-            else:
+            if in_force == own:
                 accepted.append(Accepted(own, spec, now))
+                continue
+            first = await self.record(caller, in_force)
+            if not _same(first.spec, spec):  # somebody was faster, after we had looked
+                for task_id in mine:
+                    await asyncio.to_thread(self.ledger.forget, task_id)
+                raise _reused(spec)
+            accepted.append(Accepted(in_force, first.spec, first.submitted, repeated=True))
         return accepted
+
+    async def _check_keys(self, caller: Caller, specs: list[TaskSpec]) -> None:
+        """That each idempotency key of a request of many stands for one task. That of a request of one is looked at
+        when it is stored."""
+        firsts: dict[str, TaskSpec] = {}
+        for spec in specs:
+            if spec.idempotency_key is not None and not _same(firsts.setdefault(spec.idempotency_key, spec), spec):
+                raise _reused(spec)
+        if len(specs) == 1 or not firsts:
+            return
+        holders = await asyncio.to_thread(self.ledger.holders, caller.tenant, list(firsts))
+        for spec, holder in zip(firsts.values(), holders, strict=True):
+            if holder is not None and not _same((await self.record(caller, holder)).spec, spec):
+                raise _reused(spec)
 
     async def record(self, caller: Caller, task_id: str, what: str = "task") -> TaskRecord:
         """A task of this caller's tenant. Raises ApiError (404)."""
@@ -194,6 +215,11 @@ class Api:
         if self._errands:
             await asyncio.wait(self._errands, timeout=5)
         await self.client.close()
+
+
+def _reused(spec: TaskSpec) -> ApiError:
+    message = f"idempotency_key: {spec.idempotency_key!r} was used for another request"
+    return ApiError(422, message, param="idempotency_key", code="idempotency_key_reused")
 
 
 def _same(first: TaskSpec, again: TaskSpec) -> bool:
@@ -270,20 +296,13 @@ async def read_json(request: Request) -> dict[str, Any]:
     """The body, a JSON object. Raises ApiError."""
     raw = await request.body()
     try:
-        body = json.loads(raw, parse_constant=_no_constant)
-        if b"\\ud" in raw.lower():
-            json.dumps(body, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except UnicodeError:
-        raise ApiError(400, "the body is not UTF-8 text", code="invalid_json") from None
-    except (ValueError, RecursionError) as error:
+        # The reader of what is stored, too: nested too deeply, or with half a surrogate pair, it is no JSON for both.
+        body = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     return body
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def is_loopback(host: str) -> bool:

@@ -60,7 +60,7 @@ EXTENSION_HEADERS = [
         type="string",
         maxLength=64,
     ),
-    _header("X-PerLLM-Value", "The task's weight when not all can be on time.", 1.0, type="number"),
+    _header("X-PerLLM-Value", "The task's weight when not all can be on time, up to the key's.", 1.0, type="number"),
     _header(
         "X-PerLLM-Service",
         "The class whose lengths and rewards are learned together.",

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from broker.errors import InvalidTask, TaskNotFound, TryAgain, Unreachable, WaitTimeout
+from broker.errors import InvalidTask, TaskNotFound, TryAgain, Unreachable, Unreadable, WaitTimeout
 
 log = structlog.get_logger(__name__)
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -85,6 +85,12 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(TaskNotFound)
     async def _unknown(_: Request, error: TaskNotFound) -> JSONResponse:
         return JSONResponse(document(404, str(error), "id", "not_found"), 404)
+
+    @app.exception_handler(Unreadable)
+    async def _unreadable(_: Request, error: Unreadable) -> JSONResponse:
+        log.error("record_unreadable", reason=str(error))
+        message = "what is stored of it cannot be read"
+        return JSONResponse(document(500, message, code="unreadable"), 500, {"X-Should-Retry": "false"})
 
     @app.exception_handler(WaitTimeout)
     async def _late(_: Request, error: WaitTimeout) -> JSONResponse:

@@ -72,7 +72,7 @@ MODEL_OBJECT = {
     "context": 2048,
     "nodes": ["e1", "e2"],
 }
-TASK_REQUEST = {"prompt": "Why is the sky blue?", "max_tokens": 64, "deadline": 20, "value": 2.0}
+TASK_REQUEST = {"prompt": "Why is the sky blue?", "max_tokens": 64, "deadline": 20, "value": 1.0}
 SUBMITTED = {"id": TASK_ID, "object": "task", "state": "pending", "repeated": False}
 TASK: dict[str, Any] = {
     "id": TASK_ID,
@@ -85,7 +85,7 @@ TASK: dict[str, Any] = {
     "attempt": 0,
     "strikes": 0,
     "service": "default",
-    "value": 2.0,
+    "value": 1.0,
     "metadata": {},
     "prompt": "Why is the sky blue?",
     "result": None,

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 
 from broker.api import examples
@@ -66,6 +67,11 @@ _UPLOAD = {
 @router.post("/v1/files", openapi_extra=_UPLOAD, responses=answers(FileObject, examples.FILE, 408, 413))
 async def upload_file(request: Request, api: TheApi, caller: TheCaller) -> Response:
     """Upload a file of at most 200 MB. A batch's input is JSON Lines."""
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data":  # any other form would be read into memory
+        raise ApiError(400, "the body must be multipart/form-data", param="file")
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):  # some take for ever, or give no text
+        raise ApiError(400, "the form's charset must be UTF-8", param="file")
     async with request.form(max_files=1, max_fields=8) as form:
         upload = form.get("file")
         if not isinstance(upload, UploadFile):

@@ -16,8 +16,9 @@ from broker.api.duty import Duty
 from broker.api.webhook_store import QUEUE, Webhooks
 from broker.celery_app import make_app
 from broker.dialect import receipt_fields
+from broker.errors import Unreachable, Unreadable
 from broker.ledger import Ledger
-from broker.messages import Completed, Ended
+from broker.messages import Completed, Ended, State
 from broker.settings import Settings
 
 #: The Celery task that is a webhook's turn.
@@ -58,15 +59,28 @@ class Herald(Duty):
         if ends:
             for (task_id, state), tenant in zip(ends.items(), self._ledger.tenants(list(ends)), strict=True):
                 if tenant in tenants:
-                    self._hooks.announce(tenant, f"task.{state}", task_id, self._told(task_id))
+                    self._tell(tenant, state, task_id)
         if events:
             self._hooks.advance(events[-1][0])
         return len(events) == READ
 
-    def _told(self, task_id: str) -> dict[str, Any]:
+    def _tell(self, tenant: str, state: State, task_id: str) -> None:
+        """Tell of one task. If that fails, the others are told of all the same."""
+        try:
+            self._hooks.announce(tenant, f"task.{state}", task_id, self._told(task_id, state))
+        except Unreachable:
+            raise
+        except Exception:
+            log.exception("task_untold", task_id=task_id)
+
+    def _told(self, task_id: str, state: State) -> dict[str, Any]:
         """What is told of a task: everything but its text."""
-        record = self._ledger.task(task_id)
         told: dict[str, Any] = {"id": task_id, "object": "task"}
+        try:
+            record = self._ledger.task(task_id)
+        except Unreadable as error:
+            log.warning("task_unreadable", task_id=task_id, reason=str(error))
+            return told | {"state": state, "reason": "what is stored of it cannot be read"}
         if record is None:
             return told
         told |= {"state": record.state, "service": record.spec.service, "metadata": dict(record.spec.metadata)}

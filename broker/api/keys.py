@@ -11,12 +11,15 @@ import hmac
 import re
 import secrets
 from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Field, ValidationError
 
 from broker.api.shelf import Document, Shelf
 from broker.connection import reaching
-from broker.errors import BadSetting
+from broker.errors import BadSetting, field_errors
 from broker.ledger import Ledger
-from broker.messages import Name
+from broker.messages import MAX_NAME, MAX_VALUE, Name
 from broker.settings import Settings
 
 _FORM = re.compile(r"perllm_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
@@ -44,13 +47,15 @@ return 1
 
 
 class Key(Document):
-    """A key less its secret. `rate` is in requests per s, `in_flight` in unfinished tasks; None: no limit."""
+    """A key less its secret. `rate` is in requests per s, `in_flight` in unfinished tasks; None: no limit. `max_value`
+    is the highest value its tasks may have; 1 for a key from before there was such a limit."""
 
     tenant: Name
-    name: str
+    name: Annotated[str, Field(max_length=MAX_NAME)]
     digest: str
     rate: float | None = None
     in_flight: int | None = None
+    max_value: Annotated[float, Field(gt=0, le=MAX_VALUE)] = 1.0
     revoked: float | None = None
 
 
@@ -63,18 +68,24 @@ class Keys:
         self._rate = ledger.client.register_script(_RATE)
         self._reserve = ledger.client.register_script(_RESERVE)
 
-    def make(self, tenant: str, name: str, rate: float | None, in_flight: int | None) -> tuple[Key, str]:
-        """A new key, and what its owner sends: it is shown this once."""
+    def make(
+        self, tenant: str, name: str, rate: float | None, in_flight: int | None, max_value: float = 1.0
+    ) -> tuple[Key, str]:
+        """A new key, and what its owner sends: it is shown this once. Raises BadSetting."""
         identity, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
-        key = Key(
-            id=identity,
-            tenant=tenant,
-            created=self._ledger.now(),
-            name=name,
-            digest=_digest(secret),
-            rate=rate,
-            in_flight=in_flight,
-        )
+        try:
+            key = Key(
+                id=identity,
+                tenant=tenant,
+                created=self._ledger.now(),
+                name=name,
+                digest=_digest(secret),
+                rate=rate,
+                in_flight=in_flight,
+                max_value=max_value,
+            )
+        except ValidationError as error:
+            raise BadSetting(field_errors(error)) from None
         self._shelf.add(key, shelf=_ALL)
         return key, f"perllm_{identity}_{secret}"
 

@@ -6,11 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar, cast
 
 import redis
-from pydantic import BaseModel, ConfigDict
+import structlog
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from broker.connection import reaching
+from broker.errors import field_errors
 from broker.ledger import Ledger
 from broker.settings import Settings
+
+log = structlog.get_logger(__name__)
 
 
 class Document(BaseModel):
@@ -27,7 +31,7 @@ D = TypeVar("D", bound=Document)
 
 
 class Shelf(Generic[D]):
-    """The documents of one kind.
+    """The documents of one kind. One that cannot be read is logged, and as if it were not there.
 
     api:<kind>:<id>        string  the document, JSON
     api:<kind>s:<tenant>   zset    the tenant's documents by the time they were made; `shelf` instead of a tenant's
@@ -44,6 +48,15 @@ class Shelf(Generic[D]):
 
     def _index(self, shelf: str) -> str:
         return f"{self._prefix}{self._kind}s:{shelf}"
+
+    def _read(self, identity: str, raw: bytes | None) -> D | None:
+        if raw is None:
+            return None
+        try:
+            return self._model.model_validate_json(raw)
+        except ValidationError as error:
+            log.warning("document_unreadable", kind=self._kind, id=identity, reason=field_errors(error))
+            return None
 
     def add(self, document: D, *, shelf: str | None = None, keep: float | None = None, most: int | None = None) -> None:
         """Keep a new document, for `keep` s at most; of its shelf's, only the newest `most`."""
@@ -62,7 +75,7 @@ class Shelf(Generic[D]):
         """The document, if there is one and it is this tenant's (None: whosever it is)."""
         with reaching(self._settings):
             raw = cast("bytes | None", self.client.get(self._key(identity)))
-        document = self._model.model_validate_json(raw) if raw else None
+        document = self._read(identity, raw)
         return document if document is not None and tenant in (None, document.tenant) else None
 
     def change(self, identity: str, change: Callable[[D], D | None], *, keep: float | None = None) -> D | None:
@@ -72,9 +85,9 @@ class Shelf(Generic[D]):
                 try:
                     pipe.watch(self._key(identity))  # type: ignore[no-untyped-call]
                     raw = cast("bytes | None", pipe.get(self._key(identity)))
-                    if raw is None:
+                    old = self._read(identity, raw)
+                    if old is None:
                         return None
-                    old = self._model.model_validate_json(raw)
                     new = change(old)
                     if new is None:
                         return old
@@ -124,9 +137,11 @@ class Shelf(Generic[D]):
                 if not ids:
                     break
                 start += len(ids)
-                rows = cast("list[bytes | None]", self.client.mget([self._key(i.decode()) for i in ids]))
+                names = [i.decode(errors="replace") for i in ids]
+                rows = cast("list[bytes | None]", self.client.mget([self._key(name) for name in names]))
                 if gone := [i for i, row in zip(ids, rows, strict=True) if row is None]:
                     self.client.zrem(index, *gone)  # expired
                     start -= len(gone)
-                found += [self._model.model_validate_json(row) for row in rows if row is not None]
+                read = (self._read(name, row) for name, row in zip(names, rows, strict=True))
+                found += [document for document in read if document is not None]
         return found[:limit], len(found) > limit

@@ -109,15 +109,13 @@ async def list_tasks(
         last, seen = after, 0
         while seen < _LOOK_AT:
             ids = api.ledger.tasks_of(caller.tenant, after=last, limit=_PIECE, newest=order == "desc")
-            for task_id in ids:
-                record = api.ledger.task(task_id)
-                if record is None or not _wanted(record, state, service, model):
-                    last = task_id
-                    continue
-                if len(found) == limit:
-                    return found, last, True
-                found.append(record)
-                last = task_id
+            for record in api.ledger.legible(ids):
+                if _wanted(record, state, service, model):
+                    if len(found) == limit:
+                        return found, last, True
+                    found.append(record)
+                last = record.id
+            last = ids[-1] if ids else last
             seen += len(ids)
             if len(ids) < _PIECE:
                 return found, last, False

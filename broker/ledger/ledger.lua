@@ -112,6 +112,16 @@ local function ended(id, t, state, reason)
         .. (t.node and ',"node":' .. str(t.node) or '') .. '}')
 end
 
+-- Mend one thing of many. A task whose record was spoilt (it lacks a field, or is of another kind) must not keep the
+-- others from being mended: it fails, or where not even that can be written down, it goes.
+local function apart(id, state, mend)
+    if pcall(mend) then return end
+    local left = { state = state, submitted = num(now) }
+    if pcall(ended, id, left, 'failed', 'what is stored of it cannot be read') then return end
+    redis.call('ZREM', set_key(state), id)
+    redis.call('UNLINK', task_key(id))
+end
+
 -- Back to pending, or to a final state when it struck out or its time is over.
 local function give_back(id, t, cause, reason, strike, max_strikes)
     local strikes = tonumber(t.strikes) + (strike and 1 or 0)
@@ -132,8 +142,8 @@ local PLACED = { 'attempt', 'node', 'token', 'strikes', 'deadline', 'submitted',
 
 local function placed_tasks(node, states, each)
     for _, id in ipairs(redis.call('SMEMBERS', P .. 'node:' .. node .. ':tasks')) do
-        local t = read(id, unpack(PLACED))
-        if t and states[t.state] then each(id, t) end
+        local readable, t = pcall(read, id, unpack(PLACED)) -- what is not is left to the sweep
+        if readable and t and states[t.state] then apart(id, t.state, function() each(id, t) end) end
     end
 end
 
@@ -219,7 +229,9 @@ function ops.dispatch()
     redis.call('SADD', P .. 'node:' .. node .. ':tasks', id)
     event('{"type":"dispatched","at":' .. num(now) .. ',"id":' .. str(id) .. ',"node":' .. str(node) .. ',"model":' .. str(model)
         .. ',"attempt":' .. attempt .. '}')
-    local preview = str(cjson.decode(t.features).preview or ''):sub(2, -2)
+    local readable, features = pcall(cjson.decode, t.features)
+    local preview = readable and type(features) == 'table' and features.preview
+    preview = str(type(preview) == 'string' and preview or ''):sub(2, -2)
     redis.call('LPUSH', queue, (message:gsub('@preview@', function() return preview end, 1)))
     return 'ok'
 end
@@ -356,10 +368,11 @@ function ops.beat()
     local out = { 'ok' }
     for i = 7, #ARGV - 2, 3 do
         local id, attempt, token = ARGV[i], ARGV[i + 1], ARGV[i + 2]
-        local t = running_under(id, attempt, token)
-        if not t or t.state ~= 'running' then
+        local readable, t = pcall(running_under, id, attempt, token)
+        local deadline = readable and t and t.state == 'running' and tonumber(t.deadline)
+        if not deadline then
             out[#out + 1] = id
-        elseif now < tonumber(t.deadline) + 2 * tonumber(lease) then -- a worker that overruns this far is hung: let it lapse
+        elseif now < deadline + 2 * tonumber(lease) then -- a worker that overruns this far is hung: let it lapse
             redis.call('ZADD', set_key('running'), num(now + tonumber(lease)), id)
         end
     end
@@ -400,20 +413,29 @@ function ops.sweep()
         return nil
     end
     for _, name in ipairs(due(P .. 'nodes', now)) do
-        node_down(name, 'no heartbeat')
-        forget_node(name)
+        if not pcall(function()
+            node_down(name, 'no heartbeat')
+            forget_node(name)
+        end) then
+            redis.call('ZREM', P .. 'nodes', name)
+            redis.call('UNLINK', P .. 'node:' .. name, P .. 'node:' .. name .. ':tasks')
+        end
         done = done + 1
     end
     for _, state in ipairs({ 'running', 'dispatched' }) do
         for _, id in ipairs(due(set_key(state), now)) do
-            local t = known(state, id, unpack(PLACED))
-            if t then give_back(id, t, 'lease_expired', 'the lease on ' .. t.node .. ' lapsed', state == 'running', max_strikes) end
+            apart(id, state, function()
+                local t = known(state, id, unpack(PLACED))
+                if t then give_back(id, t, 'lease_expired', 'the lease on ' .. t.node .. ' lapsed', state == 'running', max_strikes) end
+            end)
             done = done + 1
         end
     end
     for _, id in ipairs(due(set_key('pending'), now)) do
-        local t = known('pending', id, 'submitted')
-        if t then ended(id, t, 'expired', 'the deadline passed before a node could take it') end
+        apart(id, 'pending', function()
+            local t = known('pending', id, 'submitted')
+            if t then ended(id, t, 'expired', 'the deadline passed before a node could take it') end
+        end)
         done = done + 1
     end
     for state in pairs(FINAL) do
@@ -423,7 +445,10 @@ function ops.sweep()
             if beyond > 0 then old = redis.call('ZRANGE', set_key(state), 0, math.min(beyond, limit) - 1) end
         end
         for _, id in ipairs(old) do
-            drop(id, state)
+            if not pcall(drop, id, state) then
+                redis.call('ZREM', set_key(state), id)
+                redis.call('UNLINK', task_key(id))
+            end
             done = done + 1
         end
     end

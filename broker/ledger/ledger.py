@@ -11,9 +11,10 @@ from typing import Any, Literal, NamedTuple, cast
 import redis
 import structlog
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 
-from broker.connection import REPLY_TIMEOUT, connect, reaching
-from broker.errors import field_errors
+from broker.connection import REPLY_TIMEOUT, connect, of_a_record, reaching
+from broker.errors import InvalidTask, Unreadable, field_errors
 from broker.ledger.script import Argument, Script
 from broker.messages import (
     BYTES_PER_TOKEN,
@@ -50,6 +51,17 @@ Verdict = Literal["ok", "void"]
 Ruling = Literal["ok", "refused", "not_leader", "node_gone"]
 
 log = structlog.get_logger(__name__)
+
+
+class Entry(NamedTuple):
+    """One task as it is stored."""
+
+    id: str
+    payload: str
+    features: str
+    deadline: float  # s from now
+    key: str
+    tenant: str
 
 
 class Dispatch(NamedTuple):
@@ -138,33 +150,41 @@ class Ledger:
         the first task submitted with the same tenant and idempotency key. An id that exists is left as it is.
 
         Sent in pipelined pieces, so `tasks` may be a long iterator. If this raises, a beginning of them may have been
-        stored; submitting the same ids again is harmless.
+        stored; submitting the same ids again is harmless. Raises InvalidTask for one that cannot be written.
         """
-        calls = self._submissions(tasks)
+        return self.store(entry(task_id, spec) for task_id, spec in tasks)
+
+    def store(self, entries: Iterable[Entry]) -> list[str]:
+        """`submit` for tasks that are written already."""
+        calls = self._submissions(entries)
         pieces = iter(lambda: list(islice(calls, SUBMIT_CALLS)), [])
         with reaching(self._settings):
             return [task_id for replies in self._script.stream(pieces) for task_id in _ids(replies)]
 
     @staticmethod
-    def _submissions(tasks: Iterable[tuple[str, TaskSpec]]) -> Iterator[tuple[Argument, ...]]:
+    def _submissions(entries: Iterable[Entry]) -> Iterator[tuple[Argument, ...]]:
         call: list[Argument] = ["submit"]
         size = 0
-        for task_id, spec in tasks:
-            payload = spec.model_dump_json(exclude_defaults=True)
-            # A tenant's name holds no space, so two tenants' keys are never the same.
-            key = f"{spec.tenant} {spec.idempotency_key}" if spec.idempotency_key else ""
-            call += (task_id, payload, _features(spec, len(payload)), spec.deadline, key, spec.tenant)
-            size += len(payload)
+        for written in entries:
+            call += written
+            size += len(written.payload)
             if len(call) > 6 * SUBMIT_TASKS or size > SUBMIT_BYTES:
                 yield tuple(call)
                 call, size = ["submit"], 0
         if len(call) > 1:
             yield tuple(call)
 
+    def holders(self, tenant: str, keys: Sequence[str]) -> list[str | None]:
+        """The tasks that were submitted with these idempotency keys, None where there is none, in order."""
+        if not keys:
+            return []
+        with reaching(self._settings):
+            names = [f"{self.prefix}key:{_idempotent(tenant, key)}" for key in keys]
+            return [_text(raw) if raw else None for raw in cast("list[bytes | None]", self.client.mget(names))]
+
     def cancel(self, task_id: str) -> State | None:
         """End a task as cancelled. Returns the state it was found in (a final one stays as it is), None if unknown."""
-        reply = self._call("cancel", task_id)
-        return State(reply.decode()) if reply else None
+        return _state(self._call("cancel", task_id))
 
     def forget(self, task_id: str) -> bool:
         """Drop a task and all that is kept of it, its prompt, text and result; it is cancelled first if it goes on.
@@ -173,21 +193,39 @@ class Ledger:
 
     def cancel_many(self, task_ids: Sequence[str]) -> list[State | None]:
         """`cancel` for many, in one round trip."""
-        return [State(r.decode()) if r else None for r in self._pipeline([("cancel", i) for i in task_ids])]
+        return [_state(r) for r in self._pipeline([("cancel", i) for i in task_ids])]
 
     def task(self, task_id: str) -> TaskRecord | None:
-        """Everything known of a task, or None."""
+        """Everything known of a task, or None. Raises Unreadable."""
         with reaching(self._settings):
-            raw = cast("dict[bytes, bytes]", self.client.hgetall(f"{self.prefix}task:{task_id}"))
+            try:
+                raw = cast("dict[bytes, bytes]", self.client.hgetall(f"{self.prefix}task:{task_id}"))
+            except redis.exceptions.ResponseError as error:
+                if not of_a_record(error):
+                    raise
+                raise Unreadable(f"what is stored as task {task_id!r} is none: {error}") from None
         return _record(task_id, raw) if raw else None
 
+    def legible(self, task_ids: Iterable[str]) -> Iterator[TaskRecord]:
+        """`task` for many: those that are there. One that cannot be read is logged and passed over."""
+        for task_id in task_ids:
+            try:
+                record = self.task(task_id)
+            except Unreadable as error:
+                log.warning("task_unreadable", task_id=task_id, reason=str(error))
+                continue
+            if record is not None:
+                yield record
+
     def results(self, task_ids: Sequence[str]) -> list[Result | None]:
-        """The results of those that are final, None for the others and the unknown, in order."""
+        """The results of those that are final, None for the others and the unknown, in order. One that cannot be read
+        is that of a failed task which says so."""
         with reaching(self._settings):
             pipe = self.client.pipeline(transaction=False)
             for task_id in task_ids:
                 pipe.hget(f"{self.prefix}task:{task_id}", "result")
-            return [Result.model_validate_json(raw) if raw else None for raw in pipe.execute()]
+            rows = _each(pipe.execute(raise_on_error=False))
+            return [_result(task_id, raw) for task_id, raw in zip(task_ids, rows, strict=True)]
 
     def states(self, task_ids: Sequence[str]) -> list[State | None]:
         """Where these tasks are, None for the unknown, in order."""
@@ -195,7 +233,7 @@ class Ledger:
             pipe = self.client.pipeline(transaction=False)
             for task_id in task_ids:
                 pipe.hget(f"{self.prefix}task:{task_id}", "state")
-            return [State(raw.decode()) if raw else None for raw in pipe.execute()]
+            return [_state(raw) for raw in _each(pipe.execute(raise_on_error=False))]
 
     def tenants(self, task_ids: Sequence[str]) -> list[str | None]:
         """Whose these tasks are, None for the unknown, in order."""
@@ -203,7 +241,7 @@ class Ledger:
             pipe = self.client.pipeline(transaction=False)
             for task_id in task_ids:
                 pipe.hget(f"{self.prefix}task:{task_id}", "tenant")
-            return [raw.decode() if raw else None for raw in pipe.execute()]
+            return [_text(raw) if raw else None for raw in _each(pipe.execute(raise_on_error=False))]
 
     def tasks_of(self, tenant: str, *, after: str | None, limit: int, newest: bool = True) -> list[str]:
         """Up to `limit` ids of a tenant's tasks by the time of their submission, those that follow the task `after`."""
@@ -216,14 +254,14 @@ class Ledger:
                     return []
                 start = cast(int, rank) + 1
             raw = self.client.zrange(key, start, start + limit - 1, desc=newest)
-        return [i.decode() for i in cast("list[bytes]", raw)]
+        return [_text(i) for i in cast("list[bytes]", raw)]
 
     def text(self, task_id: str, start: int = 0) -> list[tuple[int, str]]:
         """The pieces of a streamed task's text from number `start` on, each with the attempt that generated it."""
         with reaching(self._settings):
             raw = cast("list[bytes]", self.client.lrange(f"{self.prefix}text:{task_id}", start, -1))
-        pairs = (piece.decode().split(" ", 1) for piece in raw)
-        return [(int(attempt), text) for attempt, text in pairs]
+        pairs = (_text(piece).partition(" ") for piece in raw)
+        return [(int(attempt) if attempt.isdecimal() else 0, text) for attempt, _, text in pairs]
 
     def said(self, task_id: str) -> str:
         """The channel on which new pieces of its text are announced."""
@@ -256,7 +294,7 @@ class Ledger:
         stop = -1 if limit < 0 else start + limit - 1
         with reaching(self._settings):
             raw = self.client.zrange(f"{self.prefix}in:{state}", start, stop, desc=newest)
-        return [i.decode() for i in cast("list[bytes]", raw)]
+        return [_text(i) for i in cast("list[bytes]", raw)]
 
     def led(self) -> bool:
         """Whether a scheduler leads."""
@@ -288,7 +326,18 @@ class Ledger:
         )
 
     def _rulings(self, calls: Iterable[tuple[Argument, ...]]) -> list[Ruling]:
-        return [cast(Ruling, cast(bytes, r).decode()) for r in self._pipeline(list(calls))]
+        """One that fails on its task's record is refused, and the sweep ends the task in time."""
+        with reaching(self._settings):
+            return [self._ruling(reply) for reply in self._script.pipeline(list(calls))]
+
+    @staticmethod
+    def _ruling(reply: Any) -> Ruling:
+        if isinstance(reply, Exception):
+            if not of_a_record(reply):
+                raise reply
+            log.error("record_unusable", reason=str(reply))
+            return "refused"
+        return cast(Ruling, reply.decode())
 
     def sweep(self) -> int:
         """Mend what time has broken: lapsed leases, passed deadlines, silent nodes; forget old finished tasks. Returns
@@ -335,12 +384,14 @@ class Ledger:
                 yield state, task_id
 
     def features(self, task_ids: Sequence[str]) -> list[Placement | None]:
-        """What the scheduler needs to know of tasks, as events it would have read, in order; None for unknown ids."""
+        """What the scheduler needs to know of tasks, as events it would have read, in order; None for unknown ids, and
+        for those of which it cannot be read."""
         with reaching(self._settings):
             pipe = self.client.pipeline(transaction=False)
             for task_id in task_ids:
                 pipe.hmget(f"{self.prefix}task:{task_id}", *_PLACEMENT_FIELDS)
-            return [_placement(i, row) if row[0] else None for i, row in zip(task_ids, pipe.execute(), strict=True)]
+            rows = _each(pipe.execute(raise_on_error=False))
+            return [_placement(i, row) if row and row[0] else None for i, row in zip(task_ids, rows, strict=True)]
 
     def now(self) -> float:
         """The server's clock."""
@@ -443,8 +494,8 @@ class Ledger:
             pipe = self.client.pipeline(transaction=False)
             for name in names:
                 pipe.hmget(f"{self.prefix}node:".encode() + name, "info", "beat", "draining")
-            rows = pipe.execute()
-        return [node for row in rows if (node := _node(row)) is not None]
+            rows = _each(pipe.execute(raise_on_error=False))
+            return [node for row in rows if row and (node := _node(row)) is not None]
 
 
 def _ids(replies: list[Any]) -> list[str]:
@@ -454,12 +505,49 @@ def _ids(replies: list[Any]) -> list[str]:
     return [task_id.decode() for reply in replies for task_id in reply]
 
 
+def _each(replies: list[Any]) -> Iterator[Any]:
+    """Replies one by one, None for a thing of another kind than it is to be; a failure that is not the thing's is
+    raised."""
+    for reply in replies:
+        if isinstance(reply, Exception) and not of_a_record(reply):
+            raise reply
+        yield None if isinstance(reply, Exception) else reply
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode(errors="replace")
+
+
+def _state(raw: bytes | None) -> State | None:
+    try:
+        return State(_text(raw)) if raw else None
+    except ValueError:
+        log.warning("state_unreadable", state=raw)
+        return None
+
+
+def entry(task_id: str, spec: TaskSpec) -> Entry:
+    """A task as it is stored. Raises InvalidTask for one that cannot be written."""
+    try:
+        payload = spec.model_dump_json(exclude_defaults=True)
+        key = _idempotent(spec.tenant, spec.idempotency_key) if spec.idempotency_key else ""
+        return Entry(task_id, payload, _features(spec, len(payload)), spec.deadline, key, spec.tenant)
+    except (PydanticSerializationError, ValueError) as error:  # not checked at the door, but made otherwise
+        raise InvalidTask(f"task: it cannot be written: {error}") from None
+
+
+def _idempotent(tenant: str, key: str) -> str:
+    """A tenant's name holds no space, so two tenants' keys are never the same."""
+    return f"{tenant} {key}"
+
+
 def _features(spec: TaskSpec, payload_bytes: int) -> str:
     """A `Submitted` event less its id and times, as JSON."""
     features: dict[str, Any] = {
         "type": "submitted",
         "value": spec.value,
         "service": spec.service,
+        "tenant": spec.tenant,
         "prompt_tokens": spec.text_bytes() // BYTES_PER_TOKEN + 1,
         "payload_bytes": payload_bytes,
         "max_tokens": spec.max_tokens,
@@ -485,22 +573,30 @@ _PLACEMENT_FIELDS = (
 )
 
 
-def _placement(task_id: str, row: list[bytes | None]) -> Placement:
+def _placement(task_id: str, row: list[bytes | None]) -> Placement | None:
     features, submitted, deadline, strikes, attempt, node, model, dispatched, claimed = (
-        v.decode() if v else "" for v in row
+        _text(v) if v else "" for v in row
     )
-    event = json.loads(features) | {
-        "id": task_id,
-        "at": float(submitted),
-        "deadline": float(deadline),
-        "strikes": int(strikes),
-        "attempt": int(attempt),
-    }
-    placed = (
-        Dispatched(id=task_id, at=float(dispatched), node=node, model=model, attempt=int(attempt)) if node else None
-    )
-    begun = Claimed(id=task_id, at=float(claimed), node=node, attempt=int(attempt)) if claimed else None
-    return Placement(Submitted.model_validate(event), placed, begun)
+    try:
+        event = json.loads(features) | {
+            "id": task_id,
+            "at": float(submitted),
+            "deadline": float(deadline),
+            "strikes": int(strikes),
+            "attempt": int(attempt),
+        }
+        placed = (
+            Dispatched(id=task_id, at=float(dispatched), node=node, model=model, attempt=int(attempt)) if node else None
+        )
+        begun = Claimed(id=task_id, at=float(claimed), node=node, attempt=int(attempt)) if claimed else None
+        return Placement(Submitted.model_validate(event), placed, begun)
+    except (ValueError, TypeError, RecursionError) as error:
+        log.warning("features_unreadable", task_id=task_id, reason=_reason(error))
+        return None
+
+
+def _reason(error: Exception) -> str:
+    return field_errors(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
 
 
 def _node(row: list[bytes | None]) -> tuple[NodeInfo, Heartbeat | None, bool] | None:
@@ -515,23 +611,45 @@ def _node(row: list[bytes | None]) -> tuple[NodeInfo, Heartbeat | None, bool] | 
         return None
 
 
+def _result(task_id: str, raw: bytes | None) -> Result | None:
+    if not raw:
+        return None
+    try:
+        return Result.model_validate_json(raw)
+    except ValidationError as error:  # whoever waits for it, or for its neighbours, shall know
+        log.warning("result_unreadable", task_id=task_id, reason=field_errors(error))
+        reason = "what is stored of its result cannot be read"
+        return Result(id=task_id, state=State.FAILED, on_time=False, latency=0.0, reason=reason)
+
+
+def _why(task_id: str, raw: bytes | None) -> Explanation | None:
+    try:
+        return Explanation.model_validate_json(raw) if raw else None
+    except ValidationError as error:
+        log.warning("explanation_unreadable", task_id=task_id, reason=field_errors(error))
+        return None
+
+
 def _record(task_id: str, raw: dict[bytes, bytes]) -> TaskRecord:
     def text(name: bytes) -> str | None:
-        return raw[name].decode() if name in raw else None
+        return _text(raw[name]) if name in raw else None
 
-    return TaskRecord(
-        id=task_id,
-        state=State(raw[b"state"].decode()),
-        spec=TaskSpec.model_validate_json(raw[b"payload"]),
-        submitted=float(raw[b"submitted"]),
-        deadline=float(raw[b"deadline"]),
-        attempt=int(raw[b"attempt"]),
-        strikes=int(raw[b"strikes"]),
-        node=text(b"node"),
-        model=text(b"model"),
-        why=Explanation.model_validate_json(raw[b"why"]) if b"why" in raw else None,
-        result=Result.model_validate_json(raw[b"result"]) if b"result" in raw else None,
-    )
+    try:
+        return TaskRecord(
+            id=task_id,
+            state=State(_text(raw[b"state"])),
+            spec=TaskSpec.model_validate_json(raw[b"payload"]),
+            submitted=float(raw[b"submitted"]),
+            deadline=float(raw[b"deadline"]),
+            attempt=int(raw[b"attempt"]),
+            strikes=int(raw[b"strikes"]),
+            node=text(b"node"),
+            model=text(b"model"),
+            why=_why(task_id, raw.get(b"why")),
+            result=_result(task_id, raw.get(b"result")),
+        )
+    except (KeyError, ValueError) as error:
+        raise Unreadable(f"what is stored of task {task_id!r} cannot be read: {_reason(error)}") from None
 
 
 def _events(entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> Iterator[tuple[str, Event]]:
@@ -539,4 +657,4 @@ def _events(entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> Iterator[tup
         try:
             yield position.decode(), parse_event(fields[b"e"])
         except (ValidationError, KeyError):
-            log.warning("event_unreadable", position=position.decode())
+            log.warning("event_unreadable", position=_text(position))

@@ -19,9 +19,17 @@ import structlog
 from pydantic import ValidationError
 
 from broker import grammar
-from broker.errors import BadSetting, InvalidTask, TaskExpired, TaskFailed, TryAgain, Unreachable
+from broker.errors import (
+    BadSetting,
+    InvalidTask,
+    TaskExpired,
+    TaskFailed,
+    TryAgain,
+    Unreachable,
+    field_errors,
+)
 from broker.ledger import Claim, Ledger
-from broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec
+from broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec, whole_text
 from broker.settings import Settings
 from broker.worker.engine import Engine, EngineDown, EngineError, Generation, Stop
 from broker.worker.speaker import Speaker
@@ -32,6 +40,8 @@ DELIVERY_PATIENCE = 60.0
 CONFIRMED = 3.0
 #: The exit status of a worker whose engine is stuck (EX_SOFTWARE): who supervises it starts it anew.
 STUCK_STATUS = 70
+#: Longest reason of a failure that is kept, characters: engines quote what they were given.
+MAX_REASON = 2000
 #: The reason given for work handed back by a graceful stop.
 STOPPING = "the worker is stopping"
 
@@ -152,6 +162,10 @@ class NodeWorker:
     def _run_claimed(self, task_id: str, attempt: _Attempt, claim: Claim, transfer: float) -> str:
         try:
             spec = TaskSpec.model_validate_json(claim.payload).model_copy(update={"model": claim.model})
+        except ValidationError as error:
+            reason = f"the payload is of another version: {field_errors(error)}"
+            return self._failed(task_id, attempt, reason, retry=True)
+        try:
             grammar.check(spec)
             speaker = Speaker(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
             done = self._engine.generate(task_id, spec, attempt.stop, speaker)
@@ -166,8 +180,6 @@ class NodeWorker:
             return self._failed(task_id, attempt, str(error), retry=error.retry)
         except InvalidTask as error:
             return self._failed(task_id, attempt, str(error), retry=isinstance(error, TryAgain))
-        except ValidationError as error:
-            return self._failed(task_id, attempt, f"the payload is of another version: {error}", retry=True)
         except Exception as error:  # an engine's bug must not take the attempt's record with it
             log.exception("engine_error", task_id=task_id)
             return self._failed(task_id, attempt, f"{type(error).__name__}: {error}", retry=True)
@@ -197,6 +209,7 @@ class NodeWorker:
                 assert_never(done.output.finish_reason)
 
     def _failed(self, task_id: str, attempt: _Attempt, reason: str, *, retry: bool) -> str:
+        reason = whole_text(reason[:MAX_REASON])
         log.warning("attempt_failed", task_id=task_id, attempt=attempt.number, reason=reason, retry=retry)
         self._patiently(lambda: self._ledger.fail(task_id, attempt.number, attempt.token, reason, retry=retry))
         raise TaskFailed(reason)
@@ -268,6 +281,9 @@ class NodeWorker:
             except BadSetting as error:
                 log.error("node_name_lost", reason=str(error))
                 self._closed.wait(self._settings.lease)
+            except Exception:  # a bug, or what an engine says of one task, must not end the heartbeat of all
+                log.exception("heartbeat_failed", node=self.info.name)
+                self._closed.wait(self._settings.heartbeat)
 
     def _await_next_beat(self, signals: redis.client.PubSub) -> None:
         """Sleep until the next beat is due or somebody cancels a task here."""

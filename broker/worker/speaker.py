@@ -8,6 +8,7 @@ import structlog
 
 from broker.errors import Unreachable
 from broker.ledger import SAY_EVERY, Ledger
+from broker.messages import whole_text
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +28,7 @@ class Speaker:
         self._held.append(piece)
         if self._silent or now < self._due:
             return
-        text = "".join(self._held)
+        text = whole_text("".join(self._held))
         self._held.clear()
         self._due = now + SAY_EVERY
         try:

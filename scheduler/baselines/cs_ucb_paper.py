@@ -17,6 +17,7 @@ from typing_extensions import override
 from broker.messages import Candidate, Completed, Ended, Event, Returned, State
 from scheduler.baselines.base import Baseline
 from scheduler.baselines.forecast import MeanLength, forecast
+from scheduler.core.classes import Classes
 from scheduler.core.cluster import Cluster, Node, Task
 from scheduler.core.policy import Choice, Place
 
@@ -75,7 +76,7 @@ class CsUcbPaper(Baseline):
     ) -> None:
         super().__init__(seed)
         self.delta, self.lam, self.theta, self.weights, self.queue_room = delta, lam, theta, weights, queue_room
-        self.arms: dict[tuple[str, str], Arm] = {}
+        self.arms: Classes[dict[str, Arm]] = Classes(dict)  # of each class, by node
         self.feedbacks = 0  # t
         self.energy_norm = 0.0  # J, the largest energy seen so far (reconstructed: the paper names no normaliser)
         self.lengths = MeanLength()
@@ -92,7 +93,7 @@ class CsUcbPaper(Baseline):
         return max([look for look in looks if look.f >= 0] or looks, key=lambda look: look.index)
 
     def _look(self, task: Task, node: Node, now: float) -> Look:
-        arm = self.arms.get((task.service, node.name))
+        arm = self.arms.get(task.tenant, task.service).get(node.name)
         delay = arm.delay if arm is not None else forecast(node, task, self.lengths).finish
         slacks = self._slacks(task, node, delay, now)
         f = min(slacks.values())
@@ -139,7 +140,7 @@ class CsUcbPaper(Baseline):
         self.energy_norm = max(self.energy_norm, joules)
         reward = self.lam * f - (joules / self.energy_norm if self.energy_norm > 0 else 0.0)
         self.feedbacks += 1
-        self.arms.setdefault((task.service, event.node), Arm()).update(reward, delay)
+        self.arms.get(task.tenant, task.service).setdefault(event.node, Arm()).update(reward, delay)
 
     @override
     def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
@@ -170,7 +171,10 @@ class CsUcbPaper(Baseline):
     def snapshot(self) -> dict[str, Any]:
         return {
             **super().snapshot(),
-            "arms": [[service, node, asdict(arm)] for (service, node), arm in self.arms.items()],
+            "arms": [
+                [tenant, service, {node: asdict(arm) for node, arm in arms.items()}]
+                for tenant, service, arms in self.arms
+            ],
             "feedbacks": self.feedbacks,
             "energy_norm": self.energy_norm,
             "lengths": self.lengths.snapshot(),
@@ -179,7 +183,9 @@ class CsUcbPaper(Baseline):
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        arms = {(service, node): Arm(**arm) for service, node, arm in state["arms"]}
+        arms: Classes[dict[str, Arm]] = Classes(dict)
+        for tenant, service, known in state["arms"]:
+            arms.put(tenant, service, {node: Arm(**arm) for node, arm in known.items()})
         feedbacks, energy_norm = int(state["feedbacks"]), float(state["energy_norm"])
         lengths, placed = MeanLength.restored(state["lengths"]), dict(state["placed"])
         super().restore(state)

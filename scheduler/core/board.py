@@ -205,7 +205,7 @@ class Board:
             task.deadline,
             task.max_tokens,
             task.value,
-            self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens),
+            self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens, task.tenant),
             self.arm(entry.node, task.model),
         )
         return given + (0.0,) * (f.FLIGHT_COLUMNS - len(given))

@@ -25,6 +25,7 @@ class Task:
     prompt_tokens: int
     payload_bytes: int
     max_tokens: int
+    tenant: str = "default"
     expected_tokens: int | None = None
     strikes: int = 0
     attempt: int = 0

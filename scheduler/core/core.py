@@ -7,7 +7,7 @@ shows is what the service does.
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, assert_never
 
 from broker.messages import (
@@ -51,6 +51,7 @@ class Decision:
     explanation: Explanation
     node: Node | None = None
     model: str | None = None
+    failure: bool = False  # it could not be decided: a fault of ours
 
 
 class Core:
@@ -58,18 +59,25 @@ class Core:
 
     `queue_beyond_slots` bounds the tasks a node holds to its slots plus that many, or FEED seconds' worth (None:
     unbounded). `edf` orders pending tasks by deadline instead of arrival. Without `explain`, decisions carry no
-    candidates, which saves time where nobody reads them.
+    candidates, which saves time where nobody reads them. With `forgiving`, a task the policy fails on is rejected and
+    says so, and the others are decided; without, the failure is raised.
     """
 
     def __init__(
-        self, policy: Policy, *, queue_beyond_slots: int | None = 2, edf: bool = True, explain: bool = True
+        self,
+        policy: Policy,
+        *,
+        queue_beyond_slots: int | None = 2,
+        edf: bool = True,
+        explain: bool = True,
+        forgiving: bool = False,
     ) -> None:
         self.policy = policy
         self.cluster = Cluster()
         self.pending = Pending(edf=edf)
         self._placed: dict[str, Task] = {}
         self._queue_beyond_slots = queue_beyond_slots
-        self._explain = explain
+        self._explain, self._forgiving = explain, forgiving
         self._with_room: dict[str | None, tuple[Node, ...]] = {}  # those with room now; missing: not worked out
         self._least_context: dict[str | None, int] = {}  # smallest context offered for the model, tokens
 
@@ -228,7 +236,15 @@ class Core:
             if taken is None:
                 break
             task, was_parked = taken
-            decided = self._decide(task, now)
+            try:
+                decided = self._decide(task, now)
+            except Exception as error:
+                if not self._forgiving:
+                    raise
+                self._take_out(task, now)
+                reason = f"the policy failed on it: {type(error).__name__}: {error}"
+                decisions.append(replace(self._end(task, "reject", reason), failure=True))
+                continue
             if isinstance(decided, Decision):
                 self.pending.remove(task.id)
                 decisions.append(decided)
@@ -369,6 +385,7 @@ def task_of(event: Submitted) -> Task:
         deadline=event.deadline,
         value=event.value,
         service=event.service,
+        tenant=event.tenant,
         model=event.model,
         prompt_tokens=event.prompt_tokens,
         payload_bytes=event.payload_bytes,

@@ -92,7 +92,14 @@ class CsUcb(Policy):
             tokens, cut = receipt.completion_tokens, event.state is not State.SUCCEEDED
             if not cut and tokens >= task.max_tokens:  # it ended at its limit: it would have been at least so long
                 tokens, cut = task.max_tokens - 1, True
-            self._lengths.observe(task.service, task.prompt_tokens, tokens, ended=not cut, hint=task.expected_tokens)
+            self._lengths.observe(
+                task.service,
+                task.prompt_tokens,
+                tokens,
+                ended=not cut,
+                hint=task.expected_tokens,
+                tenant=task.tenant,
+            )
             self._scale.observe(receipt.energy.transfer + receipt.energy.inference)
 
     # --- deciding
@@ -125,7 +132,7 @@ class CsUcb(Policy):
         or −1."""
         self._asked = nodes
         board, given, terms = self._board, self._task, self._terms
-        row = self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens)
+        row = self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens, task.tenant)
         rows, arm_rows = board.rows(nodes, task.model)
         table = self._lengths.table
         if len(self._looks) != len(rows):

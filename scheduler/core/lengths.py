@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scheduler.core.classes import Classes
 from scheduler.core.compiled import compiled
 from scheduler.core.grid import BINS, EDGES, Floats, bin_of, position
 
@@ -26,8 +27,9 @@ CELL_MEMORY, CLASS_MEMORY = 400.0, 1600.0
 CELL_LEANS, CLASS_LEANS = 16.0, 4.0
 #: Median and σ of the logarithm of the lognormal prior, tokens.
 PRIOR_MEDIAN, PRIOR_SIGMA = 64.0, 1.3
-#: Classes kept apart; further ones share one.
-MOST_CLASSES = 1000
+#: Rows of the table that one tenant's tasks, and all, may take until the rows are dropped; beyond, a task has the
+#: prior's. (A row is 2.7 kB.)
+TENANT_ROWS, MOST_ROWS = 8192, 32_768
 #: What has been seen since a class was tabulated, as a share of its cells, before it is tabulated again.
 NEWS = 0.05
 #: Hints are told apart by quarter octaves.
@@ -137,9 +139,9 @@ class HintFit:
         return (sy - slope * sx) / n, slope, max(math.sqrt(scatter), 0.05)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Class:
-    """What is known of one service class."""
+    """What is known of one service class of one tenant."""
 
     whole: Histogram = field(default_factory=lambda: Histogram(CLASS_MEMORY))
     cells: dict[int, Histogram] = field(default_factory=dict)  # by prompt size
@@ -156,19 +158,22 @@ class Lengths:
 
     def __init__(self, *, by_size: bool = True, use_hints: bool = True, spread: bool = True) -> None:
         self._by_size, self._use_hints, self._spread = by_size, use_hints, spread
-        self._classes: dict[str, _Class] = {}
+        self._classes = Classes(_Class)
+        self._nobody = _Class()  # of whom nothing is known
         self._count = 0
-        self._stale: dict[str, None] = {}  # classes whose rows are out of date, in order
+        self._taken: dict[str, int] = {}  # rows, by tenant
+        self._stale: dict[_Class, None] = {}  # classes whose rows are out of date, in order
         self.table: NDArray[np.float64] = np.zeros((16, 3, BINS + 1))
 
     # --- learning
 
-    def observe(self, service: str, prompt: int, tokens: int, *, ended: bool, hint: int | None = None) -> None:
+    def observe(
+        self, service: str, prompt: int, tokens: int, *, ended: bool, hint: int | None = None, tenant: str = "default"
+    ) -> None:
         """A task of this class generated `tokens`: all it had to (`ended`), or it was cut and would have gone on."""
         if not ended and tokens <= 0:
             return
-        name = self._name(service)
-        known = self._classes[name]
+        known = self._classes.get(tenant, service)
         cell = known.cells.setdefault(self._size(prompt), Histogram(CELL_MEMORY))
         shares = _shares(bin_of(max(tokens, 1))) if ended else self._beyond(known, cell, float(tokens))
         known.whole.add(shares)
@@ -177,7 +182,7 @@ class Lengths:
             known.hints.add(float(hint), float(max(tokens, 1)))
         known.news += 1.0 / cell.weight
         if known.news >= NEWS:
-            self._stale[name] = None
+            self._stale[known] = None
 
     def _beyond(self, known: _Class, cell: Histogram, tokens: float) -> Floats:
         """One count over the bins beyond `tokens`, as they are believed to share it."""
@@ -193,33 +198,41 @@ class Lengths:
 
     # --- reading
 
-    def row(self, service: str, prompt: int, hint: int | None = None) -> int:
+    def row(self, service: str, prompt: int, hint: int | None = None, tenant: str = "default") -> int:
         """The row of `table` for such a task. It holds after the next `refresh`."""
-        name = self._name(service)
-        known = self._classes[name]
+        known = self._classes.get(tenant, service)
         size = self._size(prompt)
         hinted = -1 if hint is None or not self._use_hints else round(_HINTS_PER_OCTAVE * math.log2(hint))
         row = known.rows.get((size, hinted))
-        if row is None:
-            row = known.rows[size, hinted] = self._count
-            self._count += 1
-            if self._count > len(self.table):
-                self.table = np.concatenate([self.table, np.zeros_like(self.table)])
-            self._stale[name] = None
+        return self._new_row(known, size, hinted, tenant) if row is None else row
+
+    def _new_row(self, known: _Class, size: int, hinted: int, tenant: str) -> int:
+        taken = self._taken.get(tenant, 0)
+        if taken >= TENANT_ROWS or self._count >= MOST_ROWS:
+            known, size, hinted = self._nobody, 0, -1
+            if (row := known.rows.get((size, hinted))) is not None:
+                return row
+        self._taken[tenant] = taken + 1
+        row = known.rows[size, hinted] = self._count
+        self._count += 1
+        if self._count > len(self.table):
+            self.table = np.concatenate([self.table, np.zeros_like(self.table)])
+        self._stale[known] = None
         return row
 
     def refresh(self) -> None:
         """Bring the rows of classes with news up to date."""
-        for name in self._stale:
-            self._refresh(self._classes[name])
+        for known in self._stale:
+            self._refresh(known)
         self._stale.clear()
 
     def forget(self) -> None:
         """Drop the rows; they are made from the counts when asked for again."""
-        for known in self._classes.values():
+        for known in (self._nobody, *(each for _, _, each in self._classes)):
             known.rows.clear()
             known.news = 0.0
         self._count = 0
+        self._taken.clear()
         self._stale.clear()
 
     def _refresh(self, known: _Class) -> None:
@@ -240,38 +253,42 @@ class Lengths:
             _collapse(filled)
         self.table[rows] = filled
 
-    def _name(self, service: str) -> str:
-        if service not in self._classes:
-            if len(self._classes) >= MOST_CLASSES:
-                service = ""
-            self._classes.setdefault(service, _Class())
-        return service
-
     def _size(self, prompt: int) -> int:
         """Prompt sizes are told apart by doublings."""
         return max(prompt, 1).bit_length() if self._by_size else 0
 
     # --- kept over a restart
 
-    def snapshot(self) -> dict[str, Any]:
-        return {
-            name: {
-                "whole": _sparse(known.whole),
-                "cells": {str(size): _sparse(cell) for size, cell in known.cells.items()},
-                "hints": known.hints.sums,
-            }
-            for name, known in self._classes.items()
-        }
+    def snapshot(self) -> list[Any]:
+        """[tenant, class, what is known] of each class of which something is."""
+        return [
+            [
+                tenant,
+                name,
+                {
+                    "whole": _sparse(known.whole),
+                    "cells": {str(size): _sparse(cell) for size, cell in known.cells.items()},
+                    "hints": known.hints.sums,
+                },
+            ]
+            for tenant, name, known in self._classes
+            if known.whole.weight
+        ]
 
-    def restore(self, state: dict[str, Any]) -> None:
-        classes = {
-            name: _Class(
-                whole=_dense(given["whole"], CLASS_MEMORY),
-                cells={int(size): _dense(cell, CELL_MEMORY) for size, cell in given["cells"].items()},
-                hints=HintFit(sums=[float(s) for s in given["hints"]]),
+    def restore(self, state: list[Any] | dict[str, Any]) -> None:
+        """Take over what `snapshot` returned (or, as it was before tenants were told apart, a dict by class)."""
+        classes = Classes(_Class)
+        known = state if isinstance(state, list) else [("default", name, given) for name, given in state.items()]
+        for tenant, name, given in known:
+            classes.put(
+                tenant,
+                name,
+                _Class(
+                    whole=_dense(given["whole"], CLASS_MEMORY),
+                    cells={int(size): _dense(cell, CELL_MEMORY) for size, cell in given["cells"].items()},
+                    hints=HintFit(sums=[float(s) for s in given["hints"]]),
+                ),
             )
-            for name, given in state.items()
-        }
         self._classes = classes
         self.forget()
 

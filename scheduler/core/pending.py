@@ -26,6 +26,7 @@ _ROW = np.dtype(
     [
         ("id", "O"),
         ("service", "O"),
+        ("tenant", "O"),
         ("model", "O"),
         ("deadline", "f8"),
         ("submitted", "f8"),
@@ -115,6 +116,7 @@ class Pending:
         self._chunks[row // _CHUNK][row % _CHUNK] = (
             task.id,
             intern(task.service),
+            intern(task.tenant),
             task.model if task.model is None else intern(task.model),
             task.deadline,
             task.submitted,
@@ -185,7 +187,7 @@ class Pending:
         if not lane.live:
             del self._lanes[model]
         self._avoid.pop(row, None)
-        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, *(0,) * 13)
+        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, *(0,) * 13)
         self._free.append(row)
         if len(self._alarms) > 4 * len(self._index) + 64:
             self._tidy_alarms()
@@ -279,19 +281,21 @@ class Pending:
 
     def _task(self, row: int) -> Task:
         values: Any = self._record(row).item()
-        task_id, service, model, deadline, submitted, _, value, payload, prompt, most, expected, attempt = values[:12]
+        task_id, service, tenant, model, deadline, submitted, _, value, payload = values[:9]
+        prompt, most, expected, attempt = values[9:13]
         return Task(
             id=task_id,
             submitted=submitted,
             deadline=deadline,
             value=value,
             service=service,
+            tenant=tenant,
             model=model,
             prompt_tokens=prompt,
             payload_bytes=payload,
             max_tokens=most,
             expected_tokens=expected or None,
-            strikes=values[14],
+            strikes=values[-2],
             attempt=attempt,
             avoid=self._avoid.get(row, {}),
         )

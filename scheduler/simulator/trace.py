@@ -81,9 +81,6 @@ def _event(line: str, where: str) -> Event:
         for field in ("prompt_tokens", "max_tokens"):
             if getattr(event, field) < 1:
                 raise BadSetting(f"{where}: {field}: must be at least 1 (given {getattr(event, field)})")
-        for field in ("payload_bytes", "value"):
-            if getattr(event, field) < 0:
-                raise BadSetting(f"{where}: {field}: cannot be negative (given {getattr(event, field)})")
     return event
 
 

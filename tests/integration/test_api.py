@@ -581,10 +581,10 @@ def test_a_repeated_request_is_the_first_one(api: ApiProcess) -> None:
 
 def test_extensions_travel_as_headers_too(api: ApiProcess) -> None:
     http = api.http("headers")
-    headers = {"X-PerLLM-Deadline": "45", "X-PerLLM-Value": "3.5", "X-PerLLM-Service": "front"}
+    headers = {"X-PerLLM-Deadline": "45", "X-PerLLM-Value": "0.5", "X-PerLLM-Service": "front"}
     task_id = http.post("/v1/responses", json={"input": "Hi.", "background": True}, headers=headers).json()["id"]
     task = http.get(f"/v1/tasks/{task_id}").json()
-    assert (task["value"], task["service"]) == (3.5, "front")
+    assert (task["value"], task["service"]) == (0.5, "front")
     assert task["deadline"] - task["submitted"] == pytest.approx(45)
 
 

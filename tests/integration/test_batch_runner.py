@@ -231,7 +231,7 @@ def test_too_many_lines_fail_before_any_is_run(bench: Bench) -> None:
 
 
 def test_a_line_too_long_and_one_that_is_no_text_are_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("broker.api.batch_runner.MAX_LINE", 1000)
+    monkeypatch.setattr("broker.batch.MAX_LINE", 1000)
     first, *rest = content(3).splitlines(keepends=True)
     bench.batch(first + b"x" * 5000 + b"\n" + rest[0] + b"\xff\xfe\n" + rest[1])
     for _ in range(9):

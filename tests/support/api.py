@@ -53,8 +53,14 @@ class ApiProcess:
 
         eventually(healthy, "the API answers")
 
-    def key(self, tenant: str = "default", rate: float | None = None, in_flight: int | None = None) -> str:
-        return self.keys.make(tenant, "test", rate, in_flight)[1]
+    def key(
+        self,
+        tenant: str = "default",
+        rate: float | None = None,
+        in_flight: int | None = None,
+        max_value: float = 1.0,
+    ) -> str:
+        return self.keys.make(tenant, "test", rate, in_flight, max_value)[1]
 
     def openai(self, tenant: str = "default", **options: Any) -> OpenAI:
         """The official client, with a key of this tenant's."""

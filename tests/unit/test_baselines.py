@@ -185,7 +185,8 @@ def test_linucb_learns_from_the_queue_it_saw() -> None:
 
 
 def test_the_forecast_is_the_calibration_for_a_task_alone_and_grows_with_the_queue() -> None:
-    lengths = MeanLength({"s": [1e9, 40e9]})  # mean of 40, beyond doubt
+    lengths = MeanLength()
+    lengths.sums.put("default", "s", [1e9, 40e9])  # mean of 40, beyond doubt
     n = node("a")
     cal = n.info.models[0].calibration
     alone = forecast(n, task(payload=1_000_000), lengths)
@@ -230,7 +231,7 @@ def test_cs_ucb_paper_tries_untried_servers_first_then_the_index() -> None:
     assert placed(policy, task("2"), two) == "b"
     feed(policy, two, "b", at=2.0, joules=20)
     # f = min(deadline slack, compute slack of 5/6 at placement or 1 unknown); E_norm = the largest energy so far
-    a, b = policy.arms["s", "a"], policy.arms["s", "b"]
+    a, b = policy.arms.get("default", "s")["a"], policy.arms.get("default", "s")["b"]
     assert a.reward == pytest.approx(min(0.8, 5 / 6, 1) - 10 / 10)
     assert b.reward == pytest.approx(0.6 - 20 / 20)
     looks = {c.node: c for c in policy.explain(task("3"), list(two.nodes.values()), two, 0.0)}
@@ -247,13 +248,13 @@ def test_cs_ucb_paper_penalises_only_where_no_server_is_feasible() -> None:
     for _ in range(3):
         feed(policy, two, "a", at=4.0, joules=1)  # slow and cheap: a better mean reward than b's
         feed(policy, two, "b", at=1.0, joules=100)
-    assert policy.arms["s", "a"].reward > policy.arms["s", "b"].reward
+    assert policy.arms.get("default", "s")["a"].reward > policy.arms.get("default", "s")["b"].reward
     assert placed(policy, task(left=5.0), two) == "a"
     assert placed(policy, task(left=2.0), two) == "b"  # a is infeasible: D̂ = 4 s
     looks = {c.node: c for c in policy.explain(task(left=0.5), list(two.nodes.values()), two, 0.0)}
     assert not looks["a"].feasible
     assert not looks["b"].feasible
-    plain = policy.arms["s", "a"].reward + looks["a"].confidence  # type: ignore[operator]
+    plain = policy.arms.get("default", "s")["a"].reward + looks["a"].confidence  # type: ignore[operator]
     assert looks["a"].index == pytest.approx(plain + (0.5 - 4.0) / 0.5)
     assert "short of deadline" in looks["a"].note
     assert placed(policy, task(left=0.5), two) == "b"
@@ -292,8 +293,8 @@ def test_cs_ucb_paper_holds_a_cut_task_against_its_server() -> None:
     t = task()
     t.node, t.dispatched = "a", 0.0
     policy.observe(completed(t, "a", at=5.0, joules=10, cut=True), t, one)
-    assert policy.arms["s", "a"].delay == pytest.approx(10.0)
-    assert policy.arms["s", "a"].reward == pytest.approx(-1 - 1)
+    assert policy.arms.get("default", "s")["a"].delay == pytest.approx(10.0)
+    assert policy.arms.get("default", "s")["a"].reward == pytest.approx(-1 - 1)
 
 
 # --- all of them

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scheduler.core.classes import TENANT_CLASSES
 from scheduler.core.grid import BINS, EDGES, at, bin_of
 from scheduler.core.lengths import MEAN, MOMENT, TAIL, Lengths
 
@@ -152,11 +153,57 @@ def test_without_spread_only_the_mean_is_left() -> None:
     assert tail(row, 1.4 * mean) == 0.0
 
 
-def test_a_producer_of_ever_new_classes_does_not_fill_the_memory() -> None:
+def test_a_producer_of_ever_new_classes_loses_its_own_and_nobody_elses() -> None:
     lengths = Lengths()
+    for _ in range(200):
+        lengths.observe("chat", 100, 10, ended=True, tenant="other")
+    learned = lengths.table[_row(lengths, "chat", "other")].copy()
     for i in range(3000):
-        lengths.observe(f"class-{i}", 100, 10, ended=True)
-    assert len(lengths._classes) <= 1001
+        lengths.observe(f"class-{i}", 100, 10, ended=True, tenant="hostile")
+        lengths.row(f"class-{i}", 100, None, "hostile")
+    lengths.refresh()
+    assert np.array_equal(lengths.table[_row(lengths, "chat", "other")], learned)
+    kept = [name for tenant, name, _ in lengths.snapshot() if tenant == "hostile"]
+    assert kept == [f"class-{i}" for i in range(3000 - TENANT_CLASSES, 3000)]
+    assert len(json.dumps(lengths.snapshot())) < 1000 * (TENANT_CLASSES + 1)
+    prior = lengths.table[_row(lengths, "never", "nobody")]
+    assert np.array_equal(lengths.table[_row(lengths, "class-0", "hostile")], prior)  # what goes is forgotten
+
+
+def _row(lengths: Lengths, service: str, tenant: str) -> int:
+    row = lengths.row(service, 100, None, tenant)
+    lengths.refresh()
+    return row
+
+
+def test_a_tenant_learns_nothing_of_anothers_class_of_the_same_name() -> None:
+    lengths = Lengths()
+    before = lengths.table[_row(lengths, "chat", "b")].copy()
+    for _ in range(200):
+        lengths.observe("chat", 100, 500, ended=True, tenant="a")
+    assert np.array_equal(lengths.table[_row(lengths, "chat", "b")], before)
+
+
+def test_hints_of_every_kind_do_not_fill_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scheduler.core.lengths.TENANT_ROWS", 100)
+    lengths = Lengths()
+    rows = {lengths.row(f"c{n % 7}", 1 << n % 20, n, "hostile") for n in range(1, 5000)}
+    assert len(rows) == 101  # beyond, all share the prior's
+    lengths.refresh()
+    general = lengths.row("more", 100, 7, "hostile")
+    assert general in rows
+    assert lengths.row("chat", 100, None, "other") not in rows
+    assert np.array_equal(lengths.table[general], lengths.table[_row(lengths, "never", "nobody")])
+    lengths.forget()
+    assert lengths.row("c1", 100, 7, "hostile") == 0
+
+
+def test_a_snapshot_from_before_tenants_were_told_apart() -> None:
+    lengths = with_hints(0.3, true=True)
+    ((_, name, known),) = lengths.snapshot()
+    again = Lengths()
+    again.restore({name: known})
+    assert again.snapshot() == lengths.snapshot()
 
 
 def test_snapshot_round_trip_is_exact() -> None:

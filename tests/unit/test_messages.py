@@ -134,8 +134,8 @@ LOOP["a"] = LOOP
         ({"prompt": "x", "json_schema": {"a": "\ud800"}}, "json_schema: is not JSON"),
         ({"prompt": "x", "json_schema": {"a": float("nan")}}, "json_schema: is not JSON"),
         ({"prompt": "x", "json_schema": {"a": "x" * 65_536}}, "json_schema: .*limit is 65536"),
-        ({"prompt": "x", "json_schema": DEEP}, "json_schema: is not JSON"),
-        ({"prompt": "x", "json_schema": LOOP}, "json_schema: is not JSON"),
+        ({"prompt": "x", "json_schema": DEEP}, "json_schema: is nested deeper than 64 levels"),
+        ({"prompt": "x", "json_schema": LOOP}, "json_schema: is nested deeper than 64 levels"),
         ({"prompt": "x", "json_schema": {}, "grammar": "root ::= x"}, "at most one of 'json_schema' and 'grammar'"),
     ],
 )

@@ -260,7 +260,7 @@ GOOD = Submitted(at=1.0, id="a", deadline=2.0).model_dump_json()
         (['{"perllm_trace": 1}', GOOD.replace('"at":1.0', '"at":-1.0')], "line 2: at: a time cannot be negative"),
         (['{"perllm_trace": 1}', GOOD.replace('"deadline":2.0', '"deadline":0.5')], "line 2: deadline: not after"),
         (['{"perllm_trace": 1}', GOOD.replace('"max_tokens":128', '"max_tokens":0')], "line 2: max_tokens: must be"),
-        (['{"perllm_trace": 1}', GOOD.replace('"payload_bytes":0', '"payload_bytes":-1')], "line 2: payload_bytes"),
+        (['{"perllm_trace": 1}', GOOD.replace('"payload_bytes":0', '"payload_bytes":-1')], "line 2: submitted.payload"),
         (['{"perllm_trace": 1}', GOOD.replace('"type":"submitted"', '"type":"eaten"')], "line 2: "),
     ],
 )
