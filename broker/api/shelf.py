@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar, cast
 
 import redis
-from pydantic import BaseModel, ConfigDict
+import structlog
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from broker.connection import reaching
 from broker.ledger import Ledger
 from broker.settings import Settings
+
+log = structlog.get_logger(__name__)
 
 
 class Document(BaseModel):
@@ -64,6 +67,20 @@ class Shelf(Generic[D]):
             raw = cast("bytes | None", self.client.get(self._key(identity)))
         document = self._model.model_validate_json(raw) if raw else None
         return document if document is not None and tenant in (None, document.tenant) else None
+
+    def many(self, identities: Sequence[str]) -> list[D]:
+        """Those of these documents that are there and can be read."""
+        found: list[D] = []
+        for start in range(0, len(identities), 500):
+            with reaching(self._settings):
+                keys = [self._key(i) for i in identities[start : start + 500]]
+                rows = cast("list[bytes | None]", self.client.mget(keys))
+            for key, row in zip(keys, rows, strict=True):
+                try:
+                    found += [self._model.model_validate_json(row)] if row is not None else []
+                except ValidationError:  # it must not hide the others
+                    log.warning("document_unreadable", key=key)
+        return found
 
     def change(self, identity: str, change: Callable[[D], D | None], *, keep: float | None = None) -> D | None:
         """Replace a document by what `change` makes of it (None: leave it), as one step. Returns what is there then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -44,7 +45,7 @@ async def create_webhook(request: Request, api: TheApi, caller: TheCaller) -> Re
     if not isinstance(events, list) or not events or not all(isinstance(e, str) and e in EVENTS for e in events):
         raise ApiError(400, f"events: a list of some of {', '.join(EVENTS)} is required", param="events")
     url = await _checked(api, body.get("url"))
-    hook = await asyncio.to_thread(api.webhooks.make, caller.tenant, url, list(dict.fromkeys(events)))
+    hook = await api.quick.run(caller.tenant, api.webhooks.make, caller.tenant, url, list(dict.fromkeys(events)))
     if hook is None:
         raise ApiError(400, f"url: there are {MOST_HOOKS} webhooks already; delete one", param="url")
     return JSONResponse({**_shown(hook), "secret": hook.secret})
@@ -69,7 +70,7 @@ async def _checked(api: Api, url: Any) -> str:
 @router.get("/v1/webhooks", responses=answers(WebhookPage, examples.page(examples.WEBHOOK)))
 async def list_webhooks(api: TheApi, caller: TheCaller) -> Response:
     """The tenant's webhooks, newest first."""
-    hooks = await asyncio.to_thread(api.webhooks.of, caller.tenant)
+    hooks = await api.quick.run(caller.tenant, api.webhooks.of, caller.tenant)
     return JSONResponse(page([_shown(hook) for hook in hooks], False))
 
 
@@ -82,7 +83,7 @@ async def get_webhook(id: str, api: TheApi, caller: TheCaller) -> Response:
 @router.delete("/v1/webhooks/{id}", responses=answers(Deleted, {**examples.DELETED, "object": "webhook"}, 404))
 async def delete_webhook(id: str, api: TheApi, caller: TheCaller) -> Response:
     """Delete a webhook; what is still to be delivered to it is dropped."""
-    await asyncio.to_thread(api.webhooks.remove, await _hook(api, caller, id))
+    await api.quick.run(caller.tenant, api.webhooks.remove, await _hook(api, caller, id))
     return JSONResponse({"id": id, "object": "webhook", "deleted": True})
 
 
@@ -90,7 +91,9 @@ async def delete_webhook(id: str, api: TheApi, caller: TheCaller) -> Response:
 async def list_deliveries(id: str, api: TheApi, caller: TheCaller, limit: Limit = 20, after: After = None) -> Response:
     """What was, or is still to be, delivered to a webhook in the last week, with every attempt; newest first."""
     hook = await _hook(api, caller, id)
-    found, more = await asyncio.to_thread(api.webhooks.deliveries.page, hook.id, after=after, limit=limit)
+    found, more = await api.slow.run(
+        caller.tenant, partial(api.webhooks.deliveries.page, hook.id, after=after, limit=limit)
+    )
     return JSONResponse(page([_shown_delivery(delivery) for delivery in found], more))
 
 
@@ -100,16 +103,16 @@ async def list_deliveries(id: str, api: TheApi, caller: TheCaller, limit: Limit 
 async def replay_delivery(id: str, delivery_id: str, api: TheApi, caller: TheCaller) -> Response:
     """Deliver something again, under the same `webhook-id`."""
     hook = await _hook(api, caller, id)
-    delivery = await asyncio.to_thread(api.webhooks.deliveries.get, delivery_id, caller.tenant)
+    delivery = await api.quick.run(caller.tenant, api.webhooks.deliveries.get, delivery_id, caller.tenant)
     if delivery is None or delivery.webhook != hook.id:
         raise not_found("delivery", delivery_id)
-    again = await asyncio.to_thread(api.webhooks.replay, delivery)
+    again = await api.quick.run(caller.tenant, api.webhooks.replay, delivery)
     api.herald.wake()
     return JSONResponse(_shown_delivery(again or delivery))
 
 
 async def _hook(api: Api, caller: Caller, identity: str) -> WebhookDocument:
-    hook = await asyncio.to_thread(api.webhooks.shelf.get, identity, caller.tenant)
+    hook = await api.quick.run(caller.tenant, api.webhooks.shelf.get, identity, caller.tenant)
     if hook is None:
         raise not_found("webhook", identity)
     return hook
