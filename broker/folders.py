@@ -13,15 +13,17 @@ from broker.errors import BadSetting
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def private_folder(path: Path, *, link: bool = False) -> Path:
-    """Make a folder only its user can enter, or make one that is there so. `link`: it may be a link, as where an
-    operator put it. One that everybody shares (/tmp) stays as it is. Raises BadSetting."""
+def private_folder(path: Path, *, given: bool = False) -> Path:
+    """Make a folder only its user can enter, or make one that is there so. `given`: an operator named it, so one that
+    is there stays as it is, and may be a link. Raises BadSetting."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.is_symlink() and not link:
+        if given:
+            return path
+        if path.is_symlink():
             raise BadSetting(f"{path} is a link, and none is followed here: remove it")
         found = path.stat()
-        if found.st_mode & 0o077 and found.st_uid == os.geteuid() and not found.st_mode & stat.S_ISVTX:
+        if found.st_mode & 0o077 and found.st_uid == os.geteuid():
             path.chmod(0o700)
     except OSError as error:
         raise BadSetting(f"the data folder {path} cannot be used ({error.strerror}): set PERLLM_DATA_DIR") from None
@@ -32,7 +34,7 @@ class Drawers:
     """Files in folders of one root, `<folder>/<name>` each, opened step by step so that no link is followed."""
 
     def __init__(self, root: Path) -> None:
-        self._root = private_folder(root).resolve()
+        self._root = root.resolve()
 
     def open(self, folder: str, name: str, mode: str) -> IO[bytes]:
         """A file to read ("rb"), or a new or emptied one to write ("wb"). Raises OSError."""

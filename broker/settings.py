@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     # Where everything meets
     redis_url: SecretStr | None = None  # redis://, rediss:// (user:password@ for ACL users) or unix://; None: embedded
     data_dir: Path = Field(default_factory=default_data_dir)
+    server_memory: Annotated[int, Field(ge=16 << 20)] | None = None  # bytes of the embedded server; None: a quarter
     cell: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")] = "perllm"
 
     # Ledger

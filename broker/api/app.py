@@ -28,7 +28,7 @@ def make_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.api = Api(settings)
-        app.state.metrics = metrics.Scrape(registry)
+        app.state.metrics = registry
         registry.register(metrics.LedgerMetrics(app.state.api.ledger))
         app.state.api.start()
         gc.collect()

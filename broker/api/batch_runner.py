@@ -60,6 +60,7 @@ MAX_LINE = 8 << 20
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
+_Place = tuple[int, int, int]  # in a file: lines before it that are not empty, all lines before it, bytes before it
 Announce = Callable[[BatchDocument], object]
 
 
@@ -100,7 +101,7 @@ class BatchRunner(Duty):
         self._work: OrderedDict[str, deque[tuple[BatchDocument, Iterator[None]]]] = OrderedDict()  # by tenant
         self._slice = 0.0  # when the present one ends, monotonic
         self._due: dict[str, float] = {}  # when each batch is to be looked at, monotonic
-        self._fed: dict[str, tuple[int, int, int]] = {}  # where to go on: line's index, its number, bytes before it
+        self._fed: dict[str, _Place] = {}  # where to go on feeding
         self._short: set[str] = set()  # batches the tenant's quota leaves no room for
         self._collected: dict[str, float] = {}
         self._failures: dict[str, int] = {}
@@ -255,9 +256,7 @@ class BatchRunner(Duty):
             return lines.BadLine(line.number, line.custom_id, reason)
         return line
 
-    def _raw(
-        self, batch: BatchDocument, start: tuple[int, int, int] = (0, 0, 0)
-    ) -> Iterator[tuple[int, int, int, str]]:
+    def _raw(self, batch: BatchDocument, start: _Place = (0, 0, 0)) -> Iterator[tuple[int, int, int, str]]:
         """The index, number, place and text of each line that is not empty."""
         index, number, place = start
         with self._files.read(self._input(batch)) as content:
@@ -346,7 +345,8 @@ class BatchRunner(Duty):
                 self._fed[batch.id] = (index, number - 1, place)  # should these not be taken
             spec = self._judge(batch, self._fit(batch, lines.read_one(number, text)), now)
             if not isinstance(spec, TaskSpec):  # it was good when it was judged, and is no more: a model has gone
-                raise _Unfit("line_refused", f"line {spec.number}: {spec.reason}")
+                marks[index] = FAILED
+                continue
             if feeder.add(index, spec):
                 self._submit(batch, marks, feeder)
                 self.hold()
@@ -490,6 +490,9 @@ class BatchRunner(Duty):
         overdue = False
         results = self._ledger.results([_task_id(batch, n) for n, _ in some])
         for (index, line), result in zip(some, results, strict=True):
+            if result is None and marks[index] == FAILED and "cancelling" not in batch.times:
+                judged = self._judge(batch, line, batch.created)  # perhaps there was never a task
+                line = judged if isinstance(judged, lines.BadLine) else line  # noqa: PLW2901
             if isinstance(line, lines.BadLine):
                 _write(failed, lines.error_line(line))
                 continue

@@ -70,7 +70,7 @@ class Batches:
     def count_open(self, tenant: str) -> int:
         """How many of a tenant's batches have not ended."""
         with reaching(self._settings):
-            return cast(int, self._ledger.client.scard(f"{self._open}:{tenant}"))
+            return self._ledger.client.scard(f"{self._open}:{tenant}")
 
     def add(self, batch: BatchDocument) -> None:
         """A new batch, to be run."""

@@ -63,7 +63,7 @@ def run(settings: Settings) -> None:
     """Serve until interrupted. Raises BadSetting where the port cannot be had."""
     logs.configure(settings)
     os.umask(0o077)
-    private_folder(settings.data_dir, link=True)
+    private_folder(settings.data_dir, given=True)
     private_folder(settings.data_dir / "api")
     scratch = private_folder(settings.data_dir / "api" / "tmp")
     tempfile.tempdir = str(scratch)  # where uploads lie while they come in: /tmp may be memory

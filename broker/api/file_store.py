@@ -51,14 +51,17 @@ class Files:
         self._expiring = f"{ledger.prefix}api:files-expiring"
         self._held = f"{ledger.prefix}api:file-bytes"
         if settings.api_files is None:
-            private_folder(settings.data_dir, link=True)
+            private_folder(settings.data_dir, given=True)
             private_folder(settings.data_dir / "api")
+            private_folder(settings.data_dir / "api" / "files")
         url = settings.api_files or (settings.data_dir / "api" / "files").as_uri()
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise BadSetting(f"PERLLM_API_FILES: {url}: {error}") from None
-        self._here = Drawers(Path(self._root)) if isinstance(self._fs, LocalFileSystem) else None
+        self._here: Drawers | None = None
+        if isinstance(self._fs, LocalFileSystem):
+            self._here = Drawers(private_folder(Path(self._root), given=settings.api_files is not None))
 
     def path(self, tenant: str, name: str) -> str:
         """Where something of a tenant's lies."""
@@ -101,7 +104,7 @@ class Files:
         way_out = "delete some (DELETE /v1/files/ID), or wait until they expire"
         with reaching(self._settings):
             client = self._ledger.client
-            count = cast(int, client.zcard(self.shelf._index(tenant)))
+            count = client.zcard(self.shelf._index(tenant))
             held = int(cast("bytes | None", client.hget(self._held, tenant)) or 0)
         if count >= quota.files:
             raise over_quota(f"this tenant may have {quota.files} files, and has {count}: {way_out}")

@@ -1,5 +1,5 @@
-"""What no request and no connection may do: send more than it may, take for ever to send it or to read its answer, or be
-one of too many."""
+"""What no request and no connection may do: send more than it may, take for ever to send it or to read its answer,
+or be one of too many."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -52,8 +51,8 @@ class Intake:
         try:
             while self._waiting:
                 group = list(self._next())
-                call = partial(asyncio.get_running_loop().run_in_executor, self._thread, self._store)
-                for request, outcome in zip(group, await call(group), strict=True):
+                outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, self._store, group)
+                for request, outcome in zip(group, outcomes, strict=True):
                     if request.stored.done():
                         continue
                     if isinstance(outcome, Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 
@@ -31,8 +30,6 @@ MOST_NODES = 1000
 ENERGY_METHODS = frozenset(("nvml", "rapl", "cpu-model", "remote-price", "emulated"))
 #: What the ledger counts.
 TOTALS = ("submitted", "forgotten", *(str(state) for state in State if state.final))
-#: Seconds a scrape is good for: who asks more often gets the same again.
-SCRAPE = 1.0
 
 
 class LedgerMetrics(Collector):
@@ -113,23 +110,8 @@ _EXAMPLE = 'perllm_tasks{state="pending"} 3.0\nperllm_node_slots{node="edge-1",t
 _PLAIN = {"description": "Done.", "content": {"text/plain": {"schema": {"type": "string"}, "example": _EXAMPLE}}}
 
 
-class Scrape:
-    """The page, made once however many ask for it at a time."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-        self._page, self._at = b"", float("-inf")
-        self._lock = threading.Lock()
-
-    def __call__(self) -> bytes:
-        with self._lock:
-            if time.monotonic() > self._at + SCRAPE:
-                self._page, self._at = generate_latest(self._registry), time.monotonic()
-            return self._page
-
-
 @router.get("/metrics", responses={**answers(None, {}), 200: _PLAIN}, response_class=Response)
 async def metrics(request: Request, api: TheApi, caller: TheCaller) -> Response:
     """Tasks, nodes and requests for Prometheus. Any key opens it: it tells sums over all tenants, and names none."""
-    scrape: Scrape = request.app.state.metrics
-    return Response(await api.slow.run(caller.tenant, scrape), media_type=CONTENT_TYPE_LATEST)
+    registry: CollectorRegistry = request.app.state.metrics
+    return Response(await api.slow.run(caller.tenant, generate_latest, registry), media_type=CONTENT_TYPE_LATEST)

@@ -115,7 +115,7 @@ async def list_tasks(
             more = len(ids) == _PIECE
             for task_id, glance in zip(ids, api.ledger.glances(ids), strict=True):
                 if glance is not None and _wanted(glance, state, service, model):
-                    full = len(wanted) == limit or (wanted and size + glance.size > _PAGE_BYTES)
+                    full = len(wanted) == limit or (bool(wanted) and size + glance.size > _PAGE_BYTES)
                     if full:
                         break
                     wanted.append(task_id)
