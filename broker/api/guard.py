@@ -52,7 +52,7 @@ class Guard:
             return
         s = self._settings
         if scope["method"] not in METHODS:
-            await _refuse(send, 501, "no such method")
+            await _refuse(send, 405, "no such method")
             return
         if s.api_open and (stranger := _stranger(scope, s.api_cors)):
             await _refuse(send, 403, stranger)
