@@ -71,6 +71,11 @@ def read(lines: Iterable[str]) -> Iterator[Line | BadLine]:
         yield line
 
 
+def read_one(number: int, text: str) -> Line | BadLine:
+    """The line of that number, by itself."""
+    return _parse(number, text)
+
+
 def _parse(number: int, text: str) -> Line | BadLine:
     try:
         raw = from_json(text, allow_inf_nan=False)

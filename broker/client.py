@@ -13,6 +13,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,8 @@ OUTAGE = 60.0
 OUTAGE_LOOKS = (0.2, 1.0)
 #: Channels per SUBSCRIBE, ids per look.
 _CHUNK = 1000
+#: Threads of an AsyncClient.
+_THREADS = 8
 
 T = TypeVar("T")
 
@@ -204,14 +207,18 @@ class AsyncHandle:
 class AsyncClient:
     """`Client` for asyncio: the same methods, awaited. Thousands of results can be awaited at once over one connection.
 
-    Short calls run in threads; waiting uses one subscription shared by all waiters of this client.
+    Short calls run in threads of its own; waiting uses one subscription shared by all waiters of this client, and one
+    look at all that they wait for every `LOOK_EVERY` s: a waiter costs next to nothing until something is announced.
     """
 
     def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
         self._client = Client(url, settings=settings)
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="perllm-client")
+        self._waiters: dict[_Waiter, None] = {}
+        self._looker: asyncio.Task[None] | None = None
         self.settings = self._client.settings
         self.ledger = self._client.ledger
-        self._bells: dict[str, set[asyncio.Event]] = {}  # channel → those who wait for it
+        self._bells: dict[str, set[_Waiter]] = {}  # channel → those who wait for it
         self._pubsub: redis.asyncio.client.PubSub | None = None
         self._subscribed = asyncio.Event()
         self._subscribing = asyncio.Lock()
@@ -220,19 +227,19 @@ class AsyncClient:
     async def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
         """See Client.accept."""
         if self._client.door.stale:
-            await asyncio.to_thread(self._client.door.refresh)
+            await self._in_thread(self._client.door.refresh)
         spec = self._client.door.accept_unchecked(fields, max_value=max_value)
         await grammar.check_from_loop(spec)
         return spec
 
     async def submit(self, prompt: str | None = None, **fields: Unpack[TaskFields]) -> AsyncHandle:
         """See Client.submit."""
-        handle = await asyncio.to_thread(lambda: self._client.submit(prompt, **fields))
+        handle = await self._in_thread(lambda: self._client.submit(prompt, **fields))
         return AsyncHandle(handle.id, self)
 
     async def submit_many(self, tasks: Iterable[str | Mapping[str, Any] | TaskSpec]) -> list[AsyncHandle]:
         """See Client.submit_many."""
-        handles = await asyncio.to_thread(self._client.submit_many, tasks)
+        handles = await self._in_thread(self._client.submit_many, tasks)
         return [AsyncHandle(h.id, self) for h in handles]
 
     async def result(self, task_id: str, timeout: float | None = None) -> Result:
@@ -243,12 +250,12 @@ class AsyncClient:
             raise WaitTimeout(f"task {task_id} not final after {timeout:g} s; it goes on") from None
 
     async def _result(self, task_id: str) -> Result:
-        async with self._bell(_channel(task_id)) as bell:
+        async with self._waiter(task_id, _channel(task_id)) as waiter:
             everything = True
             while True:
-                if found := await _through_outages(partial(self._client._look, [task_id], everything=everything)):
+                if found := await self._through_outages(partial(self._client._look, [task_id], everything=everything)):
                     return found[0]
-                everything = not await _rung(bell)
+                everything = await waiter.rung()
 
     async def stream(self, task_id: str) -> AsyncIterator[str | Result]:
         """The text of a task submitted with `stream`, in pieces as it is generated, and last its Result.
@@ -257,49 +264,86 @@ class AsyncClient:
         lost, the next one's text is passed on as far as it goes on from what was said; what it says otherwise is in the
         Result only, as is the whole text of a task submitted without `stream`. Raises TaskNotFound.
         """
-        heard, said, everything = 0, _Said(), True
-        async with self._bell(_channel(task_id), self.ledger.said(task_id)) as bell:
+        said, everything = _Said(), True
+        async with self._waiter(task_id, _channel(task_id), self.ledger.said(task_id)) as waiter:
             while True:
-                found, pieces = await _through_outages(partial(self._look_and_hear, task_id, heard, everything))
-                heard += len(pieces)
+                look = partial(self._look_and_hear, task_id, waiter.heard, everything)
+                found, pieces = await self._through_outages(look)
+                waiter.heard += len(pieces)
                 for attempt, text in pieces:
                     yield said.add(attempt, text)
                 if found:
                     yield found[0]
                     return
-                everything = not await _rung(bell)
+                everything = await waiter.rung()
 
     def _look_and_hear(self, task_id: str, heard: int, everything: bool) -> tuple[list[Result], list[tuple[int, str]]]:
         found = self._client._look([task_id], everything=everything)
         return found, self.ledger.text(task_id, heard)  # in this order: what was said before it ended is all there
 
     @asynccontextmanager
-    async def _bell(self, *channels: str) -> AsyncIterator[asyncio.Event]:
-        """Rings when something is announced on one of the channels. The bells of all share one connection."""
+    async def _waiter(self, task_id: str, *channels: str) -> AsyncIterator[_Waiter]:
+        """Rings when something is announced on one of the channels. The waiters of all share one connection."""
         pubsub = self._listen()
-        bell = asyncio.Event()
+        waiter = _Waiter(task_id, texts=len(channels) > 1)
+        self._waiters[waiter] = None
         for channel in channels:
-            self._bells.setdefault(channel, set()).add(bell)
+            self._bells.setdefault(channel, set()).add(waiter)
         try:
             with reaching(self.settings):
                 async with self._subscribing:  # or the first of them would open a connection each
                     await pubsub.subscribe(*channels)
             self._subscribed.set()
-            yield bell
+            yield waiter
         finally:
+            self._waiters.pop(waiter, None)
             for channel in channels:
-                self._bells[channel].discard(bell)
+                self._bells[channel].discard(waiter)
             if silent := [c for c in channels if not self._bells[c]]:
                 for channel in silent:
                     del self._bells[channel]
                 with suppress(redis.exceptions.RedisError):
                     await pubsub.unsubscribe(*silent)
 
+    async def _look_for_all(self) -> None:
+        """Every so often, wake those for whom there is something new though they heard nothing of it: announcements are
+        lost with a connection. When the server has been away for a minute, they are told."""
+        answered = time.monotonic()
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            waiters = list(self._waiters)
+            try:
+                for start in range(0, len(waiters), _CHUNK):
+                    some = waiters[start : start + _CHUNK]
+                    news = await self._in_thread(self.ledger.news, [(w.task_id, w.heard) for w in some])
+                    for waiter in (w for w, new in zip(some, news, strict=True) if new):
+                        waiter.ring(everything=True)
+                answered = time.monotonic()
+            except Unreachable as error:
+                if time.monotonic() > answered + OUTAGE:
+                    for waiter in waiters:
+                        waiter.fail(error)
+
+    async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *arguments))
+
+    async def _through_outages(self, look: Callable[[], T]) -> T:
+        """What there is to see, also when the server is away for less than a minute."""
+        give_up = time.monotonic() + OUTAGE
+        while True:
+            try:
+                return await self._in_thread(look)
+            except Unreachable:
+                if time.monotonic() > give_up:
+                    raise
+                await asyncio.sleep(random.uniform(*OUTAGE_LOOKS))
+
     def _listen(self) -> redis.asyncio.client.PubSub:
         if self._pubsub is None:
             client = connect_async(self.settings)
             self._pubsub = client.pubsub(ignore_subscribe_messages=True)
             self._listener = asyncio.create_task(self._hear(self._pubsub))
+            self._looker = asyncio.create_task(self._look_for_all())
         return self._pubsub
 
     async def _hear(self, pubsub: redis.asyncio.client.PubSub) -> None:
@@ -313,8 +357,8 @@ class AsyncClient:
                 message = None  # waiters look for themselves until the connection is back
                 await asyncio.sleep(LOOK_EVERY)
             if message is not None:  # None: nothing came in time, or a subscription was confirmed
-                for bell in self._bells.get(message["channel"].decode(), ()):
-                    bell.set()
+                for waiter in self._bells.get(message["channel"].decode(), ()):
+                    waiter.ring()
 
     async def wait(self, task_ids: Iterable[str], timeout: float | None = None) -> AsyncIterator[Result]:
         """See Client.wait."""
@@ -323,23 +367,25 @@ class AsyncClient:
 
     async def status(self, task_id: str) -> TaskRecord:
         """See Client.status."""
-        return await asyncio.to_thread(self._client.status, task_id)
+        return await self._in_thread(self._client.status, task_id)
 
     async def cancel(self, task_id: str) -> State:
         """See Client.cancel."""
-        return await asyncio.to_thread(self._client.cancel, task_id)
+        return await self._in_thread(self._client.cancel, task_id)
 
     async def explain(self, task_id: str) -> Explanation | None:
         """See Client.explain."""
-        return await asyncio.to_thread(self._client.explain, task_id)
+        return await self._in_thread(self._client.explain, task_id)
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._listener is not None:
-            self._listener.cancel()
+        for task in (self._listener, self._looker):
+            if task is not None:
+                task.cancel()
         if self._pubsub is not None:
             await self._pubsub.aclose()  # type: ignore[no-untyped-call]
-        await asyncio.to_thread(self._client.close)
+        await self._in_thread(self._client.close)
+        self._threads.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
         return self
@@ -350,26 +396,34 @@ class AsyncClient:
         await self.close()
 
 
-async def _through_outages(look: Callable[[], T]) -> T:
-    """What there is to see, also when the server is away for less than a minute."""
-    give_up = time.monotonic() + OUTAGE
-    while True:
-        try:
-            return await asyncio.to_thread(look)
-        except Unreachable:
-            if time.monotonic() > give_up:
-                raise
-            await asyncio.sleep(random.uniform(*OUTAGE_LOOKS))
+class _Waiter:
+    """Somebody who waits for news of a task; `heard` is how many pieces of its text he has (-1: he wants none)."""
 
+    __slots__ = ("_bell", "_error", "_everything", "heard", "task_id")
 
-async def _rung(bell: asyncio.Event) -> bool:
-    """Whether it rang before it was time to look without."""
-    try:
-        await asyncio.wait_for(bell.wait(), LOOK_EVERY)
-    except TimeoutError:
-        return False
-    bell.clear()
-    return True
+    def __init__(self, task_id: str, *, texts: bool) -> None:
+        self.task_id, self.heard = task_id, 0 if texts else -1
+        self._bell, self._everything = asyncio.Event(), False
+        self._error: Unreachable | None = None
+
+    def ring(self, *, everything: bool = False) -> None:
+        """There are news; `everything`: it may be that the task is no more."""
+        self._everything |= everything
+        self._bell.set()
+
+    def fail(self, error: Unreachable) -> None:
+        """There will be no news."""
+        self._error = error
+        self._bell.set()
+
+    async def rung(self) -> bool:
+        """Wait for news. Returns whether the task may be no more. Raises Unreachable."""
+        await self._bell.wait()
+        self._bell.clear()
+        if self._error is not None:
+            raise self._error
+        everything, self._everything = self._everything, False
+        return everything
 
 
 class _Said:

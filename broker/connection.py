@@ -138,7 +138,7 @@ class _Packer(HiredisRespSerializer):
         try:
             return cast("list[bytes]", super().pack(*args))
         except UnicodeEncodeError:
-            return cast("list[bytes]", super().pack(*(whole_text(a) if isinstance(a, str) else a for a in args)))
+            return cast("list[bytes]", super().pack(*[whole_text(a) if isinstance(a, str) else a for a in args]))
 
 
 def connect(settings: Settings, *, reply_timeout: float | None = REPLY_TIMEOUT) -> redis.Redis:

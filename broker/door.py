@@ -29,8 +29,8 @@ class Door:
 
     def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
         """The task these fields describe. Raises InvalidTask naming every field that is wrong, also for a `value` above
-        `max_value`; none given is 1, or the most there may be. A grammar or schema that this process has not seen before
-        is compiled elsewhere meanwhile (a second at most, usually milliseconds).
+        `max_value`; none given is 1, or the most there may be. A grammar or schema that is new to this process is
+        compiled elsewhere meanwhile (a second at most, usually milliseconds).
         """
         spec = self.accept_unchecked(fields, max_value=max_value)
         grammar.check(spec, hurried=True)

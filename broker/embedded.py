@@ -12,11 +12,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 from urllib.parse import quote
 
+import psutil
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -29,17 +31,26 @@ from broker.process import spawn
 #: Linux's limit on a Unix socket's path, bytes (unix(7)).
 _MAX_SOCKET_PATH = 107
 _START_TIMEOUT = 20.0
+#: Bytes its data may take at least.
+LEAST_MEMORY = 64 << 20
 
 
 class EmbeddedServer:
     """One Valkey server process with its data in `data_dir`. `port` None means a Unix socket. `users` are lines
     `user <name> <rule> ...` (valkey.io, "ACL") for users beside the one that may do everything, who is `url`'s.
+    `memory` is the most bytes its data may take (default: a share of the machine's); then it refuses new work.
 
     Attributes: `url`, the Redis URL to reach it by (with the password, if any; known once started).
     """
 
     def __init__(
-        self, data_dir: Path, port: int | None = None, *, fsync: str = "everysec", users: Sequence[str] = ()
+        self,
+        data_dir: Path,
+        port: int | None = None,
+        *,
+        fsync: str = "everysec",
+        users: Sequence[str] = (),
+        memory: int | None = None,
     ) -> None:
         self.data_dir = data_dir.absolute()
         self.port = port
@@ -47,6 +58,7 @@ class EmbeddedServer:
         self._password = ""
         self._fsync = fsync
         self._users = tuple(users)
+        self._memory = memory or default_memory()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -139,7 +151,8 @@ class EmbeddedServer:
             f"appendfsync {self._fsync}",
             "aof-use-rdb-preamble yes",
             'save ""',
-            "maxmemory-policy noeviction",
+            f"maxmemory {self._memory}",
+            "maxmemory-policy noeviction",  # a full server refuses new work, and loses nothing
             "daemonize no",
             "tcp-backlog 128",
             *self._users,
@@ -162,6 +175,16 @@ class EmbeddedServer:
             if answer is None:
                 give_up = time.monotonic() + _START_TIMEOUT
             time.sleep(0.01)
+
+
+def default_memory() -> int:
+    """A quarter of the memory this process may use, the machine's or its control group's, bytes: rewriting the
+    append-only file may take as much again for a while, and models need the rest."""
+    limits = [psutil.virtual_memory().total]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(Path(path).read_text(encoding="ascii")))
+    return max(min(limits) // 4, LEAST_MEMORY)
 
 
 def _answer(url: str) -> bool | None:

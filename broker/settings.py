@@ -10,11 +10,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from broker.errors import BadSetting, field_errors
 from broker.messages import NodeName
+
+
+class Quota(BaseModel):
+    """What one tenant of the HTTP API may have stored at once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task_bytes: Annotated[int, Field(ge=0)] = 256 << 20  # its tasks, unfinished and finished, and their results
+    file_bytes: Annotated[int, Field(ge=0)] = 10_000_000_000
+    files: Annotated[int, Field(ge=0)] = 10_000
+    batches: Annotated[int, Field(ge=0)] = 100  # that have not ended
+
 
 _SCHEMES = ("redis", "rediss", "unix")
 _PORT_AND_DATABASE = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/]+)(:\d+)?(/\d*)?")
@@ -43,6 +55,7 @@ class Settings(BaseSettings):
     # Where everything meets
     redis_url: SecretStr | None = None  # redis://, rediss:// (user:password@ for ACL users) or unix://; None: embedded
     data_dir: Path = Field(default_factory=default_data_dir)
+    server_memory: Annotated[int, Field(ge=16 << 20)] | None = None  # bytes of the embedded server; None: a quarter
     cell: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")] = "perllm"
 
     # Ledger
@@ -102,6 +115,13 @@ class Settings(BaseSettings):
         None  # where files are kept, as an fsspec URL (s3://bucket/folder); default: the data folder
     )
     api_file_retention: Annotated[float, Field(ge=3600)] = 30 * 86_400.0
+    api_connections: Annotated[int, Field(ge=1)] = 4096  # open at once, and …
+    api_connections_per_address: Annotated[int, Field(ge=1)] = 1024  # … from one address: behind a proxy, as many
+    api_waiting: Annotated[int, Field(ge=1)] = 2000  # requests that stream or wait for a result at once, and …
+    api_waiting_per_key: Annotated[int, Field(ge=1)] = 500  # … of one key (of all who need none)
+    api_body_memory: Annotated[int, Field(ge=1 << 20)] = 256 << 20  # bytes of all request bodies at once
+    api_quota: Quota = Quota()  # JSON: what a tenant may have stored, e.g. {"task_bytes": 1000000000}; …
+    api_quotas: dict[str, Quota] = Field(default_factory=dict)  # … JSON: of certain tenants, {"acme": {"files": 10}}
     api_cors: tuple[str, ...] = ()  # JSON: origins whose pages may use the API from a browser
     webhook_allow: tuple[str, ...] = ()  # JSON: private networks webhooks may reach, e.g. ["10.1.0.0/16"]
     webhook_dns: tuple[str, ...] = ()  # JSON: DNS servers asked for webhooks' names; default: the system's
@@ -159,6 +179,10 @@ class Settings(BaseSettings):
             if given.get(name) and Path(given[name]).exists():
                 given[name] = Path(given[name]).absolute()
         return {f"PERLLM_{name.upper()}": _as_variable(value) for name, value in given.items() if value is not None}
+
+    def quota(self, tenant: str) -> Quota:
+        """What a tenant may have stored."""
+        return self.api_quotas.get(tenant, self.api_quota)
 
     @property
     def socket(self) -> Path:

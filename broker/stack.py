@@ -161,7 +161,7 @@ class Stack:
         if self.api_port is not None:
             _check_free(self.api_port, "--api-port")
         if self.settings.redis_url is None:
-            self._server = EmbeddedServer(self.settings.data_dir, self.server_port)
+            self._server = EmbeddedServer(self.settings.data_dir, self.server_port, memory=self.settings.server_memory)
             self._server.start()
             self._restarts["server"] = _Restarts()
         self.settings = load_settings(redis_url=self.url, data_dir=self.settings.data_dir)

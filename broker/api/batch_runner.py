@@ -1,5 +1,9 @@
 """Runs batches: submits their lines, watches the tasks, collects the results.
 
+Batches run side by side. Each advances in slices of a few milliseconds, tenants in turn and each tenant's batches in
+turn, so that nobody's batch waits for the lines of another's. Lines are submitted as the limits of the batch's key and
+the tenant's quota leave room for them; those there is no room for yet are fed as earlier ones end.
+
 One thread of one API process does it at a time, under a lease. Every step may be repeated after a crash: a line's task
 has an id made of the batch's and the line's number, and a part of the results is written before its lines are marked.
 Results are collected while the ledger still holds them, so a batch may last longer than PERLLM_RETENTION. Nothing is
@@ -11,8 +15,10 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
+from operator import itemgetter
 from typing import IO, Any, TypeVar
 
 import structlog
@@ -21,16 +27,24 @@ from broker import batch as lines
 from broker.api.batch_store import ENDED, BatchDocument, Batches
 from broker.api.duty import PAUSE, Deposed, Duty
 from broker.api.file_store import FileDocument, Files
+from broker.api.keys import Keys
 from broker.connection import reaching
 from broker.dialect import seconds_left
 from broker.door import Door
-from broker.errors import InvalidTask, PerLLMError, Unreachable
-from broker.ledger import Ledger
+from broker.errors import InvalidTask, Unreachable
+from broker.ledger import Ledger, weight
 from broker.messages import State, TaskSpec
 from broker.settings import Settings
 
-#: What became of a line: nothing yet, refused at the door, succeeded, ended without a result; the last two, collected.
-OPEN, REFUSED, SUCCEEDED, FAILED, COLLECTED_SUCCEEDED, COLLECTED_FAILED = range(6)
+#: What became of a line: submitted, refused at the door, succeeded, ended without a result; the last two, collected;
+#: not yet submitted.
+OPEN, REFUSED, SUCCEEDED, FAILED, COLLECTED_SUCCEEDED, COLLECTED_FAILED, UNFED = range(7)
+#: Seconds a batch works before it is another's turn, about.
+SLICE = 0.01
+#: Batches of one tenant, and of all, that advance at once.
+BESIDE, MOST_BESIDE = 2, 32
+#: Lines, and bytes of them, submitted at once.
+FEED_LINES, FEED_BYTES = 100, 1 << 20
 #: Times in a row that a batch may meet a bug of ours before it is given up.
 MOST_FAILURES = 3
 #: Tasks looked at per s: a large batch is looked at less often.
@@ -44,11 +58,34 @@ SHOWN_ERRORS = 100
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
+_Place = tuple[int, int, int]  # in a file: lines before it that are not empty, all lines before it, bytes before it
 Announce = Callable[[BatchDocument], object]
 
 
 class _Unfit(Exception):
     """The batch cannot be run at all: (code, message)."""
+
+
+class _Feeder:
+    """Good lines gathered to be submitted together. `full`: there was no room for all, so nothing more is gathered."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[int, TaskSpec]] = []
+        self.full = False
+        self._size = 0
+
+    def add(self, index: int, spec: TaskSpec) -> bool:
+        """Gather a line; whether it is time to submit."""
+        if self.full:
+            return False
+        self.waiting.append((index, spec))
+        self._size += spec.text_bytes()
+        return len(self.waiting) >= FEED_LINES or self._size > FEED_BYTES
+
+    def take(self) -> list[tuple[int, TaskSpec]]:
+        """What was gathered."""
+        taken, self.waiting, self._size = self.waiting, [], 0
+        return taken
 
 
 class BatchRunner(Duty):
@@ -58,10 +95,15 @@ class BatchRunner(Duty):
         super().__init__(settings, ledger, "batches")
         self._files, self._batches, self._announce = files, batches, announce
         self._door = Door(settings, ledger)
+        self._keys = Keys(settings, ledger)
+        self._work: OrderedDict[str, deque[tuple[BatchDocument, Iterator[None]]]] = OrderedDict()  # by tenant
+        self._slice = 0.0  # when the present one ends, monotonic
         self._due: dict[str, float] = {}  # when each batch is to be looked at, monotonic
+        self._fed: dict[str, _Place] = {}  # where to go on feeding
+        self._short: set[str] = set()  # batches the tenant's quota leaves no room for
         self._collected: dict[str, float] = {}
         self._failures: dict[str, int] = {}
-        self._swept = float("-inf")
+        self._swept = self._swept_orphans = float("-inf")
 
     def look_at(self, batch_id: str) -> None:
         """Something is to be done about this batch, now."""
@@ -69,18 +111,56 @@ class BatchRunner(Duty):
         self.wake()
 
     def round(self) -> None:
-        """Advance every batch, and forget old files."""
-        for batch in self._batches.open():
-            if time.monotonic() >= self._due.get(batch.id, 0.0):
-                self._safely(batch)
+        """Advance every batch until each waits for something, and forget old files."""
+        try:
+            self._adopt()
+            looked = time.monotonic()
+            while self._work:
+                for tenant in list(self._work):
+                    self._turn(tenant)
+                if time.monotonic() > looked + PAUSE:
+                    self.hold()
+                    self._adopt()
+                    looked = time.monotonic()
+        finally:
+            self._work.clear()  # what they were at begins anew
         if time.monotonic() - self._swept > 60:
             self._files.sweep(self._batches.inputs_in_use())
             self._swept = time.monotonic()
+        if time.monotonic() - self._swept_orphans > 3600:
+            self._swept_orphans = time.monotonic()
+            for _ in self._files.sweep_orphans({batch.id for batch in self._batches.open()}):
+                self.hold()
 
-    def _safely(self, batch: BatchDocument) -> None:
+    def _adopt(self) -> None:
+        """Take up the batches that are due, those that have waited longest first."""
+        running = {batch.id for queue in self._work.values() for batch, _ in queue}
+        due = [(self._due.get(b.id, 0.0), b.created, b) for b in self._batches.open() if b.id not in running]
+        for when, _, batch in sorted(due, key=itemgetter(0, 1)):
+            if when > time.monotonic() or len(running) >= MOST_BESIDE:
+                return
+            if len(self._work.get(batch.tenant, ())) < BESIDE:
+                self._work.setdefault(batch.tenant, deque()).append((batch, self._advance(batch)))
+                running.add(batch.id)
+
+    def _turn(self, tenant: str) -> None:
+        """A slice of one of the tenant's batches."""
+        queue = self._work[tenant]
+        batch, steps = queue.popleft()
+        self._slice = time.monotonic() + SLICE
+        if self._safely(batch, steps):
+            queue.append((batch, steps))
+        elif not queue:
+            del self._work[tenant]
+
+    def _safely(self, batch: BatchDocument, steps: Iterator[None]) -> bool:
+        """Whether there is more to do for it now."""
         try:
-            self._advance(batch)
-        except (Deposed, PerLLMError):
+            next(steps)
+            return True
+        except StopIteration:
+            self._failures.pop(batch.id, None)
+        except (Deposed, Unreachable):
             raise
         except _Unfit as error:
             code, message = error.args
@@ -95,38 +175,49 @@ class BatchRunner(Duty):
             if self._failures[batch.id] == MOST_FAILURES:
                 said = "an internal error; it is in the server's log"
                 self._end(batch, "failed", errors=[{"code": "internal", "message": said, "line": None, "param": None}])
-        else:
-            self._failures.pop(batch.id, None)
+        return False
+
+    def _sliced(self, items: Iterable[T]) -> Iterator[T | None]:
+        """The items, and None where the slice is over: the caller is to yield then."""
+        for item in items:
+            if time.monotonic() > self._slice:
+                yield None
+            yield item
 
     # --- one batch
 
-    def _advance(self, batch: BatchDocument) -> None:
+    def _advance(self, batch: BatchDocument) -> Iterator[None]:
+        """What can be done for it now, a step at a time."""
         if batch.status in ENDED:  # we were stopped just then
             self._close(batch)
             return
         if batch.status == "validating":
-            fed = self._feed(batch)
-            if fed is None:
+            validated = yield from self._validate(batch)
+            if validated is None:
                 return
-            batch = fed
+            batch = validated
         marks = self._marks(batch)
         if not marks:  # cancelled before its lines were looked at
-            batch, marks = self._unfed(batch)
+            batch, marks = yield from self._unfed(batch)
         if batch.status in ("in_progress", "cancelling"):
-            batch = self._look(batch, marks)
+            if UNFED in marks and batch.status == "in_progress" and self._ledger.now() < batch.expires:
+                batch = yield from self._feed(batch, marks)
+            batch = yield from self._look(batch, marks)
             overtime = self._ledger.now() > batch.expires + OVERTIME
-            if OPEN in marks and (batch.status == "cancelling" or overtime):
-                self._stop(batch, marks)
-                batch = self._look(batch, marks, overdue=overtime and batch.status != "cancelling")
-            if OPEN in marks:
+            stopping = overtime or batch.status == "cancelling"
+            if OPEN in marks and stopping:
+                yield from self._stop(batch, marks)
+                batch = yield from self._look(batch, marks, overdue=overtime and batch.status != "cancelling")
+            if OPEN in marks or (UNFED in marks and not stopping):
                 left = marks.count(OPEN)
                 self._due[batch.id] = time.monotonic() + max(PAUSE, left / LOOKS)
                 waiting = marks.count(SUCCEEDED) + marks.count(FAILED)
                 since = time.monotonic() - self._collected.setdefault(batch.id, time.monotonic())
-                if waiting > COLLECT_AT or (waiting and since > self._settings.retention / 4):
-                    self._collect(batch, marks)
+                old = since > self._settings.retention / 4 or batch.id in self._short
+                if waiting > COLLECT_AT or (waiting and old):
+                    yield from self._collect(batch, marks)
                 return
-        self._finalize(batch, marks)
+        yield from self._finalize(batch, marks)
 
     def _marks(self, batch: BatchDocument) -> bytearray:
         with reaching(self._settings):
@@ -154,31 +245,72 @@ class BatchRunner(Duty):
         """Its lines in order, each time the same."""
         with self._files.read(self._input(batch)) as content:
             for line in lines.read(lines.texts(content)):
-                if isinstance(line, lines.Line) and line.url != batch.endpoint:
-                    yield lines.BadLine(
-                        line.number, line.custom_id, f"url: {line.url!r} is not the batch's endpoint, {batch.endpoint}"
-                    )
-                else:
-                    yield line
+                yield self._fit(batch, line)
 
-    def _count(self, batch: BatchDocument) -> int:
-        most, found = self._settings.api_batch_lines, 0
+    @staticmethod
+    def _fit(batch: BatchDocument, line: lines.Line | lines.BadLine) -> lines.Line | lines.BadLine:
+        if isinstance(line, lines.Line) and line.url != batch.endpoint:
+            reason = f"url: {line.url!r} is not the batch's endpoint, {batch.endpoint}"
+            return lines.BadLine(line.number, line.custom_id, reason)
+        return line
+
+    def _raw(self, batch: BatchDocument, start: _Place = (0, 0, 0)) -> Iterator[tuple[int, int, int, str]]:
+        """The index, number, place and text of each line that is not empty."""
+        index, number, place = start
         with self._files.read(self._input(batch)) as content:
+            if place:
+                content.seek(place)
             for text in lines.texts(content):
-                found += bool(text.strip())
-                if found > most:
-                    raise _Unfit("too_many_lines", f"more than {most} lines")
+                number += 1
+                if text.strip():
+                    yield index, number, place, text
+                    index += 1
+                place = content.tell()
+
+    def _count(self, batch: BatchDocument) -> Generator[None, None, int]:
+        most, found = self._settings.api_batch_lines, 0
+        for line in self._sliced(self._raw(batch)):
+            if line is None:
+                yield
+                continue
+            found += 1
+            if found > most:
+                raise _Unfit("too_many_lines", f"more than {most} lines")
         if not found:
             raise _Unfit("empty_file", "the input file has no lines")
         return found
 
-    def _feed(self, batch: BatchDocument) -> BatchDocument | None:
-        """Submit every good line. None where there is nothing more to do now."""
-        total = self._count(batch)
-        marks = bytearray(total)
+    def _validate(self, batch: BatchDocument) -> Generator[None, None, BatchDocument | None]:
+        """Judge every line, and submit good ones as long as there is room. None where there is nothing more to do."""
+        total = yield from self._count(batch)
+        marks = bytearray([UNFED]) * total
         shown: list[dict[str, Any]] = []
+        feeder = _Feeder()
         with self._scratch() as refused:
-            self._ledger.submit(self._good(batch, marks, shown, refused))
+            index = -1
+            for line in self._sliced(self._read(batch)):
+                if line is None:
+                    yield
+                    continue
+                index += 1
+                if index % 1000 == 0:
+                    self.hold()
+                    now = self._ledger.now()
+                    current = self._batches.shelf.get(batch.id)
+                    if current is None or current.status != "validating":
+                        break  # cancelled meanwhile: the rest was never there
+                spec = self._judge(batch, line, now)
+                if isinstance(spec, TaskSpec):
+                    if feeder.add(index, spec):
+                        self._submit(batch, marks, feeder)
+                    continue
+                marks[index] = REFUSED
+                _write(refused, lines.error_line(spec))
+                if len(shown) < SHOWN_ERRORS:
+                    said = f"line {spec.number}: {spec.reason}"
+                    param = spec.reason.partition(":")[0] if ": " in spec.reason else None
+                    shown.append({"code": "invalid_request", "message": said, "line": spec.number, "param": param})
+            self._submit(batch, marks, feeder)
             if marks.count(REFUSED):
                 self._put(self._part(batch, "err", 0), refused)
         now = self._ledger.now()
@@ -187,39 +319,72 @@ class BatchRunner(Duty):
             known = b.model_copy(update={"total": total, "errors": shown, "parts": 1})
             return known.entered("in_progress", now) if b.status == "validating" else known
 
-        fed: BatchDocument = self._save(batch, marks, begin)
-        log.info("batch_fed", batch=batch.id, lines=total, refused=marks.count(REFUSED))
+        begun: BatchDocument = self._save(batch, marks, begin)
+        log.info("batch_validated", batch=batch.id, lines=total, refused=marks.count(REFUSED))
         if marks.count(REFUSED) == total:
-            self._finalize(fed, marks, failed=True)
+            yield from self._finalize(begun, marks, failed=True)
             return None
+        return begun
+
+    def _feed(self, batch: BatchDocument, marks: bytearray) -> Generator[None, None, BatchDocument]:
+        """Submit those of the good lines that there was no room for yet, as long as there is."""
+        before = marks.count(UNFED)
+        now = self._ledger.now()
+        feeder = _Feeder()
+        self.hold()
+        for line in self._sliced(self._raw(batch, self._fed.get(batch.id, (0, 0, 0)))):
+            if line is None:
+                yield
+                continue
+            index, number, place, text = line
+            if marks[index] != UNFED:
+                continue
+            if not feeder.waiting:
+                self._fed[batch.id] = (index, number - 1, place)  # should these not be taken
+            spec = self._judge(batch, self._fit(batch, lines.read_one(number, text)), now)
+            if not isinstance(spec, TaskSpec):  # it was good when it was judged, and is no more: a model has gone
+                marks[index] = FAILED
+                continue
+            if feeder.add(index, spec):
+                self._submit(batch, marks, feeder)
+                self.hold()
+            if feeder.full:
+                break
+        self._submit(batch, marks, feeder)
+        if marks.count(UNFED) == before:
+            return batch
+        fed: BatchDocument = self._save(batch, marks, lambda b: b)
         return fed
 
-    def _unfed(self, batch: BatchDocument) -> tuple[BatchDocument, bytearray]:
+    def _submit(self, batch: BatchDocument, marks: bytearray, feeder: _Feeder) -> None:
+        """Submit what waits in the feeder as far as there is room."""
+        waiting = feeder.take()
+        if not waiting:
+            return
+        size, room = 0, self._settings.quota(batch.tenant).task_bytes - self._ledger.stored_bytes([batch.tenant])[0]
+        fitting: list[tuple[int, str, TaskSpec]] = []
+        for index, spec in waiting:
+            size += weight(spec)
+            if size > room:
+                break
+            fitting.append((index, _task_id(batch, index), spec))
+        if short := len(fitting) < len(waiting):
+            self._short.add(batch.id)
+        else:
+            self._short.discard(batch.id)
+        key = self._keys.get(batch.key) if batch.key is not None else None
+        if key is not None and fitting:
+            del fitting[self._keys.admit(key, {task_id: spec.deadline for _, task_id, spec in fitting}) :]
+        self._ledger.submit((task_id, spec) for _, task_id, spec in fitting)
+        for index, _, _ in fitting:
+            marks[index] = OPEN
+        feeder.full = short or len(fitting) < len(waiting)
+
+    def _unfed(self, batch: BatchDocument) -> Generator[None, None, tuple[BatchDocument, bytearray]]:
         """A batch that was cancelled before it was fed, or half-way and we were stopped then: no line is known bad."""
-        total = self._count(batch)
+        total = yield from self._count(batch)
         marks = bytearray(total)
         return self._save(batch, marks, lambda b: b.model_copy(update={"total": total, "parts": 1})), marks
-
-    def _good(
-        self, batch: BatchDocument, marks: bytearray, shown: list[dict[str, Any]], refused: IO[bytes]
-    ) -> Iterator[tuple[str, TaskSpec]]:
-        for number, line in enumerate(self._read(batch)):
-            if number % 1000 == 0:
-                self.hold()
-                now = self._ledger.now()
-                current = self._batches.shelf.get(batch.id)
-                if current is None or current.status != "validating":
-                    return  # cancelled meanwhile: the rest was never there
-            spec = self._judge(batch, line, now)
-            if isinstance(spec, TaskSpec):
-                yield _task_id(batch, number), spec
-                continue
-            marks[number] = REFUSED
-            _write(refused, lines.error_line(spec))
-            if len(shown) < SHOWN_ERRORS:
-                said = f"line {spec.number}: {spec.reason}"
-                param = spec.reason.partition(":")[0] if ": " in spec.reason else None
-                shown.append({"code": "invalid_request", "message": said, "line": spec.number, "param": param})
 
     def _judge(self, batch: BatchDocument, line: lines.Line | lines.BadLine, now: float) -> TaskSpec | lines.BadLine:
         if isinstance(line, lines.BadLine):
@@ -240,12 +405,15 @@ class BatchRunner(Duty):
 
     # --- its tasks
 
-    def _stop(self, batch: BatchDocument, marks: bytearray) -> None:
+    def _stop(self, batch: BatchDocument, marks: bytearray) -> Iterator[None]:
         for some in _pieces((n for n, mark in enumerate(marks) if mark == OPEN), 500):
             self.hold()
             self._ledger.cancel_many([_task_id(batch, n) for n in some])
+            yield
 
-    def _look(self, batch: BatchDocument, marks: bytearray, *, overdue: bool = False) -> BatchDocument:
+    def _look(
+        self, batch: BatchDocument, marks: bytearray, *, overdue: bool = False
+    ) -> Generator[None, None, BatchDocument]:
         """Mark what has ended since the last look."""
         before = marks.count(OPEN)
         for some in _pieces((n for n, mark in enumerate(marks) if mark == OPEN), 1000):
@@ -254,6 +422,9 @@ class BatchRunner(Duty):
             for number, state in zip(some, states, strict=True):
                 if state is None or state.final:  # none: never submitted, or forgotten before it was collected
                     marks[number] = SUCCEEDED if state is State.SUCCEEDED else FAILED
+            if batch.key is not None:
+                self._keys.release(batch.key, [_task_id(batch, n) for n in some if marks[n] != OPEN])
+            yield
         if marks.count(OPEN) == before:
             return batch
         looked: BatchDocument = self._save(
@@ -263,37 +434,79 @@ class BatchRunner(Duty):
 
     # --- its results
 
-    def _collect(self, batch: BatchDocument, marks: bytearray) -> BatchDocument:
-        """Write what has ended, and is not yet written, as one more part of each file."""
+    def _collect(
+        self, batch: BatchDocument, marks: bytearray, *, last: bool = False
+    ) -> Generator[None, None, BatchDocument]:
+        """Write what has ended, and is not yet written, as one more part of each file; the last time also what was
+        never submitted."""
+        wanted = (SUCCEEDED, FAILED, UNFED) if last else (SUCCEEDED, FAILED)
         overdue = False
         with self._scratch() as done, self._scratch() as failed:
-            numbered = ((n, line) for n, line in enumerate(self._read(batch)) if marks[n] in (SUCCEEDED, FAILED))
-            for some in _pieces(numbered, FETCH):
-                self.hold()
-                results = self._ledger.results([_task_id(batch, n) for n, _ in some])
-                for (_, line), result in zip(some, results, strict=True):
-                    if isinstance(line, lines.BadLine):
-                        _write(failed, lines.error_line(line))
-                        continue
-                    if result is not None and result.state is State.SUCCEEDED:
-                        _write(done, lines.output_line(line, result, batch.created))
-                        continue
-                    entry = lines.output_line(line, result, batch.created) if result else _lost(line)
-                    state, reason = (result.state, result.reason) if result else (None, None)
-                    if error := self._ended_with_batch(batch, line, state, reason):
-                        entry["error"] = error
-                        overdue = overdue or error["code"] == "batch_expired"
-                    _write(failed, entry)
+            some: list[tuple[int, lines.Line | lines.BadLine]] = []
+            size = 0
+            for line in self._sliced(self._raw(batch)):
+                if line is None:
+                    yield
+                    continue
+                index, number, _, text = line
+                if marks[index] not in wanted:
+                    continue
+                some.append((index, self._fit(batch, lines.read_one(number, text))))
+                size += len(text)
+                if len(some) >= FETCH or size > FEED_BYTES:
+                    overdue |= self._results(batch, marks, some, done, failed)
+                    some, size = [], 0
+            overdue |= self._results(batch, marks, some, done, failed)
             for name, content in (("out", done), ("err", failed)):
                 if content.tell():
                     self._put(self._part(batch, name, batch.parts), content)
-        for number, mark in enumerate(marks):
-            if mark in (SUCCEEDED, FAILED):
-                marks[number] = COLLECTED_SUCCEEDED if mark == SUCCEEDED else COLLECTED_FAILED
+        collected = [n for n, mark in enumerate(marks) if mark in wanted]
+        for n in collected:
+            marks[n] = COLLECTED_SUCCEEDED if marks[n] == SUCCEEDED else COLLECTED_FAILED
         self._collected[batch.id] = time.monotonic()
         update = {"parts": batch.parts + 1, "overdue": batch.overdue or overdue}
-        collected: BatchDocument = self._save(batch, marks, lambda b: b.model_copy(update=update))
-        return collected
+        saved: BatchDocument = self._save(batch, marks, lambda b: b.model_copy(update=update))
+        if batch.id in self._short:  # their room is needed, and what came of them is written
+            for ids in _pieces((_task_id(batch, n) for n in collected), 500):
+                self.hold()
+                self._ledger.forget_many(ids)
+                yield
+        return saved
+
+    def _results(
+        self,
+        batch: BatchDocument,
+        marks: bytearray,
+        some: list[tuple[int, lines.Line | lines.BadLine]],
+        done: IO[bytes],
+        failed: IO[bytes],
+    ) -> bool:
+        """Write the results of these lines; whether the batch's window was over for any."""
+        if not some:
+            return False
+        self.hold()
+        overdue = False
+        results = self._ledger.results([_task_id(batch, n) for n, _ in some])
+        for (index, line), result in zip(some, results, strict=True):
+            if result is None and marks[index] == FAILED and "cancelling" not in batch.times:
+                judged = self._judge(batch, line, batch.created)  # perhaps there was never a task
+                line = judged if isinstance(judged, lines.BadLine) else line  # noqa: PLW2901
+            if isinstance(line, lines.BadLine):
+                _write(failed, lines.error_line(line))
+                continue
+            if result is not None and result.state is State.SUCCEEDED:
+                _write(done, lines.output_line(line, result, batch.created))
+                continue
+            entry = lines.output_line(line, result, batch.created) if result else _lost(line)
+            state, reason = (result.state, result.reason) if result else (None, None)
+            error = self._ended_with_batch(batch, line, state, reason)
+            if error is None and marks[index] == UNFED:
+                error = _expired("the limits of its key and tenant left no room for it")
+            if error:
+                entry["error"] = error
+                overdue = overdue or error["code"] == "batch_expired"
+            _write(failed, entry)
+        return overdue
 
     @staticmethod
     def _ended_with_batch(
@@ -304,17 +517,16 @@ class BatchRunner(Duty):
             return {"code": "batch_cancelled", "message": "the batch was cancelled before this request was done"}
         by_window = state in (State.EXPIRED, State.REJECTED) and "deadline" not in line.fields
         if by_window or (state is State.CANCELLED and batch.overdue):
-            message = "this request could not be done before the completion window was over"
-            return {"code": "batch_expired", "message": f"{message}: {reason}" if reason else message}
+            return _expired(reason)
         return None
 
-    def _finalize(self, batch: BatchDocument, marks: bytearray, *, failed: bool = False) -> None:
+    def _finalize(self, batch: BatchDocument, marks: bytearray, *, failed: bool = False) -> Iterator[None]:
         now = self._ledger.now()
         if not failed:
             entered = self._batches.shelf.change(
                 batch.id, lambda b: b.entered("finalizing", now) if b.status == "in_progress" else None
             )
-            batch = self._collect(entered or batch, marks)
+            batch = yield from self._collect(entered or batch, marks, last=True)
         made = {}
         for name, field, suffix in (("out", "output_file_id", "output"), ("err", "error_file_id", "error")):
             parts = [p for n in range(batch.parts) if self._files.exists(p := self._part(batch, name, n))]
@@ -353,8 +565,9 @@ class BatchRunner(Duty):
             for number in range(batch.parts):
                 self._files.discard(self._part(batch, name, number))
         self._batches.close(batch)
-        for remembered in (self._due, self._collected, self._failures):
+        for remembered in (self._due, self._collected, self._failures, self._fed):
             remembered.pop(batch.id, None)
+        self._short.discard(batch.id)
 
     # --- parts
 
@@ -363,9 +576,7 @@ class BatchRunner(Duty):
 
     def _put(self, path: str, content: IO[bytes]) -> None:
         content.seek(0)
-        with self._files.open(path, "wb") as target:
-            while piece := content.read(1 << 20):
-                target.write(piece)
+        self._files.write(path, [content])
 
     @staticmethod
     def _scratch() -> IO[bytes]:
@@ -383,6 +594,11 @@ def _pieces(items: Iterator[T], size: int) -> Iterator[list[T]]:
 
 def _write(target: IO[bytes], entry: dict[str, Any]) -> None:
     target.write(json.dumps(entry, ensure_ascii=False).encode(errors="replace") + b"\n")
+
+
+def _expired(reason: str | None) -> dict[str, str]:
+    message = "this request could not be done before the completion window was over"
+    return {"code": "batch_expired", "message": f"{message}: {reason}" if reason else message}
 
 
 def _lost(line: lines.Line) -> dict[str, Any]:

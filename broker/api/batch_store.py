@@ -35,6 +35,7 @@ class BatchDocument(Document):
     errors: list[dict[str, Any]] = Field(default_factory=list)  # the first of its bad lines
     parts: int = 0  # of its results, collected so far
     overdue: bool = False  # some line was not done within the window
+    key: str | None = None  # the id of the key it was made with, whose limits hold for its lines
     output_lasts: float | None = None  # s that its output files are kept; None: as all files
     output_file_id: str | None = None
     error_file_id: str | None = None
@@ -47,7 +48,7 @@ class BatchDocument(Document):
 class Batches:
     """Every tenant's batches.
 
-    api:batches-open        set     those that have not ended
+    api:batches-open        set     those that have not ended; with :<tenant>, a tenant's
     api:batch-marks:<id>    string  a byte per line of its input: what became of it (`batch_runner`)
     """
 
@@ -61,27 +62,38 @@ class Batches:
         """The batches that have not ended. One that is gone, or cannot be read, is no longer looked for."""
         with reaching(self._settings):
             ids = [i.decode(errors="replace") for i in cast("set[bytes]", self._ledger.client.smembers(self._open))]
-        found = {i: self.shelf.get(i) for i in ids}
-        if gone := [i for i, batch in found.items() if batch is None]:
+        found = self.shelf.many(ids)
+        if gone := set(ids) - {batch.id for batch in found}:
             with reaching(self._settings):
                 self._ledger.client.srem(self._open, *gone)
-        return [batch for batch in found.values() if batch is not None]
+        return found
 
     def inputs_in_use(self) -> set[str]:
         """Input files of the batches that have not ended."""
         return {batch.input_file_id for batch in self.open()}
 
+    def count_open(self, tenant: str) -> int:
+        """How many of a tenant's batches have not ended."""
+        with reaching(self._settings):
+            return self._ledger.client.scard(f"{self._open}:{tenant}")
+
     def add(self, batch: BatchDocument) -> None:
         """A new batch, to be run."""
         self.shelf.add(batch)
         with reaching(self._settings):
-            self._ledger.client.sadd(self._open, batch.id)
+            pipe = self._ledger.client.pipeline()
+            pipe.sadd(self._open, batch.id)
+            pipe.sadd(f"{self._open}:{batch.tenant}", batch.id)
+            pipe.execute()
 
     def close(self, batch: BatchDocument) -> None:
         """A batch has ended."""
         with reaching(self._settings):
-            self._ledger.client.srem(self._open, batch.id)
-            self._ledger.client.delete(f"{self.marks_key}{batch.id}")
+            pipe = self._ledger.client.pipeline()
+            pipe.srem(self._open, batch.id)
+            pipe.srem(f"{self._open}:{batch.tenant}", batch.id)
+            pipe.delete(f"{self.marks_key}{batch.id}")
+            pipe.execute()
 
     def cancel(self, identity: str, tenant: str) -> BatchDocument | None:
         """Ask for an end; one that is ending or has ended stays as it is."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
+from functools import partial
 from typing import Any, cast
 from uuid import uuid4
 
@@ -14,7 +14,7 @@ from broker.api import examples
 from broker.api.batch_store import BatchDocument, shown
 from broker.api.core import TheApi, TheCaller, read_json
 from broker.api.docs import answers, takes
-from broker.api.errors import ApiError, not_found
+from broker.api.errors import ApiError, not_found, over_quota
 from broker.api.paging import After, Limit, page
 from broker.api.schemas import BatchObject, BatchPage, BatchRequest
 from broker.dialect import ENDPOINTS
@@ -43,12 +43,16 @@ async def create_batch(request: Request, api: TheApi, caller: TheCaller) -> Resp
     seconds = _seconds(body.get("completion_window"))
     metadata = _metadata(body.get("metadata"))
     lasts = _lasts(body.get("output_expires_after"))
-    if not isinstance(identity, str):
+    if not isinstance(identity, str) or len(identity) > 256:
         raise ApiError(400, "input_file_id: a file's id is required", param="input_file_id")
 
     def create() -> BatchDocument | None:
         if api.files.shelf.get(identity, caller.tenant) is None:
             return None
+        most = api.settings.quota(caller.tenant).batches
+        api.files.check_room(caller.tenant)  # for what comes of it
+        if api.batches.count_open(caller.tenant) >= most:
+            raise over_quota(f"this tenant may have {most} unfinished batches: wait for one to end, or cancel one")
         now = api.ledger.now()
         batch = BatchDocument(
             id=f"batch_{uuid4().hex}",
@@ -61,11 +65,12 @@ async def create_batch(request: Request, api: TheApi, caller: TheCaller) -> Resp
             expires=now + seconds,
             metadata=metadata,
             output_lasts=lasts,
+            key=caller.key.id if caller.key is not None else None,
         )
         api.batches.add(batch)
         return batch
 
-    batch = await asyncio.to_thread(create)
+    batch = await api.quick.run(caller.tenant, create)
     if batch is None:
         raise ApiError(404, f"input_file_id: no file {identity[:80]!r}", param="input_file_id", code="not_found")
     api.runner.wake()
@@ -104,14 +109,16 @@ def _metadata(given: Any) -> dict[str, str] | None:
 @router.get("/v1/batches", responses=answers(BatchPage, examples.page(examples.BATCH)))
 async def list_batches(api: TheApi, caller: TheCaller, limit: Limit = 20, after: After = None) -> Response:
     """The tenant's batches, newest first."""
-    found, more = await asyncio.to_thread(api.batches.shelf.page, caller.tenant, after=after, limit=limit)
+    found, more = await api.slow.run(
+        caller.tenant, partial(api.batches.shelf.page, caller.tenant, after=after, limit=limit)
+    )
     return JSONResponse(page([shown(batch) for batch in found], more))
 
 
 @router.get("/v1/batches/{id}", responses=answers(BatchObject, examples.BATCH, 404))
 async def get_batch(id: str, api: TheApi, caller: TheCaller) -> Response:
     """A batch as it is now, its counts live."""
-    batch = await asyncio.to_thread(api.batches.shelf.get, id, caller.tenant)
+    batch = await api.quick.run(caller.tenant, api.batches.shelf.get, id, caller.tenant)
     if batch is None:
         raise not_found("batch", id)
     return JSONResponse(shown(batch))
@@ -120,7 +127,7 @@ async def get_batch(id: str, api: TheApi, caller: TheCaller) -> Response:
 @router.post("/v1/batches/{id}/cancel", responses=answers(BatchObject, examples.BATCH, 404))
 async def cancel_batch(id: str, api: TheApi, caller: TheCaller) -> Response:
     """Cancel a batch; what was done stays in its output. One that has ended stays as it is."""
-    batch = await asyncio.to_thread(api.batches.cancel, id, caller.tenant)
+    batch = await api.quick.run(caller.tenant, api.batches.cancel, id, caller.tenant)
     if batch is None:
         raise not_found("batch", id)
     api.runner.look_at(id)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import socket
 import sys
 import tempfile
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -22,12 +25,16 @@ from broker.api.guard import MAX_HEAD, Protocol
 from broker.api.keys import Key, Keys
 from broker.connection import check
 from broker.errors import BadSetting
+from broker.folders import private_folder
 from broker.ledger import Ledger
 from broker.settings import Settings, load_settings
 
 app = typer.Typer(help="The HTTP door, for any OpenAI client; `perllm api keys` for who may use it.")
 keys = typer.Typer(help="Who may use the HTTP door.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+
+#: Files and sockets kept for other things than clients' connections.
+RESERVED_FILES = 256
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -55,10 +62,14 @@ def serve(
 def run(settings: Settings) -> None:
     """Serve until interrupted. Raises BadSetting where the port cannot be had."""
     logs.configure(settings)
-    scratch = settings.data_dir / "api" / "tmp"
-    scratch.mkdir(parents=True, exist_ok=True)
+    os.umask(0o077)
+    private_folder(settings.data_dir, given=True)
+    private_folder(settings.data_dir / "api")
+    scratch = private_folder(settings.data_dir / "api" / "tmp")
     tempfile.tempdir = str(scratch)  # where uploads lie while they come in: /tmp may be memory
     Protocol.patience = settings.api_patience
+    Protocol.most = min(settings.api_connections, _open_files() - RESERVED_FILES)
+    Protocol.most_of_one = settings.api_connections_per_address
     Files(settings, Ledger(settings))  # raises BadSetting for a store there is not
     listening = _listen(settings.api_host, settings.api_port)
     config = uvicorn.Config(
@@ -75,6 +86,16 @@ def run(settings: Settings) -> None:
         timeout_graceful_shutdown=5,
     )
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def _open_files() -> int:
+    """How many files and sockets this process may have open: as many as it may be allowed."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most == resource.RLIM_INFINITY:
+        most = 1 << 20
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _listen(host: str, port: int) -> socket.socket:

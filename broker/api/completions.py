@@ -52,10 +52,11 @@ async def _complete(url: str, request: Request, api: Api, caller: Caller, extens
         raise ApiError(400, f"{wrong}: not a field of this request", param=wrong)
     with_usage = _with_usage(body) if stream else False
     spec = await api.accept(caller, {**extensions, **task_fields(body, url), "stream": stream})
-    (accepted,) = await api.submit(caller, [spec])
-    if stream:
-        return sse.answer(_events(url, api, accepted, with_usage))
-    result = await api.result(accepted, request)
+    with api.seat(caller) as seat:
+        (accepted,) = await api.submit(caller, [spec])
+        if stream:
+            return sse.answer(_events(url, api, accepted, with_usage), seat.pop_all())
+        result = await api.result(accepted, request)
     if result.state is not State.SUCCEEDED:
         raise no_result(result)
     return JSONResponse(response_body(url, result, accepted.spec, accepted.submitted))

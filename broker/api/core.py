@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
@@ -19,9 +20,11 @@ from broker.api.batch_runner import BatchRunner
 from broker.api.batch_store import Batches
 from broker.api.errors import ApiError, not_found
 from broker.api.file_store import Files
+from broker.api.guard import CALLER
 from broker.api.herald import Herald
 from broker.api.intake import Intake
 from broker.api.keys import Key, Keys
+from broker.api.threads import Pool
 from broker.api.webhook_store import Webhooks
 from broker.client import AsyncClient
 from broker.dialect import seconds_left
@@ -37,6 +40,12 @@ MOST_REMEMBERED = 10_000
 PATIENCE = 30.0
 #: Seconds of silence after which a stream says that it is still there.
 HEARTBEAT = 15.0
+#: Uploads at once; a quarter of them of one key.
+MOST_UPLOADS = 32
+#: Longest id looked up, characters.
+MAX_ID = 256
+#: Most fields of a body, and values of all kinds in it, about: each costs many times its bytes while it is looked at.
+MAX_FIELDS, MAX_VALUES = 200, 500_000
 
 T = TypeVar("T")
 
@@ -52,6 +61,11 @@ class Caller:
     def max_value(self) -> float:
         """The highest value its tasks may have: whoever needs no key is this machine's user."""
         return MAX_VALUE if self.key is None else self.key.max_value
+
+    @property
+    def name(self) -> str:
+        """What is his is counted by: his key, or that he has none."""
+        return self.key.id if self.key is not None else "open"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +92,15 @@ class Api:
         self.herald = Herald(settings, self.ledger, self.webhooks)
         self.runner = BatchRunner(settings, self.ledger, self.files, self.batches, self.herald.batch_ended)
         self.address_checks: Counter[str] = Counter()  # of webhooks, by tenant, going on now
-        self._intake = Intake(self.ledger)
-        self._callers: dict[str, tuple[float, Caller | None]] = {}
+        self.quick = Pool("quick", threads=8, each=4, waiting=2000, patience=60.0)  # calls of milliseconds
+        self.slow = Pool("slow", threads=4, each=1, waiting=32, patience=60.0)  # lists, and what else is long
+        self.disk = Pool("files", threads=8, each=2, waiting=64, patience=600.0)
+        self._intake = Intake(settings, self.ledger)
+        self._seats: Counter[str] = Counter()  # requests that wait for a result, by caller
+        self._uploads: Counter[str] = Counter()
+        self._callers: dict[str, tuple[float, Caller]] = {}
+        self._lacking: list[str] = []
+        self._looked, self._readying = float("-inf"), asyncio.Lock()
         self._errands: set[asyncio.Task[Any]] = set()
 
     # --- who is asking
@@ -92,7 +113,7 @@ class Api:
             message = f"no API key was given: {how}" if given is None else f"this API key is not valid: {how}"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if caller.key is not None and caller.key.rate is not None:
-            wait = await asyncio.to_thread(self.keys.wait, caller.key)
+            wait = await self.quick.run(caller.name, self.keys.wait, caller.key)
             if wait > 0:
                 raise ApiError(
                     429,
@@ -108,8 +129,10 @@ class Api:
         known = self._callers.get(given)
         if known is not None and time.monotonic() - known[0] < REMEMBER:
             return known[1]
-        key = await asyncio.to_thread(self.keys.find, given)
+        key = await self.quick.run("", self.keys.find, given)
         caller = Caller(key.tenant, key) if key is not None else None
+        if caller is None:  # anybody can make up any number of these
+            return None
         if len(self._callers) >= MOST_REMEMBERED:
             self._callers.clear()
         self._callers[given] = (time.monotonic(), caller)
@@ -126,7 +149,7 @@ class Api:
 
     async def seconds_left(self, deadline: str) -> float:
         """A deadline given as text: seconds, or a time (RFC 3339) by the server's clock."""
-        return seconds_left(deadline, await asyncio.to_thread(self.ledger.now))
+        return seconds_left(deadline, await self.quick.run("", self.ledger.now))
 
     async def submit(self, caller: Caller, specs: Iterable[TaskSpec]) -> list[Accepted]:
         """Hand in checked tasks. Raises ApiError where they are too many at once, or where an idempotency key was used
@@ -136,7 +159,7 @@ class Api:
         key = caller.key
         if key is not None and key.in_flight is not None:
             counted = {task_id: spec.deadline for task_id, spec in tasks}
-            if not await asyncio.to_thread(self.keys.reserve, key, counted):
+            if not await self.quick.run(caller.name, self.keys.reserve, key, counted):
                 raise ApiError(
                     429,
                     f"more than {key.in_flight} unfinished tasks with this key",
@@ -144,7 +167,7 @@ class Api:
                     headers={"Retry-After": "1"},
                 )
         now = time.time()
-        ids = await self._intake.submit(tasks)
+        ids = await self._intake.submit(caller.tenant, tasks)
         mine = {own for (own, _), in_force in zip(tasks, ids, strict=True) if own == in_force}
         accepted = []
         for (own, spec), in_force in zip(tasks, ids, strict=True):
@@ -154,7 +177,7 @@ class Api:
             first = await self.record(caller, in_force)
             if not _same(first.spec, spec):  # somebody was faster, after we had looked
                 for task_id in mine:
-                    await asyncio.to_thread(self.ledger.forget, task_id)
+                    await self.quick.run(caller.tenant, self.ledger.forget, task_id)
                 raise _reused(spec)
             accepted.append(Accepted(in_force, first.spec, first.submitted, repeated=True))
         return accepted
@@ -168,14 +191,16 @@ class Api:
                 raise _reused(spec)
         if len(specs) == 1 or not firsts:
             return
-        holders = await asyncio.to_thread(self.ledger.holders, caller.tenant, list(firsts))
+        holders = await self.quick.run(caller.tenant, self.ledger.holders, caller.tenant, list(firsts))
         for spec, holder in zip(firsts.values(), holders, strict=True):
             if holder is not None and not _same((await self.record(caller, holder)).spec, spec):
                 raise _reused(spec)
 
     async def record(self, caller: Caller, task_id: str, what: str = "task") -> TaskRecord:
         """A task of this caller's tenant. Raises ApiError (404)."""
-        record = await asyncio.to_thread(self.ledger.task, task_id)
+        if len(task_id) > MAX_ID:
+            raise not_found(what, task_id)
+        record = await self.quick.run(caller.tenant, self.ledger.task, task_id)
         if record is None or record.spec.tenant != caller.tenant:
             raise not_found(what, task_id)
         return record
@@ -194,10 +219,29 @@ class Api:
             waiting.cancel()
             gone.cancel()
 
+    def seat(self, caller: Caller) -> ExitStack:
+        """A place among those who stream or wait for a result, until the stack is closed. Raises ApiError where there
+        is none."""
+        s = self.settings
+        return _place(self._seats, caller, s.api_waiting, s.api_waiting_per_key, "streams and waits for results")
+
+    def upload(self, caller: Caller) -> ExitStack:
+        """A place among those who upload a file; see `seat`."""
+        return _place(self._uploads, caller, MOST_UPLOADS, MOST_UPLOADS // 4, "uploads")
+
     def abandon(self, accepted: Accepted) -> None:
         """The client that waited has gone: cancel its task, unless it can come back for it."""
         if accepted.spec.idempotency_key is None:
             self.run(self.client.cancel(accepted.id))
+
+    async def readiness(self) -> list[str]:
+        """What is lacking before tasks can be done. Anybody may ask, so it is looked up once a second at most."""
+        async with self._readying:
+            if time.monotonic() > self._looked + REMEMBER / 2:
+                led, nodes = await self.quick.run("", lambda: (self.ledger.led(), bool(self.ledger.nodes())))
+                self._lacking = [what for what, there in (("scheduler", led), ("node", nodes)) if not there]
+                self._looked = time.monotonic()
+        return self._lacking
 
     def run(self, errand: Coroutine[Any, Any, Any]) -> None:
         """Do something nobody waits for."""
@@ -211,10 +255,31 @@ class Api:
         self.herald.start()
 
     async def close(self) -> None:
-        await asyncio.gather(asyncio.to_thread(self.runner.close), asyncio.to_thread(self.herald.close))
+        await asyncio.gather(self.slow.run("", self.runner.close), self.slow.run("a", self.herald.close))
         if self._errands:
             await asyncio.wait(self._errands, timeout=5)
         await self.client.close()
+        for pool in (self.quick, self.slow, self.disk):
+            pool.close()
+
+
+def _place(taken: Counter[str], caller: Caller, most: int, each: int, what: str) -> ExitStack:
+    name = caller.name
+    if taken[name] >= each:
+        message = f"{each} {what} at once with this key: end one of them"
+        raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": "5"})
+    if taken.total() >= most:
+        raise ApiError(503, f"too many {what} at once: try again", code="unavailable", headers={"Retry-After": "5"})
+    taken[name] += 1
+
+    def give_back() -> None:
+        taken[name] -= 1
+        if not taken[name]:
+            del taken[name]
+
+    place = ExitStack()
+    place.callback(give_back)
+    return place
 
 
 def _reused(spec: TaskSpec) -> ApiError:
@@ -265,7 +330,9 @@ _bearer = HTTPBearer(auto_error=False, scheme_name="API key", description="A key
 
 async def _caller(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Caller:
     api: Api = request.app.state.api
-    return await api.admit(given.credentials if given else None)
+    caller = await api.admit(given.credentials if given else None)
+    request.scope[CALLER] = caller.name  # by whom the guard counts what is received
+    return caller
 
 
 async def _extensions(request: Request) -> dict[str, Any]:
@@ -287,14 +354,14 @@ _HEADERS = {
 }
 TheApi = Annotated[Api, Depends(the_api)]
 TheCaller = Annotated[Caller, Depends(_caller)]
-#: For endpoints that show everybody the same, but only to who has a key.
-needs_key = Depends(_caller)
 Extensions = Annotated[dict[str, Any], Depends(_extensions)]
 
 
 async def read_json(request: Request) -> dict[str, Any]:
     """The body, a JSON object. Raises ApiError."""
     raw = await request.body()
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
+        raise ApiError(413, f"the body has more than {MAX_VALUES} values: send several requests")
     try:
         # The reader of what is stored, too: nested too deeply, or with half a surrogate pair, it is no JSON for both.
         body = from_json(raw, allow_inf_nan=False)
@@ -302,6 +369,8 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    if len(body) > MAX_FIELDS:
+        raise ApiError(400, f"the body has {len(body)} fields; the limit is {MAX_FIELDS}", code="invalid_json")
     return body
 
 

@@ -38,7 +38,12 @@ class ApiError(HTTPException):
 
 def not_found(what: str, identity: str) -> ApiError:
     """For what does not exist, and in the same words for what is another tenant's."""
-    return ApiError(404, f"no {what} {identity!r}", param="id", code="not_found")
+    return ApiError(404, f"no {what} {identity[:80]!r}", param="id", code="not_found")
+
+
+def over_quota(message: str) -> ApiError:
+    """For what would be more than a tenant may have stored. Trying again by itself would not help a client."""
+    return ApiError(429, message, code="quota_exceeded", headers={"X-Should-Retry": "false"})
 
 
 def document(

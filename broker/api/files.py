@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import IO, Annotated, Any, cast
 from urllib.parse import quote
 
@@ -14,7 +14,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 
 from broker.api import examples
-from broker.api.core import TheApi, TheCaller
+from broker.api.core import MAX_ID, Api, Caller, TheApi, TheCaller
 from broker.api.docs import answers
 from broker.api.errors import ApiError, not_found
 from broker.api.file_store import FileDocument
@@ -25,6 +25,8 @@ router = APIRouter(tags=["Files"])
 
 PURPOSES = ("batch", "user_data")
 _PIECE = 1 << 20
+#: Thousands of files looked at for one page.
+_LOOKS = 12
 _BAD_NAME = re.compile(r"[\x00-\x1f\x7f/\\]|^\.{0,2}$")
 
 
@@ -72,7 +74,13 @@ async def upload_file(request: Request, api: TheApi, caller: TheCaller) -> Respo
         raise ApiError(400, "the body must be multipart/form-data", param="file")
     if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):  # some take for ever, or give no text
         raise ApiError(400, "the form's charset must be UTF-8", param="file")
-    async with request.form(max_files=1, max_fields=8) as form:
+    with api.upload(caller):
+        return JSONResponse(shown(await _kept(request, api, caller)))
+
+
+async def _kept(request: Request, api: Api, caller: Caller) -> FileDocument:
+    await api.disk.run(caller.tenant, api.files.check_room, caller.tenant)
+    async with request.form(max_files=1, max_fields=8, max_part_size=64 << 10) as form:
         upload = form.get("file")
         if not isinstance(upload, UploadFile):
             raise ApiError(400, "file: a file is required, whole, as multipart/form-data", param="file")
@@ -87,8 +95,8 @@ async def upload_file(request: Request, api: TheApi, caller: TheCaller) -> Respo
             raise ApiError(413, f"file: more than {api.settings.api_max_file} bytes", param="file")
         lasts = _lasts(form, api.settings.api_file_retention)
         content = iter([cast("IO[bytes]", upload.file)])
-        file = await asyncio.to_thread(api.files.keep, caller.tenant, name, purpose, content, lasts=lasts)
-    return JSONResponse(shown(file))
+        keep = partial(api.files.keep, caller.tenant, name, purpose, content, lasts=lasts, within_quota=True)
+        return await api.disk.run(caller.tenant, keep)
 
 
 def _lasts(form: FormData, most: float) -> float | None:
@@ -115,13 +123,15 @@ async def list_files(
     def look() -> tuple[list[FileDocument], bool]:
         found: list[FileDocument] = []
         last, more = after, True
-        while more and len(found) <= limit:
+        for _ in range(_LOOKS):
+            if not more or len(found) > limit:
+                break
             documents, more = api.files.shelf.page(caller.tenant, after=last, limit=1000, newest=order == "desc")
             found += [d for d in documents if purpose in (None, d.purpose)]
             last = documents[-1].id if documents else last
         return found[:limit], more or len(found) > limit
 
-    found, more = await asyncio.to_thread(look)
+    found, more = await api.slow.run(caller.tenant, look)
     return JSONResponse(page([shown(file) for file in found], more))
 
 
@@ -146,13 +156,13 @@ async def get_file_content(id: str, api: TheApi, caller: TheCaller) -> Response:
     """A file's content."""
     file = await _file(api, caller, id)
     try:
-        content = await asyncio.to_thread(api.files.read, file)
+        content = await api.disk.run(caller.tenant, api.files.read, file)
     except FileNotFoundError:
         raise not_found("content of file", id) from None
 
-    def pieces() -> Iterator[bytes]:
+    async def pieces() -> AsyncIterator[bytes]:
         with content:
-            while piece := content.read(_PIECE):
+            while piece := await api.disk.run(caller.tenant, content.read, _PIECE):
                 yield piece
 
     headers = {
@@ -169,14 +179,16 @@ async def get_file_content(id: str, api: TheApi, caller: TheCaller) -> Response:
 async def delete_file(id: str, api: TheApi, caller: TheCaller) -> Response:
     """Delete a file. The input of a batch that has not ended is refused."""
     file = await _file(api, caller, id)
-    if file.id in await asyncio.to_thread(api.batches.inputs_in_use):
+    if file.id in await api.slow.run(caller.tenant, api.batches.inputs_in_use):
         raise ApiError(400, f"file {id} is the input of a batch that has not ended", param="id", code="file_in_use")
-    await asyncio.to_thread(api.files.remove, file)
+    await api.disk.run(caller.tenant, api.files.remove, file)
     return JSONResponse({"id": id, "object": "file", "deleted": True})
 
 
 async def _file(api: TheApi, caller: TheCaller, identity: str) -> FileDocument:
-    file = await asyncio.to_thread(api.files.shelf.get, identity, caller.tenant)
+    file = None
+    if len(identity) <= MAX_ID:
+        file = await api.quick.run(caller.tenant, api.files.shelf.get, identity, caller.tenant)
     if file is None:
         raise not_found("file", identity)
     return file

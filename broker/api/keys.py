@@ -10,8 +10,8 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Mapping
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, cast
 
 from pydantic import Field, ValidationError
 
@@ -46,6 +46,36 @@ return 1
 """
 
 
+# As many of these lines of a batch, in order, as the key's rate and its unfinished tasks leave room for: those counted
+# before are free. Half of a rate's burst stays for requests.
+_ADMIT = """
+local clock = redis.call('TIME')
+local now, rate, most = clock[1] + clock[2] / 1e6, tonumber(ARGV[1]), tonumber(ARGV[2])
+local due, left = now, math.huge
+if rate > 0 then
+    due = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), now)
+    left = math.floor((math.max(0.5, 1 / rate) - (due - now)) * rate + 1e-6)
+end
+if most > 0 then redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now) end
+local held = most > 0 and redis.call('ZCARD', KEYS[2]) or -math.huge
+local taken = 0
+for i = 3, #ARGV, 2 do
+    if not redis.call('ZSCORE', KEYS[2], ARGV[i]) then
+        if left < 1 or held >= most then break end
+        left, held, due = left - 1, held + 1, due + (rate > 0 and 1 / rate or 0)
+        if most > 0 then redis.call('ZADD', KEYS[2], now + ARGV[i + 1] + 60, ARGV[i]) end
+    end
+    taken = taken + 1
+end
+if rate > 0 and due > now then
+    redis.call('SET', KEYS[1], string.format('%.6f', due), 'PX', math.ceil((due - now) * 1000) + 1000)
+end
+return taken
+"""
+#: Unfinished tasks looked at to find some that have ended since, drawn at random where there are more.
+_LOOKED_AT = 1000
+
+
 class Key(Document):
     """A key less its secret. `rate` is in requests per s, `in_flight` in unfinished tasks; None: no limit. `max_value`
     is the highest value its tasks may have; 1 for a key from before there was such a limit."""
@@ -66,6 +96,7 @@ class Keys:
         self._settings, self._ledger = settings, ledger
         self._shelf: Shelf[Key] = Shelf(settings, ledger, "key", Key)
         self._rate = ledger.client.register_script(_RATE)
+        self._admit = ledger.client.register_script(_ADMIT)
         self._reserve = ledger.client.register_script(_RESERVE)
 
     def make(
@@ -140,11 +171,39 @@ class Keys:
         with reaching(self._settings):
             if self._reserve(keys=[counted], args=words):
                 return True
-            ids = [i.decode() for i in self._ledger.client.zrange(counted, 0, -1)]  # type: ignore[union-attr]
-            states = self._ledger.states(ids)
-            if over := [i for i, s in zip(ids, states, strict=True) if s is None or s.final]:
-                self._ledger.client.zrem(counted, *over)
-            return bool(over) and bool(self._reserve(keys=[counted], args=words))
+            return self._forget_ended(counted) and bool(self._reserve(keys=[counted], args=words))
+
+    def admit(self, key: Key, tasks: Mapping[str, float]) -> int:
+        """Count the first of a batch's tasks (id → deadline, s from now), as many as may be submitted now; returns how
+        many. Those counted before count no second time."""
+        if key.in_flight is None and key.rate is None:
+            return len(tasks)
+        counted = f"{self._ledger.prefix}api:inflight:{key.id}"
+        words = [key.rate or 0, key.in_flight or 0, *(word for pair in tasks.items() for word in pair)]
+        with reaching(self._settings):
+            keys = [f"{self._ledger.prefix}api:rate:{key.id}", counted]
+            taken = int(self._admit(keys=keys, args=words))
+            if taken < len(tasks) and key.in_flight is not None and self._forget_ended(counted):
+                taken = int(self._admit(keys=keys, args=words))
+            return taken
+
+    def release(self, identity: str, tasks: Sequence[str]) -> None:
+        """These tasks of a key have ended."""
+        if tasks:
+            with reaching(self._settings):
+                self._ledger.client.zrem(f"{self._ledger.prefix}api:inflight:{identity}", *tasks)
+
+    def get(self, identity: str) -> Key | None:
+        """A key by its id."""
+        return self._shelf.get(identity)
+
+    def _forget_ended(self, counted: str) -> bool:
+        """Count no longer what has ended; whether there was any."""
+        ids = [i.decode() for i in cast("list[bytes]", self._ledger.client.zrandmember(counted, _LOOKED_AT))]
+        states = self._ledger.states(ids)
+        if over := [i for i, s in zip(ids, states, strict=True) if s is None or s.final]:
+            self._ledger.client.zrem(counted, *over)
+        return bool(over)
 
 
 def _digest(secret: str) -> str:

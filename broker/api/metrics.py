@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterator
 
@@ -13,16 +12,24 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from broker.api.core import needs_key
+from broker.api.core import TheApi, TheCaller
 from broker.api.docs import answers
+from broker.api.guard import METHODS
 from broker.ledger import Ledger
-from broker.messages import Counters, Heartbeat, NodeInfo
+from broker.messages import Counters, Heartbeat, NodeInfo, State
 
 log = structlog.get_logger(__name__)
-router = APIRouter(tags=["Health"], dependencies=[needs_key])
+router = APIRouter(tags=["Health"])
 
 #: Upper bounds of the request histogram, s: from a submission's to a long task's that is waited for.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+# A label's values come from closed sets: what a client or a worker makes up would each be a series, kept for ever.
+#: Nodes told apart, and ways to measure energy.
+MOST_NODES = 1000
+ENERGY_METHODS = frozenset(("nvml", "rapl", "cpu-model", "remote-price", "emulated"))
+#: What the ledger counts.
+TOTALS = ("submitted", "forgotten", *(str(state) for state in State if state.final))
 
 
 class LedgerMetrics(Collector):
@@ -37,8 +44,9 @@ class LedgerMetrics(Collector):
         for state, count in ledger.counts().items():
             held.add_metric([state], count)
         ever = CounterMetricFamily("perllm_tasks_ever", "Tasks since the cell began.", labels=["event"])
-        for event, count in ledger.totals().items():
-            ever.add_metric([event], count)
+        totals = ledger.totals()
+        for event in TOTALS:
+            ever.add_metric([event], totals.get(event, 0))
         leads = GaugeMetricFamily("perllm_scheduler_leads", "1 while a scheduler leads.", value=ledger.led())
         yield from (held, ever, leads)
         yield from _of_nodes(ledger.nodes(), ledger.now())
@@ -54,7 +62,7 @@ def _of_nodes(nodes: list[tuple[NodeInfo, Heartbeat | None, bool]], now: float) 
     joules = CounterMetricFamily(
         "perllm_node_energy_joules", "Energy since it started, idle included.", labels=[*labels, "method", "estimated"]
     )
-    for info, beat, drains in nodes:
+    for info, beat, drains in nodes[:MOST_NODES]:
         of, counters = [info.name, info.tier], beat.counters if beat else Counters()
         slots.add_metric(of, info.slots)
         active.add_metric(of, counters.active)
@@ -62,7 +70,8 @@ def _of_nodes(nodes: list[tuple[NodeInfo, Heartbeat | None, bool]], now: float) 
         if beat:
             silent.add_metric(of, max(0.0, now - beat.at))
         tokens.add_metric(of, counters.generated)
-        joules.add_metric([*of, info.power.method, str(info.power.estimated).lower()], counters.energy)
+        method = info.power.method if info.power.method in ENERGY_METHODS else "other"
+        joules.add_metric([*of, method, str(info.power.estimated).lower()], counters.energy)
     yield from (slots, active, draining, silent, tokens, joules)
 
 
@@ -92,8 +101,9 @@ class Timer:
         finally:
             seconds = time.perf_counter() - began
             route = getattr(scope.get("route"), "path", "none")  # never the path itself: anybody could make up more
-            self._seconds.labels(scope["method"], route, status).observe(seconds)
-            log.debug("request", method=scope["method"], path=scope["path"], status=status, seconds=round(seconds, 4))
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self._seconds.labels(method, route, status).observe(seconds)
+            log.debug("request", method=method, path=scope["path"][:200], status=status, seconds=round(seconds, 4))
 
 
 _EXAMPLE = 'perllm_tasks{state="pending"} 3.0\nperllm_node_slots{node="edge-1",tier="edge"} 4.0\n'
@@ -101,7 +111,7 @@ _PLAIN = {"description": "Done.", "content": {"text/plain": {"schema": {"type": 
 
 
 @router.get("/metrics", responses={**answers(None, {}), 200: _PLAIN}, response_class=Response)
-async def metrics(request: Request) -> Response:
+async def metrics(request: Request, api: TheApi, caller: TheCaller) -> Response:
     """Tasks, nodes and requests for Prometheus. Any key opens it: it tells sums over all tenants, and names none."""
     registry: CollectorRegistry = request.app.state.metrics
-    return Response(await asyncio.to_thread(generate_latest, registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(await api.slow.run(caller.tenant, generate_latest, registry), media_type=CONTENT_TYPE_LATEST)

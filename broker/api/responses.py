@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -46,17 +45,19 @@ async def create_response(request: Request, api: TheApi, caller: TheCaller, exte
         spec = await api.accept(caller, {**extensions, **fields, "stream": stream})
     except InvalidTask as error:
         raise InvalidTask(str(error).replace("max_tokens:", "max_output_tokens:")) from None
-    (accepted,) = await api.submit(caller, [spec])
-    if stream:
-        return sse.answer(_events(api, accepted, background=background, after=-1))
-    if background:
+    if background and not stream:
+        (accepted,) = await api.submit(caller, [spec])
         state, result = State.PENDING, None
         if accepted.repeated:
             record = await api.record(caller, accepted.id)
             state, result = record.state, record.result
     else:
-        result = await api.result(accepted, request)
-        state = result.state
+        with api.seat(caller) as seat:
+            (accepted,) = await api.submit(caller, [spec])
+            if stream:
+                return sse.answer(_events(api, accepted, background=background, after=-1), seat.pop_all())
+            result = await api.result(accepted, request)
+            state = result.state
     return JSONResponse(
         response_object(accepted.id, accepted.spec, accepted.submitted, state, result, background=background)
     )
@@ -97,7 +98,8 @@ async def retrieve_response(
     if stream:
         after = -1 if starting_after is None else starting_after
         accepted = Accepted(id, record.spec, record.submitted)
-        return sse.answer(_events(api, accepted, background=True, after=after))
+        with api.seat(caller) as seat:
+            return sse.answer(_events(api, accepted, background=True, after=after), seat.pop_all())
     return JSONResponse(_shown(record))
 
 
@@ -115,7 +117,7 @@ async def cancel_response(id: str, api: TheApi, caller: TheCaller) -> Response:
 async def delete_response(id: str, api: TheApi, caller: TheCaller) -> Response:
     """Forget a response for good. One that goes on is cancelled first."""
     await api.record(caller, id, "response")
-    await asyncio.to_thread(api.ledger.forget, id)
+    await api.quick.run(caller.tenant, api.ledger.forget, id)
     return JSONResponse({"id": id, "object": "response", "deleted": True})
 
 

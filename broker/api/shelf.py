@@ -78,6 +78,20 @@ class Shelf(Generic[D]):
         document = self._read(identity, raw)
         return document if document is not None and tenant in (None, document.tenant) else None
 
+    def many(self, identities: Sequence[str]) -> list[D]:
+        """Those of these documents that are there and can be read."""
+        found: list[D] = []
+        for start in range(0, len(identities), 500):
+            with reaching(self._settings):
+                keys = [self._key(i) for i in identities[start : start + 500]]
+                rows = cast("list[bytes | None]", self.client.mget(keys))
+            for key, row in zip(keys, rows, strict=True):
+                try:
+                    found += [self._model.model_validate_json(row)] if row is not None else []
+                except ValidationError:  # it must not hide the others
+                    log.warning("document_unreadable", key=key)
+        return found
+
     def change(self, identity: str, change: Callable[[D], D | None], *, keep: float | None = None) -> D | None:
         """Replace a document by what `change` makes of it (None: leave it), as one step. Returns what is there then."""
         with reaching(self._settings), self.client.pipeline() as pipe:

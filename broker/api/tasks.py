@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from broker.api import examples
-from broker.api.core import Extensions, TheApi, TheCaller, needs_key, read_json
+from broker.api.core import Api, Caller, Extensions, TheApi, TheCaller, read_json
 from broker.api.docs import answers, takes_task
 from broker.api.errors import ApiError, not_found
 from broker.api.paging import After, Limit, Order, page
@@ -28,17 +27,20 @@ from broker.api.schemas import (
 from broker.dialect import messages
 from broker.errors import InvalidTask
 from broker.ledger import TaskRecord
+from broker.ledger.ledger import Glance
 from broker.messages import Counters, State
 
 router = APIRouter(tags=["Tasks"])
-catalogue = APIRouter(tags=["Models"], dependencies=[needs_key])
+catalogue = APIRouter(tags=["Models"])
 health = APIRouter(tags=["Health"])
 
 #: Most tasks of one request.
 MANY = 1000
-#: Tasks looked at for one page of a filtered list.
-_LOOK_AT = 5000
-_PIECE = 200
+#: Tasks looked at for one page of a filtered list, and at once.
+_LOOK_AT = 2000
+_PIECE = 500
+#: Bytes of tasks read for one page, about; what is longer comes on the next.
+_PAGE_BYTES = 16 << 20
 
 
 @router.post(
@@ -101,35 +103,34 @@ async def list_tasks(
     after: After = None,
     order: Order = "desc",
 ) -> Response:
-    """The tenant's tasks, whichever door they came by, by the time of their submission. A filtered list may have empty
-    pages: go on while there is more."""
+    """The tenant's tasks, whichever door they came by, by the time of their submission. A page may have fewer than
+    `limit`, of a filtered list none: go on after its `last_id` while there is more."""
 
     def look() -> tuple[list[TaskRecord], str | None, bool]:
-        found: list[TaskRecord] = []
-        last, seen = after, 0
-        while seen < _LOOK_AT:
+        wanted: list[str] = []
+        last, seen, size, more = after, 0, 0, True
+        full = False
+        while more and not full and seen < _LOOK_AT:
             ids = api.ledger.tasks_of(caller.tenant, after=last, limit=_PIECE, newest=order == "desc")
-            for record in api.ledger.legible(ids):
-                if _wanted(record, state, service, model):
-                    if len(found) == limit:
-                        return found, last, True
-                    found.append(record)
-                last = record.id
-            last = ids[-1] if ids else last
+            more = len(ids) == _PIECE
+            for task_id, glance in zip(ids, api.ledger.glances(ids), strict=True):
+                if glance is not None and _wanted(glance, state, service, model):
+                    full = len(wanted) == limit or (bool(wanted) and size + glance.size > _PAGE_BYTES)
+                    if full:
+                        break
+                    wanted.append(task_id)
+                    size += glance.size
+                last = task_id
             seen += len(ids)
-            if len(ids) < _PIECE:
-                return found, last, False
-        return found, last, True
+        return api.ledger.legible(wanted), last, more or full
 
-    found, last, more = await asyncio.to_thread(look)
+    found, last, more = await api.slow.run(caller.tenant, look)
     data = [_shown(record, whole=False) for record in found]
     return JSONResponse(page(data, more, last))
 
 
-def _wanted(record: TaskRecord, state: State | None, service: str | None, model: str | None) -> bool:
-    return (
-        state in (None, record.state) and service in (None, record.spec.service) and model in (None, record.spec.model)
-    )
+def _wanted(task: Glance, state: State | None, service: str | None, model: str | None) -> bool:
+    return state in (None, task.state) and service in (None, task.service) and model in (None, task.model)
 
 
 @router.get("/v1/tasks/{id}", responses=answers(TaskObject, examples.TASK, 404))
@@ -152,7 +153,7 @@ async def cancel_task(id: str, api: TheApi, caller: TheCaller) -> Response:
 async def delete_task(id: str, api: TheApi, caller: TheCaller) -> Response:
     """Forget a task, its prompt, text and result, for good. One that goes on is cancelled first."""
     await api.record(caller, id)
-    await asyncio.to_thread(api.ledger.forget, id)
+    await api.quick.run(caller.tenant, api.ledger.forget, id)
     return JSONResponse({"id": id, "object": "task", "deleted": True})
 
 
@@ -187,11 +188,11 @@ def _shown(record: TaskRecord, *, whole: bool) -> dict[str, Any]:
 # --- what there is
 
 
-@router.get("/v1/nodes", dependencies=[needs_key], responses=answers(NodeList, examples.page(examples.NODE)))
-async def list_nodes(api: TheApi) -> Response:
+@router.get("/v1/nodes", responses=answers(NodeList, examples.page(examples.NODE)))
+async def list_nodes(api: TheApi, caller: TheCaller) -> Response:
     """The live nodes and what they last said of themselves."""
     data = []
-    for info, beat, draining in await asyncio.to_thread(api.ledger.nodes):
+    for info, beat, draining in await api.slow.run(caller.tenant, api.ledger.nodes):
         counters = beat.counters if beat else Counters()
         data.append(
             {
@@ -215,22 +216,22 @@ async def list_nodes(api: TheApi) -> Response:
 
 
 @catalogue.get("/v1/models", responses=answers(ModelList, examples.page(examples.MODEL_OBJECT)))
-async def list_models(api: TheApi) -> Response:
+async def list_models(api: TheApi, caller: TheCaller) -> Response:
     """The models live nodes offer."""
-    return JSONResponse({"object": "list", "data": list((await _models(api)).values())})
+    return JSONResponse({"object": "list", "data": list((await _models(api, caller)).values())})
 
 
 @catalogue.get("/v1/models/{id:path}", responses=answers(ModelObject, examples.MODEL_OBJECT, 404))
-async def get_model(id: str, api: TheApi) -> Response:
+async def get_model(id: str, api: TheApi, caller: TheCaller) -> Response:
     """A model live nodes offer."""
-    if (found := (await _models(api)).get(id)) is None:
+    if (found := (await _models(api, caller)).get(id)) is None:
         raise not_found("model on any live node:", id)
     return JSONResponse(found)
 
 
-async def _models(api: TheApi) -> dict[str, dict[str, Any]]:
+async def _models(api: Api, caller: Caller) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for info, _, _ in await asyncio.to_thread(api.ledger.nodes):
+    for info, _, _ in await api.slow.run(caller.tenant, api.ledger.nodes):
         for offer in info.models:
             shown = found.setdefault(
                 offer.name,
@@ -258,8 +259,7 @@ async def alive() -> Response:
 @health.get("/ready", responses={200: _says("ready"), 503: _says("no scheduler and no node")})
 async def ready(api: TheApi) -> Response:
     """Whether tasks can be taken and done: the ledger answers, a scheduler leads, a node is live. Needs no key."""
-    led, nodes = await asyncio.to_thread(lambda: (api.ledger.led(), api.ledger.nodes()))
-    lacking = [what for what, there in (("scheduler", led), ("node", nodes)) if not there]
+    lacking = await api.readiness()
     if lacking:
         return JSONResponse({"status": f"no {' and no '.join(lacking)}"}, 503)
     return JSONResponse({"status": "ready"})

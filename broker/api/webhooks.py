@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -48,10 +49,10 @@ async def create_webhook(request: Request, api: TheApi, caller: TheCaller) -> Re
     if not isinstance(events, list) or not events or not all(isinstance(e, str) and e in EVENTS for e in events):
         raise ApiError(400, f"events: a list of some of {', '.join(EVENTS)} is required", param="events")
     url = await _checked(api, caller.tenant, body.get("url"))
-    hook = await asyncio.to_thread(api.webhooks.make, caller.tenant, url, list(dict.fromkeys(events)))
+    hook = await api.quick.run(caller.tenant, api.webhooks.make, caller.tenant, url, list(dict.fromkeys(events)))
     if hook is None:
         raise ApiError(400, f"url: there are {MOST_HOOKS} webhooks already; delete one", param="url")
-    return JSONResponse({**(await _shown(api, [hook]))[0], "secret": hook.secret})
+    return JSONResponse({**(await _shown(api, caller, [hook]))[0], "secret": hook.secret})
 
 
 async def _checked(api: Api, tenant: str, url: Any) -> str:
@@ -81,8 +82,8 @@ async def _checked(api: Api, tenant: str, url: Any) -> str:
 @router.get("/v1/webhooks", responses=answers(WebhookPage, examples.page(examples.WEBHOOK)))
 async def list_webhooks(api: TheApi, caller: TheCaller) -> Response:
     """The tenant's webhooks, newest first."""
-    hooks = await asyncio.to_thread(api.webhooks.of, caller.tenant)
-    return JSONResponse(page(await _shown(api, hooks), False))
+    hooks = await api.quick.run(caller.tenant, api.webhooks.of, caller.tenant)
+    return JSONResponse(page(await _shown(api, caller, hooks), False))
 
 
 @router.get("/v1/webhooks/{id}", responses=answers(WebhookObject, examples.WEBHOOK, 404))
@@ -91,24 +92,24 @@ async def get_webhook(id: str, api: TheApi, caller: TheCaller) -> Response:
     `open`: what is to be delivered waits until `next_probe`, then is `half-open` and one delivery is tried. After three
     days without a success it is `disabled`. `reason` is the last failure, `dropped` counts the events it was not told
     of since too much was waiting."""
-    return JSONResponse((await _shown(api, [await _hook(api, caller, id)]))[0])
+    return JSONResponse((await _shown(api, caller, [await _hook(api, caller, id)]))[0])
 
 
 @router.post("/v1/webhooks/{id}/enable", responses=answers(WebhookObject, examples.WEBHOOK, 404))
 async def enable_webhook(id: str, api: TheApi, caller: TheCaller) -> Response:
     """Post to a webhook as if it had never failed, what waits for it first: for one that was disabled, or whose
     receiver is mended."""
-    hook = await asyncio.to_thread(api.webhooks.enable, await _hook(api, caller, id))
+    hook = await api.quick.run(caller.tenant, api.webhooks.enable, await _hook(api, caller, id))
     if hook is None:
         raise not_found("webhook", id)
     api.herald.wake()
-    return JSONResponse((await _shown(api, [hook]))[0])
+    return JSONResponse((await _shown(api, caller, [hook]))[0])
 
 
 @router.delete("/v1/webhooks/{id}", responses=answers(Deleted, {**examples.DELETED, "object": "webhook"}, 404))
 async def delete_webhook(id: str, api: TheApi, caller: TheCaller) -> Response:
     """Delete a webhook; what is still to be delivered to it is dropped."""
-    await asyncio.to_thread(api.webhooks.remove, await _hook(api, caller, id))
+    await api.quick.run(caller.tenant, api.webhooks.remove, await _hook(api, caller, id))
     return JSONResponse({"id": id, "object": "webhook", "deleted": True})
 
 
@@ -116,7 +117,9 @@ async def delete_webhook(id: str, api: TheApi, caller: TheCaller) -> Response:
 async def list_deliveries(id: str, api: TheApi, caller: TheCaller, limit: Limit = 20, after: After = None) -> Response:
     """What was, or is still to be, delivered to a webhook in the last week, with every attempt; newest first."""
     hook = await _hook(api, caller, id)
-    found, more = await asyncio.to_thread(api.webhooks.deliveries.page, hook.id, after=after, limit=limit)
+    found, more = await api.slow.run(
+        caller.tenant, partial(api.webhooks.deliveries.page, hook.id, after=after, limit=limit)
+    )
     return JSONResponse(page([_shown_delivery(delivery) for delivery in found], more))
 
 
@@ -126,25 +129,25 @@ async def list_deliveries(id: str, api: TheApi, caller: TheCaller, limit: Limit 
 async def replay_delivery(id: str, delivery_id: str, api: TheApi, caller: TheCaller) -> Response:
     """Deliver something again, under the same `webhook-id`."""
     hook = await _hook(api, caller, id)
-    delivery = await asyncio.to_thread(api.webhooks.deliveries.get, delivery_id, caller.tenant)
+    delivery = await api.quick.run(caller.tenant, api.webhooks.deliveries.get, delivery_id, caller.tenant)
     if delivery is None or delivery.webhook != hook.id:
         raise not_found("delivery", delivery_id)
     if hook.health.disabled:
         raise ApiError(409, "the webhook is disabled: enable it first", code="webhook_disabled")
-    again = await asyncio.to_thread(api.webhooks.replay, hook, delivery)
+    again = await api.quick.run(caller.tenant, api.webhooks.replay, hook, delivery)
     api.herald.wake()
     return JSONResponse(_shown_delivery(again or delivery))
 
 
 async def _hook(api: Api, caller: Caller, identity: str) -> WebhookDocument:
-    hook = await asyncio.to_thread(api.webhooks.shelf.get, identity, caller.tenant)
+    hook = await api.quick.run(caller.tenant, api.webhooks.shelf.get, identity, caller.tenant)
     if hook is None:
         raise not_found("webhook", identity)
     return hook
 
 
-async def _shown(api: Api, hooks: list[WebhookDocument]) -> list[dict[str, Any]]:
-    now, dropped = await asyncio.to_thread(lambda: (api.ledger.now(), api.webhooks.dropped(hooks)))
+async def _shown(api: Api, caller: Caller, hooks: list[WebhookDocument]) -> list[dict[str, Any]]:
+    now, dropped = await api.quick.run(caller.tenant, lambda: (api.ledger.now(), api.webhooks.dropped(hooks)))
     return [
         {
             "id": hook.id,

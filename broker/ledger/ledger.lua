@@ -19,6 +19,8 @@
 --   of:<tenant>        zset    the tenant's tasks by the time they were submitted
 --   text:<id>          list    the text of a task submitted with `stream`, as it is generated: pieces, each
 --                              "<attempt> <text>"; gone an hour after the last
+--   bytes              hash    tenant → bytes its tasks take: payload, features, result (twice: Celery's copy) and
+--                              about a kilobyte each for all the rest
 --   in:<state>         zset    the tasks in that state: a task is in exactly one of them. Scores:
 --                              pending: its deadline; dispatched, running: when its lease ends; final: when it ended
 --   node:<name>        hash    of a live node: info (NodeInfo, JSON), boot, queue, beat (last Heartbeat, JSON), draining
@@ -75,6 +77,12 @@ local function move(id, from, to, score)
     redis.call('ZADD', set_key(to), num(score), id)
 end
 
+local TASK_BYTES = 1024 -- of a task's keys, set members and events, about
+
+local function weigh(tenant, n) -- `n` bytes more, or less, are kept for a tenant
+    if tenant and redis.call('HINCRBY', P .. 'bytes', tenant, n) <= 0 then redis.call('HDEL', P .. 'bytes', tenant) end
+end
+
 local function unplace(id, node)
     if node then redis.call('SREM', P .. 'node:' .. node .. ':tasks', id) end
     redis.call('HDEL', task_key(id), 'node', 'model', 'dispatched', 'claimed')
@@ -88,6 +96,7 @@ local function finish(id, t, state, on_time, reason, extra)
         .. (t.claimed and ',"queued":' .. num(tonumber(t.claimed) - tonumber(t.submitted)) or '')
         .. (reason and ',"reason":' .. str(reason) or '') .. (extra or '') .. '}'
     redis.call('HSET', task_key(id), 'state', state, 'result', doc, 'finished', num(now))
+    weigh(redis.call('HGET', task_key(id), 'tenant'), 2 * #doc)
     move(id, t.state, state, now)
     if t.node then redis.call('SREM', P .. 'node:' .. t.node .. ':tasks', id) end
     redis.call('HINCRBY', P .. 'totals', state, 1)
@@ -164,7 +173,11 @@ end
 -- Nothing of a final task is kept.
 local function drop(id, state)
     local tenant, key = unpack(redis.call('HMGET', task_key(id), 'tenant', 'key'))
-    if tenant then redis.call('ZREM', P .. 'of:' .. tenant, id) end
+    if tenant then
+        local function length(field) return redis.call('HSTRLEN', task_key(id), field) end
+        redis.call('ZREM', P .. 'of:' .. tenant, id)
+        weigh(tenant, -(TASK_BYTES + length('payload') + length('features') + 2 * length('result')))
+    end
     redis.call('UNLINK', task_key(id), 'celery-task-meta-' .. id)
     if key then redis.call('UNLINK', P .. key) end
     redis.call('ZREM', set_key(state), id)
@@ -197,6 +210,7 @@ function ops.submit()
             local mine = of[tenant] or {}
             of[tenant] = mine
             pending[2 * fresh - 1], pending[2 * fresh] = deadline, id
+            weigh(tenant, TASK_BYTES + #payload + #features)
             mine[#mine + 1], mine[#mine + 2] = num(now + i * 1e-6), id -- tasks of one call keep their order
             if key ~= '' then
                 redis.call('SET', P .. 'key:' .. key, id)

@@ -34,6 +34,8 @@ from broker.messages import (
 )
 from broker.settings import Settings
 
+#: Bytes of a task beside its payload, features and result, about (as in ledger.lua).
+TASK_BYTES = 1024
 #: Seconds a dispatched task may wait unclaimed on a live node before it is placed anew (its old message is void then).
 DISPATCH_LEASE = 30.0
 #: Tasks and bytes of payload per call of `submit`: bounds how long one call holds the server.
@@ -63,6 +65,11 @@ class Entry(NamedTuple):
     key: str
     tenant: str
 
+    @property
+    def size(self) -> int:
+        """Bytes it takes before it has a result, as the ledger counts them."""
+        return TASK_BYTES + len(self.payload.encode()) + len(self.features.encode())
+
 
 class Dispatch(NamedTuple):
     """One task on its way to a node's queue. `message` is the Celery message as it rests in Redis."""
@@ -91,6 +98,15 @@ class Claim(NamedTuple):
     payload: bytes
     deadline: float
     model: str
+
+
+class Glance(NamedTuple):
+    """What lists filter tasks by, and how many bytes the whole would be."""
+
+    state: State
+    service: str
+    model: str | None
+    size: int
 
 
 class Placement(NamedTuple):
@@ -191,6 +207,10 @@ class Ledger:
         False if there is none."""
         return self._call("forget", task_id) is not None
 
+    def forget_many(self, task_ids: Sequence[str]) -> None:
+        """`forget` for many, in one round trip."""
+        self._pipeline([("forget", i) for i in task_ids])
+
     def cancel_many(self, task_ids: Sequence[str]) -> list[State | None]:
         """`cancel` for many, in one round trip."""
         return [_state(r) for r in self._pipeline([("cancel", i) for i in task_ids])]
@@ -206,16 +226,33 @@ class Ledger:
                 raise Unreadable(f"what is stored as task {task_id!r} is none: {error}") from None
         return _record(task_id, raw) if raw else None
 
-    def legible(self, task_ids: Iterable[str]) -> Iterator[TaskRecord]:
-        """`task` for many: those that are there. One that cannot be read is logged and passed over."""
-        for task_id in task_ids:
+    def glances(self, task_ids: Sequence[str]) -> list[Glance | None]:
+        """What lists filter by, None for the unknown and the unreadable, in order; without the tasks' texts."""
+        with reaching(self._settings):
+            pipe = self.client.pipeline(transaction=False)
+            for task_id in task_ids:
+                key = f"{self.prefix}task:{task_id}"
+                pipe.hmget(key, "state", "features")
+                pipe.hstrlen(key, "payload")
+                pipe.hstrlen(key, "result")
+            replies = list(_each(pipe.execute(raise_on_error=False)))
+        return [_glance(*row) for row in zip(replies[::3], replies[1::3], replies[2::3], strict=True)]
+
+    def legible(self, task_ids: Sequence[str]) -> list[TaskRecord]:
+        """Everything known of those of these tasks that are there, in order. One that cannot be read is logged and
+        passed over."""
+        with reaching(self._settings):
+            pipe = self.client.pipeline(transaction=False)
+            for task_id in task_ids:
+                pipe.hgetall(f"{self.prefix}task:{task_id}")
+            rows = list(_each(pipe.execute(raise_on_error=False)))
+        found = []
+        for task_id, raw in zip(task_ids, rows, strict=True):
             try:
-                record = self.task(task_id)
+                found += [_record(task_id, raw)] if raw else []
             except Unreadable as error:
                 log.warning("task_unreadable", task_id=task_id, reason=str(error))
-                continue
-            if record is not None:
-                yield record
+        return found
 
     def results(self, task_ids: Sequence[str]) -> list[Result | None]:
         """The results of those that are final, None for the others and the unknown, in order. One that cannot be read
@@ -256,12 +293,31 @@ class Ledger:
             raw = self.client.zrange(key, start, start + limit - 1, desc=newest)
         return [_text(i) for i in cast("list[bytes]", raw)]
 
+    def stored_bytes(self, tenants: Sequence[str]) -> list[int]:
+        """Bytes the tasks of these tenants take, finished ones and results included, in order."""
+        with reaching(self._settings):
+            raw = cast("list[bytes | None]", self.client.hmget(f"{self.prefix}bytes", list(tenants)))
+        return [int(n) if n else 0 for n in raw]
+
     def text(self, task_id: str, start: int = 0) -> list[tuple[int, str]]:
         """The pieces of a streamed task's text from number `start` on, each with the attempt that generated it."""
         with reaching(self._settings):
             raw = cast("list[bytes]", self.client.lrange(f"{self.prefix}text:{task_id}", start, -1))
         pairs = (_text(piece).partition(" ") for piece in raw)
         return [(int(attempt) if attempt.isdecimal() else 0, text) for attempt, _, text in pairs]
+
+    def news(self, watched: Sequence[tuple[str, int]]) -> list[bool]:
+        """For tasks, each with how many pieces of its text are known (-1: they do not matter): whether there is more,
+        or it has ended or is no more, or cannot be read; in one round trip."""
+        with reaching(self._settings):
+            pipe = self.client.pipeline(transaction=False)
+            for task_id, pieces in watched:
+                pipe.hget(f"{self.prefix}task:{task_id}", "state")
+                if pieces >= 0:
+                    pipe.llen(f"{self.prefix}text:{task_id}")
+            replies = iter(pipe.execute(raise_on_error=False))
+        waiting = {State.PENDING.encode(), State.DISPATCHED.encode(), State.RUNNING.encode()}
+        return [(next(replies) not in waiting) | (pieces >= 0 and next(replies) != pieces) for _, pieces in watched]
 
     def said(self, task_id: str) -> str:
         """The channel on which new pieces of its text are announced."""
@@ -496,6 +552,20 @@ class Ledger:
                 pipe.hmget(f"{self.prefix}node:".encode() + name, "info", "beat", "draining")
             rows = _each(pipe.execute(raise_on_error=False))
             return [node for row in rows if row and (node := _node(row)) is not None]
+
+
+def weight(spec: TaskSpec) -> int:
+    """Bytes a task takes before it has a result, as the ledger counts them. Raises InvalidTask."""
+    return entry("", spec).size
+
+
+def _glance(shown: Any, payload: Any, result: Any) -> Glance | None:
+    try:
+        state, features = shown
+        told = json.loads(features)
+        return Glance(State(state.decode()), told["service"], told.get("model"), payload + result)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return None
 
 
 def _ids(replies: list[Any]) -> list[str]:

@@ -22,6 +22,7 @@ from support.make import node_info, output, receipt, why
 
 from broker.celery_app import node_message
 from broker.ledger import Dispatch, End, Ledger
+from broker.ledger.ledger import TASK_BYTES
 from broker.messages import (
     Claimed,
     Completed,
@@ -580,6 +581,11 @@ class LedgerMachine(RuleBasedStateMachine):
         assert {k.decode().removeprefix("celery-task-meta-") for k in copies} == finals
         for task in self.tasks.values():
             self.check_task(task, hashes[task.id], sets[task.state][task.id])
+        held: Counter[bytes] = Counter()
+        for fields in hashes.values():
+            held[fields[b"tenant"]] += TASK_BYTES + sum(len(fields[f]) for f in (b"payload", b"features"))
+            held[fields[b"tenant"]] += 2 * len(fields.get(b"result", b""))
+        assert self.redis.hgetall(f"{self.p}bytes") == {t: str(n).encode() for t, n in held.items()}
         totals = self.ledger.totals()
         assert totals == {k: v for k, v in self.totals.items() if v}
         ended = sum(totals.get(s, 0) for s in CELERY)
