@@ -157,9 +157,8 @@ def test_an_idle_stream_costs_next_to_nothing(server: EmbeddedServer, tmp_path: 
     with ApiProcess(server.url, tmp_path) as api:
         key = api.key("idle")
         request = json.dumps({"model": "auto", "input": "hi", "stream": True, "deadline": 600}).encode()
-        head = (
-            f"POST /v1/responses HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\nContent-Length: {len(request)}"
-        )
+        head = f"POST /v1/responses HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\n"
+        head += f"Content-Length: {len(request)}\r\n\r\n"
         lines = []
         for _ in range(450):
             line = socket.create_connection(("127.0.0.1", api.port))
@@ -168,7 +167,7 @@ def test_an_idle_stream_costs_next_to_nothing(server: EmbeddedServer, tmp_path: 
         for line in lines:
             assert b" 200 " in line.recv(65536)
         process = psutil.Process(api.process.pid)
-        eventually(lambda: sum(process.cpu_times()[:2]) == 0 or process.cpu_percent(1.0) < 50, "it is quiet")
+        eventually(lambda: process.cpu_percent(1.0) < 20, "it is quiet")
         before, began = sum(process.cpu_times()[:2]), time.monotonic()
         time.sleep(3)  # what is measured
         share = (sum(process.cpu_times()[:2]) - before) / (time.monotonic() - began)
