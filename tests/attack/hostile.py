@@ -20,8 +20,8 @@ import httpx
 
 #: Attacks at a time.
 _AT_ONCE = 14
-#: Requests/s with its key: what the key is good for, so that most are looked at. How often a task that is refused because
-#: there are too many is handed in again.
+#: Requests/s with its key: what the key is good for, so that most are looked at. How often a task that is refused
+#: because there are too many is handed in again.
 _RATE, _AGAIN = 18.0, 6
 #: Seconds one request, and one attack, may take.
 _PATIENCE, _LONGEST = 25.0, 60.0
@@ -139,7 +139,7 @@ class Hostile:
         return said
 
     async def task(self, fields: dict[str, Any], rng: random.Random) -> None:
-        """A task by one of the doors, until it is taken or refused for itself. Those that wait are given little time."""
+        """A task by one of the doors, again until it is taken, or refused for itself."""
         for _ in range(_AGAIN):
             answer = await self._task(fields, rng)
             if answer is None or answer.status_code != 429:

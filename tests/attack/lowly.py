@@ -12,4 +12,5 @@ from attack.kinds import KINDS
 
 if __name__ == "__main__":
     os.nice(10)
+    sys.setrecursionlimit(20_000)  # it writes what is nested deeper than others would read
     asyncio.run(run(Plan(**json.loads(sys.argv[1])), KINDS))
