@@ -24,6 +24,8 @@ from attack.world import EDGES, MORE_MEMORY, Watch, World
 #: What of the chaos run's invariants concerns a run in which nothing was killed on purpose.
 _INVARIANTS = ("lost", "doubled", "overwritten", "path", "drift")
 _MB = 1 << 20
+#: Seconds beyond its time after which the hostile process is told to end.
+_LATER = 20.0
 
 #: Told of the phase, and of seconds left in it.
 Show = Callable[[str, float], None]
@@ -62,7 +64,7 @@ def run(
         )
         began, watch.phase = time.time(), "attacked"
         foe = world.spawn("hostile", ["attack.lowly", start_plan(plan)])
-        _pass(world, seconds, "attacked", show, until=foe)
+        _pass(world, seconds + _LATER, "attacked", show, until=foe)
         ended = time.time()
         show("finishing", 0)
         alive = sorted(world.parts())
@@ -91,7 +93,7 @@ def run(
 
 
 def _pass(world: World, seconds: float, phase: str, show: Show, until: subprocess.Popen[bytes] | None = None) -> None:
-    """Let time go by, no longer than the process `until` lives."""
+    """Let time go by, but no longer than the process `until` lives."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0 and (until is None or until.poll() is None):
         world.tend()
@@ -146,8 +148,9 @@ def _ledger(verdict: Verdict, world: World, accepted: list[tuple[str, float, flo
     if (status := world.stop_system()) != 0:
         verdict.fail(f"the system did not stop when asked: status {status}", world.log("system").splitlines()[-3:])
     for state in [s for s in world.ledger.counts() if not s.final]:
-        for task_id in world.ledger.ids(state):
-            world.ledger.cancel(task_id)
+        ids = world.ledger.ids(state)
+        for start in range(0, len(ids), 1000):
+            world.ledger.cancel_many(ids[start : start + 1000])
     world.observer.close()
     events = [e._replace(key=e.id, window=0.0) for e in world.observer.events]
     history = History(
@@ -163,6 +166,9 @@ def _ledger(verdict: Verdict, world: World, accepted: list[tuple[str, float, flo
     wrong: list[Violation] = [v for v in check(history).violations if v.kind in _INVARIANTS]
     verdict.figures["tasks"] = len({e.id for e in events if e.type == "submitted"})
     verdict.figures["ledger_violations"] = len(wrong)
+    verdict.figures["unreadable"] = len(unreadable := world.unreadable())
+    if unreadable:
+        verdict.fail(f"{len(unreadable)} records cannot be read back", unreadable)
     if wrong:
         verdict.fail("the ledger contradicts itself", [f"{v.kind} {v.subject}: {v.detail}" for v in wrong])
 

@@ -54,7 +54,7 @@ Attack = Callable[["Hostile", random.Random], Awaitable[None]]
 class Hostile:
     """What the attacks have at hand. `kind` and `number` are those of the attack under way in this task."""
 
-    def __init__(self, plan: Plan, kind: str = "", number: int = 0, shared: Hostile | None = None) -> None:
+    def __init__(self, plan: Plan, kind: str = "start", number: int = 0, shared: Hostile | None = None) -> None:
         self.plan, self.kind, self.number = plan, kind, number
         if shared is None:
             limits = httpx.Limits(max_connections=2000, max_keepalive_connections=50)
@@ -202,6 +202,7 @@ async def run(plan: Plan, kinds: dict[str, Attack]) -> None:
     names = ("silent", "dripping", "endless", "failing", "redirecting")
     for name, server in zip(names, receivers, strict=True):
         base.servers[name] = f"http://{HERE}:{server.sockets[0].getsockname()[1]}/{name}"
+    await base.ask("POST", "/v1/webhooks", {"url": base.servers["failing"]})  # so that it is told of all it does
     order = sequence(plan.seed, [plan.only] if plan.only else list(kinds))
 
     async def attack_on() -> None:

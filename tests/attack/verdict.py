@@ -121,7 +121,7 @@ def _hostile(verdict: Verdict, lines: Sequence[dict[str, Any]]) -> None:
         if "said" in line:
             said = line["said"]
             answers[line["kind"]][f"{said[0]}xx" if said.isdigit() and said != "429" else said] += 1
-    verdict.kinds = {k: {"attacks": n, **dict(sorted(answers[k].items()))} for k, n in sorted(attacks.items())}
+    verdict.kinds = {k: {"attacks": attacks[k], **dict(sorted(answers[k].items()))} for k in sorted(attacks)}
     verdict.figures["attacks"] = attacks.total()
     verdict.figures["hostile_requests"] = sum(c.total() for c in answers.values())
     broken = [x for x in lines if x.get("said", "").isdigit() and x["said"].startswith("5")]

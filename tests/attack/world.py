@@ -138,8 +138,21 @@ class World:
         """Tasks that should have ended long ago."""
         now = self.ledger.now()
         unfinished = [s for s in self.ledger.counts() if not s.final]
-        records = [self.ledger.task(i) for state in unfinished for i in self.ledger.ids(state, limit=2000)]
-        return sum(1 for r in records if r is not None and not r.state.final and now - r.deadline > 10)
+        pipe = self.ledger.client.pipeline(transaction=False)
+        for task_id in [i for state in unfinished for i in self.ledger.ids(state, limit=2000)]:
+            pipe.hmget(f"{self.ledger.prefix}task:{task_id}", "deadline", "result")
+        return sum(1 for deadline, result in pipe.execute() if deadline and not result and now - float(deadline) > 10)
+
+    def unreadable(self) -> list[str]:
+        """Tasks whose record cannot be read back, and why."""
+        found = []
+        for state in self.ledger.counts():
+            for task_id in self.ledger.ids(state, limit=2000, newest=True):
+                try:
+                    self.ledger.task(task_id)
+                except ValueError as error:
+                    found.append(f"{task_id}, {state}: {' '.join(str(error).split())[:200]}")
+        return found
 
     def stop_system(self) -> int:
         """Stop it as Ctrl-C does; its exit status."""
