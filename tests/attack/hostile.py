@@ -175,7 +175,8 @@ class Hostile:
 
     async def batch(self, lines: list[Any], window: str = "60s") -> str | None:
         """A batch of these lines: objects, or bytes as they are."""
-        content = b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
+        url = {"url": "/v1/completions"}
+        content = b"\n".join(x if isinstance(x, bytes) else json.dumps(url | x).encode() for x in lines)
         if (file := await self.upload(content)) is None:
             return None
         wanted = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": window}

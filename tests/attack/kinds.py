@@ -120,8 +120,9 @@ async def surrogates(h: Hostile, rng: random.Random) -> None:
 
 @kind
 async def heads(h: Hostile, rng: random.Random) -> None:
-    """Methods, paths and headers that nobody sends."""
-    for _ in range(8):
+    """Methods, paths and headers that nobody sends, and a look at how they were counted."""
+
+    async def one() -> None:
         long = "A" * rng.choice([100, 20_000, 31_000, 70_000])
         anonymous = f"{''.join(rng.choices('ABCDEFGHIJKLMNOP', k=12))}{long[:20_000]} / HTTP/1.1\r\nHost: x\r\n\r\n"
         await h.wire(rng.choice([
@@ -141,6 +142,9 @@ async def heads(h: Hostile, rng: random.Random) -> None:
             "GET / HTTP/1.1\nHost: x\n\n",
             "GET /v1/tasks/%00%ff%2e%2e%2f HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + h.plan.key + "\r\n\r\n",
         ]).encode("latin-1"))  # fmt: skip
+
+    await several(*(one() for _ in range(20)))
+    await h.ask("GET", "/metrics")
 
 
 @kind
@@ -254,9 +258,12 @@ async def batch_of_bombs(h: Hostile, rng: random.Random) -> None:
                 make_schema = rng.choice([bombs.bounded, bombs.deep, bombs.referring, bombs.patterned])
                 body["json_schema"] = make_schema(rng)
             case "surrogate":
-                return b'{"custom_id": "s%d", "body": {"prompt": "\\ud800"}}' % n
+                return b'{"custom_id": "s%d", "url": "/v1/completions", "body": {"prompt": "\\ud800"}}' % n
             case "deep":
-                return b'{"custom_id": "d%d", "body": %s}' % (n, b'{"a":' * 3000 + b"1" + b"}" * 3000)
+                return b'{"custom_id": "d%d", "url": "/v1/completions", "body": %s}' % (
+                    n,
+                    b'{"a":' * 3000 + b"1" + b"}" * 3000,
+                )
         return {"custom_id": str(n), "body": body}
 
     await h.batch([line(n) for n in range(rng.choice([3, 30, 100]))])
