@@ -58,7 +58,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="which attacks, in which order (default %(default)s)")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the attack (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK[0]:g} s alone, {QUICK[1]:g} s of attack")
-    parser.add_argument("--only", choices=sorted(KINDS), metavar="KIND", help=f"one of {', '.join(sorted(KINDS))}")
+    parser.add_argument(
+        "--only",
+        choices=sorted(KINDS),
+        action="append",
+        default=[],
+        metavar="KIND",
+        help=f"attacks of this kind only, and of others so named: {', '.join(sorted(KINDS))}",
+    )
     parser.add_argument("--keep", type=Path, help="run in this folder and keep it: logs, records, the server's files")
     parser.add_argument("--out", type=Path, help="write the result here too, as in benchmarks/results/attack.json")
     return parser.parse_args()

@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def run(
     alone: float,
     seconds: float,
     *,
-    only: str | None = None,
+    only: Sequence[str] = (),
     share: float = SHARE,
     show: Show = lambda *_: None,
 ) -> Verdict:

@@ -11,7 +11,7 @@ import json
 import random
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Plan:
     file: str
     seed: int
     seconds: float
-    only: str | None = None
+    only: Sequence[str] = ()  # kinds; else all
 
 
 Attack = Callable[["Hostile", random.Random], Awaitable[None]]
@@ -204,7 +204,7 @@ async def run(plan: Plan, kinds: dict[str, Attack]) -> None:
     for name, server in zip(names, receivers, strict=True):
         base.servers[name] = f"http://{HERE}:{server.sockets[0].getsockname()[1]}/{name}"
     await base.ask("POST", "/v1/webhooks", {"url": base.servers["failing"]})  # so that it is told of all it does
-    order = sequence(plan.seed, [plan.only] if plan.only else list(kinds))
+    order = sequence(plan.seed, list(plan.only or kinds))
 
     async def attack_on() -> None:
         while True:
