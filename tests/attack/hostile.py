@@ -106,7 +106,7 @@ class Hostile:
     def told(self, method: str, path: str, said: str, began: float, text: str = "") -> None:
         """Note how a request was answered."""
         took = round(time.monotonic() - began, 3)
-        self.note(request=f"{method[:12]} {path[:80]}", said=said, took=took, text=text[:300])
+        self.note(request=" ".join(f"{method[:12]} {path[:80]}".split()), said=said, took=took, text=text[:300])
 
     async def wire(self, data: bytes, *, wait: float = 10.0, drip: tuple[int, float] | None = None) -> str:
         """Bytes as they are on a connection of their own, `drip` = (bytes, s) at a time; the status answered, or what

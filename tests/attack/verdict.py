@@ -16,6 +16,8 @@ SHARE = 0.98
 LOST = 5.0
 #: Seconds before something happened in which its cause is looked for.
 _SHORTLY = 6.0
+#: A refusal, though of the server errors: RFC 9110, 9.1, for a method nobody knows.
+_UNKNOWN_METHOD = "501"
 _UNANSWERED = ("ConnectError", "ReadError", "WriteError", "RemoteProtocolError", "ConnectTimeout")
 
 
@@ -124,7 +126,7 @@ def _hostile(verdict: Verdict, lines: Sequence[dict[str, Any]]) -> None:
     verdict.kinds = {k: {"attacks": attacks[k], **dict(sorted(answers[k].items()))} for k in sorted(attacks)}
     verdict.figures["attacks"] = attacks.total()
     verdict.figures["hostile_requests"] = sum(c.total() for c in answers.values())
-    broken = [x for x in lines if x.get("said", "").isdigit() and x["said"].startswith("5")]
+    broken = [x for x in lines if x.get("said", "").startswith("5") and x["said"] != _UNKNOWN_METHOD]
     verdict.figures["hostile_5xx"] = len(broken)
     if broken:
         by_kind = Counter(f"{x['kind']} {x['number']}: {x['request']} → {x['said']} {x['text'][:120]}" for x in broken)
