@@ -10,7 +10,7 @@ from attack import campaign
 from attack.kinds import KINDS
 
 #: Seconds the neighbour has alone, and of the attack.
-ALONE, ATTACKED = 5.0, 15.0
+ALONE, ATTACKED = 4.0, 12.0
 #: What must remain of the share on time: the long form needs more, but this machine may be busy with other things.
 SHARE = 0.8
 #: Any will do; `make attack ARGS="--seed ..."` does the same again.
