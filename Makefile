@@ -41,6 +41,10 @@ lint: env ## ruff and mypy
 chaos: env ## kills at random moments under load, then a check of every task (ARGS="--quick", ARGS="--seed 3")
 	@PYTHONPATH=.:tests $(BIN)/python -m chaos $(ARGS)
 
+.PHONY: attack
+attack: env ## a hostile tenant beside a quiet one for ten minutes, who is to notice nothing (ARGS="--quick", ARGS="--only KIND")
+	@PYTHONPATH=.:tests $(BIN)/python -m attack $(ARGS)
+
 .PHONY: soak
 soak: env ## a million no-op tasks, and whether any process's memory grows (ARGS="--tasks 20000")
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
