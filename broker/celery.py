@@ -1,4 +1,4 @@
-"""`celery -A broker worker`: the inbox, the door for plain Celery producers in any language.
+"""`celery -A perllm.broker worker`: the inbox, the door for plain Celery producers in any language.
 
 They send `perllm.generate` with a TaskSpec's fields as keyword arguments (or one object as the only argument). It is
 submitted to the ledger under the message's own id and answers nothing itself: the producer's `AsyncResult` stays
@@ -18,12 +18,12 @@ import structlog
 from celery import Task, signals
 from celery.exceptions import Ignore, Reject
 
-from broker import connection, logs
-from broker.celery_app import GENERATE, make_app
-from broker.door import Door
-from broker.errors import InvalidTask, PerLLMError, Unreachable
-from broker.ledger import Ledger
-from broker.settings import load_settings
+from perllm.broker import connection, logs
+from perllm.broker.errors import InvalidTask, PerLLMError, Unreachable
+from perllm.broker.ledger import Ledger
+from perllm.broker.queues.app import GENERATE, make_app
+from perllm.broker.settings import load_settings
+from perllm.broker.validation import Door
 
 #: Seconds after which a message that an inbox took and did not finish (it was killed) is taken up again.
 REDELIVERY = 60.0

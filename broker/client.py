@@ -1,6 +1,6 @@
 """For producers: submit tasks, wait for their results, cancel and explain them.
 
-from broker import Client
+from perllm.broker import Client
 
 with Client() as client:
     task = client.submit("Why is the sky blue?", deadline=20, max_tokens=64)
@@ -22,12 +22,12 @@ from typing import Any, Self, TypeVar, Unpack
 import redis
 import redis.asyncio
 
-from broker.connection import connect, connect_async, reaching
-from broker.door import Door
-from broker.errors import TaskNotFound, Unreachable, WaitTimeout
-from broker.ledger import Ledger, TaskRecord
-from broker.messages import Explanation, Result, State, TaskFields, TaskSpec, new_id
-from broker.settings import Settings, load_settings
+from perllm.broker.connection import connect, connect_async, reaching
+from perllm.broker.errors import TaskNotFound, Unreachable, WaitTimeout
+from perllm.broker.ledger import Ledger, TaskRecord
+from perllm.broker.messages import Explanation, Result, State, TaskFields, TaskSpec, new_id
+from perllm.broker.settings import Settings, load_settings
+from perllm.broker.validation import Door
 
 #: Seconds after which a waiter looks for itself, in case an announcement was lost with a connection.
 LOOK_EVERY = 2.0
@@ -68,7 +68,7 @@ class Handle:
 class Client:
     """A producer's connection. Thread-safe. `url` overrides PERLLM_REDIS_URL.
 
-    Every method raises broker.errors.Unreachable when the server cannot be used.
+    Every method raises perllm.broker.errors.Unreachable when the server cannot be used.
     """
 
     def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:

@@ -12,8 +12,8 @@ import redis.asyncio
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
-from broker.errors import BadSetting, Unreachable
-from broker.settings import Settings
+from perllm.broker.errors import BadSetting, Unreachable
+from perllm.broker.settings import Settings
 
 #: Seconds a connection attempt, and a reply, may take. Producers may be far away and send much at once; the system's
 #: own processes are near, and must soon notice a connection that leads nowhere.

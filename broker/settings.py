@@ -12,8 +12,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from broker.errors import BadSetting, field_errors
-from broker.messages import NodeName
+from perllm.broker.errors import BadSetting, field_errors
+from perllm.broker.messages import NodeName
 
 _SCHEMES = ("redis", "rediss", "unix")
 _PORT_AND_DATABASE = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/]+)(:\d+)?(/\d*)?")

@@ -22,10 +22,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from broker.errors import BadSetting
-from broker.messages import Sampling, TaskSpec
-from broker.settings import Settings
-from broker.worker.engine import EngineError
+from perllm.broker.engine.contract import EngineError
+from perllm.broker.errors import BadSetting
+from perllm.broker.messages import Sampling, TaskSpec
+from perllm.broker.settings import Settings
 
 __all__ = [
     "AsyncEngineArgs",

@@ -16,10 +16,10 @@ from pathlib import Path
 import llama_cpp.llama_cpp as lib
 import structlog
 
-from broker.errors import BadSetting
-from broker.settings import Settings
-from edge_worker.gguf import GGUF, read_gguf
-from edge_worker.llama import complaint, prepare
+from perllm.broker.errors import BadSetting
+from perllm.broker.settings import Settings
+from perllm.edge_worker.gguf import GGUF, read_gguf
+from perllm.edge_worker.llama import complaint, prepare
 
 log = structlog.get_logger(__name__)
 

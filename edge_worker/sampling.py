@@ -12,9 +12,9 @@ import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from llama_cpp.llama_grammar import json_schema_to_gbnf
 
-from broker.messages import Sampling, TaskSpec
-from broker.worker.engine import EngineError
-from edge_worker.llama import LlamaError, Logits, Model, Sampler
+from perllm.broker.engine.contract import EngineError
+from perllm.broker.messages import Sampling, TaskSpec
+from perllm.edge_worker.llama import LlamaError, Logits, Model, Sampler
 
 #: A JSON schema's grammar may be so long, characters (as `Sampling.grammar`).
 MAX_GRAMMAR = 65_536

@@ -1,4 +1,4 @@
-"""`celery -A broker.api worker`: delivers webhooks. The queue `webhooks` carries ids; what is to be delivered, and
+"""`celery -A perllm.broker.api worker`: delivers webhooks. The queue `webhooks` carries ids; what is to be delivered, and
 when, rests in `webhook_store`."""
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 import structlog
 from celery import signals
 
-from broker import connection, logs
-from broker.api.herald import DELIVER, QUEUE
-from broker.api.webhook_post import post
-from broker.api.webhook_store import BACKOFF, Webhooks
-from broker.celery_app import make_app
-from broker.errors import PerLLMError
-from broker.ledger import Ledger
-from broker.settings import load_settings
+from perllm.broker import connection, logs
+from perllm.broker.api.webhooks.dispatcher import DELIVER, QUEUE
+from perllm.broker.api.webhooks.post import post
+from perllm.broker.api.webhooks.store import BACKOFF, Webhooks
+from perllm.broker.errors import PerLLMError
+from perllm.broker.ledger import Ledger
+from perllm.broker.queues.app import make_app
+from perllm.broker.settings import load_settings
 
 #: Deliveries at once.
 CONCURRENCY = 8

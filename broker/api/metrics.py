@@ -13,10 +13,10 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from broker.api.core import needs_key
-from broker.api.docs import answers
-from broker.ledger import Ledger
-from broker.messages import Counters, Heartbeat, NodeInfo
+from perllm.broker.api.openapi.document import answers
+from perllm.broker.api.requests import needs_key
+from perllm.broker.ledger import Ledger
+from perllm.broker.messages import Counters, Heartbeat, NodeInfo
 
 log = structlog.get_logger(__name__)
 router = APIRouter(tags=["Health"], dependencies=[needs_key])

@@ -12,10 +12,10 @@ import redis
 import structlog
 from pydantic import ValidationError
 
-from broker.connection import REPLY_TIMEOUT, connect, reaching
-from broker.errors import field_errors
-from broker.ledger.script import Argument, Script
-from broker.messages import (
+from perllm.broker.connection import REPLY_TIMEOUT, connect, reaching
+from perllm.broker.errors import field_errors
+from perllm.broker.ledger.script import Argument, Script
+from perllm.broker.messages import (
     BYTES_PER_TOKEN,
     Claimed,
     Dispatched,
@@ -31,7 +31,7 @@ from broker.messages import (
     TaskSpec,
     parse_event,
 )
-from broker.settings import Settings
+from perllm.broker.settings import Settings
 
 #: Seconds a dispatched task may wait unclaimed on a live node before it is placed anew (its old message is void then).
 DISPATCH_LEASE = 30.0
@@ -109,7 +109,7 @@ class TaskRecord:
 class Ledger:
     """Every operation on tasks and nodes, each one atomic call. Thread-safe.
 
-    Raises broker.errors.Unreachable when the server cannot be used; nothing is half-done then, and any call may be
+    Raises perllm.broker.errors.Unreachable when the server cannot be used; nothing is half-done then, and any call may be
     repeated. `reply_timeout` is how long the server may be silent, s.
     """
 

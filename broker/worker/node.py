@@ -17,12 +17,12 @@ import redis
 import structlog
 from pydantic import ValidationError
 
-from broker.errors import BadSetting, TaskExpired, TaskFailed, Unreachable
-from broker.ledger import Claim, Ledger
-from broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec
-from broker.settings import Settings
-from broker.worker.engine import Engine, EngineDown, EngineError, Generation, Stop
-from broker.worker.speaker import Speaker
+from perllm.broker.engine.contract import Engine, EngineDown, EngineError, Generation, Stop
+from perllm.broker.errors import BadSetting, TaskExpired, TaskFailed, Unreachable
+from perllm.broker.ledger import Claim, Ledger
+from perllm.broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec
+from perllm.broker.settings import Settings
+from perllm.broker.worker.text_publisher import TextPublisher
 
 #: Seconds a worker keeps trying to deliver a result to a server that does not answer.
 DELIVERY_PATIENCE = 60.0
@@ -145,7 +145,7 @@ class NodeWorker:
     def _run_claimed(self, task_id: str, attempt: _Attempt, claim: Claim, transfer: float) -> str:
         try:
             spec = TaskSpec.model_validate_json(claim.payload).model_copy(update={"model": claim.model})
-            speaker = Speaker(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
+            speaker = TextPublisher(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
             done = self._engine.generate(task_id, spec, attempt.stop, speaker)
         except EngineDown as error:
             reason = str(error)

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 from support.make import node_info
 
-from broker import door as door_module
-from broker.door import Door
-from broker.embedded import EmbeddedServer
-from broker.errors import InvalidTask
-from broker.ledger import Ledger
-from broker.settings import Settings
+from perllm.broker import validation as door_module
+from perllm.broker.errors import InvalidTask
+from perllm.broker.ledger import Ledger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.settings import Settings
+from perllm.broker.validation import Door
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.core.grid import BINS, EDGES, at, bin_of
-from scheduler.core.lengths import MEAN, MOMENT, TAIL, Lengths
+from perllm.scheduler.csucb.output_lengths import MEAN, MOMENT, TAIL, Lengths
+from perllm.scheduler.csucb.token_bins import BINS, EDGES, at, bin_of
 
 
 def table(lengths: Lengths, service: str = "chat", prompt: int = 120, hint: int | None = None) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.stack import share_cores
+from perllm.broker.local.supervisor import share_cores
 
 
 @given(cores=st.integers(1, 256), edges=st.integers(0, 16), clouds=st.integers(0, 4))

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from standardwebhooks.webhooks import Webhook
 from support.api import Sink
 
-from broker.api import webhook_post
-from broker.api.webhook_post import Forbidden, check_url, permitted, post, resolve
-from broker.api.webhook_store import DeliveryDocument, WebhookDocument
+from perllm.broker.api.webhooks import post as webhook_post
+from perllm.broker.api.webhooks.post import Forbidden, check_url, permitted, post, resolve
+from perllm.broker.api.webhooks.store import DeliveryDocument, WebhookDocument
 
 SECRET = "whsec_" + "c2VjcmV0" * 4
 LOOPBACK = ("127.0.0.0/8",)
