@@ -25,8 +25,8 @@ import httpx
 import psutil
 
 from benchmarks.common import SCHEDULER, celery_worker, child, emit, median_and_spread
-from broker import Client
-from broker.embedded import EmbeddedServer
+from perllm.broker import Client
+from perllm.broker.local.server import EmbeddedServer
 
 TASK = {"prompt": "Why is the sky blue? Answer in one short sentence.", "max_tokens": 32, "deadline": 600}
 #: Every so many lines of the batch one is no request.
@@ -77,7 +77,7 @@ def main() -> None:
 def submissions(folder: Path, requests: int, connections: int) -> dict[str, float]:
     """Both sides once, each in a fresh process, the ledger cleared between."""
     bare = _side(folder, "bare", [sys.executable, "-m", "benchmarks.bare_fastapi"], requests, connections)
-    ours = _side(folder, "api", [sys.executable, "-m", "broker.api", "--port"], requests, connections)
+    ours = _side(folder, "api", [sys.executable, "-m", "perllm.broker.api", "--port"], requests, connections)
     with Client() as client:
         client.ledger.client.flushdb()
     return {
@@ -147,8 +147,8 @@ def batch(folder: Path, lines: int) -> dict[str, float]:
     port = _free_port()
     with ExitStack() as stack:
         stack.enter_context(child(folder / "scheduler.log", SCHEDULER))
-        stack.enter_context(child(folder / "node.log", celery_worker("edge_worker")))
-        door = [sys.executable, "-m", "broker.api", "--port", str(port)]
+        stack.enter_context(child(folder / "node.log", celery_worker("perllm.edge_worker")))
+        door = [sys.executable, "-m", "perllm.broker.api", "--port", str(port)]
         api = stack.enter_context(child(folder / "api.log", door))
         _await(port)
         http = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600))

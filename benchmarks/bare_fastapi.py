@@ -8,7 +8,7 @@ from uuid import uuid4
 import uvicorn
 from fastapi import FastAPI
 
-from broker.api.schemas import TaskRequest
+from perllm.broker.api.openapi.schemas import TaskRequest
 
 app = FastAPI()
 

@@ -39,13 +39,13 @@ import psutil
 
 from benchmarks.common import SCHEDULER, celery_worker, child, emit, machine, median_and_spread, versions
 from benchmarks.random_llama import SIZES, write_model
-from broker.celery_app import make_app
-from broker.client import AsyncClient, Client
-from broker.embedded import EmbeddedServer
-from broker.messages import Completed, Result, State, TaskSpec
-from broker.settings import Settings, load_settings
-from cloud_worker.nvml import NVMLDevice, no_gpu, visible_gpus
-from cloud_worker.vllm_engine import quiet_environment
+from perllm.broker.client import AsyncClient, Client
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import Completed, Result, State, TaskSpec
+from perllm.broker.queues.app import make_app
+from perllm.broker.settings import Settings, load_settings
+from perllm.cloud_worker.nvml import NVMLDevice, no_gpu, visible_gpus
+from perllm.cloud_worker.vllm_engine import quiet_environment
 
 #: Tasks of one round at a level: so many for each producer, at least `LEAST`.
 EACH, LEAST = 3, 8
@@ -107,7 +107,7 @@ def configure(options: argparse.Namespace, folder: Path, url: str) -> None:
 @contextmanager
 def processes(options: argparse.Namespace, folder: Path) -> Iterator[int]:
     """A scheduler and a worker, once the worker is in service. Gives the worker's process id."""
-    app = "benchmarks.cpu_vllm" if options.cpu else "cloud_worker"
+    app = "benchmarks.cpu_vllm" if options.cpu else "perllm.cloud_worker"
     try:
         with (
             child(folder / "scheduler.log", SCHEDULER) as scheduler,
@@ -130,7 +130,7 @@ class Peer:
 
     def __init__(self, settings: Settings) -> None:
         quiet_environment()
-        from cloud_worker import vllm_api  # noqa: PLC0415  takes seconds
+        from perllm.cloud_worker import vllm_api  # noqa: PLC0415  takes seconds
 
         self._api = vllm_api
         self._args = vllm_api.engine_args(settings, settings.slots or 1)

@@ -14,10 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from broker.process import spawn
+from perllm.broker.local.process import spawn
 
 #: The command of a scheduler.
-SCHEDULER = (sys.executable, "-m", "scheduler")
+SCHEDULER = (sys.executable, "-m", "perllm.scheduler")
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
     "celery",

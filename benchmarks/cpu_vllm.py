@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 
-from broker.settings import Settings
-from broker.worker.app import worker_app
-from cloud_worker.nvml import PowerLimitMeter
-from cloud_worker.vllm_engine import VLLMEngine
+from perllm.broker.settings import Settings
+from perllm.broker.worker.app import worker_app
+from perllm.cloud_worker.nvml import PowerLimitMeter
+from perllm.cloud_worker.vllm_engine import VLLMEngine
 
 
 def make_engine(settings: Settings) -> VLLMEngine:

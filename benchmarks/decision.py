@@ -1,6 +1,6 @@
 """`make bench-decision`: what one decision of `cs-ucb` costs, beside MABWiser's LinUCB in the same run.
 
-- One decision: the `Submitted` event in, `Core.decide` with its explanation out, on 6 and on 1,000 nodes with 32 tasks
+- One decision: the `Submitted` event in, `SchedulerCore.decide` with its explanation out, on 6 and on 1,000 nodes with 32 tasks
   in flight each. Before each, a task somewhere ends and another is claimed, so that nodes change as they do in service.
 - The peer: LinUCB's `predict` and `partial_fit` for as many arms, with eight context features.
 - The backlog: the same with a thousand and with a million long-deadline tasks pending; memory of the million.
@@ -22,8 +22,7 @@ import numpy as np
 import psutil
 
 from benchmarks.common import emit, median_and_spread
-from broker.messages import (
-    Calibration,
+from perllm.broker.messages import (
     Claimed,
     Completed,
     Counters,
@@ -36,10 +35,11 @@ from broker.messages import (
     Power,
     Receipt,
     State,
+    StepCost,
     Submitted,
 )
-from scheduler.core.core import Core
-from scheduler.core.csucb import CsUcb
+from perllm.scheduler.core.scheduler import SchedulerCore
+from perllm.scheduler.csucb.policy import CsUcb
 
 IN_FLIGHT = 32
 SLOTS = 40  # of a node: room for a few more
@@ -52,7 +52,7 @@ class World:
 
     def __init__(self, nodes: int) -> None:
         self.rng = random.Random(0)
-        self.core = Core(CsUcb())
+        self.core = SchedulerCore(CsUcb())
         self.now = 1_000_000.0
         self.gap = STAY / (nodes * IN_FLIGHT)  # s between arrivals, with so many in flight
         self.counters = {f"n{i}": Counters() for i in range(nodes)}
@@ -67,7 +67,7 @@ class World:
 
     def info(self, name: str) -> NodeInfo:
         speed = self.rng.uniform(0.7, 1.4)
-        cal = Calibration(step=0.008 * speed, sequence=2e-4 * speed, prefill=1e-4 * speed, context=2e-7 * speed)
+        cal = StepCost(step=0.008 * speed, sequence=2e-4 * speed, prefill=1e-4 * speed, context=2e-7 * speed)
         return NodeInfo(
             name=name,
             tier="cloud",
@@ -106,7 +106,7 @@ class World:
         """A heartbeat: everybody on the node a few tokens further."""
         node = self.core.cluster.nodes[name]
         self.step(name)
-        progress = {t.id: min(t.generated + self.rng.randrange(1, 40), 400) for t in node.flights.values()}
+        progress = {t.id: min(t.generated + self.rng.randrange(1, 40), 400) for t in node.in_flight.values()}
         self.core.handle(
             Heartbeat(at=self.now, node=name, boot=f"{name}.1", counters=self.counters[name], progress=progress)
         )
@@ -126,9 +126,9 @@ class World:
     def finish_one(self, name: str | None = None) -> None:
         """Somewhere the task that ran longest ends."""
         nodes = self.core.cluster.nodes
-        node = nodes[name] if name else self.rng.choice([n for n in nodes.values() if n.flights])
+        node = nodes[name] if name else self.rng.choice([n for n in nodes.values() if n.in_flight])
         name = node.name
-        task = next(iter(node.flights.values()))
+        task = next(iter(node.in_flight.values()))
         self.step(name)
         receipt = Receipt(
             node=name,
@@ -174,7 +174,7 @@ class World:
     def from_backlog(self) -> float:
         """Seconds one decision takes when a place becomes free and a pending task gets it."""
         self.now += self.gap
-        fullest = max(self.core.cluster.nodes.values(), key=lambda n: len(n.flights))
+        fullest = max(self.core.cluster.nodes.values(), key=lambda n: len(n.in_flight))
         self.finish_one(fullest.name)
         began = time.perf_counter()
         self.place()

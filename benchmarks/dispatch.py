@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.common import SCHEDULER, celery_worker, child, emit, median_and_spread
-from broker import Client, State
-from broker.embedded import EmbeddedServer
+from perllm.broker import Client, State
+from perllm.broker.local.server import EmbeddedServer
 
 SLOTS = 8
 PROMPT = "Why is the sky blue? Answer in one short sentence."

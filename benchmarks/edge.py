@@ -27,11 +27,11 @@ import psutil
 import structlog
 
 from benchmarks.common import emit, median_and_spread
-from broker.messages import TaskSpec
-from broker.settings import Settings, load_settings
-from broker.worker.engine import Generation, Stop
-from edge_worker.engine import LlamaEngine
-from edge_worker.llama import Context
+from perllm.broker.engine.contract import Generation, Stop
+from perllm.broker.messages import TaskSpec
+from perllm.broker.settings import Settings, load_settings
+from perllm.edge_worker.engine import LlamaEngine
+from perllm.edge_worker.llama import Context
 
 WIDTHS = (1, 2, 4, 8, 16)
 TOKENS = 64

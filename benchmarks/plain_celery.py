@@ -7,7 +7,7 @@ import time
 
 from celery import Celery
 
-from broker.settings import load_settings
+from perllm.broker.settings import load_settings
 
 _url = load_settings().celery_url
 app = Celery("plain", broker=_url, backend=_url)

@@ -33,15 +33,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import RESULTS, emit
-from broker.messages import State
-from scheduler.core.csucb import Mechanisms
-from scheduler.policies import make_policy, policy_names
-from scheduler.simulator import report
-from scheduler.simulator.result import Run, effective_capacity, mean
-from scheduler.simulator.run import Simulation
-from scheduler.simulator.scenario import Scenario, load_scenario, scenario_names
-from scheduler.simulator.sweep import Point, sweep
-from scheduler.simulator.train import train
+from perllm.broker.messages import State
+from perllm.scheduler.csucb.policy import Mechanisms
+from perllm.scheduler.policies import make_policy, policy_names
+from perllm.scheduler.simulator import report
+from perllm.scheduler.simulator.result import Run, effective_capacity, mean
+from perllm.scheduler.simulator.run import Simulation
+from perllm.scheduler.simulator.scenario import Scenario, load_scenario, scenario_names
+from perllm.scheduler.simulator.sweep import Point, sweep
+from perllm.scheduler.simulator.train import train
 
 FIRST_SEED = 1000
 OURS = "cs-ucb"

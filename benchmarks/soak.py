@@ -22,8 +22,8 @@ import numpy as np
 import psutil
 
 from benchmarks.common import SCHEDULER, child, emit
-from broker import Client, State
-from broker.embedded import EmbeddedServer
+from perllm.broker import Client, State
+from perllm.broker.local.server import EmbeddedServer
 
 TASKS = 1_000_000
 SLOTS = 8
@@ -49,7 +49,7 @@ def main() -> int:
         assert server.pid is not None
         os.environ.update(PERLLM_REDIS_URL=server.url, PERLLM_ENGINE="emulated", PERLLM_SLOTS=str(SLOTS), **BOUNDS)
         logs = Path(folder)
-        worker = [sys.executable, "-m", "celery", "-A", "edge_worker", "worker", "-n", "soak@soak"]
+        worker = [sys.executable, "-m", "celery", "-A", "perllm.edge_worker", "worker", "-n", "soak@soak"]
         pids = {"server": server.pid, "producer": os.getpid()}
         pids["scheduler"] = stack.enter_context(child(logs / "scheduler.log", SCHEDULER)).pid
         pids["standby"] = stack.enter_context(child(logs / "standby.log", SCHEDULER)).pid

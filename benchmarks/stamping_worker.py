@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from broker.messages import Output, TaskSpec
-from broker.settings import Settings
-from broker.worker.app import worker_app
-from broker.worker.emulated import EmulatedEngine
-from broker.worker.engine import Generation, OnText, Stop
+from perllm.broker.engine.contract import Generation, OnText, Stop
+from perllm.broker.engine.emulated import EmulatedEngine
+from perllm.broker.messages import Output, TaskSpec
+from perllm.broker.settings import Settings
+from perllm.broker.worker.app import worker_app
 
 
 class StampingEngine(EmulatedEngine):

@@ -1,7 +1,7 @@
 """PerLLM's broker: what travels, where it rests, and the doors for producers."""
 
-from broker.client import AsyncClient, AsyncHandle, Client, Handle
-from broker.errors import (
+from perllm.broker.client import AsyncClient, AsyncHandle, Client, Handle
+from perllm.broker.errors import (
     BadSetting,
     InvalidTask,
     PerLLMError,
@@ -12,7 +12,7 @@ from broker.errors import (
     Unreachable,
     WaitTimeout,
 )
-from broker.messages import Message, Receipt, Result, State, TaskSpec
+from perllm.broker.messages import Message, Receipt, Result, State, TaskSpec
 
 __all__ = [
     "AsyncClient",

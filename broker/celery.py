@@ -1,4 +1,4 @@
-"""`celery -A broker worker`: the inbox, the door for plain Celery producers in any language.
+"""`celery -A perllm.broker worker`: the inbox, the door for plain Celery producers in any language.
 
 They send `perllm.generate` with a TaskSpec's fields as keyword arguments (or one object as the only argument). It is
 submitted to the ledger under the message's own id and answers nothing itself: the producer's `AsyncResult` stays
@@ -18,12 +18,12 @@ import structlog
 from celery import Task, signals
 from celery.exceptions import Ignore, Reject
 
-from broker import connection, logs
-from broker.celery_app import GENERATE, make_app
-from broker.door import Door
-from broker.errors import InvalidTask, PerLLMError, Unreachable
-from broker.ledger import Ledger
-from broker.settings import load_settings
+from perllm.broker import connection, logs
+from perllm.broker.errors import InvalidTask, PerLLMError, Unreachable
+from perllm.broker.ledger import Ledger
+from perllm.broker.queues.app import GENERATE, make_app
+from perllm.broker.settings import load_settings
+from perllm.broker.validation import TaskValidator
 
 #: Seconds after which a message that an inbox took and did not finish (it was killed) is taken up again.
 REDELIVERY = 60.0
@@ -48,7 +48,7 @@ except PerLLMError as error:
 
 app = make_app(settings, concurrency=4)
 app.conf.broker_transport_options["visibility_timeout"] = REDELIVERY
-_door = Door(settings, _ledger)
+_validator = TaskValidator(settings, _ledger)
 
 
 @signals.setup_logging.connect
@@ -111,7 +111,7 @@ def _hand_in(task_id: str, fields: Mapping[str, Any]) -> None:
         raise InvalidTask(
             f"the message's id must be at most 255 letters, digits and any of ._:- (given {task_id[:40]!r})"
         )
-    spec = _door.accept(fields)
+    spec = _validator.accept(fields)
     in_force = _ledger.submit([(task_id, spec)])[0]
     if in_force != task_id:  # nothing will ever be stored under this id
         raise InvalidTask(f"idempotency_key: {spec.idempotency_key!r} is task {in_force}'s: ask for its result instead")

@@ -1,6 +1,6 @@
 """For producers: submit tasks, wait for their results, cancel and explain them.
 
-from broker import Client
+from perllm.broker import Client
 
 with Client() as client:
     task = client.submit("Why is the sky blue?", deadline=20, max_tokens=64)
@@ -23,13 +23,13 @@ from typing import Any, Self, TypeVar, Unpack
 import redis
 import redis.asyncio
 
-from broker import grammar
-from broker.connection import connect, connect_async, reaching
-from broker.door import Door
-from broker.errors import TaskNotFound, Unreachable, WaitTimeout
-from broker.ledger import Ledger, TaskRecord
-from broker.messages import MAX_VALUE, Explanation, Result, State, TaskFields, TaskSpec, new_id
-from broker.settings import Settings, load_settings
+from perllm.broker import grammar
+from perllm.broker.connection import connect, connect_async, reaching
+from perllm.broker.errors import TaskNotFound, Unreachable, WaitTimeout
+from perllm.broker.ledger import Ledger, TaskRecord
+from perllm.broker.messages import MAX_VALUE, Explanation, Result, State, TaskFields, TaskSpec, new_id
+from perllm.broker.settings import Settings, load_settings
+from perllm.broker.validation import TaskValidator
 
 #: Seconds after which a waiter looks for itself, in case an announcement was lost with a connection.
 LOOK_EVERY = 2.0
@@ -72,13 +72,13 @@ class Handle:
 class Client:
     """A producer's connection. Thread-safe. `url` overrides PERLLM_REDIS_URL.
 
-    Every method raises broker.errors.Unreachable when the server cannot be used.
+    Every method raises perllm.broker.errors.Unreachable when the server cannot be used.
     """
 
     def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
         self.settings = settings or (load_settings(redis_url=url) if url else load_settings())
         self.ledger = Ledger(self.settings)
-        self.door = Door(self.settings, self.ledger)
+        self.validator = TaskValidator(self.settings, self.ledger)
 
     def submit(self, prompt: str | None = None, **fields: Unpack[TaskFields]) -> Handle:
         """Hand in one task: a `prompt`, or `messages=`. Raises InvalidTask; see TaskSpec for the fields."""
@@ -92,7 +92,7 @@ class Client:
 
     def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
         """Check a task without submitting it. Raises InvalidTask naming every field that is wrong."""
-        return self.door.accept(fields, max_value=max_value)
+        return self.validator.accept(fields, max_value=max_value)
 
     def result(self, task_id: str, timeout: float | None = None) -> Result:
         """Wait for a task's final state. Raises WaitTimeout, TaskNotFound."""
@@ -226,9 +226,9 @@ class AsyncClient:
 
     async def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
         """See Client.accept."""
-        if self._client.door.stale:
-            await self._in_thread(self._client.door.refresh)
-        spec = self._client.door.accept_unchecked(fields, max_value=max_value)
+        if self._client.validator.stale:
+            await self._in_thread(self._client.validator.refresh)
+        spec = self._client.validator.accept_unchecked(fields, max_value=max_value)
         await grammar.check_from_loop(spec)
         return spec
 

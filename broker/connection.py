@@ -15,9 +15,9 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.connection import HiredisRespSerializer
 from redis.retry import Retry
 
-from broker.errors import BadSetting, Unreachable
-from broker.messages import whole_text
-from broker.settings import Settings
+from perllm.broker.errors import BadSetting, Unreachable
+from perllm.broker.messages import whole_text
+from perllm.broker.settings import Settings
 
 #: Seconds a connection attempt, login included, and a reply, may take. Producers may be far away and send much at once;
 #: the system's own processes are near, and must soon notice a connection that leads nowhere.

@@ -7,7 +7,7 @@ import sys
 
 import structlog
 
-from broker.settings import Settings
+from perllm.broker.settings import Settings
 
 
 def configure(settings: Settings) -> None:

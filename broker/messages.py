@@ -86,13 +86,13 @@ class State(StrEnum):
         return self not in (State.PENDING, State.DISPATCHED, State.RUNNING)
 
 
-class Door(BaseModel):
+class StrictModel(BaseModel):
     """A model users fill in: unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Wire(BaseModel):
+class TolerantModel(BaseModel):
     """A model one part of the system sends another: unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -101,14 +101,14 @@ class Wire(BaseModel):
 # --- what a producer submits
 
 
-class Message(Door):
+class Message(StrictModel):
     """One chat turn."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: Annotated[str, Field(min_length=0)]  # any bound has pydantic see to it that the text can be written
 
 
-class Sampling(Door):
+class Sampling(StrictModel):
     """How tokens are drawn: the OpenAI API's names and ranges, plus `top_k`, `min_p`, `repeat_penalty`, `grammar`."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
@@ -225,7 +225,7 @@ def new_id() -> str:
 # --- what a worker reports
 
 
-class Energy(Wire):
+class Energy(TolerantModel):
     """Joules one task cost, by stage, and how they were obtained.
 
     `inference` excludes the node's idle power, which is kept apart in `idle` (the task's share of it while it ran).
@@ -244,7 +244,7 @@ class Energy(Wire):
         return self.transfer + self.inference + self.idle
 
 
-class Counters(Wire):
+class Counters(TolerantModel):
     """An engine's running totals since it started, and its present state.
 
     One engine step costs about a + b·active + c·prefilled + d·context seconds (DESIGN section 5); the totals let the
@@ -265,7 +265,7 @@ class Counters(Wire):
     energy: NonNegative = 0.0  # J, the node's meter since start
 
 
-class Receipt(Wire):
+class Receipt(TolerantModel):
     """What one finished attempt took, as the worker measured it.
 
     `before` and `after` are the engine's counters when the attempt entered and left it. `transfer` is the time the
@@ -289,7 +289,7 @@ class Receipt(Wire):
     stalled: bool = False  # a stall overlapped the attempt: useless for learning speed
 
 
-class Output(Wire):
+class Output(TolerantModel):
     """What the engine produced for a task."""
 
     text: str
@@ -315,7 +315,7 @@ class Output(Wire):
         return cast("list[dict[str, Any]]", json.loads(written, parse_constant=lambda _: None))
 
 
-class Result(Wire):
+class Result(TolerantModel):
     """A task in its final state, as a producer gets it.
 
     `on_time` is the server's judgement; `latency` is submit to final state on the server's clock; `queued` is the part
@@ -340,7 +340,7 @@ class Result(Wire):
 # --- what a node says of itself
 
 
-class Calibration(Wire):
+class StepCost(TolerantModel):
     """Boot-time speed of one model on a node: one step costs about
     `step + sequence·active + prefill·prefilled + context·context_tokens` seconds."""
 
@@ -350,16 +350,16 @@ class Calibration(Wire):
     context: NonNegative = 0.0
 
 
-class ModelOffer(Wire):
+class ModelOffer(TolerantModel):
     """One model (or one quantisation of it) a node serves: an arm of the bandit."""
 
     name: Name
     context: Annotated[int, Field(gt=0)]  # tokens, prompt and output together
     kv_tokens: Annotated[int, Field(gt=0)]  # KV cache over all sequences, tokens
-    calibration: Calibration
+    calibration: StepCost
 
 
-class Power(Wire):
+class Power(TolerantModel):
     """A node's power model: watts idle and, beyond idle, while its engine steps; joules per byte on its link."""
 
     idle: NonNegative
@@ -369,7 +369,7 @@ class Power(Wire):
     estimated: bool
 
 
-class NodeInfo(Wire):
+class NodeInfo(TolerantModel):
     """A node's registration."""
 
     name: NodeName
@@ -397,7 +397,7 @@ class NodeInfo(Wire):
 # --- what happened: the event stream
 
 
-class _Event(Wire):
+class _Event(TolerantModel):
     at: float  # s, server clock
 
 
@@ -504,7 +504,7 @@ def parse_event(raw: bytes | str) -> Event:
 # --- why: the decision record
 
 
-class Candidate(Wire):
+class Candidate(TolerantModel):
     """How one node looked to the policy when a task was decided. What a policy does not compute stays None."""
 
     node: str
@@ -518,7 +518,7 @@ class Candidate(Wire):
     note: str = ""
 
 
-class Explanation(Wire):
+class Explanation(TolerantModel):
     """Why a task went where it went: kept with the task, shown by `perllm explain`."""
 
     policy: str

@@ -13,8 +13,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from broker.errors import BadSetting, field_errors
-from broker.messages import NodeName
+from perllm.broker.errors import BadSetting, field_errors
+from perllm.broker.messages import NodeName
 
 
 class Quota(BaseModel):

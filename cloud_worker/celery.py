@@ -1,15 +1,15 @@
-"""`celery -A cloud_worker worker`: a cloud node."""
+"""`celery -A perllm.cloud_worker worker`: a cloud node."""
 
 from __future__ import annotations
 
 import importlib.util
 
-from broker.errors import BadSetting
-from broker.settings import Settings
-from broker.worker.app import worker_app
-from broker.worker.emulated import EmulatedEngine
-from broker.worker.engine import Engine
-from cloud_worker.nvml import no_gpu
+from perllm.broker.engine.contract import Engine
+from perllm.broker.engine.emulated import EmulatedEngine
+from perllm.broker.errors import BadSetting
+from perllm.broker.settings import Settings
+from perllm.broker.worker.app import worker_app
+from perllm.cloud_worker.nvml import no_gpu
 
 
 def make_engine(settings: Settings) -> Engine:
@@ -23,7 +23,7 @@ def make_engine(settings: Settings) -> Engine:
         case "llama":
             return _llama(settings, "as set")
         case "openai":
-            from cloud_worker.remote import RemoteEngine  # noqa: PLC0415  only this needs httpx
+            from perllm.cloud_worker.remote import RemoteEngine  # noqa: PLC0415  only this needs httpx
 
             return RemoteEngine(settings)
         case "vllm":
@@ -53,13 +53,13 @@ def _no_model(settings: Settings) -> str | None:
 
 
 def _vllm(settings: Settings) -> Engine:
-    from cloud_worker.vllm_engine import VLLMEngine  # noqa: PLC0415  only this needs vLLM
+    from perllm.cloud_worker.vllm_engine import VLLMEngine  # noqa: PLC0415  only this needs vLLM
 
     return VLLMEngine(settings)
 
 
 def _llama(settings: Settings, why: str) -> Engine:
-    from edge_worker.engine import LlamaEngine  # noqa: PLC0415  only this needs llama-cpp-python
+    from perllm.edge_worker.engine import LlamaEngine  # noqa: PLC0415  only this needs llama-cpp-python
 
     class CPUEngine(LlamaEngine):
         """llama.cpp in the cloud node's place, which says so wherever the node is shown."""

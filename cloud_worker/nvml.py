@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from broker.errors import BadSetting
+from perllm.broker.errors import BadSetting
 
 #: The energy counter moves every 20 to 100 ms (measured on an H200): differences over less mean nothing.
 RESOLUTION = 0.1
@@ -58,23 +58,23 @@ class NVMLDevice:
 
     def __init__(self, which: str) -> None:
         self._memory = _ask(*_finder(which))
-        self._board = self._memory
+        self._arrays = self._memory
         if which.startswith("MIG-"):
-            self._board = _ask("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", self._memory)
-        self.name = str(_ask("nvmlDeviceGetName", self._board))
+            self._arrays = _ask("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", self._memory)
+        self.name = str(_ask("nvmlDeviceGetName", self._arrays))
         try:
-            self.shared = _ask("nvmlDeviceGetMigMode", self._board)[0] == 1
+            self.shared = _ask("nvmlDeviceGetMigMode", self._arrays)[0] == 1
         except Unreadable:  # a GPU that knows no MIG
             self.shared = False
 
     def energy(self) -> float:
-        return float(_ask("nvmlDeviceGetTotalEnergyConsumption", self._board)) / 1e3
+        return float(_ask("nvmlDeviceGetTotalEnergyConsumption", self._arrays)) / 1e3
 
     def power(self) -> float:
-        return float(_ask("nvmlDeviceGetPowerUsage", self._board)) / 1e3
+        return float(_ask("nvmlDeviceGetPowerUsage", self._arrays)) / 1e3
 
     def power_limit(self) -> float:
-        return float(_ask("nvmlDeviceGetEnforcedPowerLimit", self._board)) / 1e3
+        return float(_ask("nvmlDeviceGetEnforcedPowerLimit", self._arrays)) / 1e3
 
     def memory(self) -> tuple[int, int]:
         info = _ask("nvmlDeviceGetMemoryInfo", self._memory)
@@ -163,7 +163,7 @@ class _Integral:
 
 
 class NVMLMeter:
-    """The joules of one engine's GPUs together, as a `broker.worker.energy.Meter`.
+    """The joules of one engine's GPUs together, as a `perllm.broker.engine.energy.Meter`.
 
     Read from the energy counters; a GPU without one is sampled every `SAMPLING` s and counts as estimated, as does one
     whose counter includes other MIG tenants. Raises Unreadable when a GPU gives neither. `idle` and `active` (W) are
@@ -172,15 +172,15 @@ class NVMLMeter:
 
     def __init__(self, gpus: Sequence[GPU], clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
-        self._gauges: list[_Counter | _Integral] = []
+        self._totals: list[_Counter | _Integral] = []
         self._closed = threading.Event()
         self._lost = False
         self.method, self.estimated = "nvml", False
         self.resolution = RESOLUTION
         self.idle = self.active = 0.0
         for gpu in gpus:
-            self._gauges.append(self._gauge(gpu, clock))
-        if any(isinstance(gauge, _Integral) for gauge in self._gauges):
+            self._totals.append(self._gauge(gpu, clock))
+        if any(isinstance(gauge, _Integral) for gauge in self._totals):
             self.method, self.estimated = "nvml, sampled power", True
             threading.Thread(target=self._sample, name="perllm-power", daemon=True).start()
         if any(gpu.shared for gpu in gpus):
@@ -200,14 +200,14 @@ class NVMLMeter:
     def read(self) -> float:
         """Joules since the meter was made. A GPU that is lost counts no further. Thread-safe."""
         with self._lock:
-            for gauge in self._gauges:
+            for gauge in self._totals:
                 try:
                     gauge.update()
                 except Unreadable as error:
                     if not self._lost:
                         self._lost = True
                         log.error("gpu_unreadable", reason=str(error))
-            return sum(gauge.joules for gauge in self._gauges)
+            return sum(gauge.joules for gauge in self._totals)
 
     def _sample(self) -> None:
         while not self._closed.wait(SAMPLING):

@@ -21,22 +21,22 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from broker.errors import BadSetting
-from broker.messages import (
+from perllm.broker.engine.contract import EngineDown, EngineError, Generation, OnText, Stop, Stuck
+from perllm.broker.engine.totals import EngineTotals
+from perllm.broker.errors import BadSetting
+from perllm.broker.messages import (
     BYTES_PER_TOKEN,
-    Calibration,
     Counters,
     Energy,
     ModelOffer,
     Output,
     Power,
+    StepCost,
     TaskSpec,
 )
-from broker.settings import Settings
-from broker.worker.engine import EngineDown, EngineError, Generation, OnText, Stop, Stuck
-from broker.worker.gauges import Gauges
-from cloud_worker.loop import LoopThread, Pieces
-from cloud_worker.openai_api import (
+from perllm.broker.settings import Settings
+from perllm.cloud_worker.event_loop import LoopThread, Pieces
+from perllm.cloud_worker.openai_api import (
     Chunk,
     Garbled,
     OpenAIClient,
@@ -101,7 +101,7 @@ class RemoteEngine:
         # What servers differ in, learned from what they refuse:
         self._limit = "max_tokens"  # newer OpenAI models call it max_completion_tokens
         self._own_schema = False  # llama-cpp-python's server has a form of its own for JSON schemas
-        self._gauges = Gauges()
+        self._totals = EngineTotals()
         self._joules = 0.0
         self._requests: dict[_Request, None] = {}
         self._open_at = 0.0  # the server asked not to be asked before
@@ -127,7 +127,7 @@ class RemoteEngine:
         self._model, self._context = await self._find_model()
         self._name = self._settings.model_name or _producer_name(self._model)
         self._calibration = await self._calibrate()
-        self._gauges = Gauges()  # the trials are not the tasks'
+        self._totals = EngineTotals()  # the trials are not the tasks'
         self._joules = 0.0
 
     async def _find_model(self) -> tuple[str, int]:
@@ -148,12 +148,12 @@ class RemoteEngine:
             raise BadSetting(f"PERLLM_MODEL: {self._url} does not offer {wanted!r}, but: {names}")
         return wanted, context or offered[wanted].max_model_len or DEFAULT_CONTEXT
 
-    async def _calibrate(self) -> Calibration:
+    async def _calibrate(self) -> StepCost:
         """Time a short prompt and a long one. Network and queue are in the times, as they will be in the tasks'."""
         await self._try(PROBES[0])  # the first one wakes the server up
         short, long = [await self._try(words) for words in PROBES]
         more_tokens = max(1, _prompt_tokens(long) - _prompt_tokens(short))
-        return Calibration(
+        return StepCost(
             step=_gap(short),
             sequence=0.0,
             prefill=max(0.0, _latency(long) - _latency(short)) / more_tokens,
@@ -209,17 +209,17 @@ class RemoteEngine:
         """Totals since `start` and the present state. Raises EngineDown while the server cannot be used."""
         if self._down is not None:
             raise EngineDown(self._down, inside=False)
-        now, gauges, active = time.monotonic(), self._gauges, len(self._requests)
+        now, totals, active = time.monotonic(), self._totals, len(self._requests)
         return Counters(
-            steps=gauges.steps,
-            busy=gauges.busy,
-            generated=gauges.generated,
-            prefilled=gauges.prefilled,
-            sequence_steps=gauges.sequence_steps,
+            steps=totals.steps,
+            busy=totals.busy,
+            generated=totals.generated,
+            prefilled=totals.prefilled,
+            sequence_steps=totals.sequence_steps,
             active=active,
             free_kv=self._context * max(0, self.slots - active),
-            since_progress=max(0.0, now - gauges.progress) if active else 0.0,
-            longest_step=gauges.longest_step(now),
+            since_progress=max(0.0, now - totals.progress) if active else 0.0,
+            longest_step=totals.longest_step(now),
             energy=self._joules,
         )
 
@@ -251,7 +251,7 @@ class RemoteEngine:
     async def _generate(self, request: _Request) -> Generation:
         before = self.counters()  # raises EngineDown
         if not self._requests:
-            self._gauges.progress = time.monotonic()
+            self._totals.progress = time.monotonic()
         self._requests[request] = None
         talk = asyncio.ensure_future(self._talk(request))
         try:
@@ -288,8 +288,8 @@ class RemoteEngine:
         if request.sent is None:  # it was never sent: nothing to pay
             prompt, joules = 0, 0.0
         self._joules += joules
-        self._gauges.prefilled += max(0, prompt - cached)
-        self._gauges.generated += tokens - request.tokens
+        self._totals.prefilled += max(0, prompt - cached)
+        self._totals.generated += tokens - request.tokens
         now = time.monotonic()
         sent, first = request.sent or now, request.first or now
         return Generation(
@@ -386,9 +386,9 @@ class RemoteEngine:
             if text := choice.delta.content:
                 now = time.monotonic()
                 assert request.last is not None
-                self._gauges.step(request.last, now, sequences=1, prefilled=0, context=0)
+                self._totals.step(request.last, now, sequences=1, prefilled=0, context=0)
                 tokens = max(1, len(entries))
-                self._gauges.generated += tokens
+                self._totals.generated += tokens
                 request.tokens += tokens
                 request.first = request.first or now
                 request.last = now

@@ -23,11 +23,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from broker import grammar
-from broker.errors import BadSetting, InvalidTask, TryAgain
-from broker.messages import TaskSpec
-from broker.settings import Settings
-from broker.worker.engine import EngineError
+from perllm.broker import grammar
+from perllm.broker.engine.contract import EngineError
+from perllm.broker.errors import BadSetting, InvalidTask, TryAgain
+from perllm.broker.messages import TaskSpec
+from perllm.broker.settings import Settings
 
 __all__ = [
     "AsyncEngineArgs",

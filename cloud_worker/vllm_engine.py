@@ -25,16 +25,16 @@ from typing import Any, Literal
 
 import structlog
 
-from broker.errors import BadSetting
-from broker.messages import Calibration, Counters, Energy, ModelOffer, Output, Power, TaskSpec
-from broker.settings import Settings
-from broker.worker.energy import WINDOW, Attribution
-from broker.worker.engine import EngineDown, EngineError, Generation, OnText, Stop, Stuck
-from broker.worker.gauges import Gauges
-from cloud_worker import pace
-from cloud_worker.loop import LoopThread, Pieces
-from cloud_worker.nvml import GPU, NVMLDevice, NVMLMeter, PowerLimitMeter, Unreadable, make_meter, visible_gpus
-from cloud_worker.reaper import Reaper
+from perllm.broker.engine.contract import EngineDown, EngineError, Generation, OnText, Stop, Stuck
+from perllm.broker.engine.energy import WINDOW, Attribution
+from perllm.broker.engine.totals import EngineTotals
+from perllm.broker.errors import BadSetting
+from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, StepCost, TaskSpec
+from perllm.broker.settings import Settings
+from perllm.cloud_worker import step_cost as pace
+from perllm.cloud_worker.event_loop import LoopThread, Pieces
+from perllm.cloud_worker.nvml import GPU, NVMLDevice, NVMLMeter, PowerLimitMeter, Unreadable, make_meter, visible_gpus
+from perllm.cloud_worker.reaper import Reaper
 
 log = structlog.get_logger(__name__)
 
@@ -51,7 +51,7 @@ STALL_FACTOR, STALL_SECONDS = 3.0, 0.2
 STUCK = 300.0
 #: Pauses before the engine is started anew: the first and the longest, s, and how often it is tried.
 RESTART_PAUSE, RESTART_LONGEST, RESTART_TRIES = 1.0, 60.0, 10
-#: Calibration: requests at once with a long context and its tokens, at most; seconds of idling and decoding metered.
+#: StepCost: requests at once with a long context and its tokens, at most; seconds of idling and decoding metered.
 TRIAL_WIDTH, TRIAL_DEPTH, METERED = 64, 1024, 1.0
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled"]
@@ -96,8 +96,8 @@ class VLLMEngine:
         self.slots = settings.slots or DEFAULT_SLOTS
         self.description = f"vLLM, {settings.model}, not started"
         self._name = settings.model_name or _producer_name(settings.model)
-        self._gauges = Gauges()
-        self._speed = Calibration(step=0.01, sequence=0.0, prefill=1e-5)  # until it is measured
+        self._totals = EngineTotals()
+        self._speed = StepCost(step=0.01, sequence=0.0, prefill=1e-5)  # until it is measured
         self._keys = itertools.count()
         self._present: dict[_Request, None] = {}  # oldest first
         self._prefilling: dict[_Request, None] = {}  # those of them without a token yet
@@ -119,7 +119,7 @@ class VLLMEngine:
     def start(self) -> None:
         """Load and calibrate the model. Raises BadSetting with what to change."""
         quiet_environment()
-        from cloud_worker import vllm_api  # noqa: PLC0415  takes seconds, and much memory
+        from perllm.cloud_worker import vllm_api  # noqa: PLC0415  takes seconds, and much memory
 
         self._api = vllm_api
         self._args = vllm_api.engine_args(self._settings, self.slots)
@@ -167,7 +167,7 @@ class VLLMEngine:
         if args.kv_cache_memory_bytes is None:
             _check_memory(gpus, args.gpu_memory_utilization)
         settings = self._settings
-        return make_meter(gpus, lambda: self._gauges.busy, tdp=settings.tdp_watts, idle=settings.idle_watts)
+        return make_meter(gpus, lambda: self._totals.busy, tdp=settings.tdp_watts, idle=settings.idle_watts)
 
     async def _open(self) -> None:
         """Start vLLM in this loop. Raises BadSetting, RuntimeError."""
@@ -229,20 +229,20 @@ class VLLMEngine:
         """Totals since `start` and the present state. Raises EngineDown."""
         if self._down is not None:
             raise EngineDown(self._down, inside=False)
-        now, gauges, present = time.monotonic(), self._gauges, len(self._present)
+        now, totals, present = time.monotonic(), self._totals, len(self._present)
         running = min(self._running, present)
         return Counters(
-            steps=gauges.steps,
-            busy=gauges.busy,
-            generated=gauges.generated,
-            prefilled=gauges.prefilled,
-            sequence_steps=gauges.sequence_steps,
-            context_steps=gauges.context_steps,
+            steps=totals.steps,
+            busy=totals.busy,
+            generated=totals.generated,
+            prefilled=totals.prefilled,
+            sequence_steps=totals.sequence_steps,
+            context_steps=totals.context_steps,
             active=running,
             waiting=present - running,
             free_kv=round((1.0 - self._kv_used) * self._kv_tokens) if present else self._kv_tokens,
-            since_progress=max(0.0, now - gauges.progress) if present else 0.0,
-            longest_step=gauges.longest_step(now),
+            since_progress=max(0.0, now - totals.progress) if present else 0.0,
+            longest_step=totals.longest_step(now),
             energy=self._meter.read(),
         )
 
@@ -253,7 +253,7 @@ class VLLMEngine:
     def stuck(self) -> Stuck | None:
         """Whether vLLM's processes live and do nothing for longer than anything they compile on demand takes."""
         present = [request.task_id for request in list(self._present)]
-        silent = time.monotonic() - self._gauges.progress
+        silent = time.monotonic() - self._totals.progress
         if self._down is not None or not present or silent <= STUCK:
             return None
         return Stuck(f"vLLM has not got on for {silent:.0f} s", frozenset(present))
@@ -311,7 +311,7 @@ class VLLMEngine:
             raise EngineDown(self._down, inside=False)
         now = time.monotonic()
         if not self._present:
-            self._step_ended = self._gauges.progress = now
+            self._step_ended = self._totals.progress = now
         self._present[request] = self._prefilling[request] = None
         self._energy.enter(request)
         try:
@@ -426,8 +426,8 @@ class VLLMEngine:
             return
         began, self._step_ended = self._step_ended, now
         context = round(kv_used * self._kv_tokens)
-        self._gauges.step(began, now, sequences=sequences, prefilled=prefilled, context=context)
-        self._gauges.generated += generated
+        self._totals.step(began, now, sequences=sequences, prefilled=prefilled, context=context)
+        self._totals.generated += generated
         if self._trial is not None:
             self._trial.append(pace.Step(now - began, sequences, prefilled, context))
             return
@@ -530,7 +530,7 @@ class VLLMEngine:
         meter.idle = self._settings.idle_watts if self._settings.idle_watts is not None else idle
         meter.active = max(0.0, full - meter.idle)
         meter.method = f"{meter.method} ({pace.weights(self._speed)})"
-        self._gauges = Gauges()  # the trials are not the tasks'
+        self._totals = EngineTotals()  # the trials are not the tasks'
 
     async def _metered(self, doing: Any) -> float:
         """Mean W while it was done."""

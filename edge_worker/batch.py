@@ -16,16 +16,16 @@ from typing import Any, Literal
 
 import structlog
 
-from broker.messages import Calibration, Counters, TaskSpec
-from broker.worker.energy import Attribution
-from broker.worker.engine import EngineError, Stop
-from broker.worker.gauges import Gauges
-from edge_worker import llama
-from edge_worker.cells import Cells
-from edge_worker.plan import Widths, choose_victim, share_prefill
-from edge_worker.prefixes import SHORTEST, Prefixes, common_prefix
-from edge_worker.sampling import Drawing, GrammarError, token_logprobs
-from edge_worker.text import TextStream
+from perllm.broker.engine.contract import EngineError, Stop
+from perllm.broker.engine.energy import Attribution
+from perllm.broker.engine.totals import EngineTotals
+from perllm.broker.messages import Counters, StepCost, TaskSpec
+from perllm.edge_worker import llama
+from perllm.edge_worker.batch_plan import Widths, choose_victim, share_prefill
+from perllm.edge_worker.kv_cells import KVCells
+from perllm.edge_worker.prefix_cache import SHORTEST, PrefixCache, common_prefix
+from perllm.edge_worker.sampling import Drawing, GrammarError, token_logprobs
+from perllm.edge_worker.text_stream import TextStream
 
 log = structlog.get_logger(__name__)
 
@@ -91,7 +91,7 @@ class Pace:
 
     chunk: int  # prompt tokens of one step at most
     widths: Widths  # of the decodes
-    calibration: Calibration
+    calibration: StepCost
 
     def work(self, tokens: int, *, prefill: bool, decoding: int) -> float:
         """The cost of one request's part in a step, s: what its energy is shared by."""
@@ -115,14 +115,14 @@ class Batch:
         *,
         slots: int,
         remember: int,
-        gauges: Gauges,
+        totals: EngineTotals,
         energy: Attribution,
         counters: Callable[[], Counters],
     ) -> None:
         """`context` holds `slots` + `remember` sequences; the latter keep ended requests' prompts. With none of them
         no prefixes are shared."""
         self.model, self.context = model, context
-        self.pace, self._gauges, self._energy, self._counters = pace, gauges, energy, counters
+        self.pace, self._totals, self._energy, self._counters = pace, totals, energy, counters
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []  # oldest first
         self._slots, self._remember = slots, remember
@@ -132,8 +132,8 @@ class Batch:
         """An empty context's state."""
         slots, remember = self._slots, self._remember
         self._unused = list(range(slots))
-        self._cells = Cells(self.context.kv_tokens, slots)
-        self._prefixes = Prefixes(range(slots, slots + remember), self.context, self._cells)
+        self._cells = KVCells(self.context.kv_tokens, slots)
+        self._prefixes = PrefixCache(range(slots, slots + remember), self.context, self._cells)
         self._stepping: tuple[Request, ...] = ()
         self._at_work: tuple[Request, ...] = ()
 
@@ -191,7 +191,7 @@ class Batch:
         work = {r: self.pace.work(tokens, prefill=r in fresh, decoding=len(decoding)) for r, tokens in done}
         if not work:
             return
-        self._gauges.step(began, ended, sequences=sequences, prefilled=prefilled, context=context)
+        self._totals.step(began, ended, sequences=sequences, prefilled=prefilled, context=context)
         if ended - began > STALL_SECONDS + STALL_FACTOR * self.pace.step(
             sequences=sequences, prefilled=prefilled, context=context
         ):
@@ -368,7 +368,7 @@ class Batch:
         now = time.monotonic()
         request.first = request.first or now
         request.last = now
-        self._gauges.generated += 1
+        self._totals.generated += 1
         if self.model.ends(token):
             request.finish = "stop"
         else:

@@ -6,10 +6,10 @@ import time
 
 import numpy as np
 
-from broker.messages import Calibration
-from edge_worker.batch import Pace
-from edge_worker.llama import OK, Context, LlamaError
-from edge_worker.plan import Widths
+from perllm.broker.messages import StepCost
+from perllm.edge_worker.batch import Pace
+from perllm.edge_worker.batch_plan import Widths
+from perllm.edge_worker.llama import OK, Context, LlamaError
 
 #: Measuring may take so long, s; a slow model gets fewer points, never fewer than are needed.
 BUDGET = 2.0
@@ -37,7 +37,7 @@ def calibrate(context: Context, *, slots: int, token: int, budget: float = BUDGE
     times = [widths.time(n) for n in cost]
     sequence, step = np.polyfit(list(cost), times, 1) if len(cost) > 1 else (0.0, times[0])
     sequence = max(0.0, float(sequence))
-    calibration = Calibration(
+    calibration = StepCost(
         step=max(0.0, float(step)) or max(0.0, times[0] - sequence),
         sequence=sequence,
         prefill=prefill,

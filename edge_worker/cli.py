@@ -11,8 +11,8 @@ import structlog
 import typer
 from rich.console import Console
 
-from broker.errors import BadSetting
-from edge_worker.gguf import read_gguf
+from perllm.broker.errors import BadSetting
+from perllm.edge_worker.gguf import read_gguf
 
 app = typer.Typer(name="model", help="GGUF models: look at one, or quantise it.", no_args_is_help=True)
 
@@ -54,8 +54,8 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Make a quantisation of a GGUF with llama.cpp's own quantiser. Losses add up: start from the best file."""
-    from edge_worker.models import base_name, check_quantisation, quantise  # noqa: PLC0415
-    from edge_worker.trial import try_model  # noqa: PLC0415
+    from perllm.edge_worker.models import base_name, check_quantisation, quantise  # noqa: PLC0415
+    from perllm.edge_worker.preflight import preflight  # noqa: PLC0415
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     quantisation = check_quantisation(quantisation)
@@ -64,7 +64,7 @@ def quantize(
     if target.exists():
         raise BadSetting(f"{target} exists already: remove it, or give another --output")
     with err.status(f"quantising {source.name} to {quantisation}"):
-        try_model(source)
+        preflight(source)
         quantise(source, target, quantisation, threads=threads)
     size = target.stat().st_size
     if as_json:

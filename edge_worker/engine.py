@@ -17,18 +17,18 @@ from queue import Empty
 
 import structlog
 
-from broker.messages import Counters, Energy, ModelOffer, Output, Power, TaskSpec
-from broker.settings import Settings
-from broker.worker.cores import ThreadClaim, available_cores
-from broker.worker.energy import Attribution, Meter
-from broker.worker.engine import EngineError, Generation, OnText, Stop, Stuck
-from broker.worker.gauges import Gauges
-from edge_worker.batch import Batch, Request
-from edge_worker.llama import MAX_SEQUENCES, VERSION
-from edge_worker.meters import make_meter
-from edge_worker.sampling import greedy, make_drawing
-from edge_worker.text import TextStream
-from edge_worker.variants import Loaded, Stopped, Variant, Variants
+from perllm.broker.engine.contract import EngineError, Generation, OnText, Stop, Stuck
+from perllm.broker.engine.cores import ThreadClaim, available_cores
+from perllm.broker.engine.energy import Attribution, Meter
+from perllm.broker.engine.totals import EngineTotals
+from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, TaskSpec
+from perllm.broker.settings import Settings
+from perllm.edge_worker.batch import Batch, Request
+from perllm.edge_worker.llama import MAX_SEQUENCES, VERSION
+from perllm.edge_worker.meters import make_meter
+from perllm.edge_worker.model_pool import Loaded, ModelPool, Stopped, Variant
+from perllm.edge_worker.sampling import greedy, make_drawing
+from perllm.edge_worker.text_stream import TextStream
 
 log = structlog.get_logger(__name__)
 
@@ -53,14 +53,14 @@ class LlamaEngine:
         self.slots = min(settings.slots or by_cores, MAX_SEQUENCES - remember)
         self.description = f"llama.cpp {VERSION}, not started"
         self._claim = ThreadClaim()
-        self._gauges = Gauges()
+        self._totals = EngineTotals()
         self._changed = threading.Condition()
         self._closing = False
         self._requests: dict[Request, None] = {}
         self._thread: threading.Thread | None = None
         self._meter: Meter
         self._energy: Attribution
-        self._variants: Variants
+        self._variants: ModelPool
 
     # --- life
 
@@ -71,12 +71,12 @@ class LlamaEngine:
         try:
             self._meter = make_meter(self._settings, threads)
             self._energy = Attribution(self._meter)
-            self._variants = Variants(
+            self._variants = ModelPool(
                 self._settings,
                 slots=self.slots,
                 threads=threads,
                 remember=self._remember,
-                gauges=self._gauges,
+                totals=self._totals,
                 energy=self._energy,
                 counters=self.counters,
             )
@@ -132,20 +132,20 @@ class LlamaEngine:
 
     def counters(self) -> Counters:
         """Totals since `start` and the present state."""
-        now, gauges = time.monotonic(), self._gauges
+        now, totals = time.monotonic(), self._totals
         batches = self._variants.batches
         return Counters(
-            steps=gauges.steps,
-            busy=gauges.busy,
-            generated=gauges.generated,
-            prefilled=gauges.prefilled,
-            sequence_steps=gauges.sequence_steps,
-            context_steps=gauges.context_steps,
+            steps=totals.steps,
+            busy=totals.busy,
+            generated=totals.generated,
+            prefilled=totals.prefilled,
+            sequence_steps=totals.sequence_steps,
+            context_steps=totals.context_steps,
             active=sum(len(batch.active) for batch in batches),
             waiting=sum(len(batch.waiting) for batch in batches),
             free_kv=self._variants.free_kv,
-            since_progress=max(0.0, now - gauges.progress) if any(batch.busy for batch in batches) else 0.0,
-            longest_step=gauges.longest_step(now),
+            since_progress=max(0.0, now - totals.progress) if any(batch.busy for batch in batches) else 0.0,
+            longest_step=totals.longest_step(now),
             energy=self._meter.read(),
         )
 
@@ -160,8 +160,8 @@ class LlamaEngine:
         busy = [batch for batch in self._variants.batches if batch.busy]
         if not busy:
             return None
-        longest = max(self._gauges.longest_step(now), *(batch.longest_step for batch in busy))
-        silent = now - self._gauges.progress
+        longest = max(self._totals.longest_step(now), *(batch.longest_step for batch in busy))
+        silent = now - self._totals.progress
         if silent <= max(STUCK, STUCK_FACTOR * longest):
             return None
         at_work = frozenset(request.task_id for batch in busy for request in batch.at_work)
@@ -213,7 +213,7 @@ class LlamaEngine:
             if self._closing:
                 raise EngineError("the engine is closing", retry=True)
             if not self._requests:
-                self._gauges.progress = time.monotonic()
+                self._totals.progress = time.monotonic()
             self._requests[request] = None
             batch.waiting.append(request)
             self._changed.notify_all()

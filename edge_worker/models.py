@@ -16,11 +16,11 @@ from pathlib import Path
 import llama_cpp.llama_cpp as lib
 import structlog
 
-from broker.errors import BadSetting
-from broker.folders import open_own, own_folder
-from broker.settings import Settings
-from edge_worker.gguf import GGUF, read_gguf
-from edge_worker.llama import complaint, prepare
+from perllm.broker.errors import BadSetting
+from perllm.broker.private_files import open_own, own_folder
+from perllm.broker.settings import Settings
+from perllm.edge_worker.gguf import GGUF, read_gguf
+from perllm.edge_worker.llama import complaint, prepare
 
 log = structlog.get_logger(__name__)
 

@@ -12,14 +12,14 @@ import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from llguidance import LLMatcher
 
-from broker import grammar
-from broker.errors import InvalidTask, TryAgain
-from broker.messages import TaskSpec
-from broker.worker.engine import EngineError
-from edge_worker.llama import Logits, Model, Sampler
+from perllm.broker import grammar
+from perllm.broker.engine.contract import EngineError
+from perllm.broker.errors import InvalidTask, TryAgain
+from perllm.broker.messages import TaskSpec
+from perllm.edge_worker.llama import Logits, Model, Sampler
 
 #: CPU time a request may spend on its grammar, s: so much, and so much more per token. Others in the batch wait
-#: meanwhile. What people mean takes far less; one token is bounded by `broker.grammar.limits` (about 0.5 s).
+#: meanwhile. What people mean takes far less; one token is bounded by `perllm.broker.grammar.limits` (about 0.5 s).
 GRAMMAR_BURST, GRAMMAR_RATE = 1.0, 0.005
 
 

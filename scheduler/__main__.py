@@ -1,18 +1,18 @@
-"""`python -m scheduler`: the scheduler service, until SIGTERM or SIGINT."""
+"""`python -m perllm.scheduler`: the scheduler service, until SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
 import signal
 import sys
 
-from broker import connection, logs
-from broker.errors import PerLLMError
-from broker.ledger import Ledger
-from broker.settings import load_settings
-from scheduler.core.core import Core
-from scheduler.policies import make_policy
-from scheduler.rehearsal import rehearse
-from scheduler.service import Service
+from perllm.broker import connection, logs
+from perllm.broker.errors import PerLLMError
+from perllm.broker.ledger import Ledger
+from perllm.broker.settings import load_settings
+from perllm.scheduler.core.scheduler import SchedulerCore
+from perllm.scheduler.policies import make_policy
+from perllm.scheduler.service import Service
+from perllm.scheduler.warm_up import warm_up
 
 
 def main() -> int:
@@ -22,11 +22,11 @@ def main() -> int:
         logs.configure(settings)
         connection.check(settings)
 
-        def make_core() -> Core:
+        def make_core() -> SchedulerCore:
             policy = make_policy(settings.policy)
-            return Core(policy, queue_beyond_slots=settings.queue_beyond_slots, forgiving=True)
+            return SchedulerCore(policy, queue_beyond_slots=settings.queue_beyond_slots, forgiving=True)
 
-        rehearse(make_core())  # an unknown policy is an error now, and the first real task finds all compiled
+        warm_up(make_core())  # an unknown policy is an error now, and the first real task finds all compiled
     except PerLLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,24 +6,24 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from broker.errors import BadSetting
-from scheduler.baselines.admission import WithAdmission
-from scheduler.baselines.bandits import LinUcb, Thompson, Ucb1
-from scheduler.baselines.cs_ucb_paper import CsUcbPaper
-from scheduler.baselines.forecasting import CheapestFeasible, EarliestCompletion
-from scheduler.baselines.least_loaded import LeastLoaded
-from scheduler.baselines.one_tier import CloudOnly, EdgeOnly, FineInfer
-from scheduler.baselines.power_of_two import PowerOfTwo
-from scheduler.baselines.random_choice import Random
-from scheduler.baselines.rewardless_guidance import RewardlessGuidance
-from scheduler.baselines.round_robin import RoundRobin
-from scheduler.core.csucb import CsUcb
-from scheduler.core.policy import Policy
+from perllm.broker.errors import BadSetting
+from perllm.scheduler.baselines.admission import WithAdmission
+from perllm.scheduler.baselines.bandits import LinUcb, Thompson, Ucb1
+from perllm.scheduler.baselines.cs_ucb_paper import CsUcbPaper
+from perllm.scheduler.baselines.forecasting import CheapestFeasible, EarliestCompletion
+from perllm.scheduler.baselines.least_loaded import LeastLoaded
+from perllm.scheduler.baselines.one_tier import CloudOnly, EdgeOnly, FineInfer
+from perllm.scheduler.baselines.power_of_two import PowerOfTwo
+from perllm.scheduler.baselines.random_choice import Random
+from perllm.scheduler.baselines.rewardless_guidance import RewardlessGuidance
+from perllm.scheduler.baselines.round_robin import RoundRobin
+from perllm.scheduler.core.policy import Policy
+from perllm.scheduler.csucb.policy import CsUcb
 
 
 def _agod(seed: int = 0, **options: Any) -> Policy:
     try:
-        from scheduler.baselines.agod import Agod  # noqa: PLC0415  torch is large and optional
+        from perllm.scheduler.baselines.agod import Agod  # noqa: PLC0415  torch is large and optional
     except ImportError:
         raise BadSetting("policy 'agod' needs torch: pip install 'perllm[agod]'") from None
     return Agod(seed, **options)

@@ -16,13 +16,13 @@ from uuid import uuid4
 
 import structlog
 
-from broker.celery_app import node_message
-from broker.errors import Unreachable
-from broker.ledger import Dispatch, End, Ledger
-from broker.ledger.ledger import SWEEP_LIMIT
-from broker.messages import Ended, Event, Explanation, Heartbeat, NodeDown, NodeUp, Submitted
-from broker.settings import Settings
-from scheduler.core.core import Core, Decision
+from perllm.broker.errors import Unreachable
+from perllm.broker.ledger import Dispatch, End, Ledger
+from perllm.broker.ledger.ledger import SWEEP_LIMIT
+from perllm.broker.messages import Ended, Event, Explanation, Heartbeat, NodeDown, NodeUp, Submitted
+from perllm.broker.queues.app import node_message
+from perllm.broker.settings import Settings
+from perllm.scheduler.core.scheduler import Decision, SchedulerCore
 
 #: Seconds between sweeps of lapsed leases and deadlines, and the longest wait for an event.
 SWEEP_EVERY = 0.25
@@ -44,9 +44,9 @@ class _Outdated(Exception):
 
 
 class Service:
-    """Runs a `Core` against the ledger until `stop`. `make_core` builds an empty core, anew at every takeover."""
+    """Runs a `SchedulerCore` against the ledger until `stop`. `make_core` builds an empty core, anew at every takeover."""
 
-    def __init__(self, settings: Settings, ledger: Ledger, make_core: Callable[[], Core]) -> None:
+    def __init__(self, settings: Settings, ledger: Ledger, make_core: Callable[[], SchedulerCore]) -> None:
         self._settings = settings
         self._ledger = ledger
         self._make_core = make_core
@@ -115,7 +115,7 @@ class _Tenure:
 class _Reign:
     """One leader's work under one epoch."""
 
-    def __init__(self, ledger: Ledger, core: Core, tenure: _Tenure) -> None:
+    def __init__(self, ledger: Ledger, core: SchedulerCore, tenure: _Tenure) -> None:
         self._any_ledger = ledger
         self._core = core
         self._tenure = tenure
@@ -296,7 +296,7 @@ def _end(decision: Decision) -> End:
     return End(decision.task.id, "rejected" if decision.action == "reject" else "expired", decision.explanation)
 
 
-def _strangers(events: Iterable[Event], core: Core) -> list[str]:
+def _strangers(events: Iterable[Event], core: SchedulerCore) -> list[str]:
     """Ids of tasks these events are about that neither the core nor an earlier one of them has introduced."""
     introduced: set[str] = set()
     strangers: dict[str, None] = {}

@@ -11,9 +11,9 @@ import pytest
 from support import users
 from support.servers import DebianRedis, Server, skip_without_debian_redis
 
-from broker.embedded import EmbeddedServer
-from broker.ledger import Ledger
-from broker.settings import Settings
+from perllm.broker.ledger import Ledger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.settings import Settings
 
 # A shell that runs the tests in the background has its children ignore SIGINT; those we start must hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,11 +1,11 @@
-"""`python -m broker.api`: the HTTP door, as `perllm api` starts it."""
+"""`python -m perllm.broker.api`: the HTTP door, as `perllm api` starts it."""
 
 from __future__ import annotations
 
 import sys
 
-from broker.api.cli import app
-from broker.errors import PerLLMError
+from perllm.broker.api.cli import app
+from perllm.broker.errors import PerLLMError
 
 try:
     app(prog_name="perllm api")

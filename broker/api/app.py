@@ -11,10 +11,12 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CollectorRegistry
 
-from broker.api import batches, completions, docs, errors, files, metrics, responses, tasks, webhooks
-from broker.api.core import Api
-from broker.api.guard import Guard
-from broker.settings import Settings
+from perllm.broker.api import errors, metrics
+from perllm.broker.api.openapi import document as docs
+from perllm.broker.api.request_limits import RequestLimits
+from perllm.broker.api.requests import Api
+from perllm.broker.api.routes import batches, completions, files, responses, tasks, webhooks
+from perllm.broker.settings import Settings
 
 _ABOUT = """\
 The OpenAI dialect over PerLLM's queue: submit and wait, stream, or submit and forget. Give `deadline`, `value` and
@@ -58,7 +60,7 @@ def make_app(settings: Settings) -> FastAPI:
         metrics.router,
     ):
         app.include_router(router)
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(RequestLimits, settings=settings)
     if settings.api_cors:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.api_cors, allow_methods=["*"], allow_headers=["*"], max_age=600

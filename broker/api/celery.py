@@ -1,4 +1,4 @@
-"""`celery -A broker.api worker`: delivers webhooks. The queue `webhooks` carries turns; what is to be delivered, and
+"""`celery -A perllm.broker.api worker`: delivers webhooks. The queue `webhooks` carries turns; what is to be delivered, and
 when, rests in `webhook_store`."""
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import structlog
 from celery import signals
 
-from broker import connection, logs
-from broker.api.herald import DELIVER
-from broker.api.webhook_post import PATIENCE, connections, post
-from broker.api.webhook_store import BACKOFF, QUEUE, TURN, TURNS, Turn, Webhooks
-from broker.celery_app import make_app
-from broker.errors import PerLLMError
-from broker.ledger import Ledger
-from broker.settings import load_settings
+from perllm.broker import connection, logs
+from perllm.broker.api.webhooks.dispatcher import DELIVER
+from perllm.broker.api.webhooks.post import PATIENCE, connections, post
+from perllm.broker.api.webhooks.store import BACKOFF, QUEUE, TURN, TURNS, Turn, Webhooks
+from perllm.broker.errors import PerLLMError
+from perllm.broker.ledger import Ledger
+from perllm.broker.queues.app import make_app
+from perllm.broker.settings import load_settings
 
 #: Posts to one webhook at once.
 AT_ONCE = 2

@@ -17,17 +17,17 @@ import uvicorn
 from rich.console import Console
 from rich.table import Table
 
-from broker import logs
-from broker.api.app import make_app
-from broker.api.core import is_loopback
-from broker.api.file_store import Files
-from broker.api.guard import MAX_HEAD, Protocol
-from broker.api.keys import Key, Keys
-from broker.connection import check
-from broker.errors import BadSetting
-from broker.folders import private_folder
-from broker.ledger import Ledger
-from broker.settings import Settings, load_settings
+from perllm.broker import logs
+from perllm.broker.api.app import make_app
+from perllm.broker.api.files.store import Files
+from perllm.broker.api.keys import Key, Keys
+from perllm.broker.api.request_limits import MAX_HEAD, Protocol
+from perllm.broker.api.requests import is_loopback
+from perllm.broker.connection import check
+from perllm.broker.errors import BadSetting
+from perllm.broker.ledger import Ledger
+from perllm.broker.private_files import private_folder
+from perllm.broker.settings import Settings, load_settings
 
 app = typer.Typer(help="The HTTP door, for any OpenAI client; `perllm api keys` for who may use it.")
 keys = typer.Typer(help="Who may use the HTTP door.", no_args_is_help=True)

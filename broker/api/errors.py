@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from broker.errors import InvalidTask, TaskNotFound, TryAgain, Unreachable, Unreadable, WaitTimeout
+from perllm.broker.errors import InvalidTask, TaskNotFound, TryAgain, Unreachable, Unreadable, WaitTimeout
 
 log = structlog.get_logger(__name__)
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

@@ -15,12 +15,12 @@ from typing import Annotated, cast
 
 from pydantic import Field, ValidationError
 
-from broker.api.shelf import Document, Shelf
-from broker.connection import reaching
-from broker.errors import BadSetting, field_errors
-from broker.ledger import Ledger
-from broker.messages import MAX_NAME, MAX_VALUE, Name
-from broker.settings import Settings
+from perllm.broker.api.document_store import Document, DocumentStore
+from perllm.broker.connection import reaching
+from perllm.broker.errors import BadSetting, field_errors
+from perllm.broker.ledger import Ledger
+from perllm.broker.messages import MAX_NAME, MAX_VALUE, Name
+from perllm.broker.settings import Settings
 
 _FORM = re.compile(r"perllm_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _ALL = "all"
@@ -94,7 +94,7 @@ class Keys:
 
     def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self._settings, self._ledger = settings, ledger
-        self._shelf: Shelf[Key] = Shelf(settings, ledger, "key", Key)
+        self._shelf: DocumentStore[Key] = DocumentStore(settings, ledger, "key", Key)
         self._rate = ledger.client.register_script(_RATE)
         self._admit = ledger.client.register_script(_ADMIT)
         self._reserve = ledger.client.register_script(_RESERVE)

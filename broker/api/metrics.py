@@ -12,11 +12,11 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from broker.api.core import TheApi, TheCaller
-from broker.api.docs import answers
-from broker.api.guard import METHODS
-from broker.ledger import Ledger
-from broker.messages import Counters, Heartbeat, NodeInfo, State
+from perllm.broker.api.openapi.document import answers
+from perllm.broker.api.request_limits import METHODS
+from perllm.broker.api.requests import TheApi, TheCaller
+from perllm.broker.ledger import Ledger
+from perllm.broker.messages import Counters, Heartbeat, NodeInfo, State
 
 log = structlog.get_logger(__name__)
 router = APIRouter(tags=["Health"])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from broker.api.errors import ApiError
+from perllm.broker.api.errors import ApiError
 
 T = TypeVar("T")
 

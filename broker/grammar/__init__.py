@@ -5,7 +5,7 @@ What has passed the check compiles within bounded time, memory and stack, so tha
 what it costs at each token is bounded there while it runs, by the limits below.
 """
 
-from broker.grammar.checker import check, check_from_loop, lark
-from broker.grammar.child import limits
+from perllm.broker.grammar.checker import check, check_from_loop, lark
+from perllm.broker.grammar.child import limits
 
 __all__ = ["check", "check_from_loop", "lark", "limits"]

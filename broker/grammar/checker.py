@@ -25,10 +25,10 @@ from pathlib import Path
 from queue import LifoQueue
 from typing import Any
 
-from broker.errors import InvalidTask, TryAgain
-from broker.grammar import child
-from broker.grammar.gbnf import BadGBNF, to_lark
-from broker.messages import TaskSpec
+from perllm.broker.errors import InvalidTask, TryAgain
+from perllm.broker.grammar import child
+from perllm.broker.grammar.gbnf import BadGBNF, to_lark
+from perllm.broker.messages import TaskSpec
 
 #: Children, and threads of an event loop's process that wait for them.
 CHILDREN, THREADS = 2, 32

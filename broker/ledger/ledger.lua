@@ -106,7 +106,7 @@ local function finish(id, t, state, on_time, reason, extra)
         result = '{"exc_type":"TaskRevokedError","exc_message":["cancelled"],"exc_module":"celery.exceptions"}'
     elseif state ~= 'succeeded' then
         status = 'FAILURE'
-        result = '{"exc_type":"' .. EXCEPTION[state] .. '","exc_message":[' .. str(reason or state) .. '],"exc_module":"broker.errors"}'
+        result = '{"exc_type":"' .. EXCEPTION[state] .. '","exc_message":[' .. str(reason or state) .. '],"exc_module":"perllm.broker.errors"}'
     end
     local meta = '{"status":"' .. status .. '","result":' .. result .. ',"traceback":null,"children":[],"task_id":' .. str(id) .. '}'
     local name = 'celery-task-meta-' .. id

@@ -13,10 +13,10 @@ import structlog
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
-from broker.connection import REPLY_TIMEOUT, connect, of_a_record, reaching
-from broker.errors import InvalidTask, Unreadable, field_errors
-from broker.ledger.script import Argument, Script
-from broker.messages import (
+from perllm.broker.connection import REPLY_TIMEOUT, connect, of_a_record, reaching
+from perllm.broker.errors import InvalidTask, Unreadable, field_errors
+from perllm.broker.ledger.script import Argument, Script
+from perllm.broker.messages import (
     BYTES_PER_TOKEN,
     Claimed,
     Dispatched,
@@ -32,7 +32,7 @@ from broker.messages import (
     TaskSpec,
     parse_event,
 )
-from broker.settings import Settings
+from perllm.broker.settings import Settings
 
 #: Bytes of a task beside its payload, features and result, about (as in ledger.lua).
 TASK_BYTES = 1024
@@ -137,7 +137,7 @@ class TaskRecord:
 class Ledger:
     """Every operation on tasks and nodes, each one atomic call. Thread-safe.
 
-    Raises broker.errors.Unreachable when the server cannot be used; nothing is half-done then, and any call may be
+    Raises perllm.broker.errors.Unreachable when the server cannot be used; nothing is half-done then, and any call may be
     repeated. `reply_timeout` is how long the server may be silent, s.
     """
 

@@ -1,4 +1,4 @@
-"""A node as an ordinary Celery worker: `celery -A edge_worker worker`, `celery -A cloud_worker worker`."""
+"""A node as an ordinary Celery worker: `celery -A perllm.edge_worker worker`, `celery -A perllm.cloud_worker worker`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import structlog
 from celery import Celery, Task, signals
 from pydantic import ValidationError
 
-from broker import connection, logs
-from broker.celery_app import RUN, make_app
-from broker.errors import BadSetting, PerLLMError, TaskExpired, TaskFailed, field_errors
-from broker.ledger import Ledger
-from broker.messages import WIRE_VERSION, NodeInfo
-from broker.settings import Settings, load_settings
-from broker.worker.engine import Engine
-from broker.worker.node import NodeWorker
+from perllm.broker import connection, logs
+from perllm.broker.engine.contract import Engine
+from perllm.broker.errors import BadSetting, PerLLMError, TaskExpired, TaskFailed, field_errors
+from perllm.broker.ledger import Ledger
+from perllm.broker.messages import WIRE_VERSION, NodeInfo
+from perllm.broker.queues.app import RUN, make_app
+from perllm.broker.settings import Settings, load_settings
+from perllm.broker.worker.node import NodeWorker
 
 log = structlog.get_logger(__name__)
 Tier = Literal["edge", "cloud"]

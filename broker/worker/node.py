@@ -18,8 +18,9 @@ import redis
 import structlog
 from pydantic import ValidationError
 
-from broker import grammar
-from broker.errors import (
+from perllm.broker import grammar
+from perllm.broker.engine.contract import Engine, EngineDown, EngineError, Generation, Stop
+from perllm.broker.errors import (
     BadSetting,
     InvalidTask,
     TaskExpired,
@@ -28,11 +29,10 @@ from broker.errors import (
     Unreachable,
     field_errors,
 )
-from broker.ledger import Claim, Ledger
-from broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec, whole_text
-from broker.settings import Settings
-from broker.worker.engine import Engine, EngineDown, EngineError, Generation, Stop
-from broker.worker.speaker import Speaker
+from perllm.broker.ledger import Claim, Ledger
+from perllm.broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec, whole_text
+from perllm.broker.settings import Settings
+from perllm.broker.worker.text_publisher import TextPublisher
 
 #: Seconds a worker keeps trying to deliver a result to a server that does not answer.
 DELIVERY_PATIENCE = 60.0
@@ -167,7 +167,7 @@ class NodeWorker:
             return self._failed(task_id, attempt, reason, retry=True)
         try:
             grammar.check(spec)
-            speaker = Speaker(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
+            speaker = TextPublisher(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
             done = self._engine.generate(task_id, spec, attempt.stop, speaker)
         except EngineDown as error:
             reason = str(error)

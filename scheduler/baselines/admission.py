@@ -11,10 +11,10 @@ from typing import Any
 
 from typing_extensions import override
 
-from broker.messages import Candidate, Event
-from scheduler.baselines.forecast import MeanLength, forecast
-from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.policy import Choice, Policy, Reject, Wait
+from perllm.broker.messages import Candidate, Event
+from perllm.scheduler.baselines.forecast import MeanLength, forecast
+from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.policy import Choice, Policy, Reject, Wait
 
 
 class WithAdmission(Policy):

@@ -4,7 +4,7 @@ A re-implementation from the public description (Du et al., "Diffusion-based rei
 AI-generated content services", IEEE Transactions on Mobile Computing 2024), not the authors' code. The actor denoises a
 Gaussian vector in five steps, conditioned on the state, into one logit per node; two critics judge actions, and their
 smaller value trains the actor together with an entropy bonus. It learns while it runs, and needs thousands of tasks
-to: train it in the simulator first (`scheduler.simulator.train`).
+to: train it in the simulator first (`perllm.scheduler.simulator.train`).
 
 Needs torch: pip install 'perllm[agod]'.
 """
@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import override
 
-from broker.messages import Completed, Ended, Event, State
-from scheduler.baselines.base import Baseline
-from scheduler.baselines.forecast import MeanLength
-from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.policy import Choice, Place
+from perllm.broker.messages import Completed, Ended, Event, State
+from perllm.scheduler.baselines.base import Baseline
+from perllm.scheduler.baselines.forecast import MeanLength
+from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.policy import Choice, Place
 
 #: Nodes it can tell apart; further ones are never chosen.
 NODES = 8
@@ -126,7 +126,7 @@ class Agod(Baseline):
             if node.name not in self.seats and len(self.seats) < NODES:
                 self.seats.append(node.name)
             if node.name in self.seats:
-                cal, held = node.info.models[0].calibration, len(node.flights) / node.info.slots
+                cal, held = node.info.models[0].calibration, len(node.in_flight) / node.info.slots
                 begin = TASK_FEATURES + self.seats.index(node.name) * NODE_FEATURES
                 row[begin : begin + NODE_FEATURES] = (
                     1.0,

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from broker.messages import Completed, Ended, Event, State
-from scheduler.baselines.base import Baseline
-from scheduler.baselines.forecast import MeanLength
-from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.policy import Choice, Place
+from perllm.broker.messages import Completed, Ended, Event, State
+from perllm.scheduler.baselines.base import Baseline
+from perllm.scheduler.baselines.forecast import MeanLength
+from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.policy import Choice, Place
 
 Floats = NDArray[np.float64]
 
@@ -103,7 +103,7 @@ class LinUcb(Baseline):
 
     def x(self, task: Task, node: Node, now: float) -> list[float]:
         """The features of `task` on `node`."""
-        held = len(node.flights) / node.info.slots
+        held = len(node.in_flight) / node.info.slots
         length = self.lengths.tokens(task)
         left = task.deadline - now
         return [1.0, min(held, 1.0), max(held - 1.0, 0.0), task.prompt_tokens / 500, length / 100, min(left / 5, 4.0)]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from broker.messages import Candidate, Event
-from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.policy import Choice, Policy
+from perllm.broker.messages import Candidate, Event
+from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.policy import Choice, Policy
 
 
 class Baseline(Policy):
@@ -38,7 +38,9 @@ class Baseline(Policy):
     @override
     def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
         """How many tasks each candidate holds: all that most of these policies look at."""
-        return tuple(Candidate(node=n.name, note=f"holds {len(n.flights)} of {n.info.slots} slots") for n in candidates)
+        return tuple(
+            Candidate(node=n.name, note=f"holds {len(n.in_flight)} of {n.info.slots} slots") for n in candidates
+        )
 
     @override
     def snapshot(self) -> dict[str, Any]:

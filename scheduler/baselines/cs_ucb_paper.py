@@ -14,12 +14,12 @@ from typing import Any
 
 from typing_extensions import override
 
-from broker.messages import Candidate, Completed, Ended, Event, Returned, State
-from scheduler.baselines.base import Baseline
-from scheduler.baselines.forecast import MeanLength, forecast
-from scheduler.core.classes import Classes
-from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.policy import Choice, Place
+from perllm.broker.messages import Candidate, Completed, Ended, Event, Returned, State
+from perllm.scheduler.baselines.base import Baseline
+from perllm.scheduler.baselines.forecast import MeanLength, forecast
+from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.policy import Choice, Place
+from perllm.scheduler.core.service_classes import Classes
 
 #: Least time to a deadline used as a divisor, s.
 _MIN_TIME = 1e-3
@@ -108,12 +108,12 @@ class CsUcbPaper(Baseline):
         allowed = max(task.deadline - now, _MIN_TIME)
         capacity = node.info.slots + self.queue_room
         needed = task.payload_bytes / allowed
-        for flight in node.flights.values():
+        for flight in node.in_flight.values():
             if flight.claimed is None:
                 needed += flight.payload_bytes / max(flight.deadline - now, _MIN_TIME)
         return {
             "deadline": (allowed - delay) / allowed,
-            "compute": (capacity - len(node.flights) - 1) / capacity,
+            "compute": (capacity - len(node.in_flight) - 1) / capacity,
             "bandwidth": (node.info.bandwidth - needed) / node.info.bandwidth,
         }
 

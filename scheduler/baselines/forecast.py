@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from broker.messages import Completed, Event, State
-from scheduler.core.classes import Classes
-from scheduler.core.cluster import Node, Task
+from perllm.broker.messages import Completed, Event, State
+from perllm.scheduler.core.cluster import Node, Task
+from perllm.scheduler.core.service_classes import Classes
 
 #: Output length assumed for a class of which nothing has finished yet, as a share of `max_tokens`.
 PRIOR_SHARE = 0.5
@@ -66,7 +66,7 @@ def forecast(node: Node, task: Task, lengths: MeanLength) -> Forecast:
     """
     offer = node.info.offer(task.model)
     assert offer is not None  # candidates offer the model
-    cal, slots, held = offer.calibration, node.info.slots, len(node.flights)
+    cal, slots, held = offer.calibration, node.info.slots, len(node.in_flight)
     tokens = lengths.tokens(task)
     prefill = cal.prefill * task.prompt_tokens
     context = cal.context * (task.prompt_tokens + tokens / 2)

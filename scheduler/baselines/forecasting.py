@@ -7,11 +7,11 @@ from typing import Any
 
 from typing_extensions import override
 
-from broker.messages import Candidate, Event
-from scheduler.baselines.base import Baseline
-from scheduler.baselines.forecast import MeanLength, forecast
-from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.policy import Choice, Place
+from perllm.broker.messages import Candidate, Event
+from perllm.scheduler.baselines.base import Baseline
+from perllm.scheduler.baselines.forecast import MeanLength, forecast
+from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.policy import Choice, Place
 
 
 class _Forecasting(Baseline):

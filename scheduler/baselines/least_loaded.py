@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from scheduler.baselines.base import Baseline
-from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.policy import Choice, Place
+from perllm.scheduler.baselines.base import Baseline
+from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.policy import Choice, Place
 
 
 def load(node: Node) -> float:
     """Tasks held per slot."""
-    return len(node.flights) / node.info.slots
+    return len(node.in_flight) / node.info.slots
 
 
 class LeastLoaded(Baseline):

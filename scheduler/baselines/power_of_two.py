@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from scheduler.baselines.base import Baseline
-from scheduler.baselines.least_loaded import load
-from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.policy import Choice, Place
+from perllm.scheduler.baselines.base import Baseline
+from perllm.scheduler.baselines.least_loaded import load
+from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.policy import Choice, Place
 
 
 class PowerOfTwo(Baseline):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from scheduler.baselines.base import Baseline
-from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.policy import Choice, Place
+from perllm.scheduler.baselines.base import Baseline
+from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.policy import Choice, Place
 
 
 class Random(Baseline):

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from broker.messages import Candidate, Completed, Ended, Event, State
-from scheduler.baselines.base import Baseline
-from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.policy import Choice, Place
+from perllm.broker.messages import Candidate, Completed, Ended, Event, State
+from perllm.scheduler.baselines.base import Baseline
+from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.policy import Choice, Place
 
 #: What can come of a task: late, on time for more than the usual energy, on time for less.
 LATE, DEAR, CHEAP = range(3)
@@ -43,7 +43,7 @@ class RewardlessGuidance(Baseline):
     @staticmethod
     def context(task: Task, node: Node, now: float) -> str:
         """What is seen when `task` is put on `node`, in coarse steps."""
-        full = min(int(4 * len(node.flights) / node.info.slots), 6)
+        full = min(int(4 * len(node.in_flight) / node.info.slots), 6)
         left = max(0, min(int(math.log2(max(task.deadline - now, 0.1)) * 2), 12))
         prompt = max(0, min(int(math.log2(task.prompt_tokens)) - 6, 6))
         return f"{node.name}|{full}|{left}|{prompt}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import exp
 
-from broker.messages import Counters, NodeInfo
+from perllm.broker.messages import Counters, NodeInfo
 
 #: Seconds over which a node's pace is taken.
 PACE_WINDOW = 1.0
@@ -53,7 +53,7 @@ class Node:
     since: float  # s, when it registered
     counters: Counters = field(default_factory=Counters)
     heard: float = 0.0  # s, server clock of the last heartbeat
-    flights: dict[str, Task] = field(default_factory=dict)  # dispatched or running here, oldest first
+    in_flight: dict[str, Task] = field(default_factory=dict)  # dispatched or running here, oldest first
     version: int = 0
     changed: float = 0.0
     pace: float = 0.0  # tasks/s it finished lately

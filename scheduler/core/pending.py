@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.core.cluster import Task
-from scheduler.core.heap import Heap, Ints
+from perllm.scheduler.core.cluster import Task
+from perllm.scheduler.core.heap import Heap, Ints
 
 _CHUNK = 1 << 13  # rows per array
 _ROW = np.dtype(

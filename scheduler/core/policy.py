@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from broker.messages import Candidate, Event
-from scheduler.core.cluster import Cluster, Node, Task
+from perllm.broker.messages import Candidate, Event
+from perllm.scheduler.core.cluster import Cluster, Node, Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""A discrete-event simulator that drives the live system's `Core` on measured step times."""
+"""A discrete-event simulator that drives the live system's `SchedulerCore` on measured step times."""

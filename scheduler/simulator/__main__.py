@@ -1,5 +1,5 @@
-"""`python -m scheduler.simulator`, the same as `perllm simulate`."""
+"""`python -m perllm.scheduler.simulator`, the same as `perllm simulate`."""
 
-from scheduler.simulator.cli import main
+from perllm.scheduler.simulator.cli import main
 
 main()

@@ -11,12 +11,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from broker.errors import BadSetting, PerLLMError
-from scheduler.policies import policy_names
-from scheduler.simulator import report
-from scheduler.simulator.result import CARRIED, Run
-from scheduler.simulator.scenario import Scenario, load_scenario, scenario_names
-from scheduler.simulator.trace import arrivals_of, read_trace
+from perllm.broker.errors import BadSetting, PerLLMError
+from perllm.scheduler.policies import policy_names
+from perllm.scheduler.simulator import report
+from perllm.scheduler.simulator.result import CARRIED, Run
+from perllm.scheduler.simulator.scenario import Scenario, load_scenario, scenario_names
+from perllm.scheduler.simulator.trace import arrivals_of, read_trace
 
 #: Where results go when `--out` is not given.
 DEFAULT_OUT = Path("perllm-simulation")
@@ -58,7 +58,7 @@ def simulate(
     Ctrl-C ends it and keeps what has finished.
     """
     try:
-        from scheduler.simulator.sweep import check, points, sweep, trace_load  # noqa: PLC0415
+        from perllm.scheduler.simulator.sweep import check, points, sweep, trace_load  # noqa: PLC0415
     except ImportError as error:
         raise BadSetting(f"simulations need {error.name}: pip install 'perllm[simulate]'") from None
     chosen = load_scenario(scenario)
@@ -132,7 +132,7 @@ def _show(scenario: Scenario, stem: str, runs: list[Run], folder: Path | None, *
 
 
 def main() -> None:
-    """`python -m scheduler.simulator`."""
+    """`python -m perllm.scheduler.simulator`."""
     try:
         typer.run(simulate)
     except PerLLMError as error:

@@ -15,10 +15,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from broker.messages import Counters
-from scheduler.simulator.clock import Clock, Timer
-from scheduler.simulator.pace import Pace
-from scheduler.simulator.tables import StepTable
+from perllm.broker.messages import Counters
+from perllm.scheduler.simulator.clock import Clock, Timer
+from perllm.scheduler.simulator.speed_changes import Pace
+from perllm.scheduler.simulator.tables import StepTable
 
 #: The longest step is remembered for between one and two of these, s.
 _WINDOW = 30.0

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from broker.ledger import Ledger
-from broker.messages import Event
-from broker.settings import load_settings
-from scheduler.simulator.trace import write_trace
+from perllm.broker.ledger import Ledger
+from perllm.broker.messages import Event
+from perllm.broker.settings import load_settings
+from perllm.scheduler.simulator.trace import write_trace
 
 app = typer.Typer(help="Traces of a live system, for `perllm simulate --trace`.", no_args_is_help=True)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 
-from scheduler.simulator.clock import Callback, Clock, Timer
-from scheduler.simulator.pace import Pace
+from perllm.scheduler.simulator.clock import Callback, Clock, Timer
+from perllm.scheduler.simulator.speed_changes import Pace
 
 
 @dataclass(frozen=True, slots=True, order=True)

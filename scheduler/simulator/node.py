@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from broker.messages import (
+from perllm.broker.messages import (
     Claimed,
     Completed,
     Ended,
@@ -24,14 +24,14 @@ from broker.messages import (
     Returned,
     State,
 )
-from scheduler.simulator.clock import Clock, Timer
-from scheduler.simulator.engine import Engine
-from scheduler.simulator.engine import Sequence as Generation
-from scheduler.simulator.link import SharedLink, Transfer
-from scheduler.simulator.pace import BandwidthPace, SpeedPace, link_changes, speed_changes
-from scheduler.simulator.scenario import Fault, NodeSpec
-from scheduler.simulator.tables import StepTable
-from scheduler.simulator.workload import Arrival
+from perllm.scheduler.simulator.clock import Clock, Timer
+from perllm.scheduler.simulator.engine import Engine
+from perllm.scheduler.simulator.engine import Sequence as Generation
+from perllm.scheduler.simulator.link import SharedLink, Transfer
+from perllm.scheduler.simulator.scenario import Fault, NodeSpec
+from perllm.scheduler.simulator.speed_changes import BandwidthPace, SpeedPace, link_changes, speed_changes
+from perllm.scheduler.simulator.tables import StepTable
+from perllm.scheduler.simulator.workload import Arrival
 
 #: Attempts that may end without a result before a task fails (the live default).
 MAX_STRIKES = 3

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from broker.messages import Event
-from scheduler.baselines.base import Baseline
-from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.policy import Choice, Place, Reject
-from scheduler.simulator.node import SimNode
-from scheduler.simulator.workload import Arrival
+from perllm.broker.messages import Event
+from perllm.scheduler.baselines.base import Baseline
+from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.policy import Choice, Place, Reject
+from perllm.scheduler.simulator.node import SimNode
+from perllm.scheduler.simulator.workload import Arrival
 
 #: What a unit of on-time value is worth, in units of E0.
 V = 6.0
@@ -84,7 +84,7 @@ class _Oracle(Baseline):
     def _gain(self, task: Task, node: Node, now: float) -> float:
         """V·Δ(on-time value) − Δenergy/E0 of putting `task` on `node`."""
         scene = self.scene(node, task, now)
-        held = len(node.flights)
+        held = len(node.in_flight)
         value_with, joules_with = play(held + 1, *scene)
         value_without, joules_without = play(held, *scene)
         return V * (value_with - value_without) - (joules_with - joules_without) / E0
@@ -93,7 +93,7 @@ class _Oracle(Baseline):
         """`play`'s arguments but the first, for what `node` holds and, last, `task`."""
         sim = self._sim.nodes[node.name]
         inside = sim.inside()
-        tasks = sorted(node.flights.values(), key=lambda flight: flight.id not in inside)
+        tasks = sorted(node.in_flight.values(), key=lambda flight: flight.id not in inside)
         holding = sum(flight.id in inside for flight in tasks)
         if task is not None:
             tasks.append(task)

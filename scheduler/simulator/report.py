@@ -12,9 +12,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from broker.errors import BadSetting
-from scheduler.policies import MECHANISMS
-from scheduler.simulator.result import CARRIED, Run, effective_capacity, mean
+from perllm.broker.errors import BadSetting
+from perllm.scheduler.policies import MECHANISMS
+from perllm.scheduler.simulator.result import CARRIED, Run, effective_capacity, mean
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:

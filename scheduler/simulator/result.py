@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from broker.messages import State
+from perllm.broker.messages import State
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""One simulation: a scenario's arrivals through the live system's `Core` onto simulated nodes."""
+"""One simulation: a scenario's arrivals through the live system's `SchedulerCore` onto simulated nodes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from broker.messages import (
+from perllm.broker.messages import (
     Claimed,
     Completed,
     Dispatched,
@@ -19,16 +19,16 @@ from broker.messages import (
     Returned,
     State,
 )
-from scheduler.core.core import Core, Decision
-from scheduler.core.policy import Policy
-from scheduler.policies import has_mechanisms, make_policy
-from scheduler.simulator.clock import Clock
-from scheduler.simulator.node import Job, SimNode
-from scheduler.simulator.oracles import ORACLES
-from scheduler.simulator.result import Outcome, Run
-from scheduler.simulator.scenario import Loss, NodeSpec, Replay, Scenario, names_of
-from scheduler.simulator.tables import StepTable, load_table
-from scheduler.simulator.workload import Arrival, make_arrivals, mean_task, tokens
+from perllm.scheduler.core.policy import Policy
+from perllm.scheduler.core.scheduler import Decision, SchedulerCore
+from perllm.scheduler.policies import has_mechanisms, make_policy
+from perllm.scheduler.simulator.clock import Clock
+from perllm.scheduler.simulator.node import Job, SimNode
+from perllm.scheduler.simulator.oracles import ORACLES
+from perllm.scheduler.simulator.result import Outcome, Run
+from perllm.scheduler.simulator.scenario import Loss, NodeSpec, Replay, Scenario, names_of
+from perllm.scheduler.simulator.tables import StepTable, load_table
+from perllm.scheduler.simulator.workload import Arrival, make_arrivals, mean_task, tokens
 
 #: Tasks left waiting are looked at again after this long, s, as in the live service.
 TICK = 0.1
@@ -93,7 +93,7 @@ class Simulation:
         if isinstance(policy, str):
             policy = ORACLES[policy](self) if policy in ORACLES else make_policy(policy, seed)
         room = scenario.queue_room if mechanisms else None
-        self.core = Core(policy, queue_beyond_slots=room, edf=mechanisms, explain=False)
+        self.core = SchedulerCore(policy, queue_beyond_slots=room, edf=mechanisms, explain=False)
         for node in self.nodes.values():
             node.boot()
         self._next = 0
@@ -248,7 +248,7 @@ class Simulation:
         )
         job = Job(self._by_id[task.id], task.attempt, self._strikes.get(task.id, 0))
         node = self.nodes[decision.node.name]
-        self.clock.at(now + self.scenario.hop, partial(node.accept, job))
+        self.clock.at(now + self.scenario.dispatch_delay, partial(node.accept, job))
 
     def _record(self, event: Completed | Ended) -> None:
         assert event.id not in self.outcomes, f"{event.id} ended twice"

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from broker.errors import BadSetting, field_errors
-from broker.messages import Finite, Name, NodeName, NonNegative
+from perllm.broker.errors import BadSetting, field_errors
+from perllm.broker.messages import Finite, Name, NodeName, NonNegative
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 
@@ -242,7 +242,7 @@ class Scenario(_Part):
     boot_error: dict[str, Positive] = Field(default_factory=dict)  # node → factor on the step times it announces
     heartbeat: Positive = 1.0  # s
     lease: Positive = 4.0  # s until a dead node's tasks are pending again
-    hop: NonNegative = 0.003  # s from a decision to the node's queue
+    dispatch_delay: NonNegative = 0.003  # s from a decision to the node's queue
     queue_room: Annotated[int, Field(ge=0)] = 2  # tasks a node's queue holds beyond its slots (with mechanisms)
     start: Finite = 0.0  # s, the clock's first reading
 

@@ -9,14 +9,14 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from broker.errors import BadSetting
-from scheduler.policies import make_policy
-from scheduler.simulator.oracles import ORACLES
-from scheduler.simulator.result import Run
-from scheduler.simulator.run import Simulation, capacity
-from scheduler.simulator.scenario import Scenario
-from scheduler.simulator.trace import stretched
-from scheduler.simulator.workload import Arrival, make_arrivals
+from perllm.broker.errors import BadSetting
+from perllm.scheduler.policies import make_policy
+from perllm.scheduler.simulator.oracles import ORACLES
+from perllm.scheduler.simulator.result import Run
+from perllm.scheduler.simulator.run import Simulation, capacity
+from perllm.scheduler.simulator.scenario import Scenario
+from perllm.scheduler.simulator.trace import stretched
+from perllm.scheduler.simulator.workload import Arrival, make_arrivals
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from broker.errors import BadSetting
-from broker.messages import Calibration
+from perllm.broker.errors import BadSetting
+from perllm.broker.messages import StepCost
 
 PROFILES = Path(__file__).parent / "profiles"
 
@@ -63,7 +63,7 @@ class StepTable:
             return self.prefill(prefill)
         return self.decode(active, context) + self.prefill(prefill) - self.prefill_seconds[0]
 
-    def calibration(self, *, prompt: int, output: int) -> Calibration:
+    def calibration(self, *, prompt: int, output: int) -> StepCost:
         """What a node measures of itself at boot: the linear form fitted over batches up to its slots, at the context
         of a mean task (`prompt`, `output` in tokens)."""
         slots = len(self.base) - 1
@@ -75,7 +75,7 @@ class StepTable:
         # Relative errors count alike, so that the single sequence is not lost beside the full batch.
         step, sequence, context = np.linalg.lstsq(matrix / times[:, None], np.ones(len(rows)), rcond=None)[0]
         chunk = float(max(prompt, 1))
-        return Calibration(
+        return StepCost(
             step=max(0.0, step),
             sequence=max(0.0, sequence),
             prefill=(self.prefill(chunk) - self.prefill_seconds[0]) / chunk,

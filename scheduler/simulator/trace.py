@@ -1,6 +1,6 @@
 """Trace files: a live system's event stream, exported and replayed.
 
-A trace is JSON lines: a header `{"perllm_trace": 1}`, then one event per line as `broker.messages` writes it. Any
+A trace is JSON lines: a header `{"perllm_trace": 1}`, then one event per line as `perllm.broker.messages` writes it. Any
 events may be in it; a replay needs the `submitted` ones (arrival, sizes, deadline, value, class) and reads output
 lengths off the `completed` ones.
 """
@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from broker.errors import BadSetting, field_errors
-from broker.messages import Completed, Event, State, Submitted, parse_event
-from scheduler.simulator.report import write_whole
-from scheduler.simulator.workload import Arrival
+from perllm.broker.errors import BadSetting, field_errors
+from perllm.broker.messages import Completed, Event, State, Submitted, parse_event
+from perllm.scheduler.simulator.report import write_whole
+from perllm.scheduler.simulator.workload import Arrival
 
 VERSION = 1
 _HEADER = {"perllm_trace": VERSION}

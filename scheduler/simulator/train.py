@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from scheduler.core.policy import Policy
-from scheduler.simulator.run import Simulation
-from scheduler.simulator.scenario import Scenario
+from perllm.scheduler.core.policy import Policy
+from perllm.scheduler.simulator.run import Simulation
+from perllm.scheduler.simulator.scenario import Scenario
 
 
 def train(

@@ -13,9 +13,9 @@ from typing import assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from broker.errors import BadSetting
-from broker.messages import Submitted
-from scheduler.simulator.scenario import (
+from perllm.broker.errors import BadSetting
+from perllm.broker.messages import Submitted
+from perllm.scheduler.simulator.scenario import (
     Arrivals,
     Constant,
     Distribution,

@@ -14,9 +14,9 @@ from typing import Any
 
 from support import users
 
-from broker import cli
-from broker.settings import Settings
-from broker.stack import Stack
+from perllm.broker.cli import main as cli
+from perllm.broker.local.supervisor import Supervisor
+from perllm.broker.settings import Settings
 
 #: A file in the data folder: name of each part → its command.
 PARTS = "parts.json"
@@ -25,7 +25,7 @@ PRELOAD = "ATTACK_PRELOAD"
 _ROLES = {"edge": "worker", "flower": "monitor"}
 
 
-class System(Stack):
+class System(Supervisor):
     """The product's stack of edges only."""
 
     def __init__(self, settings: Settings, **given: Any) -> None:
@@ -51,5 +51,5 @@ def parts(folder: Path) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    cli.Stack = System  # type: ignore[misc]
+    cli.Supervisor = System  # type: ignore[misc]
     cli.main()

@@ -24,12 +24,12 @@ from support.ports import free_port
 from support.wait import eventually
 
 from attack import hostile, neighbour, system
-from broker.api.keys import Keys
-from broker.embedded import EmbeddedServer
-from broker.errors import Unreachable
-from broker.ledger import Ledger
-from broker.process import spawn
-from broker.settings import Settings
+from perllm.broker.api.keys import Keys
+from perllm.broker.errors import Unreachable
+from perllm.broker.ledger import Ledger
+from perllm.broker.local.process import spawn
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 #: Where the processes find this tree's modules.

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import redis
 
-from broker.connection import connect
-from broker.errors import Unreachable
-from broker.ledger import Ledger
-from broker.settings import Settings
 from chaos.history import Dump, Row, Seen
+from perllm.broker.connection import connect
+from perllm.broker.errors import Unreachable
+from perllm.broker.ledger import Ledger
+from perllm.broker.settings import Settings
 
 #: Seconds before the server's end from which on its stream is read again: far more than it can have lost.
 _LOOK_BACK = 10.0

@@ -15,9 +15,6 @@ from support import users
 from support.cluster import Cluster, Process
 from support.ports import free_port
 
-from broker.errors import Unreachable
-from broker.ledger.ledger import DISPATCH_LEASE
-from broker.settings import Settings
 from chaos.checker import Report, check
 from chaos.history import History, Seen
 from chaos.observer import Observer, dump, unfinished
@@ -25,6 +22,9 @@ from chaos.plan import Blow
 from chaos.producer import DEADLINE, read_records
 from chaos.server import FragileServer
 from chaos.world import Post, Show, Struck, World
+from perllm.broker.errors import Unreachable
+from perllm.broker.ledger.ledger import DISPATCH_LEASE
+from perllm.broker.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 #: Where the processes find this tree's modules.
@@ -180,7 +180,7 @@ def _posts(cluster: Cluster, folder: Path, seed: int, *, real: bool) -> list[Pos
         return cluster.start(name, "chaos.producer", life, str(folder), f"{seed}.{life}", REAL if real else "", url)
 
     def serve(name: str) -> Process:
-        return cluster.start(name, "broker.api", data_dir=folder / name, api_port=port, api_open=True)
+        return cluster.start(name, "perllm.broker.api", data_dir=folder / name, api_port=port, api_open=True)
 
     return [
         *(Post(name, "scheduler", cluster.start_scheduler) for name in SCHEDULERS),

@@ -26,14 +26,14 @@ from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES
 from support.cluster import Cluster, Process
 
-from broker.settings import load_settings
 from chaos.checker import WINDOW
 from chaos.perllm import PRODUCERS, REPLAYS
 from chaos.plan import Blow
 from chaos.producer import BACKLOG, BATCH, LENGTHS, read_records
 from chaos.server import FragileServer
 from chaos.world import Post, Show, World
-from scheduler.simulator.tables import load_table
+from perllm.broker.settings import load_settings
+from perllm.scheduler.simulator.tables import load_table
 
 QUEUE = "plain"
 #: Seconds after which Celery delivers again what nobody acknowledged: beyond any task here (its default is an hour).

@@ -19,12 +19,12 @@ from typing import Any, cast
 import httpx
 from support.replay import FAULT, MODEL, POISON
 
-from broker import Client, State
-from broker.connection import reaching
-from broker.errors import InvalidTask, PerLLMError, Unreachable
 from chaos.checker import AMPLE
 from chaos.history import Saw, Told
 from chaos.observer import digest
+from perllm.broker import Client, State
+from perllm.broker.connection import reaching
+from perllm.broker.errors import InvalidTask, PerLLMError, Unreachable
 
 #: Seconds most tasks are given.
 DEADLINE = 1.5 * AMPLE

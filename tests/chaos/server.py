@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from broker.embedded import EmbeddedServer
 from chaos.history import Fsync, Outage
+from perllm.broker.local.server import EmbeddedServer
 
 #: Seconds of writes a power cut may take under `everysec`.
 _UNSYNCED = 1.0

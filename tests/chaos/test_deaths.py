@@ -10,10 +10,10 @@ from support.cluster import Cluster, Process
 from support.replay import POISON, POISON_STATUS
 from support.wait import eventually
 
-from broker.embedded import EmbeddedServer
-from broker.messages import Claimed, State
-from broker.settings import Settings
-from scheduler.service import SWEEP_EVERY
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import Claimed, State
+from perllm.broker.settings import Settings
+from perllm.scheduler.service import SWEEP_EVERY
 
 
 @pytest.fixture

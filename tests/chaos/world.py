@@ -15,9 +15,9 @@ from support.cluster import Cluster, Process
 from support.replay import POISON_STATUS
 from support.wait import PATIENCE
 
-from broker.errors import Unreachable
 from chaos.plan import Blow, Role
 from chaos.server import FragileServer
+from perllm.broker.errors import Unreachable
 
 #: Seconds without anything done after which nothing will be.
 STALL = 90.0

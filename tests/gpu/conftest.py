@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cloud_worker.nvml import no_gpu
+from perllm.cloud_worker.nvml import no_gpu
 
 ON_CPU = bool(os.environ.get("VLLM_TESTS_ON_CPU"))
 

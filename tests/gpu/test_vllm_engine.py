@@ -15,12 +15,12 @@ import psutil
 import pytest
 from support.wait import eventually
 
-from broker.errors import BadSetting
-from broker.messages import Message, TaskSpec
-from broker.settings import Settings
-from broker.worker.engine import EngineDown, EngineError, Generation, Stop
-from cloud_worker.nvml import PowerLimitMeter
-from cloud_worker.vllm_engine import VLLMEngine
+from perllm.broker.engine.contract import EngineDown, EngineError, Generation, Stop
+from perllm.broker.errors import BadSetting
+from perllm.broker.messages import Message, TaskSpec
+from perllm.broker.settings import Settings
+from perllm.cloud_worker.nvml import PowerLimitMeter
+from perllm.cloud_worker.vllm_engine import VLLMEngine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 

@@ -20,15 +20,15 @@ import pytest
 from support.api import ApiProcess
 from support.wait import eventually
 
-from broker.api.batch_runner import BatchRunner
-from broker.api.batch_store import BatchDocument, Batches
-from broker.api.file_store import FileDocument, Files
-from broker.api.keys import Keys
-from broker.embedded import EmbeddedServer
-from broker.errors import BadSetting, Unreachable
-from broker.ledger import Ledger
-from broker.messages import State, TaskSpec
-from broker.settings import Settings
+from perllm.broker.api.batches.runner import BatchRunner
+from perllm.broker.api.batches.store import BatchDocument, Batches
+from perllm.broker.api.files.store import FileDocument, Files
+from perllm.broker.api.keys import Keys
+from perllm.broker.errors import BadSetting, Unreachable
+from perllm.broker.ledger import Ledger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import State, TaskSpec
+from perllm.broker.settings import Settings
 
 QUOTA = {"task_bytes": 300_000, "file_bytes": 20_000, "files": 3, "batches": 4}
 

@@ -20,13 +20,13 @@ from support.cluster import Cluster, Process
 from support.tiny_gguf import tiny_llama
 from support.wait import eventually
 
-from broker import grammar
-from broker.embedded import EmbeddedServer
-from broker.errors import InvalidTask, TryAgain
-from broker.messages import TaskSpec
-from broker.settings import Settings
-from broker.worker.engine import EngineError, Stop
-from edge_worker.engine import LlamaEngine
+from perllm.broker import grammar
+from perllm.broker.engine.contract import EngineError, Stop
+from perllm.broker.errors import InvalidTask, TryAgain
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import TaskSpec
+from perllm.broker.settings import Settings
+from perllm.edge_worker.engine import LlamaEngine
 
 #: Each with what becomes of it: refused, with words of the reason, or None where it may be used, being bounded.
 BOMBS: dict[str, tuple[dict[str, Any], str | None]] = {
@@ -204,7 +204,7 @@ def test_the_door_says_what_is_wrong_within_seconds(fields: dict[str, Any], reas
 
 
 def test_one_tenants_slow_schemas_keep_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("broker.grammar.checker.BURST", 1.0)
+    monkeypatch.setattr("perllm.broker.grammar.checker.BURST", 1.0)
     told: list[type[InvalidTask]] = []
 
     def attack(number: int) -> None:

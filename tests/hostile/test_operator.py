@@ -24,14 +24,14 @@ from support.ports import free_port
 from support.wait import eventually
 from tornado.httputil import HTTPHeaders
 
-from broker.client import AsyncClient, Client
-from broker.connection import check
-from broker.embedded import EmbeddedServer
-from broker.errors import BadSetting, PerLLMError, Unreachable
-from broker.flower import from_here
-from broker.folders import own_folder, write_own
-from broker.settings import Settings
-from broker.stack import Stack
+from perllm.broker.client import AsyncClient, Client
+from perllm.broker.connection import check
+from perllm.broker.errors import BadSetting, PerLLMError, Unreachable
+from perllm.broker.local.flower import from_here
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.local.supervisor import Supervisor
+from perllm.broker.private_files import own_folder, write_own
+from perllm.broker.settings import Settings
 
 PERLLM = str(Path(sys.executable).with_name("perllm"))
 
@@ -161,7 +161,7 @@ def test_every_entry_says_so_in_one_line(tmp_path: Path) -> None:
     entries = {
         "perllm": [PERLLM, "submit", "hi"],
         "scheduler": [*module, "scheduler"],
-        "api": [*module, "broker.api"],
+        "api": [*module, "perllm.broker.api"],
         "inbox": [*celery, "broker", "worker"],
         "edge": [*celery, "edge_worker", "worker"],
     }
@@ -220,7 +220,7 @@ def test_flower_takes_the_developers_commands_and_no_pages(valkey: EmbeddedServe
         (node,) = cluster.start_nodes("a")
         os.environ["FLOWER_UNAUTHENTICATED_API"] = "true"
         try:
-            flower = cluster.start("flower", "broker.flower", "--address=127.0.0.1", f"--port={port}")
+            flower = cluster.start("flower", "perllm.broker.local.flower", "--address=127.0.0.1", f"--port={port}")
         finally:
             del os.environ["FLOWER_UNAUTHENTICATED_API"]
 
@@ -249,16 +249,16 @@ FULL_DISK = """
 import os, sys
 from pathlib import Path
 from support.wait import eventually
-from broker.client import Client
-from broker.errors import Unreachable
-from broker.settings import Settings
-from broker.stack import Stack
+from perllm.broker.client import Client
+from perllm.broker.errors import Unreachable
+from perllm.broker.settings import Settings
+from perllm.broker.local.supervisor import Supervisor
 
 folder = Path(sys.argv[1])
 emulated = {"PERLLM_ENGINE": "emulated", "PERLLM_SLOTS": "4", "PERLLM_EMULATED_SPEED": "50"}
 settings = Settings.model_validate({"data_dir": folder / "data", "lease": 3})
 lines = []
-with Stack(settings, edges=("a", "b"), clouds=(), node_environment=dict.fromkeys("ab", emulated)) as stack:
+with Supervisor(settings, edges=("a", "b"), clouds=(), node_environment=dict.fromkeys("ab", emulated)) as stack:
     def tended(look):
         def both():
             lines.extend(stack.tend())
@@ -337,7 +337,10 @@ def test_a_data_folder_that_everybody_may_write_is_refused(tmp_path: Path) -> No
     shared.chmod(0o1777)
     with pytest.raises(BadSetting, match=r"everybody may write in .*shared: `chmod o-w` it, or set .*PERLLM_DATA_DIR"):
         EmbeddedServer(shared).start()
-    with pytest.raises(BadSetting, match="everybody may write"), Stack(Settings(data_dir=shared), edges=(), clouds=()):
+    with (
+        pytest.raises(BadSetting, match="everybody may write"),
+        Supervisor(Settings(data_dir=shared), edges=(), clouds=()),
+    ):
         pass
     assert list(shared.iterdir()) == []
 

@@ -24,18 +24,28 @@ from support.make import node_info, why
 from support.wait import eventually
 from typer.testing import CliRunner
 
-from broker.api import cli as api_cli
-from broker.api.batch_store import BatchDocument, Batches
-from broker.api.intake import Intake
-from broker.api.webhook_store import Webhooks
-from broker.celery_app import node_message
-from broker.client import Client
-from broker.door import Door
-from broker.embedded import EmbeddedServer
-from broker.errors import BadSetting, InvalidTask, Unreadable
-from broker.ledger import Dispatch, Ledger
-from broker.messages import MAX_DEPTH, Counters, Explanation, Heartbeat, Output, State, Submitted, TaskSpec, new_id
-from broker.settings import Settings
+from perllm.broker.api import cli as api_cli
+from perllm.broker.api.batches.store import BatchDocument, Batches
+from perllm.broker.api.submit_coalescer import SubmitCoalescer
+from perllm.broker.api.webhooks.store import Webhooks
+from perllm.broker.client import Client
+from perllm.broker.errors import BadSetting, InvalidTask, Unreadable
+from perllm.broker.ledger import Dispatch, Ledger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import (
+    MAX_DEPTH,
+    Counters,
+    Explanation,
+    Heartbeat,
+    Output,
+    State,
+    Submitted,
+    TaskSpec,
+    new_id,
+)
+from perllm.broker.queues.app import node_message
+from perllm.broker.settings import Settings
+from perllm.broker.validation import TaskValidator
 
 PERLLM = str(Path(sys.executable).with_name("perllm"))
 
@@ -105,7 +115,7 @@ def test_what_is_accepted_is_read_back_the_same_by_every_reader(
     ledger: Ledger, given_input: dict[str, Any], fields: dict[str, Any]
 ) -> None:
     try:
-        spec = Door(ledger._settings, ledger).accept({**given_input, **fields})
+        spec = TaskValidator(ledger._settings, ledger).accept({**given_input, **fields})
     except InvalidTask as error:
         str(error).encode()  # which can be shown, too
         return
@@ -142,7 +152,7 @@ def test_what_engines_and_policies_say_can_be_read_again(text: str, logprobs: An
 
 
 def test_an_integer_of_too_many_digits_is_refused_by_name(ledger: Ledger) -> None:
-    door = Door(ledger._settings, ledger)
+    door = TaskValidator(ledger._settings, ledger)
     for fields in ({"json_schema": {"a": 10**4400}}, {"seed": 10**4400}, {"max_tokens": [10**4400]}):
         with pytest.raises(InvalidTask, match=next(iter(fields))):
             door.accept({"prompt": "hi", **fields})
@@ -182,7 +192,7 @@ def test_one_task_that_cannot_be_written_fails_alone_in_a_group_of_requests(ledg
             return super().store(together)
 
     async def all_at_once(one: Ledger, bad: TaskSpec) -> list[Any]:
-        intake = Intake(one)
+        intake = SubmitCoalescer(one)
         specs = [TaskSpec(prompt="hi")] * 5 + [bad] + [TaskSpec(prompt="hi")] * 5
         # the first call is under way while the rest gathers to one group
         calls = [intake.submit([(new_id(), spec)]) for spec in specs]

@@ -23,14 +23,15 @@ from support.api import ApiProcess, Sink
 from support.receivers import NameServer, Receiver, accept, tarpit
 from support.wait import eventually
 
-from broker.api import webhook_post, webhook_store
-from broker.api.webhook_address import LOOKUP
-from broker.api.webhook_health import FAILURES, Health
-from broker.api.webhook_post import MOST_ANSWER, connections, post
-from broker.api.webhook_store import MOST_HOOKS, TURNS, DeliveryDocument, WebhookDocument, Webhooks
-from broker.embedded import EmbeddedServer
-from broker.ledger import Ledger
-from broker.settings import Settings
+from perllm.broker.api.webhooks import post as webhook_post
+from perllm.broker.api.webhooks import store as webhook_store
+from perllm.broker.api.webhooks.address import LOOKUP
+from perllm.broker.api.webhooks.health import FAILURES, Health
+from perllm.broker.api.webhooks.post import MOST_ANSWER, connections, post
+from perllm.broker.api.webhooks.store import MOST_HOOKS, TURNS, DeliveryDocument, WebhookDocument, Webhooks
+from perllm.broker.ledger import Ledger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.settings import Settings
 
 SECRET = "whsec_" + "c2VjcmV0" * 4
 #: Where receivers are allowed; 127.0.0.1, where they must never be reached, is not.

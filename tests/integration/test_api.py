@@ -22,8 +22,8 @@ from support import users
 from support.api import ApiProcess, Sink
 from support.wait import eventually
 
-from broker.settings import Settings
-from broker.stack import Stack
+from perllm.broker.local.supervisor import Supervisor
+from perllm.broker.settings import Settings
 
 #: Where the tests' webhook receiver listens: private, and allowed by setting; 127.0.0.1 is not.
 SINK = "127.0.0.2"
@@ -49,7 +49,7 @@ def api_users(url: str) -> Iterator[dict[str, Any]]:
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiProcess]:
     folder = tmp_path_factory.mktemp("api")
     with (
-        Stack(Settings(data_dir=folder), edges=("one",), clouds=()) as stack,
+        Supervisor(Settings(data_dir=folder), edges=("one",), clouds=()) as stack,
         api_users(stack.url) as users_of_api,
         ApiProcess(stack.url, folder, **users_of_api, **SETTINGS) as running,
     ):
@@ -500,7 +500,7 @@ def test_a_revoked_key_is_refused(api: ApiProcess) -> None:
     environment = {**os.environ, "PERLLM_REDIS_URL": api.settings.url}
 
     def keys(*arguments: str) -> Any:
-        command = [sys.executable, "-m", "broker.api", "keys", *arguments, "--json"]
+        command = [sys.executable, "-m", "perllm.broker.api", "keys", *arguments, "--json"]
         return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
     made = keys("make", "--tenant", "short", "--name", "ci")

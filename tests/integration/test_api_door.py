@@ -13,12 +13,12 @@ import pytest
 from support.api import ApiProcess
 from support.ports import free_port
 
-from broker.api.keys import Keys
-from broker.api.webhook_store import BACKOFF, MOST_HOOKS, DeliveryDocument, Turn, Webhooks
-from broker.embedded import EmbeddedServer
-from broker.ledger import Ledger
-from broker.messages import TaskSpec
-from broker.settings import Settings
+from perllm.broker.api.keys import Keys
+from perllm.broker.api.webhooks.store import BACKOFF, MOST_HOOKS, DeliveryDocument, Turn, Webhooks
+from perllm.broker.ledger import Ledger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import TaskSpec
+from perllm.broker.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_it_is_healthy_but_not_ready_without_a_scheduler(opened: ApiProcess) -> 
 
 def api(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "broker.api", *arguments],
+        [sys.executable, "-m", "perllm.broker.api", *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

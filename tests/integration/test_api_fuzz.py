@@ -13,9 +13,9 @@ from schemathesis.checks import not_a_server_error
 from support.api import ApiProcess
 from support.cluster import Cluster
 
-from broker.api.app import make_app
-from broker.embedded import EmbeddedServer
-from broker.settings import Settings
+from perllm.broker.api.app import make_app
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.settings import Settings
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ import pytest
 from support.make import node_info, output, receipt, why
 from support.wait import eventually
 
-from broker.api.batch_runner import BatchRunner
-from broker.api.batch_store import BatchDocument, Batches
-from broker.api.duty import Deposed
-from broker.api.file_store import Files
-from broker.embedded import EmbeddedServer
-from broker.ledger import Dispatch, Ledger
-from broker.messages import State
-from broker.settings import Settings
+from perllm.broker.api.batches.runner import BatchRunner
+from perllm.broker.api.batches.store import BatchDocument, Batches
+from perllm.broker.api.files.store import Files
+from perllm.broker.api.leased_worker import Deposed
+from perllm.broker.ledger import Dispatch, Ledger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import State
+from perllm.broker.settings import Settings
 
 LINES = 25
 BAD = {7, 19}
@@ -165,8 +165,8 @@ def check(bench: Bench) -> None:
 def test_killed_anywhere_no_line_is_lost_or_doubled(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, collect_at: int
 ) -> None:
-    monkeypatch.setattr("broker.api.batch_runner.COLLECT_AT", collect_at)
-    monkeypatch.setattr("broker.api.batch_runner.FETCH", 5)
+    monkeypatch.setattr("perllm.broker.api.batches.runner.COLLECT_AT", collect_at)
+    monkeypatch.setattr("perllm.broker.api.batches.runner.FETCH", 5)
     for steps in range(1, 200):
         bench.ledger.client.flushall()
         bench.told.clear()
@@ -210,7 +210,7 @@ def test_killed_while_being_fed_and_then_cancelled(bench: Bench) -> None:
 
 
 def test_without_a_scheduler_a_batch_still_ends_with_its_window(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("broker.api.batch_runner.OVERTIME", -5.0)
+    monkeypatch.setattr("perllm.broker.api.batches.runner.OVERTIME", -5.0)
     bench.batch(content(), window=1.0)
     bench.round()
     bench.round()
@@ -231,7 +231,7 @@ def test_too_many_lines_fail_before_any_is_run(bench: Bench) -> None:
 
 
 def test_a_line_too_long_and_one_that_is_no_text_are_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("broker.batch.MAX_LINE", 1000)
+    monkeypatch.setattr("perllm.broker.openai.batch_file.MAX_LINE", 1000)
     first, *rest = content(3).splitlines(keepends=True)
     bench.batch(first + b"x" * 5000 + b"\n" + rest[0] + b"\xff\xfe\n" + rest[1])
     for _ in range(9):

@@ -20,9 +20,9 @@ from support.poison import POISON
 from support.servers import Server
 from support.wait import PATIENCE, eventually
 
-from broker.celery_app import GENERATE, RUN, node_message
-from broker.errors import InvalidTask, TaskExpired, TaskFailed, TaskRejected
-from broker.messages import new_id
+from perllm.broker.errors import InvalidTask, TaskExpired, TaskFailed, TaskRejected
+from perllm.broker.messages import new_id
+from perllm.broker.queues.app import GENERATE, RUN, node_message
 
 CONTEXT = 100_000  # tokens
 ENDLESS = 90_000  # tokens: 15 minutes

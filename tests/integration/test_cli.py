@@ -16,19 +16,19 @@ import pytest
 from support.ports import free_port
 from support.wait import eventually
 
-from broker import Client, InvalidTask
-from broker.settings import Settings
-from broker.stack import Stack
+from perllm.broker import Client, InvalidTask
+from perllm.broker.local.supervisor import Supervisor
+from perllm.broker.settings import Settings
 
 PERLLM = str(Path(sys.executable).with_name("perllm"))
 EMULATED = {"PERLLM_ENGINE": "emulated", "PERLLM_SLOTS": "4", "PERLLM_EMULATED_SPEED": "200"}
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
     settings = Settings(data_dir=tmp_path_factory.mktemp("stack"))
     nodes = dict.fromkeys(("one", "two"), EMULATED)
-    with Stack(settings, edges=("one", "two"), clouds=(), node_environment=nodes) as running:
+    with Supervisor(settings, edges=("one", "two"), clouds=(), node_environment=nodes) as running:
         eventually(lambda: not running.waiting_for(), "both nodes are up")
         yield running
 
@@ -42,7 +42,7 @@ def perllm(url: str | None, *arguments: str, cwd: Path | None = None) -> subproc
     return done
 
 
-def test_a_prompt_from_submission_to_explanation(stack: Stack) -> None:
+def test_a_prompt_from_submission_to_explanation(stack: Supervisor) -> None:
     done = perllm(stack.url, "submit", "Why is the sky blue?", "--max-tokens", "3", "--wait", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -54,7 +54,7 @@ def test_a_prompt_from_submission_to_explanation(stack: Stack) -> None:
     assert status["result"] == result
 
 
-def test_a_running_task_is_cancelled(stack: Stack) -> None:
+def test_a_running_task_is_cancelled(stack: Supervisor) -> None:
     task_id = perllm(stack.url, "submit", "slow", "--max-tokens", "4000").stdout.strip()
     eventually(
         lambda: json.loads(perllm(stack.url, "status", task_id, "--json").stdout)["state"] == "running", "it runs"
@@ -65,7 +65,7 @@ def test_a_running_task_is_cancelled(stack: Stack) -> None:
     assert json.loads(waited.stdout)["state"] == "cancelled"
 
 
-def test_good_lines_of_a_file_run_beside_a_bad_one(stack: Stack, tmp_path: Path) -> None:
+def test_good_lines_of_a_file_run_beside_a_bad_one(stack: Supervisor, tmp_path: Path) -> None:
     lines = [json.dumps({"custom_id": str(n), "body": {"prompt": "hi", "max_tokens": 2}}) for n in range(1, 11)]
     lines[6] = '{"custom_id": "7", "body": {"prompt": "hi", "max_tokens": 2'
     path = tmp_path / "tasks.jsonl"
@@ -81,7 +81,7 @@ def test_good_lines_of_a_file_run_beside_a_bad_one(stack: Stack, tmp_path: Path)
     assert "line 7" in error["error"]["message"]
 
 
-def test_the_same_batch_name_runs_nothing_twice(stack: Stack, tmp_path: Path) -> None:
+def test_the_same_batch_name_runs_nothing_twice(stack: Supervisor, tmp_path: Path) -> None:
     path = tmp_path / "tasks.jsonl"
     path.write_text(json.dumps({"custom_id": "a", "body": {"prompt": "hi", "max_tokens": 2}}))
     first, again = (
@@ -91,7 +91,7 @@ def test_the_same_batch_name_runs_nothing_twice(stack: Stack, tmp_path: Path) ->
     assert first == again
 
 
-def test_lists_speak_json(stack: Stack) -> None:
+def test_lists_speak_json(stack: Supervisor) -> None:
     nodes = json.loads(perllm(stack.url, "nodes", "--json").stdout)
     assert {n["node"]["name"] for n in nodes} == {"one", "two"}
     assert isinstance(json.loads(perllm(stack.url, "tasks", "--json").stdout), list)
@@ -99,7 +99,7 @@ def test_lists_speak_json(stack: Stack) -> None:
     assert set(json.loads(perllm(stack.url, "status", "--json").stdout)) == {"tasks", "totals", "nodes"}
 
 
-def test_a_dead_task_is_listed_and_retried_as_a_new_one(stack: Stack) -> None:
+def test_a_dead_task_is_listed_and_retried_as_a_new_one(stack: Supervisor) -> None:
     # 4,100 tokens of prompt pass the door, which estimates, and fail for good in the engine, which counts.
     task_id = perllm(stack.url, "submit", "x" * 4 * 4090, "--max-tokens", "50").stdout.strip()
     assert perllm(stack.url, "result", task_id).returncode == 1
@@ -127,7 +127,7 @@ def test_a_dead_task_is_listed_and_retried_as_a_new_one(stack: Stack) -> None:
         (["dead", "retry"], "--all"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_it(stack: Stack, arguments: list[str], named: str) -> None:
+def test_a_mistake_is_one_line_that_names_it(stack: Supervisor, arguments: list[str], named: str) -> None:
     if any(len(a) > 100_000 for a in arguments):  # beyond what a command line holds: as a producer would send it
         with pytest.raises(InvalidTask, match=named), Client(stack.url) as client:
             client.submit(arguments[1])

@@ -9,15 +9,15 @@ import pytest
 from support.make import node_info, why
 from support.wait import eventually
 
-from broker.celery_app import node_message
-from broker.embedded import EmbeddedServer
-from broker.errors import TaskFailed
-from broker.ledger import Dispatch, Ledger
-from broker.messages import Counters, Returned, TaskSpec, new_id
-from broker.settings import Settings
-from broker.worker.emulated import EmulatedEngine
-from broker.worker.engine import EngineDown, Generation, OnText, Stop
-from broker.worker.node import NodeWorker
+from perllm.broker.engine.contract import EngineDown, Generation, OnText, Stop
+from perllm.broker.engine.emulated import EmulatedEngine
+from perllm.broker.errors import TaskFailed
+from perllm.broker.ledger import Dispatch, Ledger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import Counters, Returned, TaskSpec, new_id
+from perllm.broker.queues.app import node_message
+from perllm.broker.settings import Settings
+from perllm.broker.worker.node import NodeWorker
 
 
 class MortalEngine(EmulatedEngine):

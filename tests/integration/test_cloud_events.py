@@ -6,9 +6,9 @@ import threading
 
 from support.wait import eventually
 
-from broker.celery_app import make_app
-from broker.embedded import EmbeddedServer
-from broker.settings import Settings
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.queues.app import make_app
+from perllm.broker.settings import Settings
 
 
 def test_events_reach_those_who_listen(valkey: EmbeddedServer) -> None:

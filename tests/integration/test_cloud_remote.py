@@ -19,12 +19,12 @@ import httpx
 import pytest
 from support.wait import eventually
 
-from broker.errors import BadSetting
-from broker.messages import TaskSpec
-from broker.process import spawn
-from broker.settings import Settings
-from broker.worker.engine import EngineDown, EngineError, Stop
-from cloud_worker.remote import RemoteEngine
+from perllm.broker.engine.contract import EngineDown, EngineError, Stop
+from perllm.broker.errors import BadSetting
+from perllm.broker.local.process import spawn
+from perllm.broker.messages import TaskSpec
+from perllm.broker.settings import Settings
+from perllm.cloud_worker.remote import RemoteEngine
 
 KEY = "sk-very-secret"
 

@@ -12,10 +12,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from broker.messages import Message, TaskSpec
-from broker.settings import Settings
-from broker.worker.engine import EngineError, Generation, Stop
-from edge_worker.engine import LlamaEngine
+from perllm.broker.engine.contract import EngineError, Generation, Stop
+from perllm.broker.messages import Message, TaskSpec
+from perllm.broker.settings import Settings
+from perllm.edge_worker.engine import LlamaEngine
 
 PROMPTS = [
     "What is the capital of France?",

@@ -16,18 +16,18 @@ import pytest
 from support.tiny_gguf import tiny_llama
 from support.wait import eventually
 
-from broker.errors import BadSetting
-from broker.messages import Message, TaskSpec
-from broker.settings import Settings
-from broker.worker.engine import EngineError, Generation, Stop
-from edge_worker import sampling
-from edge_worker.batch import Batch
-from edge_worker.cells import Cells
-from edge_worker.engine import LlamaEngine
-from edge_worker.gguf import read_gguf
-from edge_worker.llama import ABORTED, OK, Context, Model
-from edge_worker.prefixes import Prefixes
-from edge_worker.variants import SCRATCH
+from perllm.broker.engine.contract import EngineError, Generation, Stop
+from perllm.broker.errors import BadSetting
+from perllm.broker.messages import Message, TaskSpec
+from perllm.broker.settings import Settings
+from perllm.edge_worker import sampling
+from perllm.edge_worker.batch import Batch
+from perllm.edge_worker.engine import LlamaEngine
+from perllm.edge_worker.gguf import read_gguf
+from perllm.edge_worker.kv_cells import KVCells
+from perllm.edge_worker.llama import ABORTED, OK, Context, Model
+from perllm.edge_worker.model_pool import SCRATCH
+from perllm.edge_worker.prefix_cache import PrefixCache
 
 KV_BYTES = 256  # per token of the tiny model
 
@@ -175,9 +175,9 @@ def test_what_cannot_fit_is_refused_with_its_numbers(cramped: LlamaEngine) -> No
 def test_a_decode_that_finds_no_cells_preempts(cramped: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama.cpp itself says that the cache is full: here because the count of free cells is made to be wrong."""
     (batch,) = cramped._variants.batches
-    wrong = Cells(10_000, cramped.slots)
+    wrong = KVCells(10_000, cramped.slots)
     monkeypatch.setattr(batch, "_cells", wrong)
-    monkeypatch.setattr(batch, "_prefixes", Prefixes(range(4, 12), batch.context, wrong))
+    monkeypatch.setattr(batch, "_prefixes", PrefixCache(range(4, 12), batch.context, wrong))
     batch.context.clear()
     done = all_of(cramped, [TaskSpec(prompt=f"Go on, {i}!", max_tokens=400) for i in range(4)])
     assert {d.output.finish_reason for d in done} <= {"length", "stop"}
@@ -290,7 +290,7 @@ def test_a_request_stopped_while_it_waits_for_its_model(tiny: Path) -> None:
 
 def test_processes_that_quantise_at_once_make_one_file(tiny: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from edge_worker.models import quantised; "
+        "import sys; from pathlib import Path; from perllm.edge_worker.models import quantised; "
         "print(quantised(Path(sys.argv[1]), 'q8_0', Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, str(tiny), str(tmp_path)]

@@ -20,12 +20,12 @@ from support.ports import free_port
 from support.servers import ping
 from support.wait import eventually
 
-from broker.connection import check
-from broker.embedded import EmbeddedServer
-from broker.errors import BadSetting, Unreachable
-from broker.ledger import Ledger
-from broker.messages import State, TaskSpec, new_id
-from broker.settings import Settings
+from perllm.broker.connection import check
+from perllm.broker.errors import BadSetting, Unreachable
+from perllm.broker.ledger import Ledger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import State, TaskSpec, new_id
+from perllm.broker.settings import Settings
 
 
 @pytest.mark.parametrize("port", [False, True], ids=["socket", "port"])
@@ -111,7 +111,7 @@ def test_a_folder_in_use(tmp_path: Path, second_port: bool) -> None:
 
 
 def test_the_folder_is_free_again_when_the_server_was_killed_and_not_before(tmp_path: Path) -> None:
-    code = "import sys, pathlib, broker.embedded as e; s = e.EmbeddedServer(pathlib.Path(sys.argv[1])); s.start()"
+    code = "import sys, pathlib, perllm.broker.local.server as e; s = e.EmbeddedServer(pathlib.Path(sys.argv[1])); s.start()"
     wait = "; print(s.pid, flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code + wait, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

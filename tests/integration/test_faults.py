@@ -19,13 +19,13 @@ from support.cluster import Cluster, Process
 from support.proxy import Proxy
 from support.wait import PATIENCE, eventually
 
-from broker import connection
-from broker.client import AsyncClient, Client
-from broker.embedded import EmbeddedServer
-from broker.errors import Unreachable
-from broker.ledger import Ledger
-from broker.messages import Completed, State, TaskSpec, new_id
-from broker.settings import Settings
+from perllm.broker import connection
+from perllm.broker.client import AsyncClient, Client
+from perllm.broker.errors import Unreachable
+from perllm.broker.ledger import Ledger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import Completed, State, TaskSpec, new_id
+from perllm.broker.settings import Settings
 
 SPEC = TaskSpec(prompt="hi", deadline=600)
 

@@ -16,11 +16,11 @@ from support.cluster import Cluster
 from support.make import node_info, output, receipt, why
 from support.wait import eventually
 
-from broker.celery_app import node_message
-from broker.embedded import EmbeddedServer
-from broker.ledger import Dispatch, Ledger
-from broker.messages import TaskSpec
-from broker.settings import Settings
+from perllm.broker.ledger import Dispatch, Ledger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import TaskSpec
+from perllm.broker.queues.app import node_message
+from perllm.broker.settings import Settings
 
 OPERATIONS = (
     "submit",

@@ -14,13 +14,13 @@ from support.make import node_info, output, receipt, why
 from support.ports import free_port
 from support.wait import eventually
 
-from broker.celery_app import node_message
-from broker.embedded import EmbeddedServer
-from broker.errors import Unreachable
-from broker.ledger import Dispatch, Ledger
-from broker.ledger.ledger import SWEEP_LIMIT
-from broker.messages import Counters, Heartbeat, State, Submitted, TaskSpec, new_id
-from broker.settings import Settings
+from perllm.broker.errors import Unreachable
+from perllm.broker.ledger import Dispatch, Ledger
+from perllm.broker.ledger.ledger import SWEEP_LIMIT
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import Counters, Heartbeat, State, Submitted, TaskSpec, new_id
+from perllm.broker.queues.app import node_message
+from perllm.broker.settings import Settings
 
 
 def submit(ledger: Ledger, **fields: object) -> str:

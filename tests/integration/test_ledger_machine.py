@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from support.make import node_info, output, receipt, why
 
-from broker.celery_app import node_message
-from broker.ledger import Dispatch, End, Ledger
-from broker.ledger.ledger import TASK_BYTES
-from broker.messages import (
+from perllm.broker.ledger import Dispatch, End, Ledger
+from perllm.broker.ledger.ledger import TASK_BYTES
+from perllm.broker.messages import (
     Claimed,
     Completed,
     Counters,
@@ -38,7 +37,8 @@ from broker.messages import (
     Submitted,
     TaskSpec,
 )
-from broker.settings import Settings
+from perllm.broker.queues.app import node_message
+from perllm.broker.settings import Settings
 
 MAX_STRIKES = 2
 LEASE = 300.0

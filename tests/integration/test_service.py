@@ -19,15 +19,15 @@ from support.cluster import Cluster
 from support.make import node_info, output, receipt, why
 from support.wait import eventually
 
-from broker.celery_app import node_message
-from broker.embedded import EmbeddedServer
-from broker.ledger import Dispatch, Ledger
-from broker.messages import Completed, Dispatched, State, TaskSpec, new_id
-from broker.settings import Settings
-from scheduler import service as service_module
-from scheduler.core.core import Core, Decision
-from scheduler.policies import make_policy
-from scheduler.service import Service, _Deposed, _Reign, _Tenure
+from perllm.broker.ledger import Dispatch, Ledger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import Completed, Dispatched, State, TaskSpec, new_id
+from perllm.broker.queues.app import node_message
+from perllm.broker.settings import Settings
+from perllm.scheduler import service as service_module
+from perllm.scheduler.core.scheduler import Decision, SchedulerCore
+from perllm.scheduler.policies import make_policy
+from perllm.scheduler.service import Service, _Deposed, _Reign, _Tenure
 
 
 class Scheduler:
@@ -35,13 +35,13 @@ class Scheduler:
 
     def __init__(self, settings: Settings) -> None:
         self.ledger = Ledger(settings)
-        self.cores: list[Core] = []
+        self.cores: list[SchedulerCore] = []
         self._service = Service(settings, self.ledger, self._make_core)
         self._thread = threading.Thread(target=self._service.run)
         self._thread.start()
 
-    def _make_core(self) -> Core:
-        self.cores.append(Core(make_policy("least-loaded")))
+    def _make_core(self) -> SchedulerCore:
+        self.cores.append(SchedulerCore(make_policy("least-loaded")))
         return self.cores[-1]
 
     def stop(self) -> None:
@@ -183,7 +183,7 @@ def test_a_restarted_node_is_sent_work_under_its_new_name_tag(stage: Stage) -> N
         stage.complete(task_id)
 
 
-class Raced(Core):
+class Raced(SchedulerCore):
     """A core whose decisions come too late: something else happens between them and the ledger's ruling."""
 
     def __init__(self) -> None:
@@ -220,7 +220,7 @@ def test_a_task_that_somebody_else_placed_meanwhile(stage: Stage, raced: tuple[R
     task = core.find(task_id)
     assert task is not None
     assert (task.node, task.attempt) == ("a", 1)
-    assert set(core.cluster.nodes["a"].flights) == {task_id}
+    assert set(core.cluster.nodes["a"].in_flight) == {task_id}
 
 
 def test_a_task_that_was_cancelled_meanwhile(stage: Stage, raced: tuple[Raced, _Reign]) -> None:
@@ -231,7 +231,7 @@ def test_a_task_that_was_cancelled_meanwhile(stage: Stage, raced: tuple[Raced, _
     for _ in range(2):
         reign.step(block=0.01)
     assert core.find(task_id) is None
-    assert core.cluster.nodes["a"].flights == {}
+    assert core.cluster.nodes["a"].in_flight == {}
 
 
 @pytest.mark.parametrize("how", ["drained", "restarted"])
@@ -314,7 +314,7 @@ def test_places_taken_are_known_after_a_restart(stage: Stage) -> None:
     stage.caught_up()
     second = stage.restart()
     (core,) = eventually(lambda: second.cores, "the next one leads")
-    eventually(lambda: "a" in core.cluster.nodes and len(core.cluster.nodes["a"].flights) == 3, "it counts them")
+    eventually(lambda: "a" in core.cluster.nodes and len(core.cluster.nodes["a"].in_flight) == 3, "it counts them")
     stage.complete(next(i for i in ids if state(stage, i) == "dispatched"))
     eventually(lambda: placed_count(stage) == 3, "the place is taken again")
     assert len(core.pending) == 1

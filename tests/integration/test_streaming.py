@@ -12,9 +12,9 @@ from support.make import node_info, output, receipt, why
 from support.servers import Server
 from support.wait import eventually
 
-from broker import AsyncClient, Result, TaskNotFound, TaskSpec
-from broker.ledger import Dispatch, Ledger
-from broker.messages import State, new_id
+from perllm.broker import AsyncClient, Result, TaskNotFound, TaskSpec
+from perllm.broker.ledger import Dispatch, Ledger
+from perllm.broker.messages import State, new_id
 
 
 @pytest.fixture

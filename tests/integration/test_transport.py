@@ -14,12 +14,12 @@ from support.ports import free_port
 from support.servers import DebianRedis, skip_without_debian_redis
 from support.wait import PATIENCE
 
-from broker.connection import check
-from broker.embedded import EmbeddedServer
-from broker.errors import Unreachable
-from broker.ledger import Ledger
-from broker.messages import TaskSpec
-from broker.settings import Settings
+from perllm.broker.connection import check
+from perllm.broker.errors import Unreachable
+from perllm.broker.ledger import Ledger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import TaskSpec
+from perllm.broker.settings import Settings
 
 PASSWORD = "p@ss:w/rd?#%"  # each of these means something in a URL
 QUOTED = "p%40ss%3Aw%2Frd%3F%23%25"

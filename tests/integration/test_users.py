@@ -20,11 +20,11 @@ from support.make import node_info, output, receipt, why
 from support.ports import free_port
 from support.servers import Server
 
-from broker.celery_app import node_message
-from broker.errors import Unreachable
-from broker.ledger import Dispatch, End, Ledger
-from broker.messages import Counters, Heartbeat, TaskSpec
-from broker.settings import Settings
+from perllm.broker.errors import Unreachable
+from perllm.broker.ledger import Dispatch, End, Ledger
+from perllm.broker.messages import Counters, Heartbeat, TaskSpec
+from perllm.broker.queues.app import node_message
+from perllm.broker.settings import Settings
 
 OPERATIONS: dict[str, Callable[[Ledger], object]] = {
     "submit": lambda x: x.submit([("new", TaskSpec(prompt="hi", idempotency_key="k"))]),
@@ -168,7 +168,7 @@ def test_flower_sees_workers_and_tasks_as_the_monitor(own_server: Server, tmp_pa
         port = free_port()
         listen = ["--address=127.0.0.1", f"--port={port}"]
         flower = cluster.start(
-            "flower", "celery", "-A", "broker", "flower", *listen, redis_url=cluster.url_of("monitor")
+            "flower", "celery", "-A", "perllm.broker", "flower", *listen, redis_url=cluster.url_of("monitor")
         )
         cluster.watch(flower, cluster.ledger.client.pubsub_numpat, "listens to events")
         cluster.scheduler()

@@ -13,8 +13,8 @@ from support.cluster import Cluster, Process
 from support.ports import free_port
 from support.wait import eventually
 
-from broker.embedded import EmbeddedServer
-from broker.messages import Completed, Returned
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import Completed, Returned
 
 ENDLESS = 90_000  # tokens, at 100 a second
 NODE, INBOX, SCHEDULER = "edge_worker", "broker", "scheduler"

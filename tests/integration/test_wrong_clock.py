@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.cluster import Cluster
 
-from broker.embedded import EmbeddedServer
+from perllm.broker.local.server import EmbeddedServer
 
 SOURCE = Path(__file__).parents[1] / "support" / "wrong_clock.c"
 

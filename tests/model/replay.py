@@ -10,11 +10,11 @@ from typing import Any
 
 from support.make import node_info, output, receipt, why
 
-from broker.celery_app import node_message
-from broker.ledger import Dispatch, End
-from broker.ledger import Ledger as RealLedger
-from broker.messages import Counters, Heartbeat, TaskSpec
 from model.protocol import NOBODY, Action, Ledger, World, actions
+from perllm.broker.ledger import Dispatch, End
+from perllm.broker.ledger import Ledger as RealLedger
+from perllm.broker.messages import Counters, Heartbeat, TaskSpec
+from perllm.broker.queues.app import node_message
 
 SPEC = TaskSpec(prompt="hello", deadline=1e6)
 

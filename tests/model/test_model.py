@@ -8,12 +8,12 @@ from collections import Counter
 
 import pytest
 
-from broker.embedded import EmbeddedServer
-from broker.ledger import Ledger as RealLedger
-from broker.settings import Settings
 from model.explore import explore
 from model.protocol import BROKEN, Ledger, start
 from model.replay import Stage, walk
+from perllm.broker.ledger import Ledger as RealLedger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.settings import Settings
 
 
 @pytest.mark.parametrize(("tasks", "faults", "at_least"), [(2, 2, 200_000), (1, 3, 90_000)])

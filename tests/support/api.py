@@ -13,10 +13,10 @@ from typing import Any, Self
 import httpx
 from openai import OpenAI
 
-from broker.api.keys import Keys
-from broker.ledger import Ledger
-from broker.process import spawn
-from broker.settings import Settings
+from perllm.broker.api.keys import Keys
+from perllm.broker.ledger import Ledger
+from perllm.broker.local.process import spawn
+from perllm.broker.settings import Settings
 from support.ports import free_port
 from support.wait import eventually
 
@@ -35,8 +35,19 @@ class ApiProcess:
         self.ledger = Ledger(self.settings)
         self.keys = Keys(self.settings, self.ledger)
         environment = {**os.environ, **variables}
-        self.process = spawn([sys.executable, "-m", "broker.api"], self.log, environment=environment)
-        deliverer = [sys.executable, "-W", "ignore", "-m", "celery", "-A", "broker.api", "worker", "-n", "hooks@test"]
+        self.process = spawn([sys.executable, "-m", "perllm.broker.api"], self.log, environment=environment)
+        deliverer = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "celery",
+            "-A",
+            "perllm.broker.api",
+            "worker",
+            "-n",
+            "hooks@test",
+        ]
         self.deliverer = None
         if webhooks:
             command = [*deliverer, "--without-gossip", "--without-mingle"]

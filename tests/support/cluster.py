@@ -13,10 +13,10 @@ from typing import Self
 
 import celery
 
-from broker.ledger import Ledger, TaskRecord
-from broker.messages import NodeInfo, Result, TaskSpec, new_id
-from broker.process import spawn
-from broker.settings import Settings
+from perllm.broker.ledger import Ledger, TaskRecord
+from perllm.broker.local.process import spawn
+from perllm.broker.messages import NodeInfo, Result, TaskSpec, new_id
+from perllm.broker.settings import Settings
 from support import users
 from support.wait import PATIENCE, eventually
 
@@ -110,13 +110,15 @@ class Cluster:
     def start_worker(self, app: str, name: str, **settings: object) -> Process:
         quiet = ["--without-gossip", "--without-mingle"]
         user = {"redis_url": self.url_of("inbox" if app == "broker" else "worker")}
-        return self.start(name, "celery", "-A", app, "worker", "-n", f"{name}@test", *quiet, **(user | settings))
+        return self.start(
+            name, "celery", "-A", f"perllm.{app}", "worker", "-n", f"{name}@test", *quiet, **(user | settings)
+        )
 
     def start_node(self, name: str, **settings: object) -> Process:
         return self.start_worker("edge_worker", name, node_name=name, **settings)
 
     def start_scheduler(self, name: str = "scheduler", **settings: object) -> Process:
-        return self.start(name, "scheduler", **({"redis_url": self.url_of("scheduler")} | settings))
+        return self.start(name, "perllm.scheduler", **({"redis_url": self.url_of("scheduler")} | settings))
 
     def start_nodes(self, *names: str, **settings: object) -> list[Process]:
         """Start nodes and wait until they are in service."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker.messages import Calibration, Energy, Explanation, ModelOffer, NodeInfo, Output, Power, Receipt
+from perllm.broker.messages import Energy, Explanation, ModelOffer, NodeInfo, Output, Power, Receipt, StepCost
 
 
 def node_info(name: str, boot: str = "boot-1", slots: int = 2) -> NodeInfo:
@@ -16,7 +16,7 @@ def node_info(name: str, boot: str = "boot-1", slots: int = 2) -> NodeInfo:
                 name="emulated",
                 context=4096,
                 kv_tokens=4096 * slots,
-                calibration=Calibration(step=0.01, sequence=0.001, prefill=0.0001),
+                calibration=StepCost(step=0.01, sequence=0.001, prefill=0.0001),
             ),
         ),
         power=Power(idle=1, active=4, method="emulated", estimated=True),

@@ -6,7 +6,7 @@ import base64
 import json
 from typing import Any
 
-from broker.celery_app import node_message
+from perllm.broker.queues.app import node_message
 
 
 def _broken(part: str | None = None, value: Any = None, **headers: Any) -> bytes:

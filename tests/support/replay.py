@@ -10,11 +10,11 @@ import time
 from collections.abc import Mapping
 from typing import Literal
 
-from broker.messages import ModelOffer, TaskSpec
-from broker.settings import Settings
-from broker.worker.emulated import EmulatedEngine
-from broker.worker.engine import EngineError, OnText, Stop
-from scheduler.simulator.tables import load_table
+from perllm.broker.engine.contract import EngineError, OnText, Stop
+from perllm.broker.engine.emulated import EmulatedEngine
+from perllm.broker.messages import ModelOffer, TaskSpec
+from perllm.broker.settings import Settings
+from perllm.scheduler.simulator.tables import load_table
 
 #: A prompt with this in it ends the worker's process with this status, as an engine's crash would.
 POISON, POISON_STATUS = "[poison]", 86

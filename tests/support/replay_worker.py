@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker.worker.app import worker_app
+from perllm.broker.worker.app import worker_app
 from support.replay import ReplayEngine
 
 app = worker_app("edge", ReplayEngine)

@@ -12,8 +12,8 @@ from typing import Self
 import pytest
 import redis
 
-from broker.embedded import EmbeddedServer
-from broker.process import spawn
+from perllm.broker.local.process import spawn
+from perllm.broker.local.server import EmbeddedServer
 from support.wait import eventually
 
 

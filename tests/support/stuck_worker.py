@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import ctypes
 
-from broker.worker import node
-from broker.worker.app import worker_app
-from edge_worker import engine
-from edge_worker.batch import Batch, Request
-from edge_worker.engine import LlamaEngine
+from perllm.broker.worker import node
+from perllm.broker.worker.app import worker_app
+from perllm.edge_worker import engine
+from perllm.edge_worker.batch import Batch, Request
+from perllm.edge_worker.engine import LlamaEngine
 
 engine.STUCK = 1.0
 engine.STUCK_FACTOR = 0.0

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.core.admission import ENERGY_SHARE, review, urgency, worth
+from perllm.scheduler.csucb.admission import ENERGY_SHARE, review, urgency, worth
 
 positive = st.floats(1e-3, 1e6)
 

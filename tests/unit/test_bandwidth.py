@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.core.bandwidth import Bandwidth
+from perllm.scheduler.csucb.bandwidth import Bandwidth
 
 
 def test_it_follows_a_collapse_and_back() -> None:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from broker.errors import BadSetting
-from broker.messages import (
-    Calibration,
+from perllm.broker.errors import BadSetting
+from perllm.broker.messages import (
     Completed,
     Counters,
     Energy,
@@ -21,15 +20,16 @@ from broker.messages import (
     Power,
     Receipt,
     State,
+    StepCost,
     Submitted,
 )
-from scheduler.baselines.bandits import LinUcb
-from scheduler.baselines.cs_ucb_paper import CsUcbPaper
-from scheduler.baselines.forecast import MeanLength, forecast
-from scheduler.baselines.one_tier import FineInfer
-from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.policy import Place, Policy, Reject, Wait
-from scheduler.policies import make_policy, policy_names
+from perllm.scheduler.baselines.bandits import LinUcb
+from perllm.scheduler.baselines.cs_ucb_paper import CsUcbPaper
+from perllm.scheduler.baselines.forecast import MeanLength, forecast
+from perllm.scheduler.baselines.one_tier import FineInfer
+from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.policy import Place, Policy, Reject, Wait
+from perllm.scheduler.policies import make_policy, policy_names
 
 PLAIN = [name for name in policy_names() if name != "agod" or find_spec("torch")]
 ALL = [*PLAIN, *(f"{name}+mech" for name in PLAIN if name != "cs-ucb")]
@@ -48,7 +48,7 @@ def node(
                 name="m",
                 context=4096,
                 kv_tokens=8192,
-                calibration=Calibration(step=step, sequence=step / 20, prefill=step / 50),
+                calibration=StepCost(step=step, sequence=step / 20, prefill=step / 50),
             ),
         ),
         power=Power(idle=10, active=watts, joules_per_byte=1e-7, method="cpu-model", estimated=True),
@@ -59,7 +59,7 @@ def node(
     for i in range(held):
         flight = task(f"{name}-{i}")
         flight.node, flight.dispatched = name, 0.0
-        made.flights[flight.id] = flight
+        made.in_flight[flight.id] = flight
     return made
 
 
@@ -281,7 +281,7 @@ def test_cs_ucb_paper_counts_work_in_flight() -> None:
     heavy = task(payload=60_000_000)
     looks = {c.node: c for c in policy.explain(heavy, list(full.nodes.values()), full, 0.0)}
     assert looks["a"].slacks["bandwidth"] == pytest.approx(1 - (60e6 / 5 + 6 * 1000 / 5) / 1e7)
-    for flight in full.nodes["a"].flights.values():
+    for flight in full.nodes["a"].in_flight.values():
         flight.claimed = 0.1  # here already: the link is free of it
     looks = {c.node: c for c in policy.explain(heavy, list(full.nodes.values()), full, 0.0)}
     assert looks["a"].slacks["bandwidth"] == pytest.approx(1 - 60e6 / 5 / 1e7)

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import make
 
-from broker import batch, dialect
-from broker.errors import InvalidTask
-from broker.messages import Result, State, TaskSpec
+from perllm.broker.errors import InvalidTask
+from perllm.broker.messages import Result, State, TaskSpec
+from perllm.broker.openai import batch_file as batch
+from perllm.broker.openai import translation as dialect
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.core.classes import MOST_CLASSES, TENANT_CLASSES, Classes
+from perllm.scheduler.core.service_classes import MOST_CLASSES, TENANT_CLASSES, Classes
 
 
 def test_the_class_asked_for_longest_ago_goes() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from broker.errors import BadSetting
-from broker.settings import Settings
+from perllm.broker.errors import BadSetting
+from perllm.broker.settings import Settings
 
 
 def settings(**given: Any) -> Settings:
@@ -20,7 +20,7 @@ def settings(**given: Any) -> Settings:
 @pytest.fixture
 def make_engine(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    from cloud_worker.celery import make_engine  # noqa: PLC0415  makes an app of its own when imported
+    from perllm.cloud_worker.celery import make_engine  # noqa: PLC0415  makes an app of its own when imported
 
     return make_engine
 
@@ -47,7 +47,7 @@ def test_the_emulated_engine_says_so(make_engine: Any) -> None:
 
 def test_the_worker_ends_with_one_line() -> None:
     environment = {**os.environ, "PERLLM_ENGINE": "vllm", "PERLLM_MODEL": "some/model", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "celery", "-A", "cloud_worker", "worker"]
+    command = [sys.executable, "-m", "celery", "-A", "perllm.cloud_worker", "worker"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: PERLLM_ENGINE=vllm cannot be used: ")

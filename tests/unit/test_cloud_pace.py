@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.messages import Calibration
-from cloud_worker.pace import Step, decode_work, expected, fit, urgency
+from perllm.broker.messages import StepCost
+from perllm.cloud_worker.step_cost import Step, decode_work, expected, fit, urgency
 
 BATCHES = ((1, 16), (64, 16), (64, 1024), (1, 1024))
 
@@ -24,7 +24,7 @@ BATCHES = ((1, 16), (64, 16), (64, 1024), (1, 1024))
 def test_an_engine_that_is_as_the_model_says_is_found_exactly(
     step: float, sequence: float, prefill: float, context: float
 ) -> None:
-    true = Calibration(step=step, sequence=sequence, prefill=prefill, context=context)
+    true = StepCost(step=step, sequence=sequence, prefill=prefill, context=context)
     steps = [Step(expected(true, sequences=n, context=n * c), n, 0, n * c) for n, c in BATCHES]
     steps += [Step(expected(true, sequences=1, prefilled=p, context=p), 1, p, p) for p in (512, 1024)]
     found = fit(steps)
@@ -46,7 +46,7 @@ def test_no_coefficient_is_below_zero_whatever_was_timed(timed: list[tuple[float
 @pytest.mark.parametrize("model", ["8b", "33b"])
 def test_the_steps_tried_at_boot_predict_the_others_of_a_measured_gpu(model: str) -> None:
     name = f"vllm-0.25.1_h200_llama-{model}-bf16_phases.json"
-    rows = json.loads(files("scheduler.simulator.profiles").joinpath(name).read_text())["rows"]
+    rows = json.loads(files("perllm.scheduler.simulator.profiles").joinpath(name).read_text())["rows"]
     decodes = [r for r in rows if r["phase"] == "decode"]
     tried = [r for r in decodes if r["B"] in (1, 64, 256) and r["ctx"] in (64, 1024)]
     steps = [Step(r["step_s"], r["B"], 0, r["B"] * r["ctx"]) for r in tried]
@@ -59,7 +59,7 @@ def test_the_steps_tried_at_boot_predict_the_others_of_a_measured_gpu(model: str
 
 
 def test_a_token_in_company_weighs_less() -> None:
-    speed = Calibration(step=5e-3, sequence=2e-5, prefill=2.6e-5)
+    speed = StepCost(step=5e-3, sequence=2e-5, prefill=2.6e-5)
     assert decode_work(speed, sequences=1, context=0) > 20 * decode_work(speed, sequences=64, context=0)
 
 

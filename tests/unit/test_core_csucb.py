@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from broker.messages import (
-    Calibration,
+from perllm.broker.messages import (
     Claimed,
     Completed,
     Counters,
@@ -22,14 +21,15 @@ from broker.messages import (
     Receipt,
     Returned,
     State,
+    StepCost,
     Submitted,
 )
-from scheduler.core.core import Core, Decision
-from scheduler.core.csucb import CsUcb, Mechanisms
+from perllm.scheduler.core.scheduler import Decision, SchedulerCore
+from perllm.scheduler.csucb.policy import CsUcb, Mechanisms
 
 
 def info(name: str, *, step: float = 0.02, watts: float = 100.0, slots: int = 4, **fields: Any) -> NodeInfo:
-    cal = Calibration(step=step, sequence=fields.pop("sequence", step / 20), prefill=step / 100)
+    cal = StepCost(step=step, sequence=fields.pop("sequence", step / 20), prefill=step / 100)
     return NodeInfo(
         name=name,
         tier="edge",
@@ -42,20 +42,20 @@ def info(name: str, *, step: float = 0.02, watts: float = 100.0, slots: int = 4,
     )
 
 
-def core_with(*infos: NodeInfo, **options: Any) -> Core:
-    core = Core(CsUcb(**options))
+def core_with(*infos: NodeInfo, **options: Any) -> SchedulerCore:
+    core = SchedulerCore(CsUcb(**options))
     for one in infos:
         core.handle(NodeUp(at=0.0, info=one))
     return core
 
 
-def submit(core: Core, task_id: str, now: float, left: float = 10.0, **fields: Any) -> list[Decision]:
+def submit(core: SchedulerCore, task_id: str, now: float, left: float = 10.0, **fields: Any) -> list[Decision]:
     fields = {"prompt_tokens": 50, "payload_bytes": 1000, "max_tokens": 200} | fields
     core.handle(Submitted(id=task_id, at=now, deadline=now + left, **fields))
     return settle(core, now)
 
 
-def settle(core: Core, now: float) -> list[Decision]:
+def settle(core: SchedulerCore, now: float) -> list[Decision]:
     """Decide, and confirm what was decided as the stream would."""
     decisions = core.decide(now)
     for d in decisions:
@@ -67,7 +67,14 @@ def settle(core: Core, now: float) -> list[Decision]:
 
 
 def finish(
-    core: Core, task_id: str, now: float, tokens: int, before: Counters, after: Counters, *, joules: float = 30.0
+    core: SchedulerCore,
+    task_id: str,
+    now: float,
+    tokens: int,
+    before: Counters,
+    after: Counters,
+    *,
+    joules: float = 30.0,
 ) -> Completed:
     task = core.find(task_id)
     assert task is not None
@@ -139,12 +146,12 @@ def test_when_all_nodes_stand_still_tasks_wait() -> None:
     core = core_with(info("a"))
     still = Counters(steps=10, busy=0.3, active=1, since_progress=9.0, longest_step=0.1)
     core.handle(Heartbeat(at=2.0, node="a", boot="a.1", counters=still))
-    core.cluster.nodes["a"].flights["other"] = core.pending.get("none") or _a_flight(core)
+    core.cluster.nodes["a"].in_flight["other"] = core.pending.get("none") or _a_flight(core)
     assert submit(core, "t", 2.1) == []
     assert core.find("t") is not None
 
 
-def _a_flight(core: Core) -> Any:
+def _a_flight(core: SchedulerCore) -> Any:
     core.handle(Submitted(id="other", at=0.0, deadline=99.0))
     task = core.pending.get("other")
     core.pending.remove("other")
@@ -200,8 +207,8 @@ def test_long_deadlines_wait_in_the_pool_and_never_in_a_node_queue() -> None:
     core = core_with(info("a", slots=4))
     for i in range(20):
         submit(core, f"t{i}", 1.0, left=86_400.0)
-    assert 1 <= len(core.cluster.nodes["a"].flights) <= 4
-    assert len(core.pending) == 20 - len(core.cluster.nodes["a"].flights)
+    assert 1 <= len(core.cluster.nodes["a"].in_flight) <= 4
+    assert len(core.pending) == 20 - len(core.cluster.nodes["a"].in_flight)
 
 
 def test_a_lone_long_task_does_not_wait_on_an_idle_node_for_its_energy() -> None:
@@ -215,7 +222,7 @@ def test_a_lone_long_task_does_not_wait_on_an_idle_node_for_its_energy() -> None
     assert where(submit(core, "long", now + 1.0, left=60.0, max_tokens=4000)) is not None
 
 
-def lose(core: Core, task_id: str, node: str, at: float) -> None:
+def lose(core: SchedulerCore, task_id: str, node: str, at: float) -> None:
     core.handle(Returned(at=at, id=task_id, node=node, attempt=1, cause="failed", reason="died", strikes=1))
 
 
@@ -283,7 +290,7 @@ def test_a_thousand_candidates_are_not_all_written_down() -> None:
     assert len(decision.explanation.candidates) == 8
 
 
-def life(core: Core, begin: int, end: int) -> list[str]:
+def life(core: SchedulerCore, begin: int, end: int) -> list[str]:
     """A reproducible stretch of service: tasks of two classes come, run and end; returns the decisions, as JSON."""
     said = []
     for i in range(begin, end):
@@ -311,9 +318,9 @@ def life(core: Core, begin: int, end: int) -> list[str]:
                 longest_step=0.05,
                 energy=60.0 * i,
             )
-            progress = {t: 5 + f.generated for t, f in node.flights.items()}
+            progress = {t: 5 + f.generated for t, f in node.in_flight.items()}
             core.handle(Heartbeat(at=now + 0.1, node=name, boot=f"{name}.1", counters=read, progress=progress))
-            for task_id in [t for t, f in node.flights.items() if f.generated > 20 + i % 11]:
+            for task_id in [t for t, f in node.in_flight.items() if f.generated > 20 + i % 11]:
                 finish(core, task_id, now + 0.2, 20 + i % 60, read, read)
     return said
 
@@ -349,7 +356,7 @@ def test_forecasts_made_before_a_snapshot_are_not_used_after_it() -> None:
     assert said[0] == said[1]
 
 
-def _copies(core: Core) -> tuple[Any, Any, Any]:
+def _copies(core: SchedulerCore) -> tuple[Any, Any, Any]:
     from copy import deepcopy  # noqa: PLC0415
 
     return deepcopy((core.cluster, core._placed, core.pending))

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from scheduler.core.cluster import Task
-from scheduler.core.heap import Heap
-from scheduler.core.pending import Pending
+from perllm.scheduler.core.cluster import Task
+from perllm.scheduler.core.heap import Heap
+from perllm.scheduler.core.pending import Pending
 
 
 def task(task_id: str, deadline: float = 10.0, model: str | None = None, submitted: float = 0.0) -> Task:

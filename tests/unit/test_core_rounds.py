@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from broker.messages import (
-    Calibration,
+from perllm.broker.messages import (
     Candidate,
     Completed,
     Counters,
@@ -22,15 +21,16 @@ from broker.messages import (
     Receipt,
     Returned,
     State,
+    StepCost,
     Submitted,
 )
-from scheduler.core.cluster import Cluster, Node, Task
-from scheduler.core.core import AVOID, LOOKAHEAD, RESTING, RETRIES, Core
-from scheduler.core.policy import Choice, Place, Reject, Wait
+from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.policy import Choice, Place, Reject, Wait
+from perllm.scheduler.core.scheduler import AVOID, LOOKAHEAD, RESTING, RETRIES, SchedulerCore
 
 
 def info(name: str, slots: int = 2, models: Sequence[str] = ("m",), context: int = 4096) -> NodeInfo:
-    cal = Calibration(step=0.02, sequence=0.001, prefill=0.0001)
+    cal = StepCost(step=0.02, sequence=0.001, prefill=0.0001)
     return NodeInfo(
         name=name,
         tier="edge",
@@ -88,8 +88,8 @@ class Scripted:
         pass
 
 
-def core_with(policy: Scripted, *infos: NodeInfo) -> Core:
-    core = Core(policy)
+def core_with(policy: Scripted, *infos: NodeInfo) -> SchedulerCore:
+    core = SchedulerCore(policy)
     for one in infos:
         core.handle(NodeUp(at=0, info=one))
     return core
@@ -296,7 +296,7 @@ def test_a_node_version_tells_every_change() -> None:
     assert not changed()  # known already
     core.handle(Heartbeat(at=2, node="a", boot="a.1", counters=node.counters, progress={"t": 3}))
     assert changed()
-    assert node.flights["t"].generated == 3
+    assert node.in_flight["t"].generated == 3
     core.handle(completed("t", "a", 3))
     assert changed()
     assert node.changed == 3
@@ -312,7 +312,7 @@ def test_rejecting_removes_and_says_why() -> None:
 
 
 def test_without_explanations_nothing_is_explained() -> None:
-    core = Core(Scripted(), explain=False)
+    core = SchedulerCore(Scripted(), explain=False)
     core.handle(NodeUp(at=0, info=info("a")))
     core.handle(submitted("t"))
     (decision,) = core.decide(0)

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 from support.make import node_info
 
-from broker import door as door_module
-from broker.door import Door
-from broker.embedded import EmbeddedServer
-from broker.errors import InvalidTask
-from broker.ledger import Ledger
-from broker.settings import Settings
+from perllm.broker import validation as door_module
+from perllm.broker.errors import InvalidTask
+from perllm.broker.ledger import Ledger
+from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.settings import Settings
+from perllm.broker.validation import TaskValidator
 
 
 @pytest.fixture
@@ -24,12 +24,12 @@ def ledger(valkey: EmbeddedServer) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def door(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Door:
+def door(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> TaskValidator:
     monkeypatch.setattr(door_module, "OFFERS_AGE", -1.0)  # looks anew each time
-    return Door(Settings(max_prompt_bytes=100), ledger)
+    return TaskValidator(Settings(max_prompt_bytes=100), ledger)
 
 
-def test_a_good_task(door: Door) -> None:
+def test_a_good_task(door: TaskValidator) -> None:
     spec = door.accept({"prompt": "hi", "deadline": 5})
     assert (spec.prompt, spec.deadline, spec.max_tokens) == ("hi", 5.0, 128)
 
@@ -42,18 +42,18 @@ def test_a_good_task(door: Door) -> None:
         ({"messages": [{"role": "user", "content": "x" * 60}] * 2}, "messages"),
     ],
 )
-def test_an_oversized_prompt(door: Door, task: dict[str, object], field: str) -> None:
+def test_an_oversized_prompt(door: TaskValidator, task: dict[str, object], field: str) -> None:
     with pytest.raises(
         InvalidTask, match=rf"^{field}: 1\d\d bytes; the limit is 100 bytes \(PERLLM_MAX_PROMPT_BYTES\)$"
     ):
         door.accept(task)
 
 
-def test_the_largest_prompt(door: Door) -> None:
+def test_the_largest_prompt(door: TaskValidator) -> None:
     assert door.accept({"prompt": "x" * 100}).text_bytes() == 100
 
 
-def test_a_model_nobody_serves(door: Door, ledger: Ledger) -> None:
+def test_a_model_nobody_serves(door: TaskValidator, ledger: Ledger) -> None:
     door.accept({"prompt": "x", "model": "later"})  # no nodes: it waits for one
     ledger.register(node_info("n"))
     with pytest.raises(InvalidTask, match=r"^model: no live node serves 'later'; on offer: emulated$"):
@@ -61,7 +61,7 @@ def test_a_model_nobody_serves(door: Door, ledger: Ledger) -> None:
     assert door.accept({"prompt": "x", "model": "emulated"}).model == "emulated"
 
 
-def test_more_tokens_than_any_context(door: Door, ledger: Ledger) -> None:
+def test_more_tokens_than_any_context(door: TaskValidator, ledger: Ledger) -> None:
     door.accept({"prompt": "x", "max_tokens": 5000})
     ledger.register(node_info("n"))
     for model in ({}, {"model": "emulated"}):
@@ -71,7 +71,7 @@ def test_more_tokens_than_any_context(door: Door, ledger: Ledger) -> None:
 
 
 def test_the_offers_are_not_looked_up_for_every_task(
-    door: Door, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    door: TaskValidator, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(door_module, "OFFERS_AGE", 60.0)
     door.accept({"prompt": "x"})

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.messages import Energy
-from broker.worker.energy import Attribution
+from perllm.broker.engine.energy import Attribution
+from perllm.broker.messages import Energy
 
 
 @dataclass

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from broker.worker import cores
-from broker.worker.cores import ThreadClaim, available_cores, available_memory, cpu_quota, memory_limit
+from perllm.broker.engine import cores
+from perllm.broker.engine.cores import ThreadClaim, available_cores, available_memory, cpu_quota, memory_limit
 
 
 def group(root: Path, path: str, **files: str) -> None:
@@ -80,7 +80,7 @@ def test_engines_see_each_others_threads(tmp_path: Path) -> None:
 
 def test_a_killed_engines_claim_is_void(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from broker.worker.cores import ThreadClaim; "
+        "import sys, time; from pathlib import Path; from perllm.broker.engine.cores import ThreadClaim; "
         "claim = ThreadClaim(Path(sys.argv[1])); claim.take(5); print('taken', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as child:

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.tiny_gguf import F32, STRING, U32, pair, write
 
-from broker.errors import BadSetting
-from broker.settings import Settings
-from edge_worker.gguf import GGUF, read_gguf
-from edge_worker.models import base_name, default_gguf, model_name
+from perllm.broker.errors import BadSetting
+from perllm.broker.settings import Settings
+from perllm.edge_worker.gguf import GGUF, read_gguf
+from perllm.edge_worker.models import base_name, default_gguf, model_name
 
 
 def small(path: Path) -> Path:

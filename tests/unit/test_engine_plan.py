@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from edge_worker.cells import Cells
-from edge_worker.plan import OLDEST_SHARE, Widths, choose_victim, share_prefill
-from edge_worker.prefixes import common_prefix
+from perllm.edge_worker.batch_plan import OLDEST_SHARE, Widths, choose_victim, share_prefill
+from perllm.edge_worker.kv_cells import KVCells
+from perllm.edge_worker.prefix_cache import common_prefix
 
 
 @given(st.lists(st.integers(1, 3000), max_size=20), st.integers(1, 512))
@@ -99,7 +99,7 @@ def test_common_prefix(a: list[int], b: list[int]) -> None:
 
 
 class CellsMachine(RuleBasedStateMachine):
-    """Cells beside a model that gives every token a name and asks who holds it."""
+    """KVCells beside a model that gives every token a name and asks who holds it."""
 
     SIZE, LIVE = 40, 4
     live = Bundle("live")
@@ -108,7 +108,7 @@ class CellsMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.size = self.SIZE
-        self.cells = Cells(self.SIZE, self.LIVE)
+        self.cells = KVCells(self.SIZE, self.LIVE)
         self.model: dict[int, list[int]] = {}
         self.names = 0
         self.ids = list(range(self.LIVE))

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edge_worker.text import TextStream
+from perllm.edge_worker.text_stream import TextStream
 
 #: A small alphabet makes stop strings overlap and repeat; 😀 and é are cut by the pieces.
 TEXT = st.text(alphabet="ab\né😀", max_size=30)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from broker.messages import Calibration, ModelOffer, NodeInfo, Power
-from scheduler.core import forecast as f
-from scheduler.core.board import Board, Learned
-from scheduler.core.cluster import Node, Task
-from scheduler.core.grid import EDGES
-from scheduler.core.lengths import Lengths
+from perllm.broker.messages import ModelOffer, NodeInfo, Power, StepCost
+from perllm.scheduler.core.cluster import Node, Task
+from perllm.scheduler.csucb import forecast as f
+from perllm.scheduler.csucb.cluster_arrays import ClusterArrays, Learned
+from perllm.scheduler.csucb.output_lengths import Lengths
+from perllm.scheduler.csucb.token_bins import EDGES
 
 THETA = (0.02, 0.002, 0.0005, 1e-6)
 WATTS = 100.0
@@ -23,7 +23,7 @@ WATTS = 100.0
 class Setting:
     """A node with tasks on it, and the forecast of it."""
 
-    flights: list[Task]
+    in_flight: list[Task]
     slots: int = 16
     inflow: float = 0.0
 
@@ -34,7 +34,7 @@ class Setting:
         for tokens in self.drawn[:1500].tolist():
             self.lengths.observe("chat", 100, tokens, ended=True)
         a, b, c, d = THETA
-        cal = Calibration(step=a, sequence=b, prefill=c, context=d)
+        cal = StepCost(step=a, sequence=b, prefill=c, context=d)
         info = NodeInfo(
             name="n",
             tier="edge",
@@ -45,19 +45,19 @@ class Setting:
             bandwidth=1e7,
             engine="test",
         )
-        self.node = Node(info, since=0.0, heard=0.0, changed=0.0, flights={t.id: t for t in self.flights})
+        self.node = Node(info, since=0.0, heard=0.0, changed=0.0, in_flight={t.id: t for t in self.in_flight})
         learned = Learned(
             steps=((*THETA, 0.05),),
             watts=WATTS,
             rate=1e7,
             latency=0.0,
-            hop=0.0,
+            dispatch_delay=0.0,
             still=False,
             inflow=(self.inflow, 100.0, 60.0),
             toll=0.0,
             pace=0.0,
         )
-        self.board = Board(self.lengths, lambda _: learned)
+        self.board = ClusterArrays(self.lengths, lambda _: learned)
         self.board.rows((self.node,), None)
 
     def weigh(self, task: Task, now: float = 0.0) -> tuple[np.ndarray, float]:
@@ -77,16 +77,16 @@ class Setting:
         b, table, look = self.board, self.lengths.table, np.zeros(f.LOOK_COLUMNS)
         times, taken, alone = b.maps[f.TIME, 0], b.maps[f.TAKEN, 0], b.maps[f.ALONE, 0]
         f.weigh(b.nodes[0], b.arms[0], given, now, table, times, taken, alone, look)
-        mine = b.flights[: len(self.flights)]
+        mine = b.in_flight[: len(self.in_flight)]
         return look, float(f.harm(b.nodes[0], b.arms[0], given, now, mine, table, times, taken))
 
     def chances(self) -> list[float]:
-        return self.board.flights[: len(self.flights), f.P].tolist()
+        return self.board.in_flight[: len(self.in_flight), f.P].tolist()
 
     def play(self, extra: Task | None = None, runs: int = 800) -> tuple[list[float], float]:
         """P(on time) of each task (the extra one last) and mean busy seconds, by stepping."""
         rng = np.random.default_rng(1)
-        tasks = [*self.flights, *([extra] if extra else [])]
+        tasks = [*self.in_flight, *([extra] if extra else [])]
         good, busy = np.zeros(len(tasks)), 0.0
         for _ in range(runs):
             on_time, spent = self._play_once(tasks, rng)
@@ -203,15 +203,15 @@ def test_batching_makes_one_more_cheaper() -> None:
 
 
 def test_queued_tasks_wait_for_a_slot() -> None:
-    flights = running(4)
+    in_flight = running(4)
     waiting = [task(f"w{i}", 6.0) for i in range(2)]
     for w in waiting:
         w.claimed = None
-    setting = Setting([*flights, *waiting], slots=4)
+    setting = Setting([*in_flight, *waiting], slots=4)
     played, _ = setting.play()
     assert setting.chances()[4:] == pytest.approx(played[4:], abs=0.15)
     look, _ = setting.weigh(task("new", 6.0))
-    roomy, _ = Setting([*flights, *waiting], slots=8).weigh(task("new", 6.0))
+    roomy, _ = Setting([*in_flight, *waiting], slots=8).weigh(task("new", 6.0))
     assert look[f.CHANCE] < roomy[f.CHANCE]
 
 
@@ -238,7 +238,7 @@ def test_a_heartbeat_ago_is_caught_up() -> None:
     setting.node.changed, setting.node.version = 1.0, 1
     setting.board.rows((setting.node,), None)
     step = THETA[0] + THETA[1] + THETA[3] * 110
-    assert setting.board.flights[0, f.TOKENS] == pytest.approx(10 + 1.0 / step, rel=0.02)
+    assert setting.board.in_flight[0, f.TOKENS] == pytest.approx(10 + 1.0 / step, rel=0.02)
 
 
 def test_the_map_and_its_inverse_agree() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import llguidance
 import pytest
 
-from broker.grammar.gbnf import BadGBNF, to_lark
+from perllm.broker.grammar.gbnf import BadGBNF, to_lark
 
 BYTES = llguidance.LLTokenizer("byte")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.core.index import SCALE_COUNTS, EnergyScale, index
+from perllm.scheduler.csucb.index import SCALE_COUNTS, EnergyScale, index
 
 
 def test_the_index() -> None:

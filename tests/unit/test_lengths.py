@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.core.classes import TENANT_CLASSES
-from scheduler.core.grid import BINS, EDGES, at, bin_of
-from scheduler.core.lengths import MEAN, MOMENT, TAIL, Lengths
+from perllm.scheduler.core.service_classes import TENANT_CLASSES
+from perllm.scheduler.csucb.output_lengths import MEAN, MOMENT, TAIL, Lengths
+from perllm.scheduler.csucb.token_bins import BINS, EDGES, at, bin_of
 
 
 def table(lengths: Lengths, service: str = "chat", prompt: int = 120, hint: int | None = None) -> np.ndarray:
@@ -185,7 +185,7 @@ def test_a_tenant_learns_nothing_of_anothers_class_of_the_same_name() -> None:
 
 
 def test_hints_of_every_kind_do_not_fill_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scheduler.core.lengths.TENANT_ROWS", 100)
+    monkeypatch.setattr("perllm.scheduler.csucb.output_lengths.TENANT_ROWS", 100)
     lengths = Lengths()
     rows = {lengths.row(f"c{n % 7}", 1 << n % 20, n, "hostile") for n in range(1, 5000)}
     assert len(rows) == 101  # beyond, all share the prior's

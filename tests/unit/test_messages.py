@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from broker.errors import field_errors
-from broker.messages import (
+from perllm.broker.errors import field_errors
+from perllm.broker.messages import (
     MAX_DEADLINE,
     Claimed,
     Completed,

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.errors import BadSetting
-from broker.worker.energy import Attribution
-from cloud_worker.nvml import NVMLMeter, PowerLimitMeter, Unreadable, make_meter, no_gpu
+from perllm.broker.engine.energy import Attribution
+from perllm.broker.errors import BadSetting
+from perllm.cloud_worker.nvml import NVMLMeter, PowerLimitMeter, Unreadable, make_meter, no_gpu
 
 IDLE = 122.0
 #: Requests in the batch → W.

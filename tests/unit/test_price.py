@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.core.price import MOST, TARGET, Toll
+from perllm.scheduler.csucb.slot_price import MOST, TARGET, SlotPrice
 
 
-def after(taken: float, urgent: float, seconds: int, begin: float = 0.0) -> Toll:
-    toll = Toll(price=begin)
+def after(taken: float, urgent: float, seconds: int, begin: float = 0.0) -> SlotPrice:
+    toll = SlotPrice(price=begin)
     for i in range(seconds):
         toll.watch(float(i + 1), taken, urgent)
     return toll
@@ -27,21 +27,21 @@ def test_room_is_kept_only_where_urgent_work_comes() -> None:
 
 
 def test_silence_is_not_overload() -> None:
-    toll = Toll(at=0.0)
+    toll = SlotPrice(at=0.0)
     toll.watch(3600.0, 1.25, 0.5)
     assert toll.price < 0.1
 
 
 def test_the_price_is_per_mean_stay_and_value() -> None:
-    toll = Toll(price=1.0)
+    toll = SlotPrice(price=1.0)
     assert toll.per_second(6.0, 1.0) == 0.0  # nothing known yet
     for _ in range(200):
         toll.stayed(2.0)
     assert toll.per_second(6.0, 1.0) == pytest.approx(3.0)
-    assert Toll(**toll.snapshot()) == toll
+    assert SlotPrice(**toll.snapshot()) == toll
 
 
 def test_what_an_overload_left_of_the_price_is_not_asked_on_an_idle_node() -> None:
-    toll = Toll(price=3.0, stay=2.0)
+    toll = SlotPrice(price=3.0, stay=2.0)
     assert toll.per_second(6.0, 0.0) == 0.0
     assert toll.per_second(6.0, 0.4) < toll.per_second(6.0, 0.8) == toll.per_second(6.0, 2.0)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from broker.connection import connect
-from broker.errors import BadSetting
-from broker.settings import Settings, load_settings
+from perllm.broker.connection import connect
+from perllm.broker.errors import BadSetting
+from perllm.broker.settings import Settings, load_settings
 
 SECRET = "hunter2"
 

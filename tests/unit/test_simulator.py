@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.messages import Claimed, Completed, Ended, Event, Heartbeat, NodeDown, NodeUp, Returned, State
-from scheduler.simulator.clock import Clock
-from scheduler.simulator.link import SharedLink
-from scheduler.simulator.pace import Change, Pace
-from scheduler.simulator.result import effective_capacity
-from scheduler.simulator.run import Simulation, capacity, table_of
-from scheduler.simulator.scenario import Scenario, load_scenario, scenario_names
-from scheduler.simulator.tables import load_table, profile_names
-from scheduler.simulator.workload import make_arrivals, mean_task
+from perllm.broker.messages import Claimed, Completed, Ended, Event, Heartbeat, NodeDown, NodeUp, Returned, State
+from perllm.scheduler.simulator.clock import Clock
+from perllm.scheduler.simulator.link import SharedLink
+from perllm.scheduler.simulator.result import effective_capacity
+from perllm.scheduler.simulator.run import Simulation, capacity, table_of
+from perllm.scheduler.simulator.scenario import Scenario, load_scenario, scenario_names
+from perllm.scheduler.simulator.speed_changes import Change, Pace
+from perllm.scheduler.simulator.tables import load_table, profile_names
+from perllm.scheduler.simulator.workload import make_arrivals, mean_task
 
 PAPER = load_scenario("paper")
 
@@ -56,7 +56,7 @@ def test_every_task_ends_once_and_the_books_balance(scenario: str, policy: str) 
     assert ran - run.late == round(run.on_time * 250)
     assert all(o.ended >= o.submitted for o in run.outcomes)
     assert not simulation.core.pending
-    assert all(not n.flights for n in simulation.core.cluster.nodes.values())
+    assert all(not n.in_flight for n in simulation.core.cluster.nodes.values())
     for node in simulation.nodes.values():  # what the tasks are said to have cost is what the node drew
         receipts = [e.receipt for e in simulation.seen if isinstance(e, Completed) and e.node == node.name]
         told = sum(r.energy.inference for r in receipts)
@@ -111,7 +111,7 @@ def test_mechanisms_stop_work_at_the_deadline_and_bound_the_queues() -> None:
             nonlocal deepest
             super().emit(event)
             for node in self.core.cluster.nodes.values():
-                deepest = max(deepest, len(node.flights) - node.info.slots)
+                deepest = max(deepest, len(node.in_flight) - node.info.slots)
 
     run = Deep(scenario, "round-robin+mech", load=1.5, seed=1).run()
     assert deepest == scenario.queue_room
@@ -174,7 +174,7 @@ def one_server(rate_of_service: float, output: dict[str, Any], tasks: int) -> Sc
         "node": [node.model_dump()],
         "service": [service],
         "tasks": tasks,
-        "hop": 0.0,
+        "dispatch_delay": 0.0,
         "heartbeat": 100.0,
     }
     return Scenario.model_validate(raw)

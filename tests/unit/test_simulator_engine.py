@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.simulator.clock import Clock
-from scheduler.simulator.engine import Engine, Sequence, elapsed, steps_until
-from scheduler.simulator.pace import Change, Pace, SpeedPace
-from scheduler.simulator.scenario import Link, NodeSpec
-from scheduler.simulator.tables import StepTable, load_table
+from perllm.scheduler.simulator.clock import Clock
+from perllm.scheduler.simulator.engine import Engine, Sequence, elapsed, steps_until
+from perllm.scheduler.simulator.scenario import Link, NodeSpec
+from perllm.scheduler.simulator.speed_changes import Change, Pace, SpeedPace
+from perllm.scheduler.simulator.tables import StepTable, load_table
 
 CLOUD = load_table("vllm-0.25.1_h200_llama-33b-bf16", 8, time=1.0, power=1.0)
 EDGE = load_table("llamacpp-0.3.36_xeon-spr_llama-8b-q4_0", 8, time=0.1, power=1.0, cpu_watts=(15, 60))

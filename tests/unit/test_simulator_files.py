@@ -19,17 +19,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.errors import BadSetting
-from broker.messages import Completed, Energy, Event, NodeUp, Receipt, State, Submitted
-from scheduler.simulator.run import Simulation
-from scheduler.simulator.scenario import (
+from perllm.broker.errors import BadSetting
+from perllm.broker.messages import Completed, Energy, Event, NodeUp, Receipt, State, Submitted
+from perllm.scheduler.simulator.run import Simulation
+from perllm.scheduler.simulator.scenario import (
     SCENARIOS,
     load_scenario,
     names_of,
     parse_scenario,
     scenario_names,
 )
-from scheduler.simulator.trace import arrivals_of, read_trace, stretched, write_trace
+from perllm.scheduler.simulator.trace import arrivals_of, read_trace, stretched, write_trace
 
 PAPER_TEXT = (SCENARIOS / "paper.toml").read_text()
 PAPER = tomllib.loads(PAPER_TEXT)
@@ -295,7 +295,7 @@ def test_a_trace_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
 
 def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "scheduler.simulator", *args],
+        [sys.executable, "-m", "perllm.scheduler.simulator", *args],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -344,7 +344,7 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path: Path, args: list[str]
 
 def test_an_interrupted_run_keeps_what_has_finished(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "scheduler.simulator", "paper", "--policy", "random", "--seeds", "1000", "--load", "0.5",
+        [sys.executable, "-m", "perllm.scheduler.simulator", "paper", "--policy", "random", "--seeds", "1000", "--load", "0.5",
          "--tasks", "100"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "FORCE_COLOR": "1"},

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from broker.errors import BadSetting
-from scheduler.policies import make_policy
-from scheduler.simulator import oracles
-from scheduler.simulator.oracles import Clairvoyant, Informed, play
-from scheduler.simulator.run import Simulation
-from scheduler.simulator.scenario import Scenario, load_scenario
+from perllm.broker.errors import BadSetting
+from perllm.scheduler.policies import make_policy
+from perllm.scheduler.simulator import oracles
+from perllm.scheduler.simulator.oracles import Clairvoyant, Informed, play
+from perllm.scheduler.simulator.run import Simulation
+from perllm.scheduler.simulator.scenario import Scenario, load_scenario
 
 PAPER = load_scenario("paper")
 
@@ -33,13 +33,13 @@ def test_what_clairvoyance_plays_is_what_happens(name: str, moment: float, monke
         simulation.clock.step()
     (node,) = simulation.core.cluster.nodes.values()
     (sim,) = simulation.nodes.values()
-    value, joules = play(len(node.flights), *Clairvoyant(simulation).scene(node, None, simulation.clock.now))
+    value, joules = play(len(node.in_flight), *Clairvoyant(simulation).scene(node, None, simulation.clock.now))
     before = sim.engine.counters().energy - sim.table.idle_watts * simulation.clock.now
-    flights = set(node.flights)
-    assert len(flights) > 5
+    in_flight = set(node.in_flight)
+    assert len(in_flight) > 5
     simulation.run()
     after = sim.engine.counters().energy - sim.table.idle_watts * simulation.clock.now
-    happened = sum(simulation.outcomes[i].on_time for i in flights)
+    happened = sum(simulation.outcomes[i].on_time for i in in_flight)
     assert happened > 0
     assert value == pytest.approx(happened, abs=1)
     assert joules == pytest.approx(after - before, rel=0.15)

@@ -8,15 +8,15 @@ import math
 import numpy as np
 import pytest
 
-from broker.messages import Calibration, Counters
-from scheduler.core.speed import RELAXATION, Sample, Speed, sample_between, stalled
+from perllm.broker.messages import Counters, StepCost
+from perllm.scheduler.csucb.step_cost import RELAXATION, Sample, StepCostModel, sample_between, stalled
 
 TRUE = np.array([0.02, 0.001, 1e-4, 7e-7])
 
 
-def calibration(factor: float = 1.0) -> Calibration:
+def calibration(factor: float = 1.0) -> StepCost:
     a, b, c, d = (TRUE * factor).tolist()
-    return Calibration(step=a, sequence=b, prefill=c, context=d)
+    return StepCost(step=a, sequence=b, prefill=c, context=d)
 
 
 def sample(rng: np.random.Generator, factor: float = 1.0, noise: float = 0.05) -> Sample:
@@ -26,7 +26,7 @@ def sample(rng: np.random.Generator, factor: float = 1.0, noise: float = 0.05) -
     return Sample(x, float(x @ TRUE) * factor * math.exp(noise * rng.standard_normal()))
 
 
-def ratio(speed: Speed) -> float:
+def ratio(speed: StepCostModel) -> float:
     """Predicted over true time of a usual step."""
     x = np.array([1.0, 8.0, 10.0, 2000.0])
     return float(x @ speed.mean) / float(x @ TRUE)
@@ -34,14 +34,14 @@ def ratio(speed: Speed) -> float:
 
 @pytest.mark.parametrize("factor", [0.4, 0.7, 1.5, 2.5])
 def test_a_wrong_calibration_is_mended_within_seconds(factor: float) -> None:
-    rng, speed = np.random.default_rng(0), Speed.calibrated(calibration(factor), 0.0)
+    rng, speed = np.random.default_rng(0), StepCostModel.calibrated(calibration(factor), 0.0)
     for i in range(12):
         speed.learn(sample(rng), float(i + 1))
     assert ratio(speed) == pytest.approx(1.0, abs=0.12)
 
 
 def test_one_wild_sample_is_set_aside_and_two_on_a_side_are_believed() -> None:
-    rng, speed = np.random.default_rng(1), Speed.calibrated(calibration(), 0.0)
+    rng, speed = np.random.default_rng(1), StepCostModel.calibrated(calibration(), 0.0)
     for i in range(20):
         speed.learn(sample(rng), float(i))
     assert not speed.learn(sample(rng, factor=6.0), 20.0)  # a stall nobody flagged
@@ -55,7 +55,7 @@ def test_one_wild_sample_is_set_aside_and_two_on_a_side_are_believed() -> None:
 
 def test_collinear_features_do_not_let_the_uncertainty_run_away() -> None:
     """A batch of always 4 tells only a + 4b + …; plain exponential forgetting diverges here."""
-    rng, speed = np.random.default_rng(2), Speed.calibrated(calibration(), 0.0)
+    rng, speed = np.random.default_rng(2), StepCostModel.calibrated(calibration(), 0.0)
     x = np.array([20.0, 80.0, 0.0, 80.0 * 200])
     for i in range(5000):
         y = float(x @ TRUE) * math.exp(0.05 * rng.standard_normal())
@@ -67,7 +67,7 @@ def test_collinear_features_do_not_let_the_uncertainty_run_away() -> None:
 
 def test_rotating_slowdowns_are_followed_there_and_back() -> None:
     """Without forgetting, every turn would take longer to be believed than the one before."""
-    rng, speed, errors = np.random.default_rng(3), Speed.calibrated(calibration(), 0.0), []
+    rng, speed, errors = np.random.default_rng(3), StepCostModel.calibrated(calibration(), 0.0), []
     for i in range(600):
         factor = 2.5 if (i // 30) % 2 else 1.0
         speed.learn(sample(rng, factor=factor), float(i))
@@ -78,7 +78,7 @@ def test_rotating_slowdowns_are_followed_there_and_back() -> None:
 
 
 def test_without_data_it_returns_to_the_calibration() -> None:
-    rng, speed = np.random.default_rng(4), Speed.calibrated(calibration(), 0.0)
+    rng, speed = np.random.default_rng(4), StepCostModel.calibrated(calibration(), 0.0)
     for i in range(60):
         speed.learn(sample(rng, factor=2.0), float(i))
     theta, spread, count = speed.at_time(59.0)
@@ -91,7 +91,7 @@ def test_without_data_it_returns_to_the_calibration() -> None:
 
 
 def test_a_sample_set_aside_leaves_no_stale_view() -> None:
-    rng, speed = np.random.default_rng(5), Speed.calibrated(calibration(), 0.0)
+    rng, speed = np.random.default_rng(5), StepCostModel.calibrated(calibration(), 0.0)
     for i in range(20):
         speed.learn(sample(rng, factor=1.6), float(i))
     assert not speed.learn(sample(rng, factor=20.0), 50.0)
@@ -99,7 +99,7 @@ def test_a_sample_set_aside_leaves_no_stale_view() -> None:
 
 
 def test_coefficients_stay_positive() -> None:
-    speed = Speed.calibrated(calibration(), 0.0)
+    speed = StepCostModel.calibrated(calibration(), 0.0)
     for i in range(50):
         speed.learn(Sample(np.array([10.0, 10.0, 0.0, 0.0]), 1e-6), float(i))
     assert np.all(speed.mean > 0)
@@ -122,10 +122,10 @@ def test_standing_still() -> None:
 
 
 def test_snapshot_round_trip_is_exact() -> None:
-    rng, speed = np.random.default_rng(6), Speed.calibrated(calibration(), 0.0)
+    rng, speed = np.random.default_rng(6), StepCostModel.calibrated(calibration(), 0.0)
     for i in range(10):
         speed.learn(sample(rng), float(i))
-    again = Speed.restored(json.loads(json.dumps(speed.snapshot())))
+    again = StepCostModel.restored(json.loads(json.dumps(speed.snapshot())))
     next_one = sample(rng)
     assert speed.learn(next_one, 11.0) == again.learn(next_one, 11.0)
     assert speed.snapshot() == again.snapshot()

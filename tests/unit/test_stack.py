@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.wait import eventually
 
-import broker.stack as stack_module
-from broker import process
-from broker.errors import BadSetting
-from broker.settings import Settings, load_settings
-from broker.stack import LONGEST_PAUSE, PAUSE, Stack, pause, share_cores
+import perllm.broker.local.supervisor as stack_module
+from perllm.broker.errors import BadSetting
+from perllm.broker.local import process
+from perllm.broker.local.supervisor import LONGEST_PAUSE, PAUSE, Supervisor, pause, share_cores
+from perllm.broker.settings import Settings, load_settings
 
 
 @given(cores=st.integers(1, 256), edges=st.integers(0, 16), clouds=st.integers(0, 4))
@@ -39,11 +39,11 @@ def test_pauses_grow_and_are_bounded(failures: int) -> None:
 
 
 @pytest.fixture
-def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
+def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
     """A stack of nothing, to launch parts of our own in."""
     monkeypatch.setattr(stack_module, "PAUSE", 0.05)
     monkeypatch.setattr(stack_module, "LONGEST_PAUSE", 0.2)
-    one = Stack(Settings(data_dir=tmp_path), edges=(), clouds=())
+    one = Supervisor(Settings(data_dir=tmp_path), edges=(), clouds=())
     one._make_folders()
     yield one
     one.stop()
@@ -53,7 +53,7 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def tend_until(stack: Stack, seen: Callable[[list[str]], object]) -> list[str]:
+def tend_until(stack: Supervisor, seen: Callable[[list[str]], object]) -> list[str]:
     lines = list[str]()
 
     def look() -> bool:
@@ -64,7 +64,7 @@ def tend_until(stack: Stack, seen: Callable[[list[str]], object]) -> list[str]:
     return lines
 
 
-def test_a_part_that_keeps_ending_is_started_for_ever_and_it_is_said_why(stack: Stack, tmp_path: Path) -> None:
+def test_a_part_that_keeps_ending_is_started_for_ever_and_it_is_said_why(stack: Supervisor, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.touch()
     stack._launch("bad", python(f"open({str(runs)!r}, 'a').write('x'); raise SystemExit('error: no luck')"))
@@ -78,14 +78,14 @@ def test_a_part_that_keeps_ending_is_started_for_ever_and_it_is_said_why(stack: 
     assert good.poll() is None
 
 
-def test_a_part_that_has_lived_is_started_at_once(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_has_lived_is_started_at_once(stack: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack_module, "STEADY", 0.0)
     stack._launch("worker", python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"))
     lines = tend_until(stack, lambda said: len(said) >= 3)
     assert set(lines) == {"worker ended (signal 11); started again at once"}
 
 
-def test_a_part_that_cannot_even_be_started_is_tried_again(stack: Stack, tmp_path: Path) -> None:
+def test_a_part_that_cannot_even_be_started_is_tried_again(stack: Supervisor, tmp_path: Path) -> None:
     stack._launch("part", python("pass"))
     stack._children[0].command = [str(tmp_path / "program")]
     tend_until(stack, lambda said: sum("could not be started" in line for line in said) >= 3)
@@ -94,7 +94,7 @@ def test_a_part_that_cannot_even_be_started_is_tried_again(stack: Stack, tmp_pat
     tend_until(stack, lambda said: stack._children[0].running)
 
 
-def test_a_wrong_setting_ends_the_start_only(stack: Stack) -> None:
+def test_a_wrong_setting_ends_the_start_only(stack: Supervisor) -> None:
     stack._launch("part", python("import sys; print('error: PERLLM_X: no', file=sys.stderr); sys.exit(2)"))
 
     eventually(lambda: not stack._children[0].running, "it has ended")
@@ -103,7 +103,7 @@ def test_a_wrong_setting_ends_the_start_only(stack: Stack) -> None:
     assert len(tend_until(stack, lambda said: len(said) >= 2)) >= 2  # later, it is a part like any other
 
 
-def test_logs_are_kept_small_while_they_are_written(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logs_are_kept_small_while_they_are_written(stack: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack_module, "keep_small", lambda log: process.keep_small(log, 10_000))
     stack._launch(
         "loud", python("import itertools\nfor n in itertools.count(): print(n, 'x' * 100, flush=n % 50 == 0)")
@@ -127,7 +127,7 @@ def test_logs_are_kept_small_while_they_are_written(stack: Stack, monkeypatch: p
 
 
 def test_nothing_is_imported_from_where_the_user_happens_to_be(
-    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stack: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder somebody else has filled: modules named as ours and as libraries, and Flower's configuration, which is
     code. `python -m` and `celery -A` would both import from the working directory first."""
@@ -141,9 +141,11 @@ def test_nothing_is_imported_from_where_the_user_happens_to_be(
     (trap / "weights.gguf").touch()
     monkeypatch.chdir(trap)
     stack.settings = load_settings(data_dir=stack.settings.data_dir, redis_url="redis://127.0.0.1:1")
-    report = "import os, broker.settings as s; x = s.load_settings(); print('\\nsaw', x.cell, x.model, os.getcwd())"
-    stack._launch("module", [sys.executable, "-m", "scheduler"])
-    stack._launch("celery", [sys.executable, "-m", "celery", "-A", "broker", "report"])
+    report = (
+        "import os, perllm.broker.settings as s; x = s.load_settings(); print('\\nsaw', x.cell, x.model, os.getcwd())"
+    )
+    stack._launch("module", [sys.executable, "-m", "perllm.scheduler"])
+    stack._launch("celery", [sys.executable, "-m", "celery", "-A", "perllm.broker", "report"])
     stack._launch("probe", python(report))
     logs = {child.name: child for child in stack._children}
     eventually(lambda: not any(child.running for child in stack._children), "all have ended")

@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.api.webhook_health import DISABLE_AFTER, FAILURES, LONGEST_PAUSE, PAUSE, SLOW, Health
-from broker.api.webhook_store import share
+from perllm.broker.api.webhooks.health import DISABLE_AFTER, FAILURES, LONGEST_PAUSE, PAUSE, SLOW, Health
+from perllm.broker.api.webhooks.store import share
 
 
 def failed(health: Health, now: float, took: float = 0.1) -> Health:

@@ -14,10 +14,11 @@ from standardwebhooks.webhooks import Webhook
 from support.api import Sink
 from support.receivers import NameServer
 
-from broker.api import webhook_address, webhook_post
-from broker.api.webhook_address import Address, Forbidden, check_url, permitted, resolve
-from broker.api.webhook_post import connections, post
-from broker.api.webhook_store import DeliveryDocument, WebhookDocument
+from perllm.broker.api.webhooks import address as webhook_address
+from perllm.broker.api.webhooks import post as webhook_post
+from perllm.broker.api.webhooks.address import Address, Forbidden, check_url, permitted, resolve
+from perllm.broker.api.webhooks.post import connections, post
+from perllm.broker.api.webhooks.store import DeliveryDocument, WebhookDocument
 
 SECRET = "whsec_" + "c2VjcmV0" * 4
 LOOPBACK = ("127.0.0.0/8",)

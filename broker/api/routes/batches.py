@@ -1,0 +1,134 @@
+"""Batches: `/v1/batches`. `batch_runner` does the work."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any, cast
+from uuid import uuid4
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from perllm.broker.api.batches.store import BatchDocument, shown
+from perllm.broker.api.errors import ApiError, not_found, over_quota
+from perllm.broker.api.openapi import examples
+from perllm.broker.api.openapi.document import answers, takes
+from perllm.broker.api.openapi.schemas import BatchObject, BatchPage, BatchRequest
+from perllm.broker.api.paging import After, Limit, page
+from perllm.broker.api.requests import TheApi, TheCaller, read_json
+from perllm.broker.messages import MAX_DEADLINE
+from perllm.broker.openai.translation import ENDPOINTS
+
+router = APIRouter(tags=["Batches"])
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_WINDOW = re.compile(r"([1-9][0-9]{0,6})([smhd])")
+
+
+@router.post(
+    "/v1/batches",
+    openapi_extra=takes(BatchRequest, nightly=examples.BATCH_REQUEST),
+    responses=answers(BatchObject, examples.BATCH, 404, 408, 413),
+)
+async def create_batch(request: Request, api: TheApi, caller: TheCaller) -> Response:
+    """Run a file's requests. Good lines run even if others are bad: those are in the error file. A line may carry a
+    `deadline` of its own."""
+    body = await read_json(request)
+    if unknown := set(body) - {"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"}:
+        raise ApiError(400, f"{min(unknown)}: not a field of this request", param=min(unknown))
+    endpoint, identity = body.get("endpoint"), body.get("input_file_id")
+    if endpoint not in ENDPOINTS:
+        raise ApiError(400, f"endpoint: one of {', '.join(ENDPOINTS)} is required", param="endpoint")
+    seconds = _seconds(body.get("completion_window"))
+    metadata = _metadata(body.get("metadata"))
+    lasts = _lasts(body.get("output_expires_after"))
+    if not isinstance(identity, str) or len(identity) > 256:
+        raise ApiError(400, "input_file_id: a file's id is required", param="input_file_id")
+
+    def create() -> BatchDocument | None:
+        if api.files.shelf.get(identity, caller.tenant) is None:
+            return None
+        most = api.settings.quota(caller.tenant).batches
+        api.files.check_room(caller.tenant)  # for what comes of it
+        if api.batches.count_open(caller.tenant) >= most:
+            raise over_quota(f"this tenant may have {most} unfinished batches: wait for one to end, or cancel one")
+        now = api.ledger.now()
+        batch = BatchDocument(
+            id=f"batch_{uuid4().hex}",
+            tenant=caller.tenant,
+            created=now,
+            endpoint=endpoint,
+            input_file_id=identity,
+            max_value=caller.max_value,
+            window=body["completion_window"],
+            expires=now + seconds,
+            metadata=metadata,
+            output_lasts=lasts,
+            key=caller.key.id if caller.key is not None else None,
+        )
+        api.batches.add(batch)
+        return batch
+
+    batch = await api.quick.run(caller.tenant, create)
+    if batch is None:
+        raise ApiError(404, f"input_file_id: no file {identity[:80]!r}", param="input_file_id", code="not_found")
+    api.runner.wake()
+    return JSONResponse(shown(batch))
+
+
+def _seconds(window: Any) -> float:
+    form = _WINDOW.fullmatch(window) if isinstance(window, str) else None
+    seconds = int(form[1]) * _UNITS[form[2]] if form else 0
+    if not 0 < seconds <= MAX_DEADLINE:
+        message = "completion_window: a duration from 1s to 30d is required, as 90s, 15m, 24h or 7d"
+        raise ApiError(400, message, param="completion_window")
+    return float(seconds)
+
+
+def _lasts(given: Any) -> float | None:
+    match given:
+        case None:
+            return None
+        case {"anchor": "created_at", "seconds": int(seconds)} if 3600 <= seconds <= MAX_DEADLINE and len(given) == 2:
+            return float(seconds)
+    message = "output_expires_after: anchor 'created_at' and seconds from 3600 to 2592000 are required"
+    raise ApiError(400, message, param="output_expires_after")
+
+
+def _metadata(given: Any) -> dict[str, str] | None:
+    if given is None:
+        return None
+    good = isinstance(given, dict) and len(given) <= 16
+    if not good or not all(isinstance(v, str) and len(k) <= 64 and len(v) <= 512 for k, v in given.items()):
+        message = "metadata: at most 16 pairs, keys of at most 64 and strings of at most 512 characters"
+        raise ApiError(400, message, param="metadata")
+    return cast("dict[str, str]", given)
+
+
+@router.get("/v1/batches", responses=answers(BatchPage, examples.page(examples.BATCH)))
+async def list_batches(api: TheApi, caller: TheCaller, limit: Limit = 20, after: After = None) -> Response:
+    """The tenant's batches, newest first."""
+    found, more = await api.slow.run(
+        caller.tenant, partial(api.batches.shelf.page, caller.tenant, after=after, limit=limit)
+    )
+    return JSONResponse(page([shown(batch) for batch in found], more))
+
+
+@router.get("/v1/batches/{id}", responses=answers(BatchObject, examples.BATCH, 404))
+async def get_batch(id: str, api: TheApi, caller: TheCaller) -> Response:
+    """A batch as it is now, its counts live."""
+    batch = await api.quick.run(caller.tenant, api.batches.shelf.get, id, caller.tenant)
+    if batch is None:
+        raise not_found("batch", id)
+    return JSONResponse(shown(batch))
+
+
+@router.post("/v1/batches/{id}/cancel", responses=answers(BatchObject, examples.BATCH, 404))
+async def cancel_batch(id: str, api: TheApi, caller: TheCaller) -> Response:
+    """Cancel a batch; what was done stays in its output. One that has ended stays as it is."""
+    batch = await api.quick.run(caller.tenant, api.batches.cancel, id, caller.tenant)
+    if batch is None:
+        raise not_found("batch", id)
+    api.runner.look_at(id)
+    return JSONResponse(shown(batch))

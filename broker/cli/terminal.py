@@ -1,0 +1,173 @@
+"""What people see in the terminal: progress while tasks run, tables, one decision explained."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from perllm.broker.messages import Counters, Explanation, Heartbeat, NodeInfo, Result, State
+
+#: Seconds between progress lines where there is no terminal to draw on.
+_LINE_EVERY = 5.0
+
+
+class Tally:
+    """What has come back so far: counts by node and state, and the on-time share."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.results: list[Result] = []
+        self.nodes: Counter[str] = Counter()
+        self.states: Counter[State] = Counter()
+
+    def add(self, result: Result) -> None:
+        self.results.append(result)
+        self.states[result.state] += 1
+        if result.receipt is not None:
+            self.nodes[result.receipt.node] += 1
+
+    @property
+    def on_time(self) -> int:
+        return sum(r.on_time for r in self.results)
+
+    def line(self) -> str:
+        done = len(self.results)
+        share = f"{self.on_time / done:.0%} on time" if done else "none yet"
+        nodes = ", ".join(f"{n} {c}" for n, c in sorted(self.nodes.items()))
+        return f"{done}/{self.total} finished, {share}" + (f"; by node: {nodes}" if nodes else "")
+
+
+def watch(console: Console, results: Iterable[Result], tally: Tally, *, title: str) -> Iterator[Result]:
+    """Pass results through while showing progress: a live bar on a terminal, a line now and then elsewhere."""
+    if not console.is_terminal:
+        yield from _watch_lines(console, results, tally, title)
+        return
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+    bar = progress.add_task(title, total=tally.total)
+    detail = Text()
+    with Live(Group(progress, detail), console=console, refresh_per_second=8, transient=True):
+        for result in results:
+            tally.add(result)
+            progress.advance(bar)
+            detail.plain = f"  {tally.line()}"
+            yield result
+
+
+def _watch_lines(console: Console, results: Iterable[Result], tally: Tally, title: str) -> Iterator[Result]:
+    due = time.monotonic() + _LINE_EVERY
+    for result in results:
+        tally.add(result)
+        if time.monotonic() >= due or len(tally.results) == tally.total:
+            console.print(f"{title}: {tally.line()}", highlight=False)
+            due = time.monotonic() + _LINE_EVERY
+        yield result
+
+
+def node_summary(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Per node, of the tasks that ran there: counts, latency s, tokens/s while generating, J per task and how known."""
+    rows = []
+    for node in sorted({r.receipt.node for r in results if r.receipt}):
+        mine = [(r, r.receipt) for r in results if r.receipt and r.receipt.node == node]
+        latencies = sorted(r.latency for r, _ in mine)
+        seconds = sum(receipt.prefill + receipt.decode for _, receipt in mine)
+        energies = [receipt.energy for _, receipt in mine]
+        rows.append(
+            {
+                "node": node,
+                "model": mine[0][1].model,
+                "tasks": len(mine),
+                "on_time": sum(r.on_time for r, _ in mine),
+                "latency_p50": statistics.median(latencies),
+                "latency_p95": latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))],
+                "tokens_per_s": sum(receipt.completion_tokens for _, receipt in mine) / seconds if seconds else None,
+                "joules_per_task": statistics.fmean(e.total for e in energies),
+                "energy_method": energies[0].method,
+                "energy_estimated": any(e.estimated for e in energies),
+            }
+        )
+    return rows
+
+
+def node_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """`node_summary` as a table."""
+    table = Table(title="What each node did", title_justify="left")
+    table.add_column("node", no_wrap=True)
+    for name in ("tasks", "on time", "p50 s", "p95 s", "tokens/s", "J/task"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("energy by")
+    for row in rows:
+        rate = row["tokens_per_s"]
+        table.add_row(
+            row["node"],
+            str(row["tasks"]),
+            f"{row['on_time'] / row['tasks']:.0%}",
+            f"{row['latency_p50']:.2f}",
+            f"{row['latency_p95']:.2f}",
+            "-" if rate is None else f"{rate:.1f}",
+            f"{row['joules_per_task']:.2f}",
+            f"{row['energy_method']}, {'estimated' if row['energy_estimated'] else 'measured'}",
+        )
+    return table
+
+
+def explanation(task_id: str, why: Explanation) -> Group:
+    """One decision: its sentence, and how every node looked."""
+    head = Text(f"Why {task_id}: {why.action} by {why.policy}.\n{why.sentence}")
+    if not why.candidates:
+        return Group(head)
+    table = Table(show_edge=False)
+    table.add_column("node", no_wrap=True)
+    for name in ("index", "finish s", "p(on time)", "ΔJ"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("slacks and reasons")
+    for c in why.candidates:
+        slacks = ", ".join(f"{name} {slack:+.2f}" for name, slack in c.slacks.items())
+        reasons = [slacks + ("" if c.feasible else " (infeasible)"), c.note]
+        chosen = c.node == why.node
+        table.add_row(
+            f"{'▶' if chosen else ' '} {c.node}",
+            _number(c.index),
+            _number(c.finish),
+            _number(c.p_on_time),
+            _number(c.marginal_energy),
+            "\n".join(r for r in reasons if r),
+            style="bold" if chosen else "",
+        )
+    return Group(head, table)
+
+
+def nodes(rows: Sequence[tuple[NodeInfo, Heartbeat | None, bool]]) -> Table:
+    """Live nodes with what they last said of themselves."""
+    table = Table()
+    table.add_column("queue", no_wrap=True)
+    table.add_column("engine and models")
+    for name in ("active", "waiting", "tokens", "energy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for info, beat, draining in rows:
+        c = beat.counters if beat else Counters()
+        table.add_row(
+            info.queue,
+            f"{info.engine}\n{', '.join(m.name for m in info.models)}",
+            f"{c.active} of {info.slots}",
+            str(c.waiting),
+            str(c.generated),
+            f"{c.energy:.0f} J{' est.' if info.power.estimated else ''}",
+            "draining" if draining else "up",
+        )
+    return table
+
+
+def _number(x: float | None) -> str:
+    return "-" if x is None else f"{x:.3g}"

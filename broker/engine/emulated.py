@@ -1,0 +1,136 @@
+"""An engine without a model, for tests and for measuring everything but the model. It says so wherever it is shown.
+
+It "generates" `max_tokens` words at a set speed shared by nobody (or at once), honours `Stop`, and its joules are
+emulated.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Literal
+
+from perllm.broker.engine.contract import EngineError, Generation, OnText, Stop, Stuck
+from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, StepCost, TaskSpec
+from perllm.broker.settings import Settings
+
+METHOD = "emulated"
+_IDLE_WATTS, _ACTIVE_WATTS = 1.0, 4.0
+#: Seconds between looks at `Stop` while it pretends to work.
+_TICK = 0.02
+
+
+class EmulatedEngine:
+    """See the module's head. `speed` in tokens/s per sequence, None for no delay at all."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.slots = settings.slots or 4
+        self._speed = settings.emulated_speed
+        self._context = settings.context or 4096
+        self._name = settings.model_name or "emulated"
+        self.description = f"emulated, {'no delay' if self._speed is None else f'{self._speed:g} tokens/s'}"
+        self._lock = threading.Lock()
+        self._progress: dict[str, int] = {}
+        self._steps = self._generated = self._prefilled = 0
+        self._busy = 0.0
+
+    def start(self) -> None:
+        """Nothing to load."""
+
+    def offers(self) -> tuple[ModelOffer, ...]:
+        step = 0.0 if self._speed is None else 1.0 / self._speed
+        calibration = StepCost(step=step, sequence=0.0, prefill=0.0)
+        return (
+            ModelOffer(
+                name=self._name, context=self._context, kv_tokens=self._context * self.slots, calibration=calibration
+            ),
+        )
+
+    def power(self) -> Power:
+        return Power(idle=_IDLE_WATTS, active=_ACTIVE_WATTS, method=METHOD, estimated=True)
+
+    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
+        prompt_tokens = spec.text_bytes() // 4 + 1
+        if prompt_tokens + spec.max_tokens > self._context:
+            need = f"{prompt_tokens} prompt tokens and max_tokens {spec.max_tokens}"
+            raise EngineError(f"{need} exceed the context of {self._context}", retry=False)
+        before = self.counters()
+        began = time.monotonic()
+        tokens, reason = self._work(task_id, spec, stop, on_text)
+        took = time.monotonic() - began
+        with self._lock:
+            self._steps += tokens
+            self._generated += tokens
+            self._prefilled += prompt_tokens
+            self._busy += took
+        text = " ".join(["word"] * tokens)
+        return Generation(
+            output=Output(text=text, finish_reason=reason),
+            model=self._name,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=tokens,
+            wait=0.0,
+            prefill=0.0,
+            decode=took,
+            energy=Energy(inference=took * _ACTIVE_WATTS, idle=took * _IDLE_WATTS, method=METHOD, estimated=True),
+            before=before,
+            after=self.counters(),
+        )
+
+    def _work(
+        self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None
+    ) -> tuple[int, Literal["length", "deadline", "cancelled"]]:
+        """Tokens "generated" and why it ended."""
+        said = 0
+
+        def say(tokens: int) -> None:
+            nonlocal said
+            if on_text is not None and tokens > said:
+                on_text(" ".join([""] * (said > 0) + ["word"] * (tokens - said)))
+                said = tokens
+
+        if self._speed is None:
+            say(spec.max_tokens)
+            return spec.max_tokens, "length"
+        began = time.monotonic()
+        with self._lock:
+            self._progress[task_id] = 0
+        try:
+            while True:
+                tokens = min(spec.max_tokens, int((time.monotonic() - began) * self._speed))
+                self._progress[task_id] = tokens
+                say(tokens)
+                if tokens == spec.max_tokens:
+                    return tokens, "length"
+                match stop.reason:
+                    case "deadline" | "cancelled" as reason:
+                        return tokens, reason
+                stop.wait(min(_TICK, (spec.max_tokens - tokens) / self._speed))
+        finally:
+            with self._lock:
+                del self._progress[task_id]
+
+    def counters(self) -> Counters:
+        with self._lock:
+            return Counters(
+                steps=self._steps,
+                busy=self._busy,
+                generated=self._generated,
+                prefilled=self._prefilled,
+                sequence_steps=self._steps,
+                active=len(self._progress),
+                free_kv=self._context * (self.slots - len(self._progress)),
+                energy=self._busy * (_IDLE_WATTS + _ACTIVE_WATTS),
+            )
+
+    def progress(self) -> Mapping[str, int]:
+        with self._lock:
+            return dict(self._progress)
+
+    def stuck(self) -> Stuck | None:
+        """Never: it only sleeps."""
+        return None
+
+    def close(self) -> None:
+        """Nothing to free."""

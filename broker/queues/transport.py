@@ -1,0 +1,150 @@
+"""Kombu's Redis transport, made to survive a queue entry that is no message.
+
+Anybody who may write to a queue's list can push bytes that are not a Celery message. Kombu and Celery 5.7 let some of
+them end the worker, and keep others as delivered but never acknowledged, so that each takes one of the worker's places
+for good. Here such an entry is logged and dropped, and its neighbours are delivered.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty
+from typing import Any
+
+import structlog
+from kombu.transport import TRANSPORT_ALIASES, redis, virtual
+from pydantic import BaseModel, ValidationError
+from redis.exceptions import ResponseError
+
+from perllm.broker.errors import field_errors
+
+log = structlog.get_logger(__name__)
+
+
+class _Task(BaseModel):
+    """What Celery takes for granted of a message: these are in its headers (protocol 2) or its body (protocol 1)."""
+
+    task: str
+    id: str
+    timelimit: tuple[float | None, float | None] | None = None
+    retries: int | None = None
+    eta: str | None = None
+    expires: str | None = None
+
+
+#: What kombu's QoS notes of a message it has taken, also at the memory limit: the message was in memory before.
+_NOTE = """#!lua flags=allow-oom
+redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1])
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
+"""
+
+
+class _QoS(redis.QoS):
+    """Survives a server that has handed a message out and is too full to let it be noted, or cannot write its disk:
+    kombu would end the worker, and the message with it."""
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        try:
+            super().append(message, delivery_tag)  # type: ignore[no-untyped-call]
+        except ResponseError:
+            with suppress(ResponseError):  # then it is in this process's memory only
+                self._note(message, delivery_tag)
+            virtual.QoS.append(self, message, delivery_tag)  # type: ignore[no-untyped-call]
+
+    def _note(self, message: Any, tag: str) -> None:
+        place = message.delivery_info
+        noted = json.dumps([message._raw, place["exchange"], place["routing_key"]])
+        with self.channel.conn_or_acquire() as client:
+            client.register_script(_NOTE)([self.unacked_index_key, self.unacked_key], [tag, time.time(), noted])
+
+
+class Channel(redis.Channel):
+    """A channel whose consumers never see foreign entries twice, and that a full server does not end."""
+
+    QoS: type[redis.QoS] = _QoS
+    _client: Any = None
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        """One client for all that is published: kombu builds one per message, which costs more than the message."""
+        if asynchronous:
+            return super()._create_client(asynchronous)  # type: ignore[no-untyped-call]
+        if self._client is None:
+            self._client = super()._create_client(asynchronous)  # type: ignore[no-untyped-call]
+        return self._client
+
+    def _brpop_read(self, **options: Any) -> Any:
+        try:
+            return super()._brpop_read(**options)  # type: ignore[no-untyped-call]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            _report(error)
+            raise Empty from None
+
+    def basic_consume(
+        self, queue: str, no_ack: bool, callback: Callable[[Any], object], consumer_tag: str, **options: Any
+    ) -> Any:
+        def deliver(message: Any) -> object:
+            try:
+                if not no_ack:  # without acknowledgement it is no task but an event, or remote control
+                    _Task.model_validate(message.headers if "task" in message.headers else message.payload)
+                return callback(message)
+            except self.connection_errors:
+                raise
+            except Exception as error:  # whatever it is, the message has taken a place and must give it back
+                _report(error)
+                if not message.acknowledged:
+                    message.reject()
+                return None
+
+        return super().basic_consume(queue, no_ack, deliver, consumer_tag, **options)  # type: ignore[no-untyped-call]
+
+
+def _report(error: Exception) -> None:
+    reason = field_errors(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
+    log.warning("foreign_message", reason=f"not a Celery message: {reason[:200]}")
+
+
+class Transport(redis.Transport):
+    """The transport `redis://`, `rediss://` and `redis+socket://` mean once `install` was called."""
+
+    Channel = Channel
+
+
+class _NodeQoS(redis.QoS):
+    """Counts what is unacknowledged without keeping it in Redis: the ledger knows what was sent to a node and what
+    became of it, and places it anew when the worker is gone, so kombu's own copy of each message would be kept, and
+    written and deleted in two more round trips per task, for nothing."""
+
+    restore_at_shutdown = False
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        virtual.QoS.append(self, message, delivery_tag)  # type: ignore[no-untyped-call]
+
+    def ack(self, delivery_tag: str) -> None:
+        virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:  # noqa: ARG002  the ledger requeues
+        virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
+
+    def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
+        """Nothing to restore."""
+
+
+class NodeChannel(Channel):
+    """A channel for a node's own queue."""
+
+    QoS = _NodeQoS
+
+
+class NodeTransport(Transport):
+    """The transport of a node's worker."""
+
+    Channel = NodeChannel
+
+
+def install(*, node: bool) -> None:
+    """Make ours the Redis transport of every kombu connection in this process: `node` for a node's worker."""
+    for alias in ("redis", "rediss"):
+        TRANSPORT_ALIASES[alias] = f"{__name__}:{NodeTransport.__name__ if node else Transport.__name__}"

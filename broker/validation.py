@@ -1,0 +1,85 @@
+"""The one way in: whatever a producer sends becomes a `TaskSpec` here, or one clear error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from perllm.broker import grammar
+from perllm.broker.errors import InvalidTask, field_errors
+from perllm.broker.ledger import Ledger
+from perllm.broker.messages import MAX_VALUE, ModelOffer, TaskSpec
+from perllm.broker.settings import Settings
+
+#: Seconds the list of models on offer may be old.
+OFFERS_AGE = 2.0
+
+
+class TaskValidator:
+    """Checks producers' tasks against the settings and against what live nodes offer."""
+
+    def __init__(self, settings: Settings, ledger: Ledger) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._offers: list[ModelOffer] = []
+        self._as_of = float("-inf")
+
+    def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
+        """The task these fields describe. Raises InvalidTask naming every field that is wrong, also for a `value` above
+        `max_value`; none given is 1, or the most there may be. A grammar or schema that is new to this process is
+        compiled elsewhere meanwhile (a second at most, usually milliseconds).
+        """
+        spec = self.accept_unchecked(fields, max_value=max_value)
+        grammar.check(spec, hurried=True)
+        return spec
+
+    def accept_unchecked(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
+        """The same, but without the check of a grammar or schema: that is left to the caller.
+
+        A model nobody offers, and more tokens than any context holds, are refused only while nodes are live: without
+        any, the task waits for one.
+        """
+        if "value" not in fields and max_value < 1:
+            fields = {**fields, "value": max_value}
+        try:
+            spec = TaskSpec.model_validate(dict(fields))
+        except ValidationError as error:
+            raise InvalidTask(field_errors(error)) from None
+        if spec.value > max_value:
+            raise InvalidTask(f"value: {spec.value:g} is more than this key may give, {max_value:g}")
+        size = spec.text_bytes()
+        if size > self._settings.max_prompt_bytes:
+            field, limit = "prompt" if spec.prompt is not None else "messages", self._settings.max_prompt_bytes
+            raise InvalidTask(f"{field}: {size} bytes; the limit is {limit} bytes (PERLLM_MAX_PROMPT_BYTES)")
+        self._check_offer(spec)
+        return spec
+
+    def _check_offer(self, spec: TaskSpec) -> None:
+        offers = self._current_offers()
+        if not offers:
+            return
+        serving = [o for o in offers if spec.model in (None, o.name)]
+        if not serving:
+            names = ", ".join(sorted({o.name for o in offers}))
+            raise InvalidTask(f"model: no live node serves {spec.model!r}; on offer: {names}")
+        context = max(o.context for o in serving)
+        if spec.max_tokens >= context:
+            raise InvalidTask(f"max_tokens: {spec.max_tokens} leaves no room in the largest context, {context} tokens")
+
+    @property
+    def stale(self) -> bool:
+        """Whether the next task will have it look at the server for the models on offer."""
+        return time.monotonic() - self._as_of > OFFERS_AGE
+
+    def refresh(self) -> None:
+        """Look now."""
+        self._offers = [offer for info, _, _ in self._ledger.nodes() for offer in info.models]
+        self._as_of = time.monotonic()
+
+    def _current_offers(self) -> list[ModelOffer]:
+        if self.stale:
+            self.refresh()
+        return self._offers

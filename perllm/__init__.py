@@ -1,0 +1,1 @@
+"""PerLLM: a queue for LLM work with deadlines."""

@@ -1,0 +1,408 @@
+"""The scheduler's core: events and a time in, decisions out.
+
+No I/O, no clock, no Redis, no Celery. The live service and the simulator drive this same class, so what the simulator
+shows is what the service does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass, replace
+from typing import Any, Literal, assert_never
+
+from perllm.broker.messages import (
+    Candidate,
+    Claimed,
+    Completed,
+    Dispatched,
+    Ended,
+    Event,
+    Explanation,
+    Heartbeat,
+    NodeDown,
+    NodeUp,
+    Returned,
+    Submitted,
+)
+from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.pending import Pending
+from perllm.scheduler.core.policy import Place, Policy, Reject, Wait
+
+#: Tasks of one model a round may leave waiting before it goes on to others; of those that can rest for REST seconds or
+#: more, RESTING are enough, since they make way for the next in the round after; of those parked before, RETRIES, the
+#: most promising first. All bound a round's cost however long the backlog is.
+LOOKAHEAD, RESTING, RETRIES = 32, 2, 2
+REST = 1.0
+#: A node that finishes tasks quickly may hold this many seconds' worth beyond its slots, up to MOST_BEYOND, so that it
+#: never idles for as long as a decision takes to reach it.
+FEED = 0.05
+MOST_BEYOND = 64
+#: A task keeps away from a node that lost it for so long, s, while others serve it: long enough that a node which fails
+#: all it is given takes few tasks' strikes, short enough not to leave one idle that has recovered.
+AVOID = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do with one task, and why."""
+
+    task: Task
+    action: Literal["dispatch", "reject", "expire"]
+    explanation: Explanation
+    node: Node | None = None
+    model: str | None = None
+    failure: bool = False  # it could not be decided: a fault of ours
+
+
+class SchedulerCore:
+    """Holds what is known of nodes and tasks and asks the policy where each pending task goes.
+
+    `queue_beyond_slots` bounds the tasks a node holds to its slots plus that many, or FEED seconds' worth (None:
+    unbounded). `edf` orders pending tasks by deadline instead of arrival. Without `explain`, decisions carry no
+    candidates, which saves time where nobody reads them. With `forgiving`, a task the policy fails on is rejected and
+    says so, and the others are decided; without, the failure is raised.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        queue_beyond_slots: int | None = 2,
+        edf: bool = True,
+        explain: bool = True,
+        forgiving: bool = False,
+    ) -> None:
+        self.policy = policy
+        self.cluster = Cluster()
+        self.pending = Pending(edf=edf)
+        self._placed: dict[str, Task] = {}
+        self._queue_beyond_slots = queue_beyond_slots
+        self._explain, self._forgiving = explain, forgiving
+        self._with_room: dict[str | None, tuple[Node, ...]] = {}  # those with room now; missing: not worked out
+        self._least_context: dict[str | None, int] = {}  # smallest context offered for the model, tokens
+
+    def find(self, task_id: str) -> Task | None:
+        """The unfinished task of this id, pending or placed."""
+        return self._placed.get(task_id) or self.pending.get(task_id)
+
+    # --- events in
+
+    def handle(self, event: Event) -> None:
+        """Take one event. Events about tasks or nodes not known are harmless; repeated ones change nothing."""
+        task = None if isinstance(event, NodeUp | NodeDown | Heartbeat) else self.find(event.id)
+        self.policy.observe(event, task, self.cluster)
+        match event:
+            case Submitted():
+                if task is None:
+                    self.pending.add(task_of(event))
+            case Dispatched():
+                if task is not None:
+                    self._place(task, event.node, event.attempt, event.at)
+            case Claimed():
+                if task is not None and task.attempt == event.attempt:
+                    task.claimed = event.at
+                    if node := self.cluster.nodes.get(event.node):
+                        node.touch(event.at)
+            case Completed():
+                if task is not None:
+                    self._finished(task, event)
+            case Ended():
+                if task is not None:
+                    self._take_out(task, event.at)
+            case Returned():
+                if task is not None and task.attempt == event.attempt:
+                    self._put_back(task, event)
+            case NodeUp():
+                self._node_up(event)
+            case Heartbeat():
+                self._heartbeat(event)
+            case NodeDown():
+                # Its tasks stay known as placed; the ledger returns each in an event of its own.
+                self._node_down(event.node)
+            case _:
+                assert_never(event)
+
+    def _place(self, task: Task, node_name: str, attempt: int, at: float) -> None:
+        if task.node == node_name and task.attempt == attempt:
+            return  # decided here, now confirmed by the stream
+        self._take_out(task, at)
+        task.node, task.attempt, task.dispatched, task.claimed, task.generated = node_name, attempt, at, None, 0
+        self._placed[task.id] = task
+        if node := self.cluster.nodes.get(node_name):
+            node.in_flight[task.id] = task
+            node.touch(at)
+            self._note_room(node)
+
+    def _finished(self, task: Task, event: Completed) -> None:
+        if node := self.cluster.nodes.get(event.node):
+            node.finish(event.at)
+        self._take_out(task, event.at)
+
+    def _put_back(self, task: Task, event: Returned) -> None:
+        self._take_out(task, event.at)
+        if event.cause != "handed_back":
+            task.avoid = {**task.avoid, event.node: event.at + AVOID}
+        task.node = task.dispatched = task.claimed = None
+        task.generated, task.strikes = 0, event.strikes
+        self.pending.add(task)
+
+    def _take_out(self, task: Task, at: float) -> None:
+        self.pending.remove(task.id)
+        self._placed.pop(task.id, None)
+        if task.node is None or (node := self.cluster.nodes.get(task.node)) is None:
+            return
+        if node.in_flight.pop(task.id, None) is not None:
+            node.touch(at)
+            self._note_room(node)
+            self.pending.stir(_models(node))
+
+    # --- nodes
+
+    def _node_up(self, event: NodeUp) -> None:
+        node = Node(event.info, since=event.at, heard=event.at, changed=event.at)
+        node.in_flight = {t.id: t for t in self._placed.values() if t.node == node.name}
+        self._note_room(node)
+        self.cluster.nodes[node.name] = node
+        self._find_serving()
+        self.pending.stir(_models(node))
+
+    def _node_down(self, name: str) -> None:
+        if self.cluster.nodes.pop(name, None) is not None:
+            self._find_serving()
+            self.pending.stir(self.cluster.serving)  # a task may now go where it avoided to go
+
+    def _heartbeat(self, event: Heartbeat) -> None:
+        node = self.cluster.nodes.get(event.node)
+        if node is None or node.info.boot != event.boot:
+            return
+        node.counters, node.heard = event.counters, event.at
+        for task_id, generated in event.progress.items():
+            if flight := node.in_flight.get(task_id):
+                flight.generated = generated
+        node.touch(event.at)
+        if not node.in_flight:  # idle: what waits beside it is looked at again, as prices and expectations fade
+            self.pending.resume(_models(node))
+
+    def _find_serving(self) -> None:
+        serving: dict[str | None, list[Node]] = {None: []}
+        for node in self.cluster.nodes.values():
+            for model in _models(node):
+                serving.setdefault(model, []).append(node)
+        self.cluster.serving = {model: tuple(nodes) for model, nodes in serving.items()}
+        self._least_context = {
+            model: min(o.context for n in nodes if (o := n.info.offer(model)))
+            for model, nodes in serving.items()
+            if nodes
+        }
+        self._with_room.clear()
+
+    def _note_room(self, node: Node) -> None:
+        """Its tasks have changed: it may be full now, or no longer."""
+        beyond = self._queue_beyond_slots
+        if beyond is not None:
+            beyond = max(beyond, min(MOST_BEYOND, int(node.pace * FEED)))
+        has_room = beyond is None or len(node.in_flight) < node.info.slots + beyond
+        if has_room != node.has_room:
+            node.has_room = has_room
+            for model in _models(node):
+                self._with_room.pop(model, None)
+
+    def _room_for(self, model: str | None) -> tuple[Node, ...]:
+        """Nodes that offer the model and may hold one more task, in order of registration."""
+        nodes = self._with_room.get(model)
+        if nodes is None:
+            nodes = tuple(n for n in self.cluster.serving.get(model, ()) if n.has_room)
+            self._with_room[model] = nodes
+        return nodes
+
+    # --- decisions out
+
+    def decide(self, now: float) -> list[Decision]:
+        """Decide the pending tasks that can be decided now, most urgent first. A task decided for a node counts as
+        placed there at once; the stream's `Dispatched` event confirms it, `forget` or `take_back` undo it."""
+        decisions = []
+        self.cluster.waiting = len(self.pending)
+        for late in self.pending.ring(now):
+            self.pending.remove(late.id)
+            decisions.append(self._end(late, "expire", "the deadline passed before a node could take it"))
+        waiting: list[tuple[Task, Wait]] = []
+        waits: dict[tuple[str | None, bool], float] = {}
+        while True:
+            models = [m for m in self.cluster.serving if self._room_for(m)]
+            taken = self.pending.take(
+                [m for m in models if waits.get((m, False), 0) < LOOKAHEAD],
+                [m for m in models if waits.get((m, True), 0) < RETRIES],
+            )
+            if taken is None:
+                break
+            task, was_parked = taken
+            try:
+                decided = self._decide(task, now)
+            except Exception as error:
+                if not self._forgiving:
+                    raise
+                self._take_out(task, now)
+                reason = f"the policy failed on it: {type(error).__name__}: {error}"
+                decisions.append(replace(self._end(task, "reject", reason), failure=True))
+                continue
+            if isinstance(decided, Decision):
+                self.pending.remove(task.id)
+                decisions.append(decided)
+            else:
+                waiting.append((task, decided))
+                rests = decided.until is not None and decided.until - now >= REST
+                cost = LOOKAHEAD / RESTING if rests and not was_parked else 1
+                waits[task.model, was_parked] = waits.get((task.model, was_parked), 0) + cost
+        for task, wait in waiting:
+            if wait.until is None:
+                self.pending.put_back(task)
+            else:
+                self.pending.park(task, wait.until, wait.rank)
+        self.pending.settle(models)
+        return decisions
+
+    def forget(self, task: Task) -> None:
+        """The ledger refused a decision about `task`: it is final, or somebody else placed it. If it still lives, the
+        stream says where."""
+        self._take_out(task, task.dispatched or 0.0)
+
+    def take_back(self, task: Task) -> None:
+        """The node `task` was just decided for is out of service; the stream says (or said) so too."""
+        node_name = task.node
+        self.forget(task)
+        task.node, task.dispatched, task.attempt = None, None, task.attempt - 1
+        self.pending.add(task)
+        if node_name is not None:
+            self._node_down(node_name)
+
+    def keep_only(self, task_ids: Set[str]) -> None:
+        """Forget every task not among these."""
+        for task in [t for t in (*self.pending, *self._placed.values()) if t.id not in task_ids]:
+            self.forget(task)
+
+    def _decide(self, task: Task, now: float) -> Decision | Wait:
+        candidates = self._candidates(task, now)
+        if not candidates:
+            return self._never(task, now)
+        choice = self.policy.choose(task, candidates, self.cluster, now)
+        if isinstance(choice, Wait) and choice.hopeless and task.avoid:
+            candidates = self._able(task)
+            choice = self.policy.choose(task, candidates, self.cluster, now)
+        if isinstance(choice, Wait):
+            return choice
+        looks = self.policy.explain(task, candidates, self.cluster, now) if self._explain else ()
+        match choice:
+            case Reject(reason):
+                return self._end(task, "reject", reason, looks)
+            case Place(name):
+                node = self.cluster.nodes[name]
+                offer = node.info.offer(task.model)
+                assert offer is not None  # only nodes that offer the model are candidates
+                self._place(task, name, task.attempt + 1, now)
+                sentence = self._sentence(task, name, looks, len(candidates), now)
+                explanation = Explanation(
+                    policy=self.policy.name, action="dispatch", sentence=sentence, node=name, candidates=looks
+                )
+                return Decision(task, "dispatch", explanation, node, offer.name)
+            case _:
+                assert_never(choice)
+
+    def _candidates(self, task: Task, now: float) -> tuple[Node, ...]:
+        """Nodes with room that can hold the task and, if any others serve it, did not lose it lately."""
+        nodes = self._able(task)
+        if task.avoid and self._alternatives(task, now):
+            nodes = tuple(n for n in nodes if not task.avoids(n.name, now))
+        return nodes
+
+    def _able(self, task: Task) -> tuple[Node, ...]:
+        """Nodes with room that can hold the task."""
+        nodes = self._room_for(task.model)
+        if not fits(self._least_context.get(task.model, 0), task):
+            nodes = tuple(n for n in nodes if serves(n, task))
+        return nodes
+
+    def _alternatives(self, task: Task, now: float) -> bool:
+        """Whether a node it has not failed on serves it: only then are the others avoided."""
+        serving = self.cluster.serving.get(task.model, ())
+        return any(not task.avoids(n.name, now) and serves(n, task) for n in serving)
+
+    def _never(self, task: Task, now: float) -> Decision | Wait:
+        """No node can take it now. Wait for room, or until it need not avoid a node any more, unless live nodes serve
+        its model and none could ever hold it."""
+        offers = [o for n in self.cluster.serving.get(task.model, ()) if (o := n.info.offer(task.model))]
+        if not offers or any(fits(o.context, task) for o in offers):
+            return Wait(until=min([task.deadline, *(u for u in task.avoid.values() if u > now)]))
+        need, most = task.prompt_tokens + task.max_tokens, max(o.context for o in offers)
+        return self._end(
+            task, "reject", f"prompt and max_tokens need about {need} tokens; the largest context offered is {most}"
+        )
+
+    def _end(
+        self, task: Task, action: Literal["reject", "expire"], reason: str, looks: tuple[Candidate, ...] = ()
+    ) -> Decision:
+        return Decision(
+            task, action, Explanation(policy=self.policy.name, action=action, sentence=reason, candidates=looks)
+        )
+
+    def _sentence(self, task: Task, chosen: str, looks: tuple[Candidate, ...], count: int, now: float) -> str:
+        sentence = f"{chosen} was the best of {count} candidate node{'s' if count != 1 else ''}"
+        mine = next((c for c in looks if c.node == chosen), None)
+        if mine is None:
+            return sentence
+        if mine.note:
+            return f"{sentence}: {mine.note}"
+        if mine.finish is None or mine.p_on_time is None or mine.marginal_energy is None:
+            return sentence
+        left = task.deadline - now
+        return (
+            f"{sentence}: done in about {mine.finish:.1f} s of {left:.1f} s, {mine.p_on_time:.0%} on time, "
+            f"{mine.marginal_energy:.3g} J"
+        )
+
+    # --- state kept over a restart
+
+    def snapshot(self) -> dict[str, Any]:
+        """What was learned, as JSON-able data. Tasks and nodes are not in it: the ledger knows them."""
+        return {"policy": self.policy.name, "state": self.policy.snapshot()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a snapshot of the same policy. Raises ValueError for another policy's."""
+        if state.get("policy") != self.policy.name:
+            raise ValueError(f"the snapshot is of policy {state.get('policy')!r}, not {self.policy.name!r}")
+        self.policy.restore(state["state"])
+
+
+def _models(node: Node) -> list[str | None]:
+    """What tasks may ask for to be served by the node: any model, or one it offers by name."""
+    return [None, *(m.name for m in node.info.models)]
+
+
+def task_of(event: Submitted) -> Task:
+    """The task a `Submitted` event describes."""
+    return Task(
+        id=event.id,
+        submitted=event.at,
+        deadline=event.deadline,
+        value=event.value,
+        service=event.service,
+        tenant=event.tenant,
+        model=event.model,
+        prompt_tokens=event.prompt_tokens,
+        payload_bytes=event.payload_bytes,
+        max_tokens=event.max_tokens,
+        expected_tokens=event.expected_tokens,
+        strikes=event.strikes,
+        attempt=event.attempt,
+    )
+
+
+def fits(context: int, task: Task) -> bool:
+    """Whether a context of so many tokens could hold the task. The prompt is an estimate, so only half of it must
+    fit here; the engine, which counts exactly, has the last word."""
+    return task.prompt_tokens // 2 + 1 < context
+
+
+def serves(node: Node, task: Task) -> bool:
+    """Whether the node offers the task's model with a context that may hold it."""
+    offer = node.info.offer(task.model)
+    return offer is not None and fits(offer.context, task)

@@ -1,0 +1,50 @@
+"""The index CS-UCB maximises: what one more task on a node is worth, in units of on-time value."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from perllm.scheduler.csucb.compiled import compiled
+
+#: The harm a task does counts this many times: once for the tasks that are there, and once for those that come while it
+#: is there. In a steady state a task meets as many of the latter as of the former.
+HARM_COUNTS = 2.0
+#: E₀ in mean energies of a finished task: with V = 4, an on-time task is worth the energy of eight.
+SCALE_COUNTS = 2.0
+#: Weight of a finished task's energy in their mean.
+WEIGHT = 0.02
+
+
+@compiled
+def index(weight: float, gained: float, lost: float, joules: float, scale: float, toll: float) -> float:
+    """V·ΔS − ΔE/E₀ − price·Δslot (DESIGN section 5).
+
+    ΔS is the on-time value `gained` less what others lose: `weight` V, `lost` as `forecast.harm` has it for the tasks
+    there now; `joules` ΔE, marginal; `scale` E₀ (J); `toll` what its time in a slot costs.
+    """
+    return weight * (gained - lost) - joules / scale - toll
+
+
+@dataclass(slots=True)
+class EnergyScale:
+    """E₀: follows the energy of finished tasks, so that V means the same on a phone and on a rack."""
+
+    mean: float = 0.0  # J of a task; 0: nothing known
+
+    def suggest(self, joules: float) -> None:
+        """A forecast, for as long as nothing was measured."""
+        if self.mean <= 0:
+            self.mean = joules
+
+    def observe(self, joules: float) -> None:
+        """A task finished and cost so much."""
+        self.mean = self.mean + WEIGHT * (joules - self.mean) if self.mean > 0 else joules
+
+    @property
+    def joules(self) -> float:
+        """E₀, J; where energy is unknown, so much that it does not count."""
+        return SCALE_COUNTS * self.mean if self.mean > 1e-9 else 1e18
+
+    def snapshot(self) -> dict[str, Any]:
+        return asdict(self)

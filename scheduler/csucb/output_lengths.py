@@ -1,0 +1,328 @@
+"""How long outputs get: a decayed histogram per service class and prompt size, and what a producer's hint adds to it.
+
+The distribution of a cell (class × prompt size) leans on its class while the cell has seen little, and the class on a
+broad prior while the class has. A task that was cut at c tokens says only that it was longer than c: its count goes to
+the bins beyond c in proportion to what is believed of them (one step of Efron's redistribution to the right).
+
+A hint e is one more piece of evidence about the length L. Per class, log e is regressed on log L over finished tasks;
+the fit's line and scatter are the likelihood of the hint, so a hint that says nothing changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perllm.scheduler.core.service_classes import Classes
+from perllm.scheduler.csucb.compiled import compiled
+from perllm.scheduler.csucb.token_bins import BINS, EDGES, Floats, bin_of, position
+
+#: Observations after which an old one counts 1/e: in a cell, in a class.
+CELL_MEMORY, CLASS_MEMORY = 400.0, 1600.0
+#: What the next broader level counts for, in observations.
+CELL_LEANS, CLASS_LEANS = 16.0, 4.0
+#: Median and σ of the logarithm of the lognormal prior, tokens.
+PRIOR_MEDIAN, PRIOR_SIGMA = 64.0, 1.3
+#: Rows of the table that one tenant's tasks, and all, may take until the rows are dropped; beyond, a task has the
+#: prior's. (A row is 2.7 kB.)
+TENANT_ROWS, MOST_ROWS = 8192, 32_768
+#: What has been seen since a class was tabulated, as a share of its cells, before it is tabulated again.
+NEWS = 0.05
+#: Hints are told apart by quarter octaves.
+_HINTS_PER_OCTAVE = 4
+
+# A row of a table: functions of tokens, by their values at the grid's edges.
+TAIL, MEAN, MOMENT = 0, 1, 2  # P(L > x), ∫₀ˣ P(L > u) du, ∫₀ˣ u·P(L > u) du
+
+_MIDDLES = (EDGES[:-1] + EDGES[1:]) / 2
+
+
+def _prior() -> Floats:
+    z = (np.log(np.maximum(EDGES, 1e-9)) - math.log(PRIOR_MEDIAN)) / PRIOR_SIGMA
+    below = np.array([0.5 * (1 + math.erf(x / math.sqrt(2))) for x in z])
+    below[0] = 0.0
+    mass: Floats = np.diff(below) / (below[-1] - below[0])
+    return mass
+
+
+PRIOR: Floats = _prior()
+
+
+@compiled
+def _tabulate(mass: Floats, row: Floats) -> None:
+    """Fill a table's row (3, BINS + 1) from the probabilities (BINS,) of a distribution."""
+    total = 0.0
+    for i in range(BINS):
+        total += mass[i]
+    left = 1.0
+    row[TAIL, 0], row[MEAN, 0], row[MOMENT, 0] = 1.0, 0.0, 0.0
+    for i in range(BINS):
+        before = left
+        left = max(0.0, left - mass[i] / total) if i < BINS - 1 else 0.0
+        lo, hi = EDGES[i], EDGES[i + 1]
+        width, middle = hi - lo, (before + left) / 2
+        row[TAIL, i + 1] = left
+        row[MEAN, i + 1] = row[MEAN, i] + width * middle
+        row[MOMENT, i + 1] = row[MOMENT, i] + width / 6 * (lo * before + 2 * (lo + hi) * middle + hi * left)
+
+
+@compiled
+def _fill(
+    table: NDArray[np.float64],
+    cells: Floats,
+    weights: Floats,
+    of_class: Floats,
+    class_weight: float,
+    log_hints: Floats,
+    hint_fit: Floats,
+) -> None:
+    """Fill rows (n, 3, BINS + 1): `cells` (n, BINS) and `weights` (n,) lean on the class, the class on the prior.
+
+    `log_hints` (n,) is nan without a hint; `hint_fit` is (intercept, slope, σ) of log hint on log length.
+    """
+    mass = np.empty(BINS)
+    for r in range(len(table)):
+        for i in range(BINS):
+            broad = (of_class[i] + CLASS_LEANS * PRIOR[i]) / (class_weight + CLASS_LEANS)
+            mass[i] = (cells[r, i] + CELL_LEANS * broad) / (weights[r] + CELL_LEANS)
+        if not math.isnan(log_hints[r]):
+            for i in range(BINS):
+                off = (log_hints[r] - hint_fit[0] - hint_fit[1] * math.log(_MIDDLES[i])) / hint_fit[2]
+                mass[i] = (mass[i] + 1e-12) * math.exp(-0.5 * min(off * off, 200.0))
+        _tabulate(mass, table[r])
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Decayed counts per bin of the token grid."""
+
+    memory: float  # observations
+    counts: Floats = field(default_factory=lambda: np.zeros(BINS))
+    weight: float = 0.0  # their sum
+
+    def add(self, shares: Floats) -> None:
+        """One observation, spread over bins by `shares` (BINS,), which sum to 1."""
+        keep = 1.0 - 1.0 / self.memory
+        self.counts *= keep
+        self.counts += shares
+        self.weight = self.weight * keep + 1.0
+
+
+def _made_up_pairs(n: float = 4.0, slope: float = 0.8, sigma: float = 0.7) -> list[float]:
+    mean = math.log(PRIOR_MEDIAN)
+    vx, vy = PRIOR_SIGMA**2, slope**2 * PRIOR_SIGMA**2 + sigma**2
+    return [n, n * mean, n * mean, n * (vx + mean**2), n * (slope * vx + mean**2), n * (vy + mean**2)]
+
+
+@dataclass(slots=True)
+class HintFit:
+    """Decayed regression of log hint on log length, begun with a few made-up pairs of a middling producer."""
+
+    memory: float = 200.0  # pairs
+    sums: list[float] = field(default_factory=_made_up_pairs)  # n, Σx, Σy, Σx², Σxy, Σy²
+
+    def add(self, hint: float, length: float) -> None:
+        x, y = math.log(length), math.log(hint)
+        keep = 1.0 - 1.0 / self.memory
+        self.sums = [keep * s + a for s, a in zip(self.sums, (1.0, x, y, x * x, x * y, y * y), strict=True)]
+
+    def line(self) -> tuple[float, float, float]:
+        """Intercept, slope and σ of the scatter."""
+        n, sx, sy, sxx, sxy, syy = self.sums
+        vx, vy, cov = sxx / n - (sx / n) ** 2, syy / n - (sy / n) ** 2, sxy / n - sx * sy / n / n
+        slope = cov / max(vx, 1e-6)
+        scatter = max(vy - slope * cov, 0.0) * n / max(n - 2.0, 1.0)
+        return (sy - slope * sx) / n, slope, max(math.sqrt(scatter), 0.05)
+
+
+@dataclass(slots=True, eq=False)
+class _Class:
+    """What is known of one service class of one tenant."""
+
+    whole: Histogram = field(default_factory=lambda: Histogram(CLASS_MEMORY))
+    cells: dict[int, Histogram] = field(default_factory=dict)  # by prompt size
+    hints: HintFit = field(default_factory=HintFit)
+    rows: dict[tuple[int, int], int] = field(default_factory=dict)  # (prompt size, hint or −1) → row
+    news: float = 0.0  # observations since its rows were filled, each as a share of its cell
+
+
+class Lengths:
+    """Output-length distributions as rows of `table` (rows, 3, BINS + 1), for compiled code to read.
+
+    `by_size` tells prompt sizes apart, `use_hints` heeds hints; `spread` False keeps the mean alone (for ablation).
+    """
+
+    def __init__(self, *, by_size: bool = True, use_hints: bool = True, spread: bool = True) -> None:
+        self._by_size, self._use_hints, self._spread = by_size, use_hints, spread
+        self._classes = Classes(_Class)
+        self._nobody = _Class()  # of whom nothing is known
+        self._count = 0
+        self._taken: dict[str, int] = {}  # rows, by tenant
+        self._stale: dict[_Class, None] = {}  # classes whose rows are out of date, in order
+        self.table: NDArray[np.float64] = np.zeros((16, 3, BINS + 1))
+
+    # --- learning
+
+    def observe(
+        self, service: str, prompt: int, tokens: int, *, ended: bool, hint: int | None = None, tenant: str = "default"
+    ) -> None:
+        """A task of this class generated `tokens`: all it had to (`ended`), or it was cut and would have gone on."""
+        if not ended and tokens <= 0:
+            return
+        known = self._classes.get(tenant, service)
+        cell = known.cells.setdefault(self._size(prompt), Histogram(CELL_MEMORY))
+        shares = _shares(bin_of(max(tokens, 1))) if ended else self._beyond(known, cell, float(tokens))
+        known.whole.add(shares)
+        cell.add(shares)
+        if ended and hint is not None:
+            known.hints.add(float(hint), float(max(tokens, 1)))
+        known.news += 1.0 / cell.weight
+        if known.news >= NEWS:
+            self._stale[known] = None
+
+    def _beyond(self, known: _Class, cell: Histogram, tokens: float) -> Floats:
+        """One count over the bins beyond `tokens`, as they are believed to share it."""
+        mass = _believed(known.whole, cell)
+        i, part = position(tokens)
+        mass[:i] = 0.0
+        mass[i] *= 1.0 - part
+        total = mass.sum()
+        if total < 1e-9:
+            return _shares(min(i + 1, BINS - 1))
+        mass /= total
+        return mass
+
+    # --- reading
+
+    def row(self, service: str, prompt: int, hint: int | None = None, tenant: str = "default") -> int:
+        """The row of `table` for such a task. It holds after the next `refresh`."""
+        known = self._classes.get(tenant, service)
+        size = self._size(prompt)
+        hinted = -1 if hint is None or not self._use_hints else round(_HINTS_PER_OCTAVE * math.log2(hint))
+        row = known.rows.get((size, hinted))
+        return self._new_row(known, size, hinted, tenant) if row is None else row
+
+    def _new_row(self, known: _Class, size: int, hinted: int, tenant: str) -> int:
+        taken = self._taken.get(tenant, 0)
+        if taken >= TENANT_ROWS or self._count >= MOST_ROWS:
+            known, size, hinted = self._nobody, 0, -1
+            if (row := known.rows.get((size, hinted))) is not None:
+                return row
+        self._taken[tenant] = taken + 1
+        row = known.rows[size, hinted] = self._count
+        self._count += 1
+        if self._count > len(self.table):
+            self.table = np.concatenate([self.table, np.zeros_like(self.table)])
+        self._stale[known] = None
+        return row
+
+    def refresh(self) -> None:
+        """Bring the rows of classes with news up to date."""
+        for known in self._stale:
+            self._refresh(known)
+        self._stale.clear()
+
+    def forget(self) -> None:
+        """Drop the rows; they are made from the counts when asked for again."""
+        for known in (self._nobody, *(each for _, _, each in self._classes)):
+            known.rows.clear()
+            known.news = 0.0
+        self._count = 0
+        self._taken.clear()
+        self._stale.clear()
+
+    def _refresh(self, known: _Class) -> None:
+        known.news = 0.0
+        if not known.rows:
+            return  # nobody has asked yet, as after a restart
+        nothing = np.zeros(BINS)
+        keys = list(known.rows)
+        cells = [known.cells.get(size) for size, _ in keys]
+        counts = np.array([c.counts if c else nothing for c in cells])
+        weights = np.array([c.weight if c else 0.0 for c in cells])
+        hints = np.array([math.nan if h < 0 else h / _HINTS_PER_OCTAVE * math.log(2) for _, h in keys])
+        rows = np.fromiter(known.rows.values(), np.int64, len(keys))
+        filled = np.empty((len(keys), 3, BINS + 1))
+        fit = np.array(known.hints.line())
+        _fill(filled, counts, weights, known.whole.counts, known.whole.weight, hints, fit)
+        if not self._spread:
+            _collapse(filled)
+        self.table[rows] = filled
+
+    def _size(self, prompt: int) -> int:
+        """Prompt sizes are told apart by doublings."""
+        return max(prompt, 1).bit_length() if self._by_size else 0
+
+    # --- kept over a restart
+
+    def snapshot(self) -> list[Any]:
+        """[tenant, class, what is known] of each class of which something is."""
+        return [
+            [
+                tenant,
+                name,
+                {
+                    "whole": _sparse(known.whole),
+                    "cells": {str(size): _sparse(cell) for size, cell in known.cells.items()},
+                    "hints": known.hints.sums,
+                },
+            ]
+            for tenant, name, known in self._classes
+            if known.whole.weight
+        ]
+
+    def restore(self, state: list[Any] | dict[str, Any]) -> None:
+        """Take over what `snapshot` returned (or, as it was before tenants were told apart, a dict by class)."""
+        classes = Classes(_Class)
+        known = state if isinstance(state, list) else [("default", name, given) for name, given in state.items()]
+        for tenant, name, given in known:
+            classes.put(
+                tenant,
+                name,
+                _Class(
+                    whole=_dense(given["whole"], CLASS_MEMORY),
+                    cells={int(size): _dense(cell, CELL_MEMORY) for size, cell in given["cells"].items()},
+                    hints=HintFit(sums=[float(s) for s in given["hints"]]),
+                ),
+            )
+        self._classes = classes
+        self.forget()
+
+
+def _believed(whole: Histogram, cell: Histogram) -> Floats:
+    """Probabilities (BINS,) of a cell: its own counts leaning on its class, the class leaning on the prior."""
+    broad = (whole.counts + CLASS_LEANS * PRIOR) / (whole.weight + CLASS_LEANS)
+    return (cell.counts + CELL_LEANS * broad) / (cell.weight + CELL_LEANS)
+
+
+def _shares(i: int) -> Floats:
+    """One count at bin `i`, a quarter of it in each neighbour: lengths near each other are alike."""
+    shares = np.zeros(BINS)
+    shares[i] += 0.5
+    shares[max(i - 1, 0)] += 0.25
+    shares[min(i + 1, BINS - 1)] += 0.25
+    return shares
+
+
+def _collapse(rows: NDArray[np.float64]) -> None:
+    """Replace each distribution by its mean."""
+    for row in rows:
+        mass = np.zeros(BINS)
+        mass[bin_of(max(1.0, row[MEAN, BINS]))] = 1.0
+        _tabulate(mass, row)
+
+
+def _sparse(histogram: Histogram) -> dict[str, Any]:
+    counts = {str(i): float(histogram.counts[i]) for i in np.flatnonzero(histogram.counts)}
+    return {"weight": histogram.weight, "counts": counts}
+
+
+def _dense(given: dict[str, Any], memory: float) -> Histogram:
+    counts = np.zeros(BINS)
+    for i, count in given["counts"].items():
+        counts[int(i)] = count
+    return Histogram(memory, counts, float(given["weight"]))
