@@ -1,6 +1,6 @@
 """For producers: submit tasks, wait for their results, cancel and explain them.
 
-from perllm.broker import Client
+from perllm import Client
 
 with Client() as client:
     task = client.submit("Why is the sky blue?", deadline=20, max_tokens=64)

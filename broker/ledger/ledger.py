@@ -9,12 +9,12 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple, cast
 
 import redis
-import structlog
 from pydantic import ValidationError
 
 from perllm.broker.connection import REPLY_TIMEOUT, connect, reaching
 from perllm.broker.errors import field_errors
 from perllm.broker.ledger.script import Argument, Script
+from perllm.broker.logs import LazyLogger
 from perllm.broker.messages import (
     BYTES_PER_TOKEN,
     Claimed,
@@ -49,7 +49,7 @@ SWEEP_LIMIT = 500
 Verdict = Literal["ok", "void"]
 Ruling = Literal["ok", "refused", "not_leader", "node_gone"]
 
-log = structlog.get_logger(__name__)
+log = LazyLogger(__name__)
 
 
 class Dispatch(NamedTuple):
