@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import redis
 import redis.asyncio
@@ -13,7 +13,9 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
 from perllm.broker.errors import BadSetting, Unreachable
-from perllm.broker.settings import Settings
+
+if TYPE_CHECKING:  # loaded when settings are read: half of what importing a client would take
+    from perllm.broker.settings import Settings
 
 #: Seconds a connection attempt, and a reply, may take. Producers may be far away and send much at once; the system's
 #: own processes are near, and must soon notice a connection that leads nowhere.

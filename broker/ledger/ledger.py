@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import redis
 from pydantic import ValidationError
@@ -31,7 +31,9 @@ from perllm.broker.messages import (
     TaskSpec,
     parse_event,
 )
-from perllm.broker.settings import Settings
+
+if TYPE_CHECKING:  # loaded when settings are read: half of what importing a client would take
+    from perllm.broker.settings import Settings
 
 #: Seconds a dispatched task may wait unclaimed on a live node before it is placed anew (its old message is void then).
 DISPATCH_LEASE = 30.0
