@@ -16,11 +16,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from perllm.broker.cli import demo as demonstration
 from perllm.broker.cli import submit_file
 from perllm.broker.cli import terminal as show
 from perllm.broker.client import Client
 from perllm.broker.errors import BadSetting, InvalidTask, PerLLMError
-from perllm.broker.local import demo as demonstration
 from perllm.broker.local.supervisor import Supervisor
 from perllm.broker.messages import Result, State
 from perllm.broker.settings import load_settings
