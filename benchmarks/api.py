@@ -25,7 +25,7 @@ import httpx
 import psutil
 
 from benchmarks.common import SCHEDULER, celery_worker, child, emit, median_and_spread
-from perllm.broker import Client
+from perllm import Client
 from perllm.broker.local.server import EmbeddedServer
 
 TASK = {"prompt": "Why is the sky blue? Answer in one short sentence.", "max_tokens": 32, "deadline": 600}

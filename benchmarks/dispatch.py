@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.common import SCHEDULER, celery_worker, child, emit, median_and_spread
-from perllm.broker import Client, State
+from perllm import Client, State
 from perllm.broker.local.server import EmbeddedServer
 
 SLOTS = 8

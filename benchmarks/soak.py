@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 
 from benchmarks.common import SCHEDULER, child, emit
-from perllm.broker import Client, State
+from perllm import Client, State
 from perllm.broker.local.server import EmbeddedServer
 
 TASKS = 1_000_000

@@ -1,6 +1,6 @@
 """For producers: submit tasks, wait for their results, cancel and explain them.
 
-from perllm.broker import Client
+from perllm import Client
 
 with Client() as client:
     task = client.submit("Why is the sky blue?", deadline=20, max_tokens=64)
@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import redis
 import redis.asyncio
@@ -28,8 +28,10 @@ from perllm.broker.connection import connect, connect_async, reaching
 from perllm.broker.errors import TaskNotFound, Unreachable, WaitTimeout
 from perllm.broker.ledger import Ledger, TaskRecord
 from perllm.broker.messages import MAX_VALUE, Explanation, Result, State, TaskFields, TaskSpec, new_id
-from perllm.broker.settings import Settings, load_settings
 from perllm.broker.validation import TaskValidator
+
+if TYPE_CHECKING:  # loaded when settings are read: half of what importing a client would take
+    from perllm.broker.settings import Settings
 
 #: Seconds after which a waiter looks for itself, in case an announcement was lost with a connection.
 LOOK_EVERY = 2.0
@@ -76,6 +78,8 @@ class Client:
     """
 
     def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
+        from perllm.broker.settings import load_settings  # noqa: PLC0415
+
         self.settings = settings or (load_settings(redis_url=url) if url else load_settings())
         self.ledger = Ledger(self.settings)
         self.validator = TaskValidator(self.settings, self.ledger)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import redis
 import redis.asyncio
@@ -17,7 +17,9 @@ from redis.retry import Retry
 
 from perllm.broker.errors import BadSetting, Unreachable
 from perllm.broker.messages import whole_text
-from perllm.broker.settings import Settings
+
+if TYPE_CHECKING:  # loaded when settings are read: half of what importing a client would take
+    from perllm.broker.settings import Settings
 
 #: Seconds a connection attempt, login included, and a reply, may take. Producers may be far away and send much at once;
 #: the system's own processes are near, and must soon notice a connection that leads nowhere.

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TYPE_CHECKING, Any
 
-import structlog
+if TYPE_CHECKING:
+    import structlog
 
-from perllm.broker.settings import Settings
+    from perllm.broker.settings import Settings
+
+
+class LazyLogger:
+    """A structlog logger made at its first use: importing structlog takes as long as all the rest of a client."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, method: str) -> Any:
+        import structlog  # noqa: PLC0415
+
+        return getattr(structlog.get_logger(self._name), method)
 
 
 def configure(settings: Settings) -> None:
     """Set up structlog and the standard library's loggers (Celery, kombu) to one stream at the level set."""
+    import structlog  # noqa: PLC0415
+
     level = getattr(logging, settings.log_level.upper())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

@@ -89,13 +89,13 @@ class State(StrEnum):
 class StrictModel(BaseModel):
     """A model users fill in: unknown fields are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class TolerantModel(BaseModel):
     """A model one part of the system sends another: unknown fields are ignored."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
 
 
 # --- what a producer submits
@@ -493,7 +493,7 @@ Event = Annotated[
     Submitted | Dispatched | Claimed | Completed | Returned | Ended | NodeUp | Heartbeat | NodeDown,
     Field(discriminator="type"),
 ]
-_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+_EVENT: TypeAdapter[Event] = TypeAdapter(Event, config=ConfigDict(defer_build=True))
 
 
 def parse_event(raw: bytes | str) -> Event:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -12,7 +12,9 @@ from perllm.broker import grammar
 from perllm.broker.errors import InvalidTask, field_errors
 from perllm.broker.ledger import Ledger
 from perllm.broker.messages import MAX_VALUE, ModelOffer, TaskSpec
-from perllm.broker.settings import Settings
+
+if TYPE_CHECKING:  # loaded when settings are read: half of what importing a client would take
+    from perllm.broker.settings import Settings
 
 #: Seconds the list of models on offer may be old.
 OFFERS_AGE = 2.0

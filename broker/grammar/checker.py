@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from queue import LifoQueue
 from typing import Any
@@ -85,8 +86,11 @@ def _source(spec: TaskSpec) -> tuple[str, str] | None:
 
 
 def _key(spec: TaskSpec) -> bytes | None:
+    """None where there is nothing to check, or nothing to check it with: then the worker does."""
     source = _source(spec)
-    return None if source is None else hashlib.sha256("\0".join(source).encode()).digest()
+    if source is None or find_spec("llguidance") is None:
+        return None
+    return hashlib.sha256("\0".join(source).encode()).digest()
 
 
 def _lark(spec: TaskSpec) -> str:

@@ -14,8 +14,10 @@ import signal
 import sys
 import threading
 import time
+from typing import TYPE_CHECKING
 
-import llguidance
+if TYPE_CHECKING:  # a producer may be without it: then the worker checks
+    import llguidance
 
 #: CPU time one grammar may take, s.
 CPU = 1.0
@@ -29,6 +31,8 @@ MAX_ERROR = 1000
 
 def limits() -> llguidance.LLParserLimits:
     """What llguidance may take to build a grammar's lexer and, at each token, to compute what it allows."""
+    import llguidance  # noqa: PLC0415
+
     return llguidance.LLParserLimits(
         max_items_in_row=2000,
         initial_lexer_fuel=1_000_000,
@@ -43,6 +47,8 @@ def limits() -> llguidance.LLParserLimits:
 
 def judge(tokenizer: llguidance.LLTokenizer, lark: str) -> str:
     """What is wrong with a grammar, "" when nothing is: whether it compiles, and allows any beginning at all."""
+    import llguidance  # noqa: PLC0415
+
     matcher = llguidance.LLMatcher(tokenizer, lark, log_level=0, limits=limits())
     if not matcher.is_error():
         matcher.compute_bitmask()
@@ -51,6 +57,8 @@ def judge(tokenizer: llguidance.LLTokenizer, lark: str) -> str:
 
 
 def _serve() -> None:
+    import llguidance  # noqa: PLC0415
+
     tokenizer = llguidance.LLTokenizer("byte")
     read, answer = sys.stdin.buffer.read, sys.stdout.buffer
     while len(head := read(4)) == 4:

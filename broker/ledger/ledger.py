@@ -6,16 +6,16 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import redis
-import structlog
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from perllm.broker.connection import REPLY_TIMEOUT, connect, of_a_record, reaching
 from perllm.broker.errors import InvalidTask, Unreadable, field_errors
 from perllm.broker.ledger.script import Argument, Script
+from perllm.broker.logs import LazyLogger
 from perllm.broker.messages import (
     BYTES_PER_TOKEN,
     Claimed,
@@ -32,7 +32,9 @@ from perllm.broker.messages import (
     TaskSpec,
     parse_event,
 )
-from perllm.broker.settings import Settings
+
+if TYPE_CHECKING:  # loaded when settings are read: half of what importing a client would take
+    from perllm.broker.settings import Settings
 
 #: Bytes of a task beside its payload, features and result, about (as in ledger.lua).
 TASK_BYTES = 1024
@@ -52,7 +54,7 @@ SWEEP_LIMIT = 500
 Verdict = Literal["ok", "void"]
 Ruling = Literal["ok", "refused", "not_leader", "node_gone"]
 
-log = structlog.get_logger(__name__)
+log = LazyLogger(__name__)
 
 
 class Entry(NamedTuple):

@@ -22,7 +22,7 @@ from support.replay import FAULT, MODEL, POISON
 from chaos.checker import AMPLE
 from chaos.history import Saw, Told
 from chaos.observer import digest
-from perllm.broker import Client, State
+from perllm import Client, State
 from perllm.broker.connection import reaching
 from perllm.broker.errors import InvalidTask, PerLLMError, Unreachable
 

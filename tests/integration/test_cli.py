@@ -16,7 +16,7 @@ import pytest
 from support.ports import free_port
 from support.wait import eventually
 
-from perllm.broker import Client, InvalidTask
+from perllm import Client, InvalidTask
 from perllm.broker.local.supervisor import Supervisor
 from perllm.broker.settings import Settings
 

@@ -12,7 +12,7 @@ from support.make import node_info, output, receipt, why
 from support.servers import Server
 from support.wait import eventually
 
-from perllm.broker import AsyncClient, Result, TaskNotFound, TaskSpec
+from perllm import AsyncClient, Result, TaskNotFound, TaskSpec
 from perllm.broker.ledger import Dispatch, Ledger
 from perllm.broker.messages import State, new_id
 

@@ -44,8 +44,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (*PACKAGES, "perllm"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     options = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", str(folder)]
     built = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", *options, str(source)], check=False, capture_output=True, text=True
@@ -57,17 +57,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 def test_the_wheel_holds_every_file_of_the_packages(wheel: set[str]) -> None:
     expected = {
-        str(path.relative_to(ROOT))
+        f"perllm/{path.relative_to(ROOT)}"
         for name in PACKAGES
         for path in (ROOT / name).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix not in NOT_SHIPPED
     }
-    assert {"broker/py.typed", "broker/ledger/ledger.lua", "broker/demo_tasks.jsonl"} <= expected
+    assert {"perllm/broker/py.typed", "perllm/broker/ledger/ledger.lua", "perllm/broker/demo_tasks.jsonl"} <= expected
     assert expected - wheel == set()
 
 
 def test_the_wheel_holds_nothing_else(wheel: set[str]) -> None:
-    assert {name.split("/")[0] for name in wheel} <= {*PACKAGES, f"perllm-{PROJECT['version']}.dist-info"}
+    assert {name.split("/")[0] for name in wheel} <= {"perllm", f"perllm-{PROJECT['version']}.dist-info"}
     assert f"perllm-{PROJECT['version']}.dist-info/licenses/LICENSE" in wheel
 
 
@@ -109,7 +109,7 @@ def test_what_the_code_imports_is_declared() -> None:
                     modules = [module]
                 case _:
                     continue
-            for top in {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - set(PACKAGES):
+            for top in {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"perllm"}:
                 if not declared & {canonicalize_name(name) for name in providers.get(top, [top])}:
                     undeclared.add(f"{path.relative_to(ROOT)}: {top}")
     assert undeclared == set()
