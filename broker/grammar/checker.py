@@ -126,7 +126,7 @@ class _Child:
         """What is wrong ("": nothing), and the CPU time it took, s. Raises _Died, _Hung."""
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", str(Path(child.__file__))],
+                [sys.executable, "-P", str(Path(child.__file__))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import threading
 import time
@@ -292,9 +293,11 @@ def _ended(client: httpx.Client, batch_id: str) -> dict[str, Any] | None:
 
 
 def test_a_node_whose_engine_is_stuck_leaves_and_only_what_it_was_at_gets_a_strike(
-    cluster: Cluster, node: Process
+    cluster: Cluster, node: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node.stop()
+    found = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(found))
     stuck = cluster.start_worker("support.stuck_worker", "stuck", node_name="stuck", heartbeat=0.2)
     cluster.await_node(stuck)
     neighbours = cluster.submit(2, max_tokens=1500)
