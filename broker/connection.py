@@ -64,7 +64,8 @@ class _Packer(HiredisRespSerializer):
         try:
             return cast("list[bytes]", super().pack(*args))
         except UnicodeEncodeError:
-            return cast("list[bytes]", super().pack(*(whole_text(a) if isinstance(a, str) else a for a in args)))
+            whole: list[Any] = [whole_text(a) if isinstance(a, str) else a for a in args]
+            return cast("list[bytes]", super().pack(*whole))
 
 
 def connect(settings: Settings, *, reply_timeout: float | None = REPLY_TIMEOUT) -> redis.Redis:
