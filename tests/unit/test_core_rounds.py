@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from perllm.broker.messages import (
     Candidate,
     Completed,
@@ -317,3 +319,26 @@ def test_without_explanations_nothing_is_explained() -> None:
     core.handle(submitted("t"))
     (decision,) = core.decide(0)
     assert decision.explanation.candidates == ()
+
+
+def test_a_task_the_policy_fails_on_is_rejected_and_the_others_are_placed() -> None:
+    class Allergic(Scripted):
+        def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
+            if task.id == "bad":
+                raise ZeroDivisionError("of this one")
+            return super().choose(task, candidates, cluster, now)
+
+    for forgiving in (True, False):
+        core = SchedulerCore(Allergic(), forgiving=forgiving)
+        core.handle(NodeUp(at=0.0, info=info("a", slots=4)))
+        for task_id in ("first", "bad", "last"):
+            core.handle(submitted(task_id))
+        if not forgiving:
+            with pytest.raises(ZeroDivisionError):
+                core.decide(1.0)
+            continue
+        decisions = {d.task.id: d for d in core.decide(1.0)}
+        assert {i: d.action for i, d in decisions.items()} == {"first": "dispatch", "bad": "reject", "last": "dispatch"}
+        assert decisions["bad"].failure
+        assert decisions["bad"].explanation.sentence == "the policy failed on it: ZeroDivisionError: of this one"
+        assert core.decide(2.0) == []
