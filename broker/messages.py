@@ -175,8 +175,8 @@ class TaskSpec(Sampling):
     def text_bytes(self) -> int:
         """Size of the input text, bytes."""
         if self.prompt is not None:
-            return len(self.prompt.encode())
-        return sum(len(m.content.encode()) for m in self.messages or ())
+            return len(self.prompt.encode(errors="replace"))
+        return sum(len(m.content.encode(errors="replace")) for m in self.messages or ())
 
     def preview(self, width: int = 60) -> str:
         """The start of the input on one line, for people."""

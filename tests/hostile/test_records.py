@@ -192,10 +192,10 @@ def test_one_task_that_cannot_be_written_fails_alone_in_a_group_of_requests(ledg
             return super().store(together)
 
     async def all_at_once(one: Ledger, bad: TaskSpec) -> list[Any]:
-        intake = SubmitCoalescer(one)
+        coalescer = SubmitCoalescer(one._settings, one)
         specs = [TaskSpec(prompt="hi")] * 5 + [bad] + [TaskSpec(prompt="hi")] * 5
         # the first call is under way while the rest gathers to one group
-        calls = [intake.submit([(new_id(), spec)]) for spec in specs]
+        calls = [coalescer.submit("default", [(new_id(), spec)]) for spec in specs]
         return list(await asyncio.gather(*calls, return_exceptions=True))
 
     for one, bad in ((ledger, unchecked(json_schema=nested(300))), (ledger, unchecked(prompt="\ud800"))):
