@@ -146,20 +146,11 @@ def test_it_lives_beside_packages_named_broker_and_scheduler(wheel_file: Path, t
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     packages = next((environment / "lib").glob("python3*/site-packages"))
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "--python",
-        str(environment),
-        "install",
-        "--no-deps",
-    ]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(environment), "install"]
     found = subprocess.run([*pip, "broker", "scheduler"], check=False, capture_output=True, text=True)
     if found.returncode != 0:
         pytest.skip("PyPI cannot be reached")
-    subprocess.run([*pip, str(wheel_file)], check=True, capture_output=True)
+    subprocess.run([*pip, "--no-deps", str(wheel_file)], check=True, capture_output=True)
     (packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     code = (
         "import broker, scheduler, perllm; from perllm import Client; import perllm.scheduler.service;"
