@@ -326,10 +326,9 @@ def _busy_added(
 ) -> float:
     """Busy time a task adds, s: its `prefill` s and, of the `spent` steps it takes from step `joined` on, its part of
     each, and the whole step where no other sequence is active."""
+    per_step = arm.sequence + arm.context * task.prompt_tokens
     busy = prefill
-    busy += (arm.sequence + arm.context * task.prompt_tokens) * at(length.mean, spent) + arm.context * at(
-        length.moment, spent
-    )
+    busy += per_step * at(length.mean, spent) + arm.context * at(length.moment, spent)
     k, _ = position(joined)
     u, before = 0.0, 0.0
     while u < spent:
