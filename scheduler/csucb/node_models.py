@@ -137,7 +137,7 @@ class NodeModel:
         jumped = now.longest_step > 3 * longest + 0.2
         if self.stalled or (jumped and now.longest_step > self.read.longest_step):
             self.stall_since_read, self.stall_seen = True, at
-        # What looked like a stall may be how it steps now: believe it by and by.
+        # What seems a stall may be how long its steps are now: adapt slowly.
         self.longest_step = min(max(now.longest_step, 0.98 * longest), 1.1 * longest) if longest else now.longest_step
 
     def stall_reported(self, claimed: float, at: float) -> None:
