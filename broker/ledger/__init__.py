@@ -1,5 +1,5 @@
 """The ledger: where every task rests and every transition happens. See `ledger.lua` for the data model."""
 
-from perllm.broker.ledger.ledger import SAY_EVERY, Claim, Dispatch, End, Ledger, TaskRecord
+from perllm.broker.ledger.ledger import SAY_EVERY, Claim, Dispatch, End, Leader, Ledger, TaskRecord
 
-__all__ = ["SAY_EVERY", "Claim", "Dispatch", "End", "Ledger", "TaskRecord"]
+__all__ = ["SAY_EVERY", "Claim", "Dispatch", "End", "Leader", "Ledger", "TaskRecord"]

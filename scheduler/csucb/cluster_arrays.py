@@ -8,31 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from perllm.scheduler.core.cluster import Node, Task
+from perllm.scheduler.core.compiled import compiled
 from perllm.scheduler.csucb.forecast import forecast_nodes
 from perllm.scheduler.csucb.output_lengths import Lengths
 from perllm.scheduler.csucb.rows import (
     ARM,
+    CANDIDATE,
     IN_FLIGHT,
     NODE,
+    OUTLOOK,
     ArmRow,
-    Candidates,
     ClusterRows,
     InFlightRow,
-    Ints,
-    Matrix,
     NodeRow,
     Records,
     values,
 )
-from perllm.scheduler.csucb.token_bins import BINS
-
-T = TypeVar("T", bound=np.generic)
 
 #: Sequences of nodes whose rows are remembered.
 _REMEMBERED = 16
@@ -81,11 +77,10 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Asked:
-    """A sequence of nodes, where its rows are, and by model the rows of its arms with them."""
+    """A sequence of nodes and, by model, their candidates' rows."""
 
     nodes: Sequence[Node]
-    rows: Ints
-    candidates: dict[str | None, Candidates] = field(default_factory=dict)
+    candidates: dict[str | None, Records] = field(default_factory=dict)
 
 
 class ClusterArrays:
@@ -105,21 +100,17 @@ class ClusterArrays:
         self.nodes: Records = np.zeros(8, NODE)
         self.arms: Records = np.zeros(8, ARM)
         self.in_flight: Records = np.zeros(64, IN_FLIGHT)
-        self._times: Matrix = np.zeros((8, BINS + 1))
-        self._taken: Matrix = np.zeros((8, BINS + 1))
-        self._idle: Matrix = np.zeros((8, BINS + 1))
+        self._outlooks: Records = np.zeros(8, OUTLOOK)
         self._asked: dict[int, _Asked] = {}
         self._replaced = 0  # entries of nodes that were registered anew
 
     @property
     def rows(self) -> ClusterRows:
         """All arrays as they are now: to be read after `candidates`, which may replace some."""
-        return ClusterRows(
-            self.nodes, self.in_flight, self.arms, self._times, self._taken, self._idle, self._lengths.table
-        )
+        return ClusterRows(self.nodes, self._outlooks, self.in_flight, self.arms, self._lengths.table)
 
-    def candidates(self, nodes: Sequence[Node], model: str | None) -> Candidates:
-        """The rows of these nodes and of their arms for this model, brought up to date."""
+    def candidates(self, nodes: Sequence[Node], model: str | None) -> Records:
+        """A CandidateRow for each of these nodes and this model, what they refer to brought up to date."""
         asked = self._asked.get(id(nodes))
         if asked is None or asked.nodes is not nodes:
             asked = self._ask(nodes)
@@ -132,19 +123,21 @@ class ClusterArrays:
             forecast_nodes(np.array([e.row for e in changed], np.int64), self.rows)
         candidates = asked.candidates.get(model)
         if candidates is None:
-            arms = np.array([self._arm(n, model) for n in nodes], np.int64)
-            candidates = asked.candidates[model] = Candidates(asked.rows, arms)
+            pairs = [(entries[n.info.name].row, self._arm(n, model)) for n in nodes]
+            candidates = asked.candidates[model] = np.array(pairs, CANDIDATE)
         return candidates
 
     def _ask(self, nodes: Sequence[Node]) -> _Asked:
         """Remember where a sequence of nodes is; the core asks with the same few again and again."""
         if len(self._asked) >= _REMEMBERED:
             self._asked.clear()
-        entries = [self._entry(n) for n in nodes]
+        for node in nodes:
+            self._entry(node)
         if len(self._entries) > 2 * len(nodes) + 64 or self._replaced > len(self._entries) + 64:
             self.forget()  # mostly nodes that are gone
-            entries = [self._entry(n) for n in nodes]
-        asked = self._asked[id(nodes)] = _Asked(nodes, np.array([e.row for e in entries], np.int64))
+            for node in nodes:
+                self._entry(node)
+        asked = self._asked[id(nodes)] = _Asked(nodes)
         return asked
 
     def _arm(self, node: Node, model: str | None) -> int:
@@ -168,7 +161,7 @@ class ClusterArrays:
             self.arms = _doubled(self.arms)
         if row == len(self.nodes):
             self.nodes = _doubled(self.nodes)
-            self._times, self._taken, self._idle = map(_doubled, (self._times, self._taken, self._idle))
+            self._outlooks = _doubled(self._outlooks)
         return entry
 
     def _update(self, entry: _Entry) -> None:
@@ -224,7 +217,7 @@ class ClusterArrays:
         """Move the rows of those still there together; returns how many there are."""
         for gone in [task_id for task_id in entry.ids if task_id not in in_flight]:
             i, n = entry.ids.index(gone), len(entry.ids)
-            mine[i : n - 1] = mine[i + 1 : n]
+            _close_gap(mine, i, n)
             del entry.ids[i]
         return len(entry.ids)
 
@@ -253,5 +246,12 @@ class ClusterArrays:
         self._in_flight_used += room
 
 
-def _doubled(array: NDArray[T]) -> NDArray[T]:
+@compiled
+def _close_gap(rows: Records, gap: int, count: int) -> None:
+    """Move the rows after `gap`, of the first `count`, up by one."""
+    for i in range(gap, count - 1):
+        rows[i] = rows[i + 1]
+
+
+def _doubled(array: Records) -> Records:
     return np.concatenate([array, np.zeros_like(array)])

@@ -1,10 +1,10 @@
 """A node's near future, and what one more task would change in it.
 
 Continuous batching gives every active sequence one token per step, so the number of steps taken from now on is the one
-clock all of a node's work shares. `forecast_node` walks along it in the bins of `csucb.token_bins`. In each bin every
+clock all of a node's work shares. `forecast_nodes` walks along it in the bins of `csucb.token_bins`. In each bin every
 task on the node is there with probability P(L > tokens by then | L > tokens so far), unless its deadline has passed;
 tasks whose payload travels or that queue join on the way; the expected batch gives the time of a step (θ of the
-step-cost model). The result, an `Outlook`, maps steps to time, expected occupancy of the slots and the chance that no
+step-cost model). The result, its outlook, maps steps to time, expected occupancy of the slots and the chance that no
 sequence is active.
 
 `forecast_task` and `harm` then ask what one more task would do, without walking again: its own steps stretch the map by
@@ -26,12 +26,12 @@ from perllm.scheduler.csucb.rows import (
     ClusterRows,
     InFlightRow,
     Ints,
-    LengthTable,
-    NewTask,
+    LengthsRow,
     NodeRow,
-    Outlook,
+    OutlookRow,
     Records,
     ScoreRow,
+    TaskRow,
 )
 from perllm.scheduler.csucb.token_bins import BINS, EDGES, Floats, at, position
 
@@ -46,12 +46,6 @@ _SHORTEST_STEP = 5e-5
 #: Bins walked one by one; after them, two at a time.
 _SINGLE_BINS = 8
 _NEVER = 1e18
-
-
-@compiled
-def outlook_of(cluster: ClusterRows, n: int) -> Outlook:
-    """The outlook of the node in row `n`, as `forecast_node` left it."""
-    return Outlook(cluster.times[n], cluster.taken[n], cluster.idle[n])
 
 
 @compiled
@@ -95,7 +89,7 @@ def forecast_nodes(rows: Ints, cluster: ClusterRows) -> None:
     """Fill the outlooks of the nodes in `rows`, counted from their last change, and those of the tasks on them."""
     for n in rows:
         node: NodeRow = cluster.nodes[n]
-        outlook, in_flight = outlook_of(cluster, n), in_flight_on(cluster, n)
+        outlook, in_flight = cluster.outlooks[n], in_flight_on(cluster, n)
         _catch_up(node, cluster.arms, in_flight)
         _condition_on_progress(in_flight, cluster.lengths)
         _walk(node, cluster.arms, in_flight, cluster.lengths, outlook)
@@ -164,17 +158,17 @@ def _catch_up_prefills(node: NodeRow, arms: Records, in_flight: Records) -> floa
 
 
 @compiled
-def _condition_on_progress(in_flight: Records, lengths: LengthTable) -> None:
+def _condition_on_progress(in_flight: Records, lengths: Records) -> None:
     """Fill `survival` of those that decode: what P(L > x) must be multiplied by, given the tokens they have."""
     for i in range(len(in_flight)):
         placed: InFlightRow = in_flight[i]
         if placed.start == 0.0:
             placed.tokens = min(placed.tokens, placed.max_tokens - 0.5)
-            placed.survival = 1.0 / max(at(lengths.tail[placed.lengths], placed.tokens), 1e-9)
+            placed.survival = 1.0 / max(at(lengths[placed.lengths].tail, placed.tokens), 1e-9)
 
 
 @compiled
-def _walk(node: NodeRow, arms: Records, in_flight: Records, lengths: LengthTable, outlook: Outlook) -> None:
+def _walk(node: NodeRow, arms: Records, in_flight: Records, lengths: Records, outlook: OutlookRow) -> None:
     """Fill the outlook, stretch by stretch of steps, and `start` of the tasks that join on the way."""
     arm: ArmRow = arms[node.first_arm]
     expected = 0.0  # tasks that have yet to arrive, by then in the batch
@@ -206,7 +200,7 @@ def _batch(
     node: NodeRow,
     arms: Records,
     in_flight: Records,
-    lengths: LengthTable,
+    lengths: Records,
     live: Ints,
     count: int,
     now: float,
@@ -245,7 +239,7 @@ def _batch(
         tokens = placed.tokens + (begin + hi) / 2 - placed.start
         alive = 0.0
         if tokens < placed.max_tokens:
-            alive = at(lengths.tail[placed.lengths], tokens) * placed.survival
+            alive = at(lengths[placed.lengths].tail, tokens) * placed.survival
         if alive < _NEGLIGIBLE:
             continue
         live[kept], kept = live[j], kept + 1
@@ -258,7 +252,7 @@ def _batch(
 
 
 @compiled
-def _sum_up_arms(node: NodeRow, arms: Records, in_flight: Records, lengths: LengthTable) -> None:
+def _sum_up_arms(node: NodeRow, arms: Records, in_flight: Records, lengths: Records) -> None:
     """Fill `bytes_coming` of the node and `kv_used` of its arms."""
     node.bytes_coming = 0.0
     for i in range(len(in_flight)):
@@ -267,12 +261,12 @@ def _sum_up_arms(node: NodeRow, arms: Records, in_flight: Records, lengths: Leng
         placed: InFlightRow = in_flight[i]
         if placed.start != 0.0:
             node.bytes_coming += placed.payload_bytes
-        expected = at(lengths.mean[placed.lengths], placed.max_tokens)
+        expected = at(lengths[placed.lengths].mean, placed.max_tokens)
         arms[placed.arm].kv_used += placed.prompt_tokens + max(expected, placed.tokens)
 
 
 @compiled
-def _forecast_end(node: NodeRow, placed: InFlightRow, lengths: LengthTable, outlook: Outlook) -> None:
+def _forecast_end(node: NodeRow, placed: InFlightRow, lengths: Records, outlook: OutlookRow) -> None:
     """Fill `end_step`, `end_step_time` and `p_on_time` of a task on the node."""
     placed.p_on_time = 0.0
     if placed.start < 0 or placed.start >= _NEVER:
@@ -285,14 +279,14 @@ def _forecast_end(node: NodeRow, placed: InFlightRow, lengths: LengthTable, outl
 
 
 @compiled
-def _p_done(placed: InFlightRow, lengths: LengthTable, steps: float) -> float:
+def _p_done(placed: InFlightRow, lengths: Records, steps: float) -> float:
     """P(a task is done so many steps after its `start`)."""
     if steps <= 0:
         return 0.0
     tokens = placed.tokens + steps
     if tokens >= placed.max_tokens:
         return 1.0
-    return float(max(0.0, 1.0 - at(lengths.tail[placed.lengths], tokens) * placed.survival))
+    return float(max(0.0, 1.0 - at(lengths[placed.lengths].tail, tokens) * placed.survival))
 
 
 # --- one more task
@@ -300,11 +294,11 @@ def _p_done(placed: InFlightRow, lengths: LengthTable, steps: float) -> float:
 
 @compiled
 def forecast_task(
-    node: NodeRow, arm: ArmRow, outlook: Outlook, task: NewTask, now: float, lengths: LengthTable, score: ScoreRow
+    node: NodeRow, arm: ArmRow, outlook: OutlookRow, task: TaskRow, now: float, lengths: Records, score: ScoreRow
 ) -> None:
     """What a node would make of one more task on one of its arms: fills `finish`, `p_on_time`, `busy`, `joules` and
     `stay` of `score`."""
-    tail, mean = lengths.tail[task.lengths], lengths.mean[task.lengths]
+    length: LengthsRow = lengths[task.lengths]
     late = _idle_for(node, outlook, now)
     joined, arrives = _joins(node, outlook, now - late, task.payload_bytes)
     end = task.deadline - node.dispatch_delay - late
@@ -314,13 +308,13 @@ def forecast_task(
     chance = 0.0
     if steps >= 0:
         tokens = steps + _BEFORE_FIRST
-        chance = 1.0 if tokens >= task.max_tokens else 1.0 - at(tail, tokens)
-    usual = at(mean, task.max_tokens) - _BEFORE_FIRST
+        chance = 1.0 if tokens >= task.max_tokens else 1.0 - at(length.tail, tokens)
+    usual = at(length.mean, task.max_tokens) - _BEFORE_FIRST
     done = arrives + prefill + at(outlook.times, joined + usual) - at(outlook.times, joined)
     done += (per_step + growth * usual) * usual
 
     spent = min(max(steps, 0.0), task.max_tokens)
-    busy = _busy_added(arm, outlook, task, joined, spent, min(prefill, max(0.0, end - arrives)), lengths)
+    busy = _busy_added(arm, outlook, task, joined, spent, min(prefill, max(0.0, end - arrives)), length)
     score.stay = max(0.0, min(done, end) - arrives + _transfer(node, task.payload_bytes))
     score.finish, score.p_on_time = max(0.0, done - now + late), max(0.0, chance)
     score.busy, score.joules = busy, busy * node.watts + task.payload_bytes * node.joules_per_byte
@@ -328,18 +322,18 @@ def forecast_task(
 
 @compiled
 def _busy_added(
-    arm: ArmRow, outlook: Outlook, task: NewTask, joined: float, spent: float, prefill: float, lengths: LengthTable
+    arm: ArmRow, outlook: OutlookRow, task: TaskRow, joined: float, spent: float, prefill: float, length: LengthsRow
 ) -> float:
     """Busy time a task adds, s: its `prefill` s and, of the `spent` steps it takes from step `joined` on, its part of
     each, and the whole step where no other sequence is active."""
-    mean, moment = lengths.mean[task.lengths], lengths.moment[task.lengths]
+    per_step = arm.sequence + arm.context * task.prompt_tokens
     busy = prefill
-    busy += (arm.sequence + arm.context * task.prompt_tokens) * at(mean, spent) + arm.context * at(moment, spent)
+    busy += per_step * at(length.mean, spent) + arm.context * at(length.moment, spent)
     k, _ = position(joined)
     u, before = 0.0, 0.0
     while u < spent:
         u = min(spent, EDGES[k + 1] - joined) if k < BINS - 1 else spent
-        after = at(mean, u)
+        after = at(length.mean, u)
         busy += arm.step * outlook.idle[k] * (after - before)
         before, k = after, k + 1
     return float(busy)
@@ -349,16 +343,16 @@ def _busy_added(
 def harm(
     node: NodeRow,
     arm: ArmRow,
-    outlook: Outlook,
-    task: NewTask,
+    outlook: OutlookRow,
+    task: TaskRow,
     now: float,
     in_flight: Records,
-    lengths: LengthTable,
+    lengths: Records,
 ) -> float:
     """Expected on-time value that the tasks `in_flight` on a node lose to one more."""
     if len(in_flight) == 0:
         return 0.0
-    mean, moment = lengths.mean[task.lengths], lengths.moment[task.lengths]
+    length: LengthsRow = lengths[task.lengths]
     joined, _ = _joins(node, outlook, now, task.payload_bytes)
     per_step, _, prefill = _own_cost(node, arm, task.prompt_tokens)
     lost = 0.0
@@ -367,14 +361,14 @@ def harm(
         if placed.p_on_time <= 0.0 or placed.end_step <= joined:
             continue
         together = min(placed.end_step - joined, task.max_tokens)
-        delay = prefill + per_step * at(mean, together) + arm.context * at(moment, together)
+        delay = prefill + per_step * at(length.mean, together) + arm.context * at(length.moment, together)
         left = _p_done(placed, lengths, placed.end_step - placed.start - delay / placed.end_step_time)
         lost += placed.value * max(0.0, placed.p_on_time - left)
     return lost
 
 
 @compiled
-def p_on_time_alone(node: NodeRow, arm: ArmRow, task: NewTask, now: float, lengths: LengthTable) -> float:
+def p_on_time_alone(node: NodeRow, arm: ArmRow, task: TaskRow, now: float, lengths: Records) -> float:
     """P(on time) if the node had nothing else to do."""
     per_step = arm.step + arm.sequence + arm.context * task.prompt_tokens
     left = task.deadline - now - 2 * node.dispatch_delay - _transfer(node, task.payload_bytes)
@@ -384,13 +378,13 @@ def p_on_time_alone(node: NodeRow, arm: ArmRow, task: NewTask, now: float, lengt
     # per_step·u + context/2·u² = left
     steps = 2 * left / (per_step + math.sqrt(per_step * per_step + 2 * arm.context * left))
     tokens = steps + _BEFORE_FIRST
-    return 1.0 if tokens >= task.max_tokens else 1.0 - at(lengths.tail[task.lengths], tokens)
+    return 1.0 if tokens >= task.max_tokens else 1.0 - at(lengths[task.lengths].tail, tokens)
 
 
 @compiled
-def kv_needed(task: NewTask, lengths: LengthTable) -> float:
+def kv_needed(task: TaskRow, lengths: Records) -> float:
     """Tokens of KV cache the task will probably hold."""
-    return float(task.prompt_tokens + at(lengths.mean[task.lengths], task.max_tokens))
+    return float(task.prompt_tokens + at(lengths[task.lengths].mean, task.max_tokens))
 
 
 @compiled
@@ -401,13 +395,13 @@ def _own_cost(node: NodeRow, arm: ArmRow, prompt: float) -> tuple[float, float, 
 
 
 @compiled
-def _idle_for(node: NodeRow, outlook: Outlook, now: float) -> float:
+def _idle_for(node: NodeRow, outlook: OutlookRow, now: float) -> float:
     """Seconds an empty node has idled since its outlook was made: its clock waits, so the map still holds, shifted."""
     return max(0.0, now - outlook.times[0]) if node.count == 0 else 0.0
 
 
 @compiled
-def _joins(node: NodeRow, outlook: Outlook, now: float, size: float) -> tuple[float, float]:
+def _joins(node: NodeRow, outlook: OutlookRow, now: float, size: float) -> tuple[float, float]:
     """After how many steps, and when, a task decided now would be ready to be prefilled."""
     claim = now + node.dispatch_delay
     if node.count >= node.slots:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from perllm.scheduler.core.compiled import compiled
-from perllm.scheduler.csucb.rows import LengthTable, Matrix
+from perllm.scheduler.csucb.rows import LENGTHS, Ints, LengthsRow, Records
 from perllm.scheduler.csucb.token_bins import BINS, EDGES, Floats, bin_of, position
 
 #: Observations after which an old one counts 1/e: in a cell, in a class.
@@ -48,9 +48,9 @@ PRIOR: Floats = _prior()
 
 
 @compiled
-def _tabulate(mass: Floats, table: LengthTable, row: int) -> None:
-    """Fill a row of a table from the probabilities (BINS,) of a distribution."""
-    tail, mean, moment = table.tail[row], table.mean[row], table.moment[row]
+def _tabulate(mass: Floats, row: LengthsRow) -> None:
+    """Fill a row from the probabilities (BINS,) of a distribution."""
+    tail, mean, moment = row.tail, row.mean, row.moment
     total = 0.0
     for i in range(BINS):
         total += mass[i]
@@ -68,20 +68,21 @@ def _tabulate(mass: Floats, table: LengthTable, row: int) -> None:
 
 @compiled
 def _fill(
-    table: LengthTable,
-    cells: Matrix,
+    table: Records,
+    rows: Ints,
+    cells: Floats,
     weights: Floats,
     of_class: Floats,
     class_weight: float,
     log_hints: Floats,
     hint_fit: Floats,
 ) -> None:
-    """Fill a table of n rows: `cells` (n, BINS) and `weights` (n,) lean on the class, the class on the prior.
+    """Fill n rows of the table: `cells` (n, BINS) and `weights` (n,) lean on the class, the class on the prior.
 
     `log_hints` (n,) is nan without a hint; `hint_fit` is (intercept, slope, σ) of log hint on log length.
     """
     mass = np.empty(BINS)
-    for r in range(len(cells)):
+    for r in range(len(rows)):
         for i in range(BINS):
             broad = (of_class[i] + CLASS_PRIOR * PRIOR[i]) / (class_weight + CLASS_PRIOR)
             mass[i] = (cells[r, i] + CELL_PRIOR * broad) / (weights[r] + CELL_PRIOR)
@@ -89,7 +90,7 @@ def _fill(
             for i in range(BINS):
                 off = (log_hints[r] - hint_fit[0] - hint_fit[1] * math.log(_MIDDLES[i])) / hint_fit[2]
                 mass[i] = (mass[i] + 1e-12) * math.exp(-0.5 * min(off * off, 200.0))
-        _tabulate(mass, table, r)
+        _tabulate(mass, table[rows[r]])
 
 
 @dataclass(slots=True)
@@ -157,7 +158,7 @@ class Lengths:
         self._classes: dict[str, _Class] = {}
         self._count = 0
         self._stale: dict[str, None] = {}  # classes whose rows are out of date, in order
-        self.table = _empty_table(16)
+        self.table: Records = np.zeros(16, LENGTHS)
 
     # --- learning
 
@@ -201,8 +202,8 @@ class Lengths:
         if row is None:
             row = known.rows[size, hinted] = self._count
             self._count += 1
-            if self._count > len(self.table.tail):
-                self.table = LengthTable(*(np.concatenate([m, np.zeros_like(m)]) for m in self.table))
+            if self._count > len(self.table):
+                self.table = np.concatenate([self.table, np.zeros_like(self.table)])
             self._stale[name] = None
         return row
 
@@ -231,13 +232,10 @@ class Lengths:
         weights = np.array([c.weight if c else 0.0 for c in cells])
         hints = np.array([math.nan if h < 0 else h / _HINTS_PER_OCTAVE * math.log(2) for _, h in keys])
         rows = np.fromiter(known.rows.values(), np.int64, len(keys))
-        filled = _empty_table(len(keys))
         fit = np.array(known.hints.line())
-        _fill(filled, counts, weights, known.whole.counts, known.whole.weight, hints, fit)
+        _fill(self.table, rows, counts, weights, known.whole.counts, known.whole.weight, hints, fit)
         if not self._spread:
-            _collapse(filled)
-        for into, new in zip(self.table, filled, strict=True):
-            into[rows] = new
+            _collapse(self.table, rows)
 
     def _name(self, service: str) -> str:
         if service not in self._classes:
@@ -290,16 +288,13 @@ def _shares(i: int) -> Floats:
     return shares
 
 
-def _empty_table(rows: int) -> LengthTable:
-    return LengthTable(*(np.zeros((rows, BINS + 1)) for _ in LengthTable._fields))
-
-
-def _collapse(table: LengthTable) -> None:
-    """Replace each distribution by its mean."""
-    for row, mean in enumerate(table.mean[:, BINS].tolist()):
+@compiled
+def _collapse(table: Records, rows: Ints) -> None:
+    """Replace each of these distributions by its mean."""
+    for r in rows:
         mass = np.zeros(BINS)
-        mass[bin_of(max(1.0, mean))] = 1.0
-        _tabulate(mass, table, row)
+        mass[bin_of(max(1.0, table[r].mean[BINS]))] = 1.0
+        _tabulate(mass, table[r])
 
 
 def _sparse(histogram: Histogram) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from typing_extensions import override
@@ -17,7 +17,7 @@ from perllm.scheduler.csucb.cluster_arrays import ClusterArrays
 from perllm.scheduler.csucb.index import HARM_FACTOR, EnergyScale
 from perllm.scheduler.csucb.node_models import PATIENT_STAYS, NodeModels
 from perllm.scheduler.csucb.output_lengths import Lengths
-from perllm.scheduler.csucb.rows import SCORE, Candidates, NewTask, Records, ScoreRow, Terms
+from perllm.scheduler.csucb.rows import CANDIDATE, SCORE, TASK, TERMS, Records, ScoreRow, TaskRow, TermsRow, values
 
 #: Candidates an explanation names: the best ones.
 EXPLAINED = 8
@@ -77,7 +77,11 @@ class CsUcb(Policy):
         )
         self._scale = EnergyScale()
         self._arrays = ClusterArrays(self._lengths, self._node_models.estimate)
-        self._scored = _Scored()
+        self._scored: Sequence[Node] = ()  # the nodes scored last; what follows is about them
+        self._candidates: Records = np.zeros(0, CANDIDATE)
+        self._scores: Records = np.zeros(0, SCORE)
+        self._task: Records = np.zeros(1, TASK)  # and the task they were scored for, and under which terms
+        self._terms: Records = np.zeros(1, TERMS)
 
     # --- learning
 
@@ -97,14 +101,14 @@ class CsUcb(Policy):
     @override
     def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
         best = self._score(task, candidates, now)
-        scores = self._scored.scores
+        scores = self._scores
         if not self._on.admission:
             return Place(candidates[best if best >= 0 else int(np.argmax(scores["p_on_time"]))].name)
         if best < 0:
             return self._without_a_chance(task, candidates, cluster, now)
         self._scale.suggest(float(scores["joules"].min()))
         left, urgency, least_joules = task.deadline - now, 1.0, 0.0
-        ample = PATIENT_STAYS * float(scores[best]["stay"])
+        ample = PATIENT_STAYS * float(scores["stay"][best])
         if self._on.patience and left > ample:
             ample, throughput = self._ample_time(task, ample, cluster)
             if left > ample:  # it need not queue on a node
@@ -122,30 +126,32 @@ class CsUcb(Policy):
         """Score the task on each of the nodes; returns the position of the best, or −1. With `needs_slot`, only nodes
         with a free slot are feasible."""
         lengths = self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens)
-        rows = self._arrays.candidates(nodes, task.model)
-        new = NewTask(
-            float(task.prompt_tokens),
-            float(task.payload_bytes),
-            task.deadline,
-            float(task.max_tokens),
-            task.value,
-            lengths,
+        self._scored, self._candidates = nodes, self._arrays.candidates(nodes, task.model)
+        if len(self._scores) != len(nodes):
+            self._scores = np.zeros(len(nodes), SCORE)
+        self._task[0] = values(
+            TaskRow(
+                prompt_tokens=task.prompt_tokens,
+                payload_bytes=task.payload_bytes,
+                deadline=task.deadline,
+                max_tokens=task.max_tokens,
+                value=task.value,
+                lengths=lengths,
+            )
         )
-        terms = Terms(
-            own_weight=self._value_weight * urgency,
-            harm_weight=self._harm_weight,
-            energy_scale=self._fixed_scale or self._scale.joules,
-            min_p_on_time=admission.MIN_P_ON_TIME,
-            needs_slot=needs_slot,
+        self._terms[0] = values(
+            TermsRow(
+                own_weight=self._value_weight * urgency,
+                harm_weight=self._harm_weight,
+                energy_scale=self._fixed_scale or self._scale.joules,
+                min_p_on_time=admission.MIN_P_ON_TIME,
+                needs_slot=needs_slot,
+            )
         )
-        scores = self._scored.scores
-        if len(scores) != len(nodes):
-            scores = np.zeros(len(nodes), SCORE)
-        self._scored = _Scored(nodes, rows, new, terms, scores)
-        return scoring.score(rows, self._arrays.rows, new, terms, now, scores)
+        return scoring.score(self._arrays.rows, self._candidates, self._task, self._terms, now, self._scores)
 
     def _worth(self, task: Task, best: int, urgency: float, least_joules: float) -> float:
-        own, scale = ScoreRow(*self._scored.scores[best].item()), self._scored.terms.energy_scale
+        own, scale = ScoreRow(*self._scores.item(best)), float(self._terms["energy_scale"][0])
         most = self._value_weight * task.value
         return admission.worth(
             own=most * urgency * own.p_on_time,
@@ -159,9 +165,9 @@ class CsUcb(Policy):
 
     def _ample_time(self, task: Task, ample: float, cluster: Cluster) -> tuple[float, float]:
         """Time to its deadline with which a task is patient (s), at least `ample`; tasks/s all nodes can finish."""
-        rows = self._arrays.candidates(cluster.serving.get(task.model, ()), task.model).nodes
-        nodes = self._arrays.nodes[rows]
-        slots, throughput = float(nodes["slots"].sum()), float(nodes["throughput"].sum())
+        rows = self._arrays.candidates(cluster.serving.get(task.model, ()), task.model)["node"]
+        nodes = self._arrays.nodes
+        slots, throughput = float(nodes["slots"][rows].sum()), float(nodes["throughput"][rows].sum())
         if throughput > 0:  # tasks with short stays are no more patient than the mean one
             ample = max(ample, PATIENT_STAYS * slots / throughput)
         return ample, throughput
@@ -170,7 +176,7 @@ class CsUcb(Policy):
         """J the task would cost on the node where it costs least, room or no room."""
         serving = cluster.serving.get(task.model, ())
         self._score(task, serving, now)
-        scores = self._scored.scores
+        scores = self._scores
         able = scores["p_on_time"] >= admission.MIN_P_ON_TIME
         if task.avoid:
             others = able & [not task.avoids(n.name, now) for n in serving]
@@ -184,7 +190,7 @@ class CsUcb(Policy):
             if not node.in_flight and not models.proven(node, task.model, now):
                 return Place(node.name)  # find out what it can do
         rows = self._arrays.candidates(serving, task.model)
-        alone = scoring.best_p_on_time_alone(rows, self._arrays.rows, self._scored.task, now)
+        alone = scoring.best_p_on_time_alone(self._arrays.rows, rows, self._task, now)
         if alone < admission.MIN_P_ON_TIME and all(models.proven(n, task.model, now) for n in serving):
             return Reject(
                 f"{task.deadline - now:.1f} s are left, too little for any node even if it had nothing else to do"
@@ -195,21 +201,18 @@ class CsUcb(Policy):
 
     @override
     def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
-        if self._scored.nodes is not candidates:
+        if self._scored is not candidates:
             self._score(task, candidates, now)
-        _, rows, new, terms, scores = self._scored
-        cluster_rows = self._arrays.rows
+        rows, scores, cluster_rows = self._candidates, self._scores, self._arrays.rows
         order = np.argsort(-scores["index"], kind="stable")[:EXPLAINED]
-        scoring.complete_scores(order, rows, cluster_rows, new, terms, now, scores)
+        scoring.complete_scores(order, cluster_rows, rows, self._task, self._terms, now, scores)
         order = order[np.argsort(-scores["index"][order], kind="stable")]
-        spreads = cluster_rows.arms["spread"][rows.arms[order]].tolist()
-        stalled = cluster_rows.nodes["stalled"][rows.nodes[order]].tolist()
+        spreads = cluster_rows.arms["spread"][rows["arm"][order]].tolist()
+        stalled = cluster_rows.nodes["stalled"][rows["node"][order]].tolist()
         single = constraints.single_server_slack(0 if task.node is None else 1)
         return tuple(
-            _candidate(candidates[i].info.name, ScoreRow(*score), spread, single, stalled=stands_still)
-            for i, score, spread, stands_still in zip(
-                order.tolist(), scores[order].tolist(), spreads, stalled, strict=True
-            )
+            _candidate(candidates[i].info.name, ScoreRow(*scores.item(i)), spread, single, stalled=stands_still)
+            for i, spread, stands_still in zip(order.tolist(), spreads, stalled, strict=True)
         )
 
     # --- kept over a restart
@@ -232,16 +235,6 @@ class CsUcb(Policy):
         self._lengths.restore(state["lengths"])
         self._scale = scale
         self._arrays.forget()
-
-
-class _Scored(NamedTuple):
-    """What was scored last, for whom, and the scores."""
-
-    nodes: Sequence[Node] = ()
-    rows: Candidates = Candidates(np.zeros(0, np.int64), np.zeros(0, np.int64))
-    task: NewTask = NewTask(0.0, 0.0, 0.0, 0.0, 0.0, 0)
-    terms: Terms = Terms(0.0, 0.0, 1.0, 0.0, needs_slot=False)
-    scores: Records = np.zeros(0, SCORE)
 
 
 def _candidate(name: str, score: ScoreRow, spread: float, single_server: float, *, stalled: bool) -> Candidate:

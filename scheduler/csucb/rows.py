@@ -1,34 +1,41 @@
-"""What compiled code reads and writes: rows of structured arrays, and the bundles they are passed in.
+"""What compiled code reads and writes: rows of structured arrays.
 
 A row class declares the fields of one structured array, in order. numba compiles `node.slots` on such a row to one
 load, so compiled code reads like Python at the cost of a column of numbers. Times s, sizes tokens and bytes.
+
+What crosses into compiled code in a call are structured arrays, even where there is one row (a task, the terms): numba
+takes an array of records in 0.1 µs, a NamedTuple in 0.9 µs. numpy, in turn, copies single records and whole fields
+quickly, but takes 5 to 10 µs to move or pick several records at once: compiled code does that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perllm.scheduler.csucb.token_bins import Floats
+from perllm.scheduler.csucb.token_bins import BINS, Floats
 
-Matrix = NDArray[np.float64]
 Ints = NDArray[np.int64]
 #: A structured array: one record per row.
 Records = NDArray[np.void]
+#: A field that is a function of tokens or steps, by its values at the bins' edges.
+Curve = Annotated[Floats, BINS + 1]
 
 
 def dtype_of(row: type[Any]) -> np.dtype[np.void]:
-    """The structured dtype of a row class: int → int64, float → float64, bool → bool."""
-    return np.dtype(list(get_type_hints(row).items()), align=True)
+    """The structured dtype of a row class: int → int64, float → float64, bool → bool, Curve → float64 (BINS + 1,)."""
+    hints = get_type_hints(row, include_extras=True)
+    columns = [(name, float, get_args(kind)[1:]) if kind == Curve else (name, kind) for name, kind in hints.items()]
+    return np.dtype(columns, align=True)
 
 
 @dataclass(slots=True)
 class NodeRow:
-    """A node. `forecast_node` fills what has a default."""
+    """A node. `forecast_nodes` fills what has a default."""
 
     first: int  # row in `in_flight` of its first task; the others follow
     count: int  # tasks in flight
@@ -53,7 +60,7 @@ class NodeRow:
 
 @dataclass(slots=True)
 class InFlightRow:
-    """A task on a node; those of one node are in order of dispatch. `forecast_node` fills what has a default."""
+    """A task on a node; those of one node are in order of dispatch. `forecast_nodes` fills what has a default."""
 
     dispatched: float  # s
     claimed: float  # s; 0: not yet
@@ -63,7 +70,7 @@ class InFlightRow:
     deadline: float  # s
     max_tokens: float
     value: float
-    lengths: int  # row of its output-length distribution
+    lengths: int  # row in `lengths` of its output-length distribution
     arm: int  # row in `arms`
     ready: float = 0.0  # when its payload is there, s; once decoding, when that began
     prefill_left: float = 0.0  # prompt tokens
@@ -86,7 +93,56 @@ class ArmRow:
     context: float  # s per token of context
     spread: float  # σ of a step's time, as a share of it
     kv_tokens: float  # its KV cache holds
-    kv_used: float = 0.0  # tokens its tasks will probably need; filled by `forecast_node`
+    kv_used: float = 0.0  # tokens its tasks will probably need; filled by `forecast_nodes`
+
+
+@dataclass(slots=True)
+class OutlookRow:
+    """A node's future over the number of steps taken from now on."""
+
+    times: Curve  # when so many steps are done, s
+    taken: Curve  # expected slots taken or queued for, in the bin that begins there
+    idle: Curve  # P(no sequence is active) in it
+
+
+@dataclass(slots=True)
+class LengthsRow:
+    """A distribution of output lengths L, as functions of tokens x."""
+
+    tail: Curve  # P(L > x)
+    mean: Curve  # ∫₀ˣ P(L > u) du
+    moment: Curve  # ∫₀ˣ u·P(L > u) du
+
+
+@dataclass(slots=True)
+class CandidateRow:
+    """A node a task may go to."""
+
+    node: int  # row in `nodes`
+    arm: int  # row in `arms`, of the task's model there
+
+
+@dataclass(slots=True)
+class TaskRow:
+    """A task before it is placed."""
+
+    prompt_tokens: float
+    payload_bytes: float
+    deadline: float  # s
+    max_tokens: float
+    value: float
+    lengths: int  # row of its output-length distribution
+
+
+@dataclass(slots=True)
+class TermsRow:
+    """What the index is made of beside the forecast."""
+
+    own_weight: float  # of the task's on-time value: V, times its urgency
+    harm_weight: float  # of the on-time value others lose
+    energy_scale: float  # E₀, J
+    min_p_on_time: float  # a node must give
+    needs_slot: bool  # it must have a slot free
 
 
 @dataclass(slots=True)
@@ -107,68 +163,24 @@ class ScoreRow:
     bandwidth_slack: float
 
 
-NODE, IN_FLIGHT, ARM, SCORE = (dtype_of(row) for row in (NodeRow, InFlightRow, ArmRow, ScoreRow))
+NODE, OUTLOOK, IN_FLIGHT, ARM, LENGTHS = map(dtype_of, (NodeRow, OutlookRow, InFlightRow, ArmRow, LengthsRow))
+CANDIDATE, TASK, TERMS, SCORE = map(dtype_of, (CandidateRow, TaskRow, TermsRow, ScoreRow))
 
-_VALUES = {row: attrgetter(*(f.name for f in fields(row))) for row in (NodeRow, InFlightRow, ArmRow)}
+_WRITTEN = (NodeRow, InFlightRow, ArmRow, TaskRow, TermsRow)
+_VALUES = {row: attrgetter(*(f.name for f in fields(row))) for row in _WRITTEN}
 
 
-def values(row: NodeRow | InFlightRow | ArmRow) -> tuple[Any, ...]:
+def values(row: NodeRow | InFlightRow | ArmRow | TaskRow | TermsRow) -> tuple[Any, ...]:
     """The row's fields in order, to be assigned to a record."""
     found: tuple[Any, ...] = _VALUES[type(row)](row)
     return found
 
 
-class LengthTable(NamedTuple):
-    """Output-length distributions, (rows, BINS + 1) each: functions of tokens x, by their values at the bins' edges."""
-
-    tail: Matrix  # P(L > x)
-    mean: Matrix  # ∫₀ˣ P(L > u) du
-    moment: Matrix  # ∫₀ˣ u·P(L > u) du
-
-
-class Outlook(NamedTuple):
-    """A node's future over the number of steps taken from now on, (BINS + 1,) each."""
-
-    times: Floats  # when so many steps are done, s
-    taken: Floats  # expected slots taken or queued for, in the bin that begins there
-    idle: Floats  # P(no sequence is active) in it
-
-
 class ClusterRows(NamedTuple):
-    """All that is known of the cluster, as compiled code takes it."""
+    """All that is known of the cluster."""
 
     nodes: Records  # NodeRow
+    outlooks: Records  # OutlookRow, in the rows of their nodes
     in_flight: Records  # InFlightRow
     arms: Records  # ArmRow
-    times: Matrix  # (nodes, BINS + 1), as in Outlook
-    taken: Matrix
-    idle: Matrix
-    lengths: LengthTable
-
-
-class Candidates(NamedTuple):
-    """Nodes a task may go to: the rows of the nodes, and of their arms for its model."""
-
-    nodes: Ints
-    arms: Ints
-
-
-class NewTask(NamedTuple):
-    """A task before it is placed."""
-
-    prompt_tokens: float
-    payload_bytes: float
-    deadline: float  # s
-    max_tokens: float
-    value: float
-    lengths: int  # row of its output-length distribution
-
-
-class Terms(NamedTuple):
-    """What the index is made of beside the forecast."""
-
-    own_weight: float  # of the task's on-time value: V, times its urgency
-    harm_weight: float  # of the on-time value others lose
-    energy_scale: float  # E₀, J
-    min_p_on_time: float  # a node must give
-    needs_slot: bool  # it must have a slot free
+    lengths: Records  # LengthsRow

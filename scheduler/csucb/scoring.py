@@ -9,20 +9,19 @@ from perllm.scheduler.csucb.forecast import (
     harm,
     in_flight_on,
     kv_needed,
-    outlook_of,
     p_on_time_alone,
 )
 from perllm.scheduler.csucb.index import index
 from perllm.scheduler.csucb.rows import (
     ArmRow,
-    Candidates,
+    CandidateRow,
     ClusterRows,
     Ints,
-    NewTask,
     NodeRow,
     Records,
     ScoreRow,
-    Terms,
+    TaskRow,
+    TermsRow,
 )
 
 #: The index of a node the task cannot go to.
@@ -33,16 +32,17 @@ UNKNOWN = -1.0
 
 @compiled
 def score(
-    candidates: Candidates, cluster: ClusterRows, task: NewTask, terms: Terms, now: float, scores: Records
+    cluster: ClusterRows, candidates: Records, tasks: Records, terms: Records, now: float, scores: Records
 ) -> int:
-    """Fill `scores` (a ScoreRow per candidate); returns the position of the best, or −1 when none is feasible.
+    """Fill `scores` (a ScoreRow per candidate) for the first of `tasks` under the first of `terms`; returns the
+    position of the best, or −1 when none is feasible.
 
     The index without harm bounds the index, so the harm is worked out only where that could still be the best;
     elsewhere `index` is that bound and `harm` UNKNOWN.
     """
     first, bound = -1, INFEASIBLE
     for i in range(len(scores)):
-        _score_without_harm(i, candidates, cluster, task, terms, now, scores)
+        _score_without_harm(cluster, candidates[i], tasks[0], terms[0], now, scores[i])
         if scores[i].index > bound:
             first, bound = i, scores[i].index
     if first < 0:
@@ -52,7 +52,7 @@ def score(
         i = first if turn == 0 else turn - 1  # the most promising one first, then the others that might beat it
         if scores[i].index <= highest or scores[i].harm >= 0:
             continue
-        _add_harm(i, candidates, cluster, task, terms, now, scores)
+        _add_harm(cluster, candidates[i], tasks[0], terms[0], now, scores[i])
         if scores[i].index > highest:
             best, highest = i, scores[i].index
     return best
@@ -61,47 +61,46 @@ def score(
 @compiled
 def complete_scores(
     positions: Ints,
-    candidates: Candidates,
     cluster: ClusterRows,
-    task: NewTask,
-    terms: Terms,
+    candidates: Records,
+    tasks: Records,
+    terms: Records,
     now: float,
     scores: Records,
 ) -> None:
     """Fill in what `score` left out of the candidates at these positions: harm, and the slacks of the constraints."""
+    task: TaskRow = tasks[0]
     left, needed = task.deadline - now, kv_needed(task, cluster.lengths)
     for i in positions:
-        node: NodeRow = cluster.nodes[candidates.nodes[i]]
-        arm: ArmRow = cluster.arms[candidates.arms[i]]
+        node: NodeRow = cluster.nodes[candidates[i].node]
+        arm: ArmRow = cluster.arms[candidates[i].arm]
         own: ScoreRow = scores[i]
         own.deadline_slack = deadline_slack(own.finish, left)
         own.compute_slack = compute_slack(node.count + 1.0, float(node.slots))
         own.memory_slack = memory_slack(needed, arm.kv_used, arm.kv_tokens)
         own.bandwidth_slack = bandwidth_slack(task.payload_bytes, node.bytes_coming, node.bandwidth, left)
         if own.harm < 0 and own.index > INFEASIBLE:
-            _add_harm(i, candidates, cluster, task, terms, now, scores)
+            _add_harm(cluster, candidates[i], task, terms[0], now, own)
 
 
 @compiled
-def best_p_on_time_alone(candidates: Candidates, cluster: ClusterRows, task: NewTask, now: float) -> float:
-    """The best P(on time) any of the nodes would give the task if it had nothing else to do."""
+def best_p_on_time_alone(cluster: ClusterRows, candidates: Records, tasks: Records, now: float) -> float:
+    """The best P(on time) any of the nodes would give the first of `tasks` if it had nothing else to do."""
     best = 0.0
-    for i in range(len(candidates.nodes)):
-        node, arm = cluster.nodes[candidates.nodes[i]], cluster.arms[candidates.arms[i]]
-        best = max(best, p_on_time_alone(node, arm, task, now, cluster.lengths))
+    for i in range(len(candidates)):
+        node, arm = cluster.nodes[candidates[i].node], cluster.arms[candidates[i].arm]
+        best = max(best, p_on_time_alone(node, arm, tasks[0], now, cluster.lengths))
     return best
 
 
 @compiled
 def _score_without_harm(
-    i: int, candidates: Candidates, cluster: ClusterRows, task: NewTask, terms: Terms, now: float, scores: Records
+    cluster: ClusterRows, candidate: CandidateRow, task: TaskRow, terms: TermsRow, now: float, own: ScoreRow
 ) -> None:
-    """Score candidate `i`, its harm UNKNOWN."""
-    n = candidates.nodes[i]
-    node: NodeRow = cluster.nodes[n]
-    arm: ArmRow = cluster.arms[candidates.arms[i]]
-    own: ScoreRow = scores[i]
-    forecast_task(node, arm, outlook_of(cluster, n), task, now, cluster.lengths, own)
+    """Fill the score of one candidate, its harm UNKNOWN."""
+    node: NodeRow = cluster.nodes[candidate.node]
+    arm: ArmRow = cluster.arms[candidate.arm]
+    forecast_task(node, arm, cluster.outlooks[candidate.node], task, now, cluster.lengths, own)
     own.harm, own.index = UNKNOWN, INFEASIBLE
     if node.stalled:
         own.p_on_time = 0.0
@@ -117,12 +116,11 @@ def _score_without_harm(
 
 @compiled
 def _add_harm(
-    i: int, candidates: Candidates, cluster: ClusterRows, task: NewTask, terms: Terms, now: float, scores: Records
+    cluster: ClusterRows, candidate: CandidateRow, task: TaskRow, terms: TermsRow, now: float, own: ScoreRow
 ) -> None:
-    """Work out the harm of candidate `i`, and take it off its index."""
-    n = candidates.nodes[i]
+    """Work out the harm a task does at a candidate, and take it off its index."""
+    n = candidate.node
     node: NodeRow = cluster.nodes[n]
-    arm: ArmRow = cluster.arms[candidates.arms[i]]
-    own: ScoreRow = scores[i]
-    own.harm = harm(node, arm, outlook_of(cluster, n), task, now, in_flight_on(cluster, n), cluster.lengths)
+    arm: ArmRow = cluster.arms[candidate.arm]
+    own.harm = harm(node, arm, cluster.outlooks[n], task, now, in_flight_on(cluster, n), cluster.lengths)
     own.index -= terms.harm_weight * own.harm

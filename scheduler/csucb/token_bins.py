@@ -45,6 +45,7 @@ def at(values: Floats, tokens: float) -> float:
     return float(low + part * (high - low))
 
 
+@compiled
 def bin_of(tokens: float) -> int:
     """The bin a whole count of tokens (≥ 1) is in; edges belong to the bin below them."""
     i, part = position(float(tokens))

@@ -21,7 +21,7 @@ from perllm.broker.messages import (
 )
 from perllm.scheduler.core.policy import Policy
 from perllm.scheduler.core.scheduler import Decision, SchedulerCore
-from perllm.scheduler.policies import has_mechanisms, make_policy
+from perllm.scheduler.policies import core_options, has_mechanisms, make_policy
 from perllm.scheduler.simulator.capacity import capacity, step_table_of
 from perllm.scheduler.simulator.clock import Clock
 from perllm.scheduler.simulator.node import Attempt, SimulatedNode
@@ -38,8 +38,8 @@ class Simulation:
     """Runs `scenario` under `policy` at `load` times the cluster's capacity. Everything drawn depends on `seed` only,
     so every policy meets the same tasks, noise and faults.
 
-    `mechanisms` (None: as the policy's name says) are EDF, short node queues and stopping at the deadline; `abort`
-    overrides the last. `arrivals` replace the scenario's. `listen` hears every event of the stream.
+    `mechanisms` (see `policies.MECHANISMS_ADDED`) are on or off as the policy's name says, but for admission, which is
+    the policy's own; given, they override that, and `abort` whether tasks are stopped at their deadline. `arrivals` replace the scenario's. `listen` hears every event of the stream.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class Simulation:
         self._make_nodes(abort=mechanisms if abort is None else abort)
         if isinstance(policy, str):
             policy = ORACLES[policy](self) if policy in ORACLES else make_policy(policy, seed)
-        room = scenario.queue_room if mechanisms else None
-        self.core = SchedulerCore(policy, queue_beyond_slots=room, edf=mechanisms, explain=False)
+        options = core_options(scenario.queue_room, mechanisms=mechanisms)
+        self.core = SchedulerCore(policy, **options, explain=False)
         for node in self.nodes.values():
             node.boot()
         self._next = 0
