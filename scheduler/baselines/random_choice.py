@@ -12,7 +12,7 @@ from perllm.scheduler.core.policy import Choice, Place
 
 
 class Random(Baseline):
-    """A candidate drawn at random, all alike."""
+    """A candidate drawn at random, each as likely."""
 
     name = "random"
 

@@ -18,8 +18,17 @@ from perllm.broker.messages import Event
 from perllm.scheduler.baselines.base import Baseline
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.policy import Choice, Place, Reject
+from perllm.scheduler.csucb.token_bins import Floats
 from perllm.scheduler.simulator.node import InSlot, SimulatedNode
-from perllm.scheduler.simulator.rollout import Attempts, Floats, NodeState, rollout
+from perllm.scheduler.simulator.rollout import (
+    ATTEMPT,
+    DECODE,
+    NODE_STATE,
+    PREFILL,
+    Attempts,
+    RolloutNode,
+    rollout,
+)
 from perllm.scheduler.simulator.workload import Arrival
 
 #: V: what a unit of on-time value is worth, in units of E₀.
@@ -52,7 +61,7 @@ class Oracle(Baseline):
     def __init__(self, truth: GroundTruth) -> None:
         super().__init__(truth.seed)
         self._truth = truth
-        self._idle = {name: _node_state(node) for name, node in truth.nodes.items()}
+        self._nodes = {name: _rollout_node(node) for name, node in truth.nodes.items()}
 
     def lengths(self, task_id: str, generated: int) -> Floats:
         """Output lengths to roll out, tokens: each above `generated`."""
@@ -70,15 +79,17 @@ class Oracle(Baseline):
     def _gain(self, task: Task, node: Node, now: float) -> float:
         """V·Δ(on-time value) − Δenergy/E₀ of putting `task` on `node`."""
         held = len(node.in_flight)
-        attempts, state = self.attempts(node, task, now), self.node_state(node, now)
+        attempts, state = self.attempts(node, task, now), self.node_now(node, now)
         value_with, joules_with = rollout(held + 1, attempts, state)
         value_without, joules_without = rollout(held, attempts, state)
         return VALUE_WEIGHT * (value_with - value_without) - (joules_with - joules_without) / ENERGY_SCALE
 
-    def node_state(self, node: Node, now: float) -> NodeState:
+    def node_now(self, node: Node, now: float) -> RolloutNode:
         """`node` at its true present speed."""
         frozen, factor = self._truth.nodes[node.name].step_time_factor.without_noise(now)
-        return self._idle[node.name]._replace(frozen=frozen, factor=factor * STEP_TIME_MARGIN)
+        known = self._nodes[node.name]
+        known.state["frozen"], known.state["factor"] = frozen, factor * STEP_TIME_MARGIN
+        return known
 
     def attempts(self, node: Node, new: Task | None, now: float) -> Attempts:
         """What `node` holds and, last, the `new` task."""
@@ -89,36 +100,33 @@ class Oracle(Baseline):
         with_slot = sum(task.id in in_slots for task in tasks)
         if new is not None:
             tasks.append(new)
-        rows, output_left = np.zeros((5, len(tasks))), []
+        rows, output_left = np.zeros(len(tasks), ATTEMPT), []
         for i, task in enumerate(tasks):
             event = self._truth.arrival(task.id).event
             queued = InSlot(event.payload_bytes * seconds_per_byte, event.prompt_tokens, 0)
-            transfer, prompt_left, generated = in_slots.get(task.id, queued)
-            context = event.prompt_tokens + generated
-            rows[:, i] = transfer, prompt_left, context, event.deadline - now, event.value
-            output_left.append(self.lengths(task.id, generated) - generated)
-        return Attempts(with_slot, *rows, np.ascontiguousarray(np.array(output_left).T))
+            at = in_slots.get(task.id, queued)
+            held = event.prompt_tokens + at.generated
+            rows[i] = at.transfer, at.prompt_left, held, event.deadline - now, event.value, 0, 0.0, 0.0, 0.0
+            output_left.append(self.lengths(task.id, at.generated) - at.generated)
+        return Attempts(with_slot, rows, np.ascontiguousarray(np.array(output_left).T))
 
     @override
     def snapshot(self) -> dict[str, Any]:
         raise NotImplementedError("an oracle lives in one simulation")
 
 
-def _node_state(node: SimulatedNode) -> NodeState:
+def _rollout_node(node: SimulatedNode) -> RolloutNode:
     """The node at its table's speed."""
     table = node.table
-    return NodeState(
-        slots=node.spec.slots,
-        chunk=node.spec.chunk,
-        frozen=0.0,
-        factor=1.0,
-        base=np.array(table.base),
-        slope=np.array(table.slope),
-        watts=np.array(table.watts) - table.idle_watts,
-        prefill_tokens=np.array(table.prefill_tokens),
-        prefill_seconds=np.array(table.prefill_seconds),
-        prefill_watts=table.prefill_watts - table.idle_watts,
-    )
+    state = np.zeros(1, NODE_STATE)
+    state["slots"], state["chunk"], state["factor"] = node.spec.slots, node.spec.chunk, 1.0
+    state["prefill_watts"] = table.prefill_watts - table.idle_watts
+    decode = np.zeros(len(table.base), DECODE)
+    decode["base"], decode["slope"], decode["watts"] = table.base, table.slope, table.watts
+    decode["watts"] -= table.idle_watts
+    prefill = np.zeros(len(table.prefill_tokens), PREFILL)
+    prefill["tokens"], prefill["seconds"] = table.prefill_tokens, table.prefill_seconds
+    return RolloutNode(state, decode, prefill)
 
 
 class Clairvoyant(Oracle):

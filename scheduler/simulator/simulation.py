@@ -39,7 +39,8 @@ class Simulation:
     so every policy meets the same tasks, noise and faults.
 
     `mechanisms` (see `policies.MECHANISMS_ADDED`) are on or off as the policy's name says, but for admission, which is
-    the policy's own; given, they override that, and `abort` whether tasks are stopped at their deadline. `arrivals` replace the scenario's. `listen` hears every event of the stream.
+    the policy's own; given, they override that, and `abort` whether tasks are stopped at their deadline. `arrivals`
+    replace the scenario's. `listen` hears every event of the stream.
     """
 
     def __init__(
