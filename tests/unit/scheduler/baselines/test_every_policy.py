@@ -23,11 +23,11 @@ from perllm.broker.messages import (
     StepCost,
     Submitted,
 )
-from perllm.scheduler.baselines.lin_ucb import LinUcb
-from perllm.scheduler.baselines.cs_ucb_paper import CsUcbPaper
 from perllm.scheduler.baselines.calibrated_forecast import forecast
-from perllm.scheduler.baselines.mean_length import MeanLength
+from perllm.scheduler.baselines.cs_ucb_paper import CsUcbPaper
 from perllm.scheduler.baselines.fine_infer import FineInfer
+from perllm.scheduler.baselines.lin_ucb import LinUcb
+from perllm.scheduler.baselines.mean_length import MeanLength
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.policy import Place, Policy, Reject, Wait
 from perllm.scheduler.policies import make_policy, policy_names
