@@ -172,9 +172,10 @@ class _LeaderSession:
             if saved is None:
                 return
             position = saved["position"]
-            if _later(oldest, position):
-                log.warning("stream_gap", snapshot=position, oldest=oldest)
+            gap = _later(oldest, position)
             self._core.restore(saved["core"])
+            if gap:
+                log.warning("stream_gap", snapshot=position, oldest=oldest)
             self._position = position
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             log.warning("snapshot_unusable", reason=f"{type(error).__name__}: {error}")

@@ -29,8 +29,10 @@ from perllm.scheduler.csucb.step_cost import StepCostModel, sample_between, stal
 
 #: Samples below which an arm is taken at its optimistic confidence bound, and from which on at the pessimistic one.
 PROVEN_SAMPLES = 15.0
-#: Weight of a new reading of the power in its mean, of a new dispatch delay, of a task's value, of its tokens.
-POWER_READING_WEIGHT, DISPATCH_DELAY_WEIGHT, VALUE_WEIGHT, TOKENS_WEIGHT = 0.1, 0.1, 0.02, 0.05
+#: Weight in its mean of a new reading of the power, and of a new dispatch delay.
+POWER_READING_WEIGHT, DISPATCH_DELAY_WEIGHT = 0.1, 0.1
+#: Weight of one more task in the mean task's value, and in its prompt and output.
+MEAN_VALUE_WEIGHT, MEAN_TOKENS_WEIGHT = 0.02, 0.05
 #: Dispatch delay assumed before any was seen, s.
 PRIOR_DISPATCH_DELAY = 0.005
 #: Time over which a node's arrival rate is averaged, s.
@@ -57,8 +59,8 @@ class Arrivals:
 
     def ended(self, prompt: int, tokens: int) -> None:
         """A task ended here, with so many tokens."""
-        self.prompt_tokens += TOKENS_WEIGHT * (prompt - self.prompt_tokens)
-        self.output_tokens += TOKENS_WEIGHT * (max(tokens, 1) - self.output_tokens)
+        self.prompt_tokens += MEAN_TOKENS_WEIGHT * (prompt - self.prompt_tokens)
+        self.output_tokens += MEAN_TOKENS_WEIGHT * (max(tokens, 1) - self.output_tokens)
 
     def rates(self, now: float) -> tuple[float, float]:
         """Tasks/s, and urgent tasks/s."""
@@ -137,7 +139,7 @@ class NodeModel:
         jumped = now.longest_step > 3 * longest + 0.2
         if self.stalled or (jumped and now.longest_step > self.read.longest_step):
             self.stall_since_read, self.stall_seen = True, at
-        # What looked like a stall may be how it steps now: believe it by and by.
+        # What seems a stall may be how long its steps are now: adapt slowly.
         self.longest_step = min(max(now.longest_step, 0.98 * longest), 1.1 * longest) if longest else now.longest_step
 
     def stall_reported(self, claimed: float, at: float) -> None:
@@ -225,7 +227,7 @@ class NodeModels:
             self._node_up(event)
             return
         if isinstance(event, Submitted):
-            self._mean_value += VALUE_WEIGHT * (event.value - self._mean_value)
+            self._mean_value += MEAN_VALUE_WEIGHT * (event.value - self._mean_value)
             return
         node = None if event.node is None else cluster.nodes.get(event.node)
         if node is None:

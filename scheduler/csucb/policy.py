@@ -80,8 +80,8 @@ class CsUcb(Policy):
         self._scored: Sequence[Node] = ()  # the nodes scored last; what follows is about them
         self._candidates: Records = np.zeros(0, CANDIDATE)
         self._scores: Records = np.zeros(0, SCORE)
-        self._task: Records = np.zeros(1, TASK)  # and the task they were scored for, and under which terms
         self._terms: Records = np.zeros(1, TERMS)
+        self._task: Records = np.zeros(1, TASK)  # the task chosen for last
 
     # --- learning
 
@@ -100,6 +100,16 @@ class CsUcb(Policy):
 
     @override
     def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
+        self._task[0] = values(
+            TaskRow(
+                prompt_tokens=task.prompt_tokens,
+                payload_bytes=task.payload_bytes,
+                deadline=task.deadline,
+                max_tokens=task.max_tokens,
+                value=task.value,
+                lengths=self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens),
+            )
+        )
         best = self._score(task, candidates, now)
         scores = self._scores
         if not self._on.admission:
@@ -123,22 +133,11 @@ class CsUcb(Policy):
     def _score(
         self, task: Task, nodes: Sequence[Node], now: float, urgency: float = 1.0, *, needs_slot: bool = False
     ) -> int:
-        """Score the task on each of the nodes; returns the position of the best, or −1. With `needs_slot`, only nodes
-        with a free slot are feasible."""
-        lengths = self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens)
+        """Score the task that `choose` is about on each of the nodes; returns the position of the best, or −1. With
+        `needs_slot`, only nodes with a free slot are feasible."""
         self._scored, self._candidates = nodes, self._arrays.candidates(nodes, task.model)
         if len(self._scores) != len(nodes):
             self._scores = np.zeros(len(nodes), SCORE)
-        self._task[0] = values(
-            TaskRow(
-                prompt_tokens=task.prompt_tokens,
-                payload_bytes=task.payload_bytes,
-                deadline=task.deadline,
-                max_tokens=task.max_tokens,
-                value=task.value,
-                lengths=lengths,
-            )
-        )
         self._terms[0] = values(
             TermsRow(
                 own_weight=self._value_weight * urgency,

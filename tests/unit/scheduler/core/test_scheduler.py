@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from perllm.broker.messages import (
     Candidate,
     Completed,
@@ -292,3 +294,16 @@ def test_without_explanations_nothing_is_explained() -> None:
     core.handle(submitted("t"))
     (decision,) = core.decide(0)
     assert decision.explanation.candidates == ()
+
+
+@pytest.mark.parametrize("snapshot", [{}, {"policy": "scripted", "state": {}}, {"format": -1, "policy": "scripted"}])
+def test_a_snapshot_of_another_release_is_refused(snapshot: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="format"):
+        core_with(Scripted()).restore(snapshot)
+
+
+def test_its_own_snapshot_is_taken_and_another_policys_refused() -> None:
+    core = core_with(Scripted())
+    core.restore(core.snapshot())
+    with pytest.raises(ValueError, match="of policy 'another'"):
+        core.restore(core.snapshot() | {"policy": "another"})
