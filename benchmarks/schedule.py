@@ -37,11 +37,12 @@ from perllm.broker.messages import State
 from perllm.scheduler.csucb.policy import Mechanisms
 from perllm.scheduler.policies import make_policy, policy_names
 from perllm.scheduler.simulator import report
-from perllm.scheduler.simulator.result import Run, effective_capacity, mean
-from perllm.scheduler.simulator.run import Simulation
+from perllm.scheduler.simulator.atomic_file import write_atomically
+from perllm.scheduler.simulator.pretraining import pretrain
+from perllm.scheduler.simulator.result import RunResult, effective_capacity, mean
 from perllm.scheduler.simulator.scenario import Scenario, load_scenario, scenario_names
-from perllm.scheduler.simulator.sweep import Point, sweep
-from perllm.scheduler.simulator.train import train
+from perllm.scheduler.simulator.simulation import Simulation
+from perllm.scheduler.simulator.sweep import RunSpec, sweep
 
 FIRST_SEED = 1000
 OURS = "cs-ucb"
@@ -70,7 +71,7 @@ FULL = Size(seeds=4, weak_seeds=2, fault_seeds=16, agod_runs=40, tasks=None, loa
 QUICK = Size(seeds=1, weak_seeds=1, fault_seeds=4, agod_runs=8, tasks=1500, loads=(0.3, 0.5, 0.7, 0.9, 1.1, 1.3))
 
 #: Runs by (policy, load), one per seed.
-Grid = dict[tuple[str, float], list[Run]]
+SweepResult = dict[tuple[str, float], list[RunResult]]
 
 
 class Bench:
@@ -87,26 +88,26 @@ class Bench:
         scenario = load_scenario(name)
         return scenario.model_copy(update={"tasks": min(scenario.tasks, self.size.tasks or scenario.tasks)})
 
-    def grid(self, scenario: Scenario, policies: Iterable[str], loads: Sequence[float], seeds: int) -> Grid:
+    def sweep(self, scenario: Scenario, policies: Iterable[str], loads: Sequence[float], seeds: int) -> SweepResult:
         """All policies at all loads, outcomes left out."""
-        todo = [Point(p, x, FIRST_SEED + s) for p in policies for x in loads for s in range(seeds)]
-        found: Grid = {}
-        for point, run in zip(todo, self.run(scenario, todo), strict=True):
-            found.setdefault((point.policy, point.load), []).append(replace(run, outcomes=()))
+        specs = [RunSpec(p, x, FIRST_SEED + s) for p in policies for x in loads for s in range(seeds)]
+        found: SweepResult = {}
+        for spec, run in zip(specs, self.run(scenario, specs), strict=True):
+            found.setdefault((spec.policy, spec.load), []).append(replace(run, outcomes=()))
         return found
 
-    def run(self, scenario: Scenario, todo: Sequence[Point]) -> list[Run]:
+    def run(self, scenario: Scenario, specs: Sequence[RunSpec]) -> list[RunResult]:
         done = 0
 
-        def progress(_: Run) -> None:
+        def progress(_: RunResult) -> None:
             nonlocal done
             done += 1
-            if self.console.is_terminal or done == len(todo):
-                end = "\n" if done == len(todo) else "\r"
-                print(f"  {scenario.title}: {done} of {len(todo)}   ", end=end, file=sys.stderr, flush=True)
+            if self.console.is_terminal or done == len(specs):
+                end = "\n" if done == len(specs) else "\r"
+                print(f"  {scenario.title}: {done} of {len(specs)}   ", end=end, file=sys.stderr, flush=True)
 
-        runs = sweep(scenario, todo, jobs=self.jobs, done=progress)
-        if len(runs) < len(todo):
+        runs = sweep(scenario, specs, jobs=self.jobs, done=progress)
+        if len(runs) < len(specs):
             raise KeyboardInterrupt
         return runs
 
@@ -121,24 +122,24 @@ class Bench:
         """The `paper` scenario, Poisson and MMPP: capacities, shares and energies against the others."""
         least_against_informed: list[list[float]] = []
         for name, suffix in (("paper", ""), ("paper-bursts", "_bursts")):
-            grid = self.grid(self.scenario(name), COMPARED, self.size.loads, self.size.seeds)
-            self.capacities(grid, suffix)
+            swept = self.sweep(self.scenario(name), COMPARED, self.size.loads, self.size.seeds)
+            self.capacities(swept, suffix)
             for load in (0.3, 0.5, 0.7, 0.9):
                 self.put(
-                    f"ontime_vs_clairvoyant_{load:.0%}{suffix}".replace("%", ""), ratios(grid, load, "clairvoyant")
+                    f"ontime_vs_clairvoyant_{load:.0%}{suffix}".replace("%", ""), ratios(swept, load, "clairvoyant")
                 )
-                least_against_informed.append(ratios(grid, load, "informed"))
+                least_against_informed.append(ratios(swept, load, "informed"))
             for load in (0.7, 0.9, 1.1):
                 key = f"energy_vs_clairvoyant_{load:.0%}{suffix}".replace("%", "")
-                self.put(key, ratios(grid, load, "clairvoyant", "joules"))
-            self.tables[f"on_time_{name}"] = by_policy(grid, "on_time")
-            self.tables[f"joules_{name}"] = by_policy(grid, "joules")
-            runs = [run for some in grid.values() for run in some]
+                self.put(key, ratios(swept, load, "clairvoyant", "joules"))
+            self.tables[f"on_time_{name}"] = by_policy(swept, "on_time")
+            self.tables[f"joules_{name}"] = by_policy(swept, "joules")
+            runs = [run for some in swept.values() for run in some]
             report.write_plot(RESULTS / f"schedule-{name}.png", load_scenario(name).title, runs)
         self.put("ontime_vs_informed_min", min(least_against_informed, key=statistics.median))
 
-    def capacities(self, grid: Grid, suffix: str) -> None:
-        found = {p: capacities(grid, p, self.size.loads) for p in {policy for policy, _ in grid}}
+    def capacities(self, swept: SweepResult, suffix: str) -> None:
+        found = {p: capacities(swept, p, self.size.loads) for p in {policy for policy, _ in swept}}
         jsq = [h for h in HEURISTICS if h.startswith(JSQ)]
         rivals = {
             "cloud": ("cloud-only+mech",),
@@ -160,9 +161,9 @@ class Bench:
         """The baselines that are far behind, once, for the table."""
         rest = [p for p in policy_names() if p not in COMPARED and p != "agod"]
         names = [name + mech for name in rest for mech in ("", "+mech") if name + mech not in COMPARED]
-        grid = self.grid(self.scenario("paper"), names, (0.3, 0.5, 0.7, 0.9), self.size.weak_seeds)
-        self.tables["on_time_others"] = by_policy(grid, "on_time")
-        self.tables["joules_others"] = by_policy(grid, "joules")
+        swept = self.sweep(self.scenario("paper"), names, (0.3, 0.5, 0.7, 0.9), self.size.weak_seeds)
+        self.tables["on_time_others"] = by_policy(swept, "on_time")
+        self.tables["joules_others"] = by_policy(swept, "joules")
 
     def agod(self) -> None:
         """AGOD, trained in the simulator on seeds kept for that; left out where torch is not installed."""
@@ -172,8 +173,8 @@ class Bench:
         scenario, loads = self.scenario("paper"), (0.3, 0.5, 0.7, 0.9)
         shares: dict[str, dict[str, float]] = {}
         for name in ("agod", "agod+mech"):
-            print(f"  {name}: training on {self.size.agod_runs} runs", file=sys.stderr)
-            learned = train(make_policy(name), scenario, loads=loads, seeds=range(self.size.agod_runs))
+            print(f"  {name}: pretraining on {self.size.agod_runs} runs", file=sys.stderr)
+            learned = pretrain(make_policy(name), scenario, loads=loads, seeds=range(self.size.agod_runs))
             for load in loads:
                 runs = []
                 for seed in range(FIRST_SEED, FIRST_SEED + self.size.weak_seeds):
@@ -190,9 +191,9 @@ class Bench:
         for name in scenario_names():
             scenario = self.scenario(name)
             loads = scenario.loads if scenario.fault or scenario.boot_error else (0.5, 0.7, 0.9, 1.1)
-            grid = self.grid(scenario, (OURS, *HEURISTICS), loads, self.size.weak_seeds)
+            swept = self.sweep(scenario, (OURS, *HEURISTICS), loads, self.size.weak_seeds)
             for load in loads:
-                shares = {p: mean(runs, "on_time") for (p, x), runs in grid.items() if x == load}
+                shares = {p: mean(runs, "on_time") for (p, x), runs in swept.items() if x == load}
                 best = max(HEURISTICS, key=lambda h: shares[h])
                 points = 100 * (shares[OURS] - shares[best])
                 where = f"{name} at {load:.0%}"
@@ -212,7 +213,7 @@ class Bench:
             curves = {}
             for policy in (OURS, "informed", "earliest-completion+mech"):
                 seeds = range(FIRST_SEED, FIRST_SEED + self.size.fault_seeds)
-                runs = self.run(scenario, [Point(policy, load, s) for s in seeds])
+                runs = self.run(scenario, [RunSpec(policy, load, s) for s in seeds])
                 curves[policy] = after_onset([on_time_from(run, ONSET) for run in runs])
             found[name] = {
                 policy: {
@@ -231,7 +232,7 @@ class Bench:
         shares: dict[str, list[float]] = {}
         for name in ("paper", "wrong-profiles"):
             seeds = range(FIRST_SEED, FIRST_SEED + self.size.fault_seeds)
-            runs = self.run(self.scenario(name), [Point(OURS, 0.7, s) for s in seeds])
+            runs = self.run(self.scenario(name), [RunSpec(OURS, 0.7, s) for s in seeds])
             shares[name] = [float(np.mean([o.on_time for o in run.outcomes[100:]])) for run in runs]
         lost = [100 * (a - b) for a, b in zip(shares["paper"], shares["wrong-profiles"], strict=True)]
         self.figures["wrong_profile_points"] = statistics.mean(lost)
@@ -240,7 +241,7 @@ class Bench:
     def ablation(self) -> None:
         """One mechanism off at a time."""
         loads, seeds = (0.5, 0.9, 1.1), self.size.weak_seeds
-        whole = Point(OURS, 1.0, FIRST_SEED)
+        whole = RunSpec(OURS, 1.0, FIRST_SEED)
         variants = {"all on": whole, "without abort": replace(whole, abort=False)}
         for field in fields(Mechanisms):
             off = Mechanisms(**{field.name: False})
@@ -249,10 +250,10 @@ class Bench:
         for where in ("paper", "measured", "poor-hints", "wrong-profiles", "rotating-slowdowns"):
             scenario = self.scenario(where)
             for name, variant in variants.items():
-                todo = [replace(variant, load=x, seed=FIRST_SEED + s) for x in loads for s in range(seeds)]
-                runs = self.run(scenario, todo)
+                specs = [replace(variant, load=x, seed=FIRST_SEED + s) for x in loads for s in range(seeds)]
+                runs = self.run(scenario, specs)
                 for load in loads:
-                    some = [run for run, point in zip(runs, todo, strict=True) if point.load == load]
+                    some = [run for run, spec in zip(runs, specs, strict=True) if spec.load == load]
                     row = rows.setdefault(where, {}).setdefault(name, {})
                     row[f"{load:.0%}"] = [round(mean(some, "on_time"), 4), round(mean(some, "joules"), 1)]
         self.tables["ablation"] = rows
@@ -263,7 +264,7 @@ class Bench:
         services, nodes = len(scenario.service), sum(n.count for n in scenario.node)
         curves = {}
         for load in (0.5, 0.9):
-            paper, oracle = self.run(scenario, [Point("cs-ucb-paper", load, seed), Point("informed", load, seed)])
+            paper, oracle = self.run(scenario, [RunSpec("cs-ucb-paper", load, seed), RunSpec("informed", load, seed)])
             scale = max(o.joules for o in (*paper.outcomes, *oracle.outcomes))
             theirs, penalty = rewards(paper, scale)
             best, _ = rewards(oracle, scale)
@@ -279,31 +280,31 @@ class Bench:
         """Simulated tasks per second of wall time, at 90 % load."""
         scenario = self.scenario("paper")
         for policy in ("least-loaded+mech", OURS):
-            runs = self.run(scenario, [Point(policy, 0.9, FIRST_SEED + s) for s in range(3)])
+            runs = self.run(scenario, [RunSpec(policy, 0.9, FIRST_SEED + s) for s in range(3)])
             self.put(f"simulated_tasks_s_{policy}", [run.tasks / run.wall for run in runs])
 
 
-def ratios(grid: Grid, load: float, other: str, figure: str = "on_time") -> list[float]:
+def ratios(swept: SweepResult, load: float, other: str, figure: str = "on_time") -> list[float]:
     """Our figure over another policy's, per seed."""
-    pairs = zip(grid[OURS, load], grid[other, load], strict=True)
+    pairs = zip(swept[OURS, load], swept[other, load], strict=True)
     return [getattr(a, figure) / getattr(b, figure) for a, b in pairs]
 
 
-def capacities(grid: Grid, policy: str, loads: Sequence[float]) -> list[float]:
+def capacities(swept: SweepResult, policy: str, loads: Sequence[float]) -> list[float]:
     """Effective capacity per seed."""
-    columns = zip(*(grid[policy, load] for load in loads), strict=True)
+    columns = zip(*(swept[policy, load] for load in loads), strict=True)
     return [effective_capacity([(run.load, run.on_time) for run in column]) for column in columns]
 
 
-def by_policy(grid: Grid, figure: str) -> dict[str, dict[str, float]]:
+def by_policy(swept: SweepResult, figure: str) -> dict[str, dict[str, float]]:
     """Means over seeds: policy → load → figure."""
     found: dict[str, dict[str, float]] = {}
-    for (policy, load), runs in grid.items():
+    for (policy, load), runs in swept.items():
         found.setdefault(policy, {})[f"{load:.0%}"] = float(f"{mean(runs, figure):.4g}")
     return found
 
 
-def on_time_from(run: Run, onset: float) -> list[bool]:
+def on_time_from(run: RunResult, onset: float) -> list[bool]:
     """Whether each task submitted from `onset` (s) on was on time."""
     return [o.on_time for o in run.outcomes if o.submitted >= onset]
 
@@ -325,7 +326,7 @@ def recovered(ours: Sequence[float], reference: Sequence[float], block: int = 25
     return len(below) * block
 
 
-def rewards(run: Run, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def rewards(run: RunResult, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """The paper's reward of each task (deadline slack less normalised energy; a task that did not finish has slack −1)
     and its penalty |min(slack, 0)|."""
     slack = np.array(
@@ -350,7 +351,7 @@ def plot_regret(path: Path, curves: dict[float, Any]) -> None:
         axes.plot(t, bound, linestyle=":", label="sqrt(2MN log L) alone")
         axes.set(title=f"{load:.0%} load", xlabel="tasks", ylabel="cumulative regret")
         axes.legend(fontsize="small")
-    report.write_whole(path, lambda p: figure.savefig(p, dpi=120))
+    write_atomically(path, lambda p: figure.savefig(p, dpi=120))
 
 
 def main() -> None:
@@ -367,7 +368,7 @@ def main() -> None:
     if options.only:
         print({"figures": bench.figures, "spread": bench.spread})
     else:
-        report.write_whole(RESULTS / "schedule-tables.json", lambda p: _dump(p, bench.tables))
+        write_atomically(RESULTS / "schedule-tables.json", lambda p: _dump(p, bench.tables))
         emit("schedule", bench.figures, bench.spread, size=asdict(bench.size))
 
 

@@ -8,16 +8,21 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict
 
 from perllm.broker.errors import BadSetting
-from perllm.scheduler.baselines.admission import WithAdmission
-from perllm.scheduler.baselines.bandits import LinUcb, Thompson, Ucb1
+from perllm.scheduler.baselines.cheapest_feasible import CheapestFeasible
+from perllm.scheduler.baselines.cloud_only import CloudOnly
 from perllm.scheduler.baselines.cs_ucb_paper import CsUcbPaper
-from perllm.scheduler.baselines.forecasting import CheapestFeasible, EarliestCompletion
+from perllm.scheduler.baselines.earliest_completion import EarliestCompletion
+from perllm.scheduler.baselines.edge_only import EdgeOnly
+from perllm.scheduler.baselines.fine_infer import FineInfer
 from perllm.scheduler.baselines.least_loaded import LeastLoaded
-from perllm.scheduler.baselines.one_tier import CloudOnly, EdgeOnly, FineInfer
+from perllm.scheduler.baselines.lin_ucb import LinUcb
 from perllm.scheduler.baselines.power_of_two import PowerOfTwo
 from perllm.scheduler.baselines.random_choice import Random
 from perllm.scheduler.baselines.rewardless_guidance import RewardlessGuidance
 from perllm.scheduler.baselines.round_robin import RoundRobin
+from perllm.scheduler.baselines.thompson import Thompson
+from perllm.scheduler.baselines.ucb1 import Ucb1
+from perllm.scheduler.baselines.with_admission import WithAdmission
 from perllm.scheduler.core.policy import Policy
 from perllm.scheduler.csucb.policy import CsUcb
 

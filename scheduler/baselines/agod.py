@@ -4,7 +4,7 @@ A re-implementation from the public description (Du et al., "Diffusion-based rei
 AI-generated content services", IEEE Transactions on Mobile Computing 2024), not the authors' code. The actor denoises a
 Gaussian vector in five steps, conditioned on the state, into one logit per node; two critics judge actions, and their
 smaller value trains the actor together with an entropy bonus. It learns while it runs, and needs thousands of tasks
-to: train it in the simulator first (`perllm.scheduler.simulator.train`).
+to: train it in the simulator first (`perllm.scheduler.simulator.pretraining`).
 
 Needs torch: pip install 'perllm[agod]'.
 """
@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from perllm.broker.messages import Completed, Ended, Event, State
 from perllm.scheduler.baselines.base import Baseline
-from perllm.scheduler.baselines.forecast import MeanLength
+from perllm.scheduler.baselines.mean_length import MeanLength
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.policy import Choice, Place
 
@@ -36,15 +36,17 @@ NODES = 8
 #: Features of a task and of each node.
 TASK_FEATURES, NODE_FEATURES = 4, 6
 STATE = TASK_FEATURES + NODES * NODE_FEATURES
-#: Where in a node's features its being a candidate stands.
+#: The feature of a node that says whether it is a candidate.
 _CANDIDATE = 0
 #: Denoising steps.
 STEPS = 5
+#: Widths of the hidden layers and of the step's embedding.
 _HIDDEN, _TIME = 64, 8
-_GAMMA, _TAU, _BATCH, _MEMORY = 0.95, 0.005, 128, 20_000
+#: Discount, the targets' rate of following the critics, transitions per gradient step and in the replay buffer.
+_GAMMA, _TAU, _BATCH, _REPLAY = 0.95, 0.005, 128, 20_000
 #: Completions between two gradient steps.
 _EVERY = 8
-#: What a task's energy over the usual one costs, in units of a task on time.
+#: What a task's energy over the mean one costs, in units of a task on time.
 _ENERGY_WEIGHT = 0.1
 
 Floats = NDArray[np.float32]
@@ -87,8 +89,11 @@ def _embedding(step: int) -> Tensor:
 
 
 class Agod(Baseline):
-    """Diffusion soft actor-critic over at most NODES nodes. The reward is 1 for a task on time, less a tenth of its
-    energy over the usual one. The snapshot holds the networks and the generator, not the memory of transitions."""
+    """Diffusion soft actor-critic, trained in the simulator first (AGOD, Du et al., IEEE TMC 2024).
+
+    It tells at most NODES nodes apart. The reward is 1 for a task on time, less a tenth of its energy over the mean
+    one. The snapshot holds the networks and the generator, not the replay buffer.
+    """
 
     name = "agod"
 
@@ -104,17 +109,17 @@ class Agod(Baseline):
         self._actor_step = torch.optim.Adam(self.actor.parameters(), lr=1e-4)
         self._critic_step = torch.optim.Adam(self.critics.parameters(), lr=1e-3)
         self.lengths = MeanLength()
-        self.usual = 0.0  # J, moving mean
-        self.seats: list[str] = []  # node names in the order they were first seen
+        self.mean_energy = 0.0  # J per task, moving
+        self.actions: list[str] = []  # action → node, in the order they were first seen
         self.placed: dict[str, list[Any]] = {}  # task id → [state, action, next state]
         self._last: list[Any] | None = None
-        self.memory: deque[tuple[Floats, int, float, Floats]] = deque(maxlen=_MEMORY)
+        self.replay: deque[tuple[Floats, int, float, Floats]] = deque(maxlen=_REPLAY)
         self.completions = 0
 
     # --- acting
 
     def state(self, task: Task, candidates: Sequence[Node], now: float) -> Floats:
-        """What the networks see: the task, then each seat's node, scaled to about 1."""
+        """What the networks see: the task, then the node of each action, scaled to about 1."""
         row = np.zeros(STATE, dtype=np.float32)
         row[:TASK_FEATURES] = (
             math.log1p(task.prompt_tokens) / 8,
@@ -123,17 +128,17 @@ class Agod(Baseline):
             self.lengths.tokens(task) / 100,
         )
         for node in candidates:
-            if node.name not in self.seats and len(self.seats) < NODES:
-                self.seats.append(node.name)
-            if node.name in self.seats:
-                cal, held = node.info.models[0].calibration, len(node.in_flight) / node.info.slots
-                begin = TASK_FEATURES + self.seats.index(node.name) * NODE_FEATURES
+            if node.name not in self.actions and len(self.actions) < NODES:
+                self.actions.append(node.name)
+            if node.name in self.actions:
+                cost, held = node.info.models[0].calibration, len(node.in_flight) / node.info.slots
+                begin = TASK_FEATURES + self.actions.index(node.name) * NODE_FEATURES
                 row[begin : begin + NODE_FEATURES] = (
                     1.0,
                     min(held, 1.0),
                     min(max(held - 1.0, 0.0), 4.0),
-                    cal.step * 20,
-                    cal.prefill * 500,
+                    cost.step * 20,
+                    cost.prefill * 500,
                     node.info.bandwidth / 4e7,
                 )
         return row
@@ -145,15 +150,15 @@ class Agod(Baseline):
             self._last[2] = state
         with torch.no_grad():
             logp = self.actor(torch.from_numpy(state)[None], self._noise(1))[0]
-        weights = np.exp(logp.numpy().astype(float))
-        seated = [n for n in candidates if n.name in self.seats]
-        if not seated:
+        probabilities = np.exp(logp.numpy().astype(float))
+        known = [n for n in candidates if n.name in self.actions]
+        if not known:
             return Place(candidates[0].name)
-        chances = np.array([weights[self.seats.index(n.name)] for n in seated])
-        action = seated[int(self.rng.choice(len(seated), p=chances / chances.sum()))].name
-        self._last = [state, self.seats.index(action), state]
+        weights = np.array([probabilities[self.actions.index(n.name)] for n in known])
+        node = known[int(self.rng.choice(len(known), p=weights / weights.sum()))].name
+        self._last = [state, self.actions.index(node), state]
         self.placed[task.id] = self._last
-        return Place(action)
+        return Place(node)
 
     def _noise(self, batch: int) -> Tensor:
         return torch.from_numpy(self.rng.standard_normal((STEPS + 1, batch, NODES)).astype(np.float32))
@@ -169,35 +174,35 @@ class Agod(Baseline):
         match event:
             case Completed():
                 energy = event.receipt.energy.total
-                self.usual += 0.02 * (energy - self.usual) if self.usual else energy
-                reward = float(event.on_time) - _ENERGY_WEIGHT * energy / max(self.usual, 1e-9)
+                self.mean_energy += 0.02 * (energy - self.mean_energy) if self.mean_energy else energy
+                reward = float(event.on_time) - _ENERGY_WEIGHT * energy / max(self.mean_energy, 1e-9)
             case Ended(state=State.EXPIRED):
                 reward = 0.0
             case _:
                 return
         if transition is not None and self.learn:
             state, action, after = transition
-            self.memory.append((state, action, reward, after))
+            self.replay.append((state, action, reward, after))
             self.completions += 1
-            if self.completions % _EVERY == 0 and len(self.memory) >= 2 * _BATCH:
+            if self.completions % _EVERY == 0 and len(self.replay) >= 2 * _BATCH:
                 self._gradient_step()
 
     def _gradient_step(self) -> None:
-        picked = [self.memory[int(i)] for i in self.rng.integers(len(self.memory), size=_BATCH)]
+        picked = [self.replay[int(i)] for i in self.rng.integers(len(self.replay), size=_BATCH)]
         state, after = (torch.from_numpy(np.stack([p[k] for p in picked])) for k in (0, 3))
         action = torch.tensor([[p[1]] for p in picked])
         reward = torch.tensor([p[2] for p in picked])
         with torch.no_grad():
-            chances = self.actor(after, self._noise(_BATCH)).exp()
-            ahead = torch.minimum(self.targets[0](after), self.targets[1](after))
-            goal = reward + _GAMMA * (chances * ahead).sum(1)
-        losses = [nn.functional.mse_loss(c(state).gather(1, action)[:, 0], goal) for c in self.critics]
+            probabilities = self.actor(after, self._noise(_BATCH)).exp()
+            after_value = torch.minimum(self.targets[0](after), self.targets[1](after))
+            target_value = reward + _GAMMA * (probabilities * after_value).sum(1)
+        losses = [nn.functional.mse_loss(c(state).gather(1, action)[:, 0], target_value) for c in self.critics]
         self._descend(self._critic_step, losses[0] + losses[1])
         logp = self.actor(state, self._noise(_BATCH))
         with torch.no_grad():
-            worth = torch.minimum(self.critics[0](state), self.critics[1](state))
-        chances = logp.exp()
-        self._descend(self._actor_step, (chances * (self.entropy * logp.clamp(min=-20) - worth)).sum(1).mean())
+            value = torch.minimum(self.critics[0](state), self.critics[1](state))
+        probabilities = logp.exp()
+        self._descend(self._actor_step, (probabilities * (self.entropy * logp.clamp(min=-20) - value)).sum(1).mean())
         with torch.no_grad():
             for target, source in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
                 target.lerp_(source, _TAU)
@@ -208,7 +213,7 @@ class Agod(Baseline):
         loss.backward()
         optimiser.step()
 
-    # --- keeping
+    # --- kept over a restart
 
     @override
     def snapshot(self) -> dict[str, Any]:
@@ -217,8 +222,8 @@ class Agod(Baseline):
             **super().snapshot(),
             "nets": {k: {name: p.tolist() for name, p in net.state_dict().items()} for k, net in nets.items()},
             "lengths": self.lengths.snapshot(),
-            "usual": self.usual,
-            "seats": list(self.seats),
+            "mean_energy": self.mean_energy,
+            "actions": list(self.actions),
         }
 
     @override
@@ -227,9 +232,10 @@ class Agod(Baseline):
             k: {n: torch.tensor(p, dtype=torch.float32) for n, p in state["nets"][k].items()}
             for k in ("actor", "critics", "targets")
         }
-        lengths, usual, seats = MeanLength.restored(state["lengths"]), float(state["usual"]), list(state["seats"])
+        lengths, mean_energy = MeanLength.restored(state["lengths"]), float(state["mean_energy"])
+        actions = list(state["actions"])
         super().restore(state)
         self.actor.load_state_dict(nets["actor"])
         self.critics.load_state_dict(nets["critics"])
         self.targets.load_state_dict(nets["targets"])
-        self.lengths, self.usual, self.seats = lengths, usual, seats
+        self.lengths, self.mean_energy, self.actions = lengths, mean_energy, actions

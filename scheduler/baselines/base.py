@@ -1,4 +1,4 @@
-"""What the small policies share: a seeded generator, an explanation, a snapshot of plain fields."""
+"""What all baselines share: a seeded generator, an explanation, a snapshot of plain fields."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from typing_extensions import override
 
 from perllm.broker.messages import Candidate, Completed, Ended, Event, Returned, State
 from perllm.scheduler.baselines.base import Baseline
-from perllm.scheduler.baselines.forecast import MeanLength, forecast
+from perllm.scheduler.baselines.calibrated_forecast import forecast
+from perllm.scheduler.baselines.mean_length import MeanLength
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.policy import Choice, Place
 from perllm.scheduler.core.service_classes import Classes
@@ -40,8 +41,8 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """One server seen for one task: predicted delay (s), normalised slacks, bonus and index."""
+class Estimate:
+    """One server for one task: predicted delay (s), normalised slacks, bonus and index."""
 
     node: str
     delay: float
@@ -56,7 +57,9 @@ class Look:
 
 
 class CsUcbPaper(Baseline):
-    """argmax of R̄ + δ·sqrt(ln t / L) + θ·P over the feasible servers, over all when none is; untried ones first.
+    """CS-UCB as published: one mean reward per service class and server (PerLLM, arXiv 2405.14636).
+
+    argmax of R̄ + δ·sqrt(ln t / L) + θ·P over the feasible servers, over all when none is; untried ones first.
 
     `delta`, `lam`, `theta` are the paper's δ, λ, θ; `weights` its ω for transfer, inference and idle energy.
     `queue_room` is how many tasks beyond its slots a node's compute budget C_max counts.
@@ -84,24 +87,24 @@ class CsUcbPaper(Baseline):
 
     @override
     def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
-        best = self._best([self._look(task, node, now) for node in candidates])
+        best = self._best([self._estimate(task, node, now) for node in candidates])
         self.placed[task.id] = min(best.slacks["compute"], best.slacks["bandwidth"])
         return Place(best.node)
 
     @staticmethod
-    def _best(looks: list[Look]) -> Look:
-        return max([look for look in looks if look.f >= 0] or looks, key=lambda look: look.index)
+    def _best(estimates: list[Estimate]) -> Estimate:
+        return max([e for e in estimates if e.f >= 0] or estimates, key=lambda e: e.index)
 
-    def _look(self, task: Task, node: Node, now: float) -> Look:
+    def _estimate(self, task: Task, node: Node, now: float) -> Estimate:
         arm = self.arms.get(task.tenant, task.service).get(node.name)
         delay = arm.delay if arm is not None else forecast(node, task, self.lengths).finish
         slacks = self._slacks(task, node, delay, now)
         f = min(slacks.values())
         if arm is None:
-            return Look(node.name, delay, slacks, math.inf, math.inf)
+            return Estimate(node.name, delay, slacks, math.inf, math.inf)
         bonus = self.delta * math.sqrt(math.log(self.feedbacks) / arm.count)
         penalty = min(f, 0.0)
-        return Look(node.name, delay, slacks, bonus, arm.reward + bonus + self.theta * penalty)
+        return Estimate(node.name, delay, slacks, bonus, arm.reward + bonus + self.theta * penalty)
 
     def _slacks(self, task: Task, node: Node, delay: float, now: float) -> dict[str, float]:
         """The normalised slacks of C1 to C3, work in flight and this task included."""
@@ -144,28 +147,28 @@ class CsUcbPaper(Baseline):
 
     @override
     def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
-        looks = [self._look(task, node, now) for node in candidates]
+        estimates = [self._estimate(task, node, now) for node in candidates]
         return tuple(
             Candidate(
-                node=look.node,
-                index=None if math.isinf(look.index) else look.index,
-                feasible=look.f >= 0,
-                finish=look.delay,
-                slacks=look.slacks,
-                confidence=None if math.isinf(look.bonus) else look.bonus,
-                note=self._note(look, task, now),
+                node=e.node,
+                index=None if math.isinf(e.index) else e.index,
+                feasible=e.f >= 0,
+                finish=e.delay,
+                slacks=e.slacks,
+                confidence=None if math.isinf(e.bonus) else e.bonus,
+                note=self._note(e, task, now),
             )
-            for look in looks
+            for e in estimates
         )
 
     @staticmethod
-    def _note(look: Look, task: Task, now: float) -> str:
-        if math.isinf(look.index):
-            return f"untried for class {task.service!r}, forecast {look.delay:.2f} s of {task.deadline - now:.2f} s"
-        if look.f >= 0:
-            return f"expected {look.delay:.2f} s of {task.deadline - now:.2f} s, index {look.index:.2f}"
-        short = min(look.slacks, key=lambda name: look.slacks[name])
-        return f"short of {short} (slack {look.f:.2f}), index {look.index:.2f}"
+    def _note(e: Estimate, task: Task, now: float) -> str:
+        if math.isinf(e.index):
+            return f"untried for class {task.service!r}, forecast {e.delay:.2f} s of {task.deadline - now:.2f} s"
+        if e.f >= 0:
+            return f"expected {e.delay:.2f} s of {task.deadline - now:.2f} s, index {e.index:.2f}"
+        short = min(e.slacks, key=lambda name: e.slacks[name])
+        return f"short of {short} (slack {e.f:.2f}), index {e.index:.2f}"
 
     @override
     def snapshot(self) -> dict[str, Any]:

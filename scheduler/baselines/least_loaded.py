@@ -1,4 +1,4 @@
-"""Join the shortest queue, relative to what a node can hold."""
+"""Least loaded: join the shortest queue, relative to what a node can hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load(node: Node) -> float:
 
 
 class LeastLoaded(Baseline):
-    """The candidate with the fewest tasks per slot; the first of equals."""
+    """The candidate with the fewest tasks per slot: join the shortest queue (Winston 1977). The first of equals."""
 
     name = "least-loaded"
 

@@ -1,4 +1,4 @@
-"""Power of two choices (Mitzenmacher 2001): the less loaded of two candidates drawn at random."""
+"""Power of two choices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from perllm.scheduler.core.policy import Choice, Place
 
 
 class PowerOfTwo(Baseline):
-    """Draws two candidates and takes the one with fewer tasks per slot."""
+    """Of two candidates drawn at random, the one with fewer tasks per slot (Mitzenmacher 2001)."""
 
     name = "power-of-two"
 

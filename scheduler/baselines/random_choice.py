@@ -1,4 +1,4 @@
-"""Random: any candidate, all alike."""
+"""Random: any candidate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from perllm.scheduler.core.policy import Choice, Place
 
 
 class Random(Baseline):
-    """A candidate drawn at random."""
+    """A candidate drawn at random, each as likely."""
 
     name = "random"
 

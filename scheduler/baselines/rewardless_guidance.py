@@ -19,8 +19,8 @@ from perllm.scheduler.baselines.base import Baseline
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.policy import Choice, Place
 
-#: What can come of a task: late, on time for more than the usual energy, on time for less.
-LATE, DEAR, CHEAP = range(3)
+#: What can come of a task: late, on time for more than the mean energy, on time for less.
+LATE, EXPENSIVE, CHEAP = range(3)
 #: Log preference of each.
 PREFERENCE = (-4.0, -0.5, 0.0)
 #: Dirichlet counts before anything was seen.
@@ -28,17 +28,20 @@ PRIOR = (0.5, 0.5, 0.5)
 
 
 class RewardlessGuidance(Baseline):
-    """argmin over nodes of G = E[−ln C(o)] − novelty, o drawn from the believed outcomes in this context."""
+    """Active inference, without a reward: the least expected free energy (RewardlessGuidance, IEEE TMC 2024).
+
+    argmin over nodes of G = E[−ln C(o)] − novelty, o drawn from the believed outcomes in this context.
+    """
 
     name = "rewardless-guidance"
-    state_fields = ("counts", "placed", "usual")
+    state_fields = ("counts", "placed", "mean_energy")
 
     def __init__(self, seed: int = 0, *, curiosity: float = 1.0) -> None:
         super().__init__(seed)
         self.curiosity = curiosity
         self.counts: dict[str, list[float]] = {}  # context → Dirichlet counts of the outcomes
         self.placed: dict[str, str] = {}  # task id → context it was placed in
-        self.usual: float | None = None  # J, moving mean of a task's energy
+        self.mean_energy: float | None = None  # J per task, moving
 
     @staticmethod
     def context(task: Task, node: Node, now: float) -> str:
@@ -69,9 +72,9 @@ class RewardlessGuidance(Baseline):
         match event:
             case Completed():
                 energy = event.receipt.energy.total
-                usual = energy if self.usual is None else self.usual
-                self.usual = usual + 0.02 * (energy - usual)
-                self._learn(event.id, (CHEAP if energy <= usual else DEAR) if event.on_time else LATE)
+                mean = energy if self.mean_energy is None else self.mean_energy
+                self.mean_energy = mean + 0.02 * (energy - mean)
+                self._learn(event.id, (CHEAP if energy <= mean else EXPENSIVE) if event.on_time else LATE)
             case Ended(state=State.EXPIRED):
                 self._learn(event.id, LATE)
             case _ if event.type in ("ended", "returned"):
@@ -83,12 +86,12 @@ class RewardlessGuidance(Baseline):
 
     @override
     def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
-        looks = []
+        explained = []
         for node in candidates:
             context = self.context(task, node, now)
             counts = self.counts.get(context, PRIOR)
             on_time = 1 - counts[LATE] / sum(counts)
             g = self.free_energy(context)
             note = f"free energy {g:.2f} from {sum(counts) - sum(PRIOR):.0f} such tasks"
-            looks.append(Candidate(node=node.name, index=-g, p_on_time=on_time, note=note))
-        return tuple(looks)
+            explained.append(Candidate(node=node.name, index=-g, p_on_time=on_time, note=note))
+        return tuple(explained)

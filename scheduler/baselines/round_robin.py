@@ -12,7 +12,7 @@ from perllm.scheduler.core.policy import Choice, Place
 
 
 class RoundRobin(Baseline):
-    """Takes the candidates in turn."""
+    """The candidates in turn."""
 
     name = "round-robin"
     state_fields = ("turn",)

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from perllm.broker.errors import BadSetting, PerLLMError
 from perllm.scheduler.policies import policy_names
 from perllm.scheduler.simulator import report
-from perllm.scheduler.simulator.result import CARRIED, Run
+from perllm.scheduler.simulator.atomic_file import make_folder
+from perllm.scheduler.simulator.result import ON_TIME_TARGET, RunResult
 from perllm.scheduler.simulator.scenario import Scenario, load_scenario, scenario_names
 from perllm.scheduler.simulator.trace import arrivals_of, read_trace
 
@@ -58,7 +59,7 @@ def simulate(
     Ctrl-C ends it and keeps what has finished.
     """
     try:
-        from perllm.scheduler.simulator.sweep import check, points, sweep, trace_load  # noqa: PLC0415
+        from perllm.scheduler.simulator.sweep import check_sweep, run_specs, sweep, trace_load  # noqa: PLC0415
     except ImportError as error:
         raise BadSetting(f"simulations need {error.name}: pip install 'perllm[simulate]'") from None
     chosen = load_scenario(scenario)
@@ -67,25 +68,25 @@ def simulate(
     policies = [name.strip() for name in policy.split(",") if name.strip()]
     if not policies:
         raise BadSetting("--policy: name at least one policy")
-    check(chosen, policies)
+    check_sweep(chosen, policies)
     recorded = arrivals_of(read_trace(trace)) if trace is not None else None
     if recorded is not None:
         recorded = recorded[:tasks]
         chosen = chosen.model_copy(update={"loads": (trace_load(chosen, recorded),)})
-    todo = points(policies, _loads(load) or chosen.loads, range(first_seed, first_seed + seeds))
+    specs = run_specs(policies, _loads(load) or chosen.loads, range(first_seed, first_seed + seeds))
     folder = None if as_json and out is None else out or DEFAULT_OUT
     if folder is not None:
-        report.make_folder(folder)
+        make_folder(folder)
     with _progress(quiet=as_json) as progress:
-        bar = progress.add_task("simulating", total=len(todo), now="")
+        bar = progress.add_task("simulating", total=len(specs), now="")
 
-        def done(run: Run) -> None:
+        def done(run: RunResult) -> None:
             progress.update(bar, advance=1, now=f"{run.policy} at {run.load:.0%}, seed {run.seed}")
 
-        runs = sweep(chosen, todo, jobs=jobs, trace=recorded, done=done)
-    _show(chosen, Path(scenario).stem, runs, folder, as_json=as_json)
-    if len(runs) < len(todo):
-        print(f"interrupted: {len(runs)} of {len(todo)} runs finished and kept", file=sys.stderr)
+        runs = sweep(chosen, specs, jobs=jobs, trace=recorded, done=done)
+    _report(chosen, Path(scenario).stem, runs, folder, as_json=as_json)
+    if len(runs) < len(specs):
+        print(f"interrupted: {len(runs)} of {len(specs)} runs finished and kept", file=sys.stderr)
         raise typer.Exit(130)
 
 
@@ -114,7 +115,7 @@ def _loads(text: str | None) -> tuple[float, ...]:
     return loads
 
 
-def _show(scenario: Scenario, stem: str, runs: list[Run], folder: Path | None, *, as_json: bool) -> None:
+def _report(scenario: Scenario, stem: str, runs: list[RunResult], folder: Path | None, *, as_json: bool) -> None:
     if not runs:
         return
     if as_json:
@@ -123,7 +124,7 @@ def _show(scenario: Scenario, stem: str, runs: list[Run], folder: Path | None, *
         console = Console()
         console.print(report.table(scenario.title, runs))
         for policy, capacity in report.capacities(runs).items():
-            console.print(f"{policy}: at least {CARRIED:.0%} on time up to {capacity:.0%} load", highlight=False)
+            console.print(f"{policy}: at least {ON_TIME_TARGET:.0%} on time up to {capacity:.0%} load", highlight=False)
     if folder is not None:
         report.write_json(folder / f"{stem}.json", scenario.title, runs)
         report.write_plot(folder / f"{stem}.png", scenario.title, runs)

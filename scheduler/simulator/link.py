@@ -6,7 +6,7 @@ import heapq
 from dataclasses import dataclass, field
 
 from perllm.scheduler.simulator.clock import Callback, Clock, Timer
-from perllm.scheduler.simulator.speed_changes import Pace
+from perllm.scheduler.simulator.speed_changes import PiecewiseConstant
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -19,14 +19,14 @@ class Transfer:
 
 
 class SharedLink:
-    """Moves payloads at the bandwidth `pace` gives, every transfer in progress getting an equal share.
+    """Moves payloads at `seconds_per_byte`, every transfer in progress getting an equal share.
 
     Book-keeping is in virtual bytes: what a transfer that was always there would have received. A transfer ends when
     that has grown by its size, so a change in sharing costs O(log n) and not O(n).
     """
 
-    def __init__(self, clock: Clock, pace: Pace) -> None:
-        self._clock, self._pace = clock, pace
+    def __init__(self, clock: Clock, seconds_per_byte: PiecewiseConstant) -> None:
+        self._clock, self._seconds_per_byte = clock, seconds_per_byte
         self._virtual = 0.0  # bytes per transfer, as of `_seen`
         self._seen = clock.now
         self._heap: list[Transfer] = []
@@ -63,7 +63,7 @@ class SharedLink:
         """Bring the virtual bytes up to now."""
         now, sharing = self._clock.now, len(self._heap)
         while self._seen < now:
-            per_byte, until = self._pace.at(self._seen)
+            per_byte, until = self._seconds_per_byte.at(self._seen)
             end = min(until, now)
             if sharing:
                 self._virtual += (end - self._seen) / (per_byte * sharing)
@@ -80,7 +80,7 @@ class SharedLink:
             return
         left, sharing, time = self._heap[0].until - self._virtual, len(self._heap), self._seen
         while True:
-            per_byte, until = self._pace.at(time)
+            per_byte, until = self._seconds_per_byte.at(time)
             end = time + left * per_byte * sharing
             if end <= until:
                 break

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,12 +26,11 @@ from perllm.broker.messages import (
     State,
 )
 from perllm.scheduler.simulator.clock import Clock, Timer
-from perllm.scheduler.simulator.engine import Engine
-from perllm.scheduler.simulator.engine import Sequence as Generation
+from perllm.scheduler.simulator.engine import Engine, Request
 from perllm.scheduler.simulator.link import SharedLink, Transfer
 from perllm.scheduler.simulator.scenario import Fault, NodeSpec
-from perllm.scheduler.simulator.speed_changes import BandwidthPace, SpeedPace, link_changes, speed_changes
-from perllm.scheduler.simulator.tables import StepTable
+from perllm.scheduler.simulator.speed_changes import SecondsPerByte, StepTimeFactor, link_slowdowns, node_slowdowns
+from perllm.scheduler.simulator.step_table import StepTable
 from perllm.scheduler.simulator.workload import Arrival
 
 #: Attempts that may end without a result before a task fails (the live default).
@@ -38,27 +38,35 @@ MAX_STRIKES = 3
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class Attempt:
     """One attempt at one task on one node."""
 
     arrival: Arrival
-    attempt: int
+    number: int
     strikes: int
     claimed: float | None = None  # s
     arrived: float | None = None  # s, its payload
     transfer: Transfer | None = None
-    generation: Generation | None = None
-    alarm: Timer | None = None  # at its deadline
+    request: Request | None = None  # in the engine
+    deadline_timer: Timer | None = None
 
     @property
     def id(self) -> str:
         return self.arrival.event.id
 
 
-class SimNode:
-    """Takes jobs in order of arrival, `slots` at a time; each claims its payload over the link, then generates.
+class InSlot(NamedTuple):
+    """How far a task with a slot is."""
 
-    With `abort`, a job stops at its deadline wherever it is; without, it runs to its end, late or not. `emit` gets
+    transfer: float  # s its payload yet needs of the link
+    prompt_left: int  # tokens yet to prefill
+    generated: int  # tokens
+
+
+class SimulatedNode:
+    """Takes attempts in order of arrival, `slots` at a time; each gets its payload over the link, then generates.
+
+    With `abort`, an attempt stops at its deadline wherever it is; without, it runs to its end, late or not. `emit` gets
     every event in order.
     """
 
@@ -80,31 +88,31 @@ class SimNode:
         self.name, self.spec, self.table = name, spec, table
         self._clock, self._emit, self._abort, self._lease = clock, emit, abort, lease
         begin = clock.now
-        self.pace = SpeedPace(spec, speed_changes(name, faults, begin, rng), begin, rng)
-        self.link_pace = BandwidthPace(spec.link, link_changes(name, faults, begin), begin, rng)
-        self._stalls = [c for c in self.pace.changes if math.isinf(c.factor)]
+        self.step_time_factor = StepTimeFactor(spec, node_slowdowns(name, faults, begin, rng), begin, rng)
+        self.seconds_per_byte = SecondsPerByte(spec.link, link_slowdowns(name, faults, begin), begin, rng)
+        self._stalls = [s for s in self.step_time_factor.slowdowns if math.isinf(s.factor)]
         self._boot_error = boot_error
         self._calibration = table.calibration(prompt=mean_task[0], output=mean_task[1])
         self._boots = 0
-        self._lost: list[Job] = []
+        self._lost: list[Attempt] = []
         self.alive = False
         self.joules = 0.0  # of engines that are gone, idle power apart
 
-    # --- life
+    # --- boot and death
 
     def boot(self) -> None:
         """Start, empty."""
-        for job in [*self._lost]:
-            self._give_up(job)
+        for attempt in [*self._lost]:
+            self._give_up(attempt)
         self._boots += 1
         self.alive = True
-        self._queue: deque[Job] = deque()
-        self._running: dict[str, Job] = {}
-        self._link = SharedLink(self._clock, self.link_pace)
+        self._queue: deque[Attempt] = deque()
+        self._running: dict[str, Attempt] = {}
+        self._link = SharedLink(self._clock, self.seconds_per_byte)
         self.engine = Engine(
             self._clock,
             self.table,
-            self.pace,
+            self.step_time_factor,
             slots=self.spec.slots,
             kv_tokens=self.spec.kv_tokens,
             chunk=self.spec.chunk,
@@ -112,34 +120,34 @@ class SimNode:
         self._emit(NodeUp.model_construct(at=self._clock.now, info=self.info()))
 
     def die(self) -> None:
-        """Lose everything, without a word: each task is pending again when its lease has run out."""
+        """Lose everything without notice: each task is pending again when its lease has run out."""
         self.alive = False
         self.joules += self.engine.joules
         self.engine.halt()
         self._link.halt()
-        for job in [*self._running.values(), *self._queue]:
-            self._finish(job)
-            self._lose(job)
+        for attempt in [*self._running.values(), *self._queue]:
+            self._finish(attempt)
+            self._lose(attempt)
 
-    def _lose(self, job: Job) -> None:
-        """A job this dead node held is pending again when its lease has run out, or the node is back."""
-        self._lost.append(job)
-        self._clock.at(self._clock.now + self._lease, lambda: self._give_up(job))
+    def _lose(self, attempt: Attempt) -> None:
+        """A attempt this dead node held is pending again when its lease has run out, or the node is back."""
+        self._lost.append(attempt)
+        self._clock.at(self._clock.now + self._lease, lambda: self._give_up(attempt))
 
-    def _give_up(self, job: Job) -> None:
-        if job not in self._lost:
+    def _give_up(self, attempt: Attempt) -> None:
+        if attempt not in self._lost:
             return
-        self._lost.remove(job)
-        strikes = job.strikes + (job.claimed is not None)  # what was not running yet has no strike
+        self._lost.remove(attempt)
+        strikes = attempt.strikes + (attempt.claimed is not None)  # what was not running yet has no strike
         if strikes >= MAX_STRIKES:
-            self._emit(self._ended(job, State.FAILED, f"{strikes} attempts ended without a result"))
+            self._emit(self._ended(attempt, State.FAILED, f"{strikes} attempts ended without a result"))
             return
         self._emit(
             Returned.model_construct(
                 at=self._clock.now,
-                id=job.id,
+                id=attempt.id,
                 node=self.name,
-                attempt=job.attempt,
+                attempt=attempt.number,
                 cause="lease_expired",
                 reason="the node was lost",
                 strikes=strikes,
@@ -149,14 +157,15 @@ class SimNode:
     def info(self) -> NodeInfo:
         """The registration: what the node measured at boot (off by `boot_error`), its power and its link's nominal
         bandwidth."""
-        spec, cal, table = self.spec, self._calibration, self.table
-        wrong = cal.model_copy(update={k: v * self._boot_error for k, v in cal.model_dump().items()})
+        spec, table = self.spec, self.table
+        announced = {k: v * self._boot_error for k, v in self._calibration.model_dump().items()}
+        calibration = self._calibration.model_copy(update=announced)
         return NodeInfo(
             name=self.name,
             tier=spec.tier,
             boot=f"{self.name}.{self._boots}",
             slots=spec.slots,
-            models=(ModelOffer(name="model", context=spec.context, kv_tokens=spec.kv_tokens, calibration=wrong),),
+            models=(ModelOffer(name="model", context=spec.context, kv_tokens=spec.kv_tokens, calibration=calibration),),
             power=Power(
                 idle=table.idle_watts,
                 active=table.watts[spec.slots] - table.idle_watts,
@@ -181,132 +190,133 @@ class SimNode:
             )
         )
 
-    def inside(self) -> dict[str, tuple[float, int, int]]:
-        """The truth about every job that has a slot: s its payload yet needs of the link, prompt tokens yet to prefill,
-        tokens generated. None has one where the node is lost."""
+    def in_slots(self) -> dict[str, InSlot]:
+        """The truth about every task that has a slot. None has one where the node is lost."""
         if not self.alive:
             return {}
-        per_byte = self.link_pace.at(self._clock.now)[0]
+        seconds_per_byte = self.seconds_per_byte.at(self._clock.now)[0]
         found = {}
-        for job in self._running.values():
-            if job.transfer is not None:
-                found[job.id] = (self._link.left(job.transfer) * per_byte, job.arrival.event.prompt_tokens, 0)
+        for attempt in self._running.values():
+            if attempt.transfer is not None:
+                found[attempt.id] = InSlot(
+                    self._link.left(attempt.transfer) * seconds_per_byte, attempt.arrival.event.prompt_tokens, 0
+                )
         for task_id, generated in self.engine.progress().items():
-            sequence = self._running[task_id].generation
-            assert sequence is not None
-            found[task_id] = (0.0, sequence.prompt - sequence.prefilled, generated)
+            request = self._running[task_id].request
+            assert request is not None
+            found[task_id] = InSlot(0.0, request.prompt - request.prefilled, generated)
         return found
 
-    # --- jobs
+    # --- attempts
 
-    def accept(self, job: Job) -> None:
-        """Take a job into the queue."""
+    def accept(self, attempt: Attempt) -> None:
+        """Take an attempt into the queue."""
         if not self.alive:
-            self._lose(job)
+            self._lose(attempt)
             return
         if self._abort:
-            job.alarm = self._clock.at(job.arrival.event.deadline, lambda: self._deadline(job))
-        self._queue.append(job)
+            attempt.deadline_timer = self._clock.at(attempt.arrival.event.deadline, lambda: self._deadline(attempt))
+        self._queue.append(attempt)
         self._claim()
 
     def _claim(self) -> None:
         while self._queue and len(self._running) < self.spec.slots:
             self._start(self._queue.popleft())
 
-    def _start(self, job: Job) -> None:
-        event = job.arrival.event
+    def _start(self, attempt: Attempt) -> None:
+        event = attempt.arrival.event
         if event.prompt_tokens >= self.spec.context:
-            self._finish(job)
+            self._finish(attempt)
             reason = f"the prompt has {event.prompt_tokens} tokens, the context {self.spec.context}"
-            self._emit(self._ended(job, State.FAILED, reason))
+            self._emit(self._ended(attempt, State.FAILED, reason))
             return
-        job.claimed = self._clock.now
-        self._running[job.id] = job
-        self._emit(Claimed.model_construct(at=job.claimed, id=job.id, node=self.name, attempt=job.attempt))
-        job.transfer = self._link.send(event.payload_bytes, lambda: self._generate(job))
+        attempt.claimed = self._clock.now
+        self._running[attempt.id] = attempt
+        self._emit(Claimed.model_construct(at=attempt.claimed, id=attempt.id, node=self.name, attempt=attempt.number))
+        attempt.transfer = self._link.send(event.payload_bytes, lambda: self._generate(attempt))
 
-    def _generate(self, job: Job) -> None:
-        event = job.arrival.event
-        job.arrived, job.transfer = self._clock.now, None
+    def _generate(self, attempt: Attempt) -> None:
+        event = attempt.arrival.event
+        attempt.arrived, attempt.transfer = self._clock.now, None
         room = self.spec.context - event.prompt_tokens
-        job.generation = Generation(
-            id=job.id,
+        attempt.request = Request(
+            id=attempt.id,
             prompt=event.prompt_tokens,
-            output=min(job.arrival.output, event.max_tokens, room),
+            output=min(attempt.arrival.output, event.max_tokens, room),
             reserve=event.prompt_tokens + min(event.max_tokens, room),
-            ended=lambda _: self._complete(job),
+            ended=lambda _: self._complete(attempt),
         )
-        self.engine.enter(job.generation)
+        self.engine.enter(attempt.request)
 
-    def _deadline(self, job: Job) -> None:
-        """The deadline has come, and the job is not over."""
-        job.alarm = None
-        if job.generation is not None:
-            self.engine.stop(job.generation)
-        elif job.transfer is not None:
-            self._link.cancel(job.transfer)
-            self._complete(job)
+    def _deadline(self, attempt: Attempt) -> None:
+        """The deadline has come, and the attempt is not over."""
+        attempt.deadline_timer = None
+        if attempt.request is not None:
+            self.engine.stop(attempt.request)
+        elif attempt.transfer is not None:
+            self._link.cancel(attempt.transfer)
+            self._complete(attempt)
         else:
-            self._queue.remove(job)
-            self._finish(job)
-            self._emit(self._ended(job, State.EXPIRED, "the deadline passed in the node's queue"))
+            self._queue.remove(attempt)
+            self._finish(attempt)
+            self._emit(self._ended(attempt, State.EXPIRED, "the deadline passed in the node's queue"))
 
-    def _complete(self, job: Job) -> None:
+    def _complete(self, attempt: Attempt) -> None:
         """An attempt is over, whole or cut at the deadline: report its receipt, claim the next."""
-        now, event, g = self._clock.now, job.arrival.event, job.generation
-        assert job.claimed is not None
-        self._finish(job)
-        cut = g is None or (g.stopping and g.generated < g.output)
+        now, event, request = self._clock.now, attempt.arrival.event, attempt.request
+        assert attempt.claimed is not None
+        self._finish(attempt)
+        cut = request is None or (request.stopping and request.generated < request.output)
         self._emit(
             Completed.model_construct(
                 at=now,
-                id=job.id,
+                id=attempt.id,
                 node=self.name,
-                attempt=job.attempt,
+                attempt=attempt.number,
                 state=State.EXPIRED if cut else State.SUCCEEDED,
                 on_time=not cut and now <= event.deadline,
                 latency=now - event.at,
-                queued=job.claimed - event.at,
-                receipt=self._receipt(job, now),
+                queued=attempt.claimed - event.at,
+                receipt=self._receipt(attempt, now),
             )
         )
         self._claim()
 
-    def _receipt(self, job: Job, now: float) -> Receipt:
-        event, g, after = job.arrival.event, job.generation, self.engine.counters()
-        assert job.claimed is not None
-        arrived = now if job.arrived is None else job.arrived
-        started = now if g is None or g.started is None else g.started
-        first = now if g is None or g.first_token is None else g.first_token
+    def _receipt(self, attempt: Attempt, now: float) -> Receipt:
+        event, request, after = attempt.arrival.event, attempt.request, self.engine.counters()
+        assert attempt.claimed is not None
+        arrived = now if attempt.arrived is None else attempt.arrived
+        started = now if request is None or request.started is None else request.started
+        first = now if request is None or request.first_token is None else request.first_token
         return Receipt.model_construct(
             node=self.name,
             model="model",
-            attempt=job.attempt,
+            attempt=attempt.number,
             payload_bytes=event.payload_bytes,
-            transfer=arrived - job.claimed,
+            transfer=arrived - attempt.claimed,
             wait=started - arrived,
             prefill=first - started,
             decode=now - first,
-            prompt_tokens=event.prompt_tokens if g is not None and g.started is not None else 0,
+            prompt_tokens=event.prompt_tokens if request is not None and request.started is not None else 0,
             cached_tokens=0,
-            completion_tokens=g.generated if g is not None else 0,
+            completion_tokens=request.generated if request is not None else 0,
             energy=Energy.model_construct(
                 transfer=event.payload_bytes * self.spec.link.joules_per_byte,
-                inference=g.joules if g is not None else 0.0,
-                idle=g.idle_joules if g is not None else 0.0,
+                inference=request.joules if request is not None else 0.0,
+                idle=request.idle_joules if request is not None else 0.0,
                 method="emulated",
                 estimated=True,
             ),
-            before=g.before if g is not None else after,
+            before=request.before if request is not None else after,
             after=after,
-            stalled=any(c.start < now and c.end > arrived for c in self._stalls),
+            stalled=any(s.start < now and s.end > arrived for s in self._stalls),
         )
 
-    def _finish(self, job: Job) -> None:
-        self._running.pop(job.id, None)
-        if job.alarm is not None:
-            job.alarm.cancel()
-            job.alarm = None
+    def _finish(self, attempt: Attempt) -> None:
+        self._running.pop(attempt.id, None)
+        if attempt.deadline_timer is not None:
+            attempt.deadline_timer.cancel()
+            attempt.deadline_timer = None
 
-    def _ended(self, job: Job, state: State, reason: str) -> Ended:
-        return Ended.model_construct(at=self._clock.now, id=job.id, state=state, reason=reason, node=self.name)
+    def _ended(self, attempt: Attempt, state: State, reason: str) -> Ended:
+        return Ended.model_construct(at=self._clock.now, id=attempt.id, state=state, reason=reason, node=self.name)

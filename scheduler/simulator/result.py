@@ -1,4 +1,4 @@
-"""What came of a simulation, in figures."""
+"""The result of a simulation: how each task ended, and the figures of the run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunResult:
     """One policy at one load with one seed. Rates are over the time in which tasks arrived."""
 
     policy: str
@@ -56,11 +56,11 @@ class Run:
         return data
 
 
-#: The share of tasks on time that counts as carrying a load.
-CARRIED = 0.8
+#: A load is carried while this share of the tasks is on time.
+ON_TIME_TARGET = 0.8
 
 
-def effective_capacity(points: Iterable[tuple[float, float]], least: float = CARRIED) -> float:
+def effective_capacity(points: Iterable[tuple[float, float]], least: float = ON_TIME_TARGET) -> float:
     """The highest load with at least `least` of the tasks on time, from (load, on-time share) points: linear between
     the last point that holds and the next. Below the first load it is scaled from 0; beyond the last it is the last."""
     before = (0.0, 1.0)
@@ -74,6 +74,6 @@ def effective_capacity(points: Iterable[tuple[float, float]], least: float = CAR
     return best
 
 
-def mean(runs: Sequence[Run], figure: str) -> float:
+def mean(runs: Sequence[RunResult], figure: str) -> float:
     """The mean of a figure over runs (seeds)."""
     return float(np.mean([getattr(r, figure) for r in runs]))

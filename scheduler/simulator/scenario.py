@@ -248,7 +248,7 @@ class Scenario(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        names = [name for spec in self.node for name in names_of(spec)]
+        names = [name for spec in self.node for name in node_names(spec)]
         if len(set(names)) < len(names):
             raise ValueError("two nodes have the same name")
         classes = [s.name for s in self.service]
@@ -261,7 +261,7 @@ class Scenario(_Part):
         return self
 
 
-def names_of(spec: NodeSpec) -> list[str]:
+def node_names(spec: NodeSpec) -> list[str]:
     """The names of the nodes one [[node]] entry stands for."""
     return [spec.name] if spec.count == 1 else [f"{spec.name}-{i}" for i in range(1, spec.count + 1)]
 

@@ -1,4 +1,7 @@
-"""How the world's speed changes with time, apart from load: noise, drift and faults, constant between moments."""
+"""How the speed of nodes and links changes with time, apart from load: noise, drift and faults.
+
+All are piecewise constant functions of time, so that everything between two changes has a closed form.
+"""
 
 from __future__ import annotations
 
@@ -15,64 +18,66 @@ NOISE_EVERY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """Between `start` and `end` (s) times are `factor` as long; an infinite factor is a stall."""
+class Slowdown:
+    """Between `start` and `end` (s) everything takes `factor` times as long; an infinite factor is a stall."""
 
     start: float
     end: float
     factor: float
 
 
-class Pace:
-    """A factor on times that is constant within each interval of `every` s and between the ends of `changes`."""
+class PiecewiseConstant:
+    """A function of time that is constant within each interval of `every` s and between the ends of `slowdowns`, which
+    multiply it. This one is 1 apart from them; subclasses draw the intervals' values."""
 
-    def __init__(self, every: float, changes: Sequence[Change], begin: float) -> None:
+    def __init__(self, every: float, slowdowns: Sequence[Slowdown], begin: float) -> None:
         self.every = every
         self.begin = begin
-        self.changes = sorted(changes, key=lambda c: c.start)
-        self._factors: list[float] = []
+        self.slowdowns = sorted(slowdowns, key=lambda s: s.start)
+        self._values: list[float] = []
 
     def _more(self) -> list[float]:
-        """Factors of the next intervals."""
+        """Values of the next intervals."""
         return [1.0] * 256
 
     def at(self, time: float) -> tuple[float, float]:
-        """The factor at `time`, and until when it holds (later than `time`)."""
+        """The value at `time`, and until when it holds (later than `time`)."""
         index = int((time - self.begin) / self.every)
         until = self.begin + (index + 1) * self.every
         if until <= time:  # the division rounded down onto the boundary
             index, until = index + 1, until + self.every
-        while index >= len(self._factors):
-            self._factors += self._more()
-        factor = self._factors[index]
-        for change in self.changes:
-            if change.start > time:
-                until = min(until, change.start)
+        while index >= len(self._values):
+            self._values += self._more()
+        value = self._values[index]
+        for slowdown in self.slowdowns:
+            if slowdown.start > time:
+                until = min(until, slowdown.start)
                 break
-            if time < change.end:
-                factor *= change.factor
-                until = change.end if math.isinf(factor) else min(until, change.end)
-        return factor, until
+            if time < slowdown.end:
+                value *= slowdown.factor
+                until = slowdown.end if math.isinf(value) else min(until, slowdown.end)
+        return value, until
 
 
-class SpeedPace(Pace):
-    """A node's step times: independent lognormal noise, a slow Ornstein-Uhlenbeck drift of the logarithm, faults."""
+class StepTimeFactor(PiecewiseConstant):
+    """A node's step times over its table's: independent lognormal noise, a slow Ornstein-Uhlenbeck drift of the
+    logarithm, faults."""
 
-    def __init__(self, spec: NodeSpec, changes: Sequence[Change], begin: float, rng: np.random.Generator) -> None:
-        super().__init__(NOISE_EVERY, changes, begin)
+    def __init__(self, spec: NodeSpec, slowdowns: Sequence[Slowdown], begin: float, rng: np.random.Generator) -> None:
+        super().__init__(NOISE_EVERY, slowdowns, begin)
         self._spec, self._rng = spec, rng
         self._drift = spec.drift * rng.standard_normal()
         self._drifts: list[float] = []
 
-    def trend(self, time: float) -> tuple[float, float]:
-        """The truth without its noise: s for which the node stands still from `time` on, and the factor after that."""
+    def without_noise(self, time: float) -> tuple[float, float]:
+        """The s for which the node stands still from `time` on, and the factor after that, its noise left out."""
         after = time
         while math.isinf(self.at(after)[0]):
             after = self.at(after)[1]
         factor = math.exp(self._drifts[int((after - self.begin) / self.every)])
-        for change in self.changes:
-            if change.start <= after < change.end:
-                factor *= change.factor
+        for slowdown in self.slowdowns:
+            if slowdown.start <= after < slowdown.end:
+                factor *= slowdown.factor
         return after - time, factor
 
     def _more(self) -> list[float]:
@@ -88,11 +93,11 @@ class SpeedPace(Pace):
         return factors
 
 
-class BandwidthPace(Pace):
+class SecondsPerByte(PiecewiseConstant):
     """A link's seconds per byte: its bandwidth is uniform within its fluctuation in each interval."""
 
-    def __init__(self, link: Link, changes: Sequence[Change], begin: float, rng: np.random.Generator) -> None:
-        super().__init__(link.every, changes, begin)
+    def __init__(self, link: Link, slowdowns: Sequence[Slowdown], begin: float, rng: np.random.Generator) -> None:
+        super().__init__(link.every, slowdowns, begin)
         self._link, self._rng = link, rng
 
     def _more(self) -> list[float]:
@@ -101,35 +106,35 @@ class BandwidthPace(Pace):
         return [float(1.0 / b) for b in bandwidth]
 
 
-def speed_changes(name: str, faults: Sequence[Fault], begin: float, rng: np.random.Generator) -> list[Change]:
+def node_slowdowns(name: str, faults: Sequence[Fault], begin: float, rng: np.random.Generator) -> list[Slowdown]:
     """What the faults do to the node's step times."""
-    changes = []
+    slowdowns = []
     for fault in faults:
         if name not in fault.nodes:
             continue
         start, end = begin + fault.start, begin + fault.end
         match fault:
             case Slow():
-                changes.append(Change(start, end, fault.factor))
+                slowdowns.append(Slowdown(start, end, fault.factor))
             case Rotate():
                 turn = start + fault.every * fault.nodes.index(name)
                 while turn < end:
-                    changes.append(Change(turn, min(turn + fault.every, end), fault.factor))
+                    slowdowns.append(Slowdown(turn, min(turn + fault.every, end), fault.factor))
                     turn += fault.every * len(fault.nodes)
             case Stalls():
                 at = start + rng.exponential(fault.every)
                 while at < end:
-                    changes.append(Change(at, at + fault.lasting, math.inf))
+                    slowdowns.append(Slowdown(at, at + fault.lasting, math.inf))
                     at += fault.lasting + rng.exponential(fault.every)
             case Narrow() | Loss():
                 pass
-    return changes
+    return slowdowns
 
 
-def link_changes(name: str, faults: Sequence[Fault], begin: float) -> list[Change]:
+def link_slowdowns(name: str, faults: Sequence[Fault], begin: float) -> list[Slowdown]:
     """What the faults do to the link's seconds per byte."""
     return [
-        Change(begin + f.start, begin + f.end, 1.0 / f.factor)
+        Slowdown(begin + f.start, begin + f.end, 1.0 / f.factor)
         for f in faults
         if isinstance(f, Narrow) and name in f.nodes
     ]

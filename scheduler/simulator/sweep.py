@@ -11,17 +11,18 @@ from typing import Any
 
 from perllm.broker.errors import BadSetting
 from perllm.scheduler.policies import make_policy
+from perllm.scheduler.simulator.capacity import capacity
 from perllm.scheduler.simulator.oracles import ORACLES
-from perllm.scheduler.simulator.result import Run
-from perllm.scheduler.simulator.run import Simulation, capacity
+from perllm.scheduler.simulator.result import RunResult
 from perllm.scheduler.simulator.scenario import Scenario
+from perllm.scheduler.simulator.simulation import Simulation
 from perllm.scheduler.simulator.trace import stretched
 from perllm.scheduler.simulator.workload import Arrival, make_arrivals
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """One simulation to do. `options` are the policy's own keywords, as pairs; `abort` as in `Simulation`."""
+class RunSpec:
+    """One simulation to run. `options` are the policy's own keywords, as pairs; `abort` as in `Simulation`."""
 
     policy: str
     load: float
@@ -30,12 +31,12 @@ class Point:
     abort: bool | None = None
 
 
-def points(policies: Sequence[str], loads: Sequence[float], seeds: Sequence[int]) -> list[Point]:
+def run_specs(policies: Sequence[str], loads: Sequence[float], seeds: Sequence[int]) -> list[RunSpec]:
     """All combinations, seeds outermost, so that an interrupted sweep has all policies for the seeds it reached."""
-    return [Point(policy, load, seed) for seed, load, policy in product(seeds, loads, policies)]
+    return [RunSpec(policy, load, seed) for seed, load, policy in product(seeds, loads, policies)]
 
 
-def check(scenario: Scenario, policies: Sequence[str]) -> None:
+def check_sweep(scenario: Scenario, policies: Sequence[str]) -> None:
     """Raise BadSetting for what would stop a run: a policy, profile or trace that is not there."""
     capacity(scenario)
     make_arrivals(scenario.model_copy(update={"tasks": 1}), 1.0, 0)
@@ -47,13 +48,13 @@ def check(scenario: Scenario, policies: Sequence[str]) -> None:
                 raise BadSetting(f"{error}; in simulations also {', '.join(ORACLES)}") from None
 
 
-def simulate_one(scenario: Scenario, point: Point, trace: Sequence[Arrival] | None = None) -> Run:
-    """Run one point, of the scenario's own arrivals or of a trace's."""
+def simulate_one(scenario: Scenario, spec: RunSpec, trace: Sequence[Arrival] | None = None) -> RunResult:
+    """Run one simulation, of the scenario's own arrivals or of a trace's."""
     arrivals = None
     if trace is not None:
-        arrivals = stretched(trace, trace_load(scenario, trace) / point.load, scenario.start)
-    policy = make_policy(point.policy, point.seed, **dict(point.options)) if point.options else point.policy
-    return Simulation(scenario, policy, load=point.load, seed=point.seed, abort=point.abort, arrivals=arrivals).run()
+        arrivals = stretched(trace, trace_load(scenario, trace) / spec.load, scenario.start)
+    policy = make_policy(spec.policy, spec.seed, **dict(spec.options)) if spec.options else spec.policy
+    return Simulation(scenario, policy, load=spec.load, seed=spec.seed, abort=spec.abort, arrivals=arrivals).run()
 
 
 def trace_load(scenario: Scenario, trace: Sequence[Arrival]) -> float:
@@ -64,30 +65,32 @@ def trace_load(scenario: Scenario, trace: Sequence[Arrival]) -> float:
 
 def sweep(
     scenario: Scenario,
-    todo: Sequence[Point],
+    specs: Sequence[RunSpec],
     *,
     jobs: int = 1,
     trace: Sequence[Arrival] | None = None,
-    done: Callable[[Run], None] | None = None,
-) -> list[Run]:
-    """Run all points on `jobs` processes and return their runs in the order of `todo`; `done` hears of each as it
+    done: Callable[[RunResult], None] | None = None,
+) -> list[RunResult]:
+    """Run all `specs` on `jobs` processes and return the results in their order; `done` hears of each as it
     ends. After Ctrl-C, returns those that had ended."""
-    finished: dict[Point, Run] = {}
+    finished: dict[RunSpec, RunResult] = {}
     one = partial(simulate_one, scenario, trace=trace)
-    runs = ((point, one(point)) for point in todo) if jobs == 1 else _spread(one, todo, jobs)
+    runs = ((spec, one(spec)) for spec in specs) if jobs == 1 else _spread(one, specs, jobs)
     try:
-        for point, run in runs:
-            finished[point] = run
+        for spec, run in runs:
+            finished[spec] = run
             if done is not None:
                 done(run)
     except KeyboardInterrupt:
         pass
-    return [finished[point] for point in todo if point in finished]
+    return [finished[spec] for spec in specs if spec in finished]
 
 
-def _spread(one: Callable[[Point], Run], todo: Sequence[Point], jobs: int) -> Iterator[tuple[Point, Run]]:
+def _spread(
+    one: Callable[[RunSpec], RunResult], specs: Sequence[RunSpec], jobs: int
+) -> Iterator[tuple[RunSpec, RunResult]]:
     with ProcessPoolExecutor(jobs) as pool:
-        futures = {pool.submit(one, point): point for point in todo}
+        futures = {pool.submit(one, spec): spec for spec in specs}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()

@@ -1,7 +1,7 @@
 """Trace files: a live system's event stream, exported and replayed.
 
-A trace is JSON lines: a header `{"perllm_trace": 1}`, then one event per line as `perllm.broker.messages` writes it. Any
-events may be in it; a replay needs the `submitted` ones (arrival, sizes, deadline, value, class) and reads output
+A trace is JSON lines: a header `{"perllm_trace": 1}`, then one event per line as `perllm.broker.messages` writes it.
+Any events may be in it; a replay needs the `submitted` ones (arrival, sizes, deadline, value, class) and reads output
 lengths off the `completed` ones.
 """
 
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from perllm.broker.errors import BadSetting, field_errors
 from perllm.broker.messages import Completed, Event, State, Submitted, parse_event
-from perllm.scheduler.simulator.report import write_whole
+from perllm.scheduler.simulator.atomic_file import write_atomically
 from perllm.scheduler.simulator.workload import Arrival
 
 VERSION = 1
@@ -35,7 +35,7 @@ def write_trace(path: Path, events: Iterable[Event]) -> int:
                 file.write(event.model_dump_json() + "\n")
                 count += 1
 
-    write_whole(path, write)
+    write_atomically(path, write)
     return count
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
-from pathlib import Path
 from typing import assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perllm.broker.errors import BadSetting
 from perllm.broker.messages import Submitted
+from perllm.scheduler.simulator.csv_trace import RequestTrace, read_csv_trace
 from perllm.scheduler.simulator.scenario import (
     Arrivals,
     Constant,
@@ -29,8 +26,6 @@ from perllm.scheduler.simulator.scenario import (
     ServiceClass,
     Uniform,
 )
-
-TRACES = Path(__file__).parent / "traces"
 
 Floats = NDArray[np.float64]
 
@@ -63,7 +58,7 @@ def _cut(values: Floats, most: float | None) -> Floats:
     return values if most is None else np.minimum(values, most).astype(np.float64)
 
 
-def tokens(distribution: Distribution, size: int, rng: np.random.Generator, most: float = math.inf) -> Floats:
+def draw_tokens(distribution: Distribution, size: int, rng: np.random.Generator, most: float = math.inf) -> Floats:
     """Whole token counts, at least 1 and at most `most`."""
     whole: Floats = np.clip(np.rint(draw(distribution, size, rng)), 1, most)
     return whole
@@ -120,8 +115,8 @@ def _mean_task(arrivals: Arrivals, services: tuple[ServiceClass, ...]) -> tuple[
     rng, shares = np.random.default_rng(0), sum(s.share for s in services)
     means = np.zeros(3)
     for service in services:
-        prompts = tokens(service.prompt, 20_000, rng)
-        outputs = tokens(service.output, 20_000, rng, service.max_tokens)
+        prompts = draw_tokens(service.prompt, 20_000, rng)
+        outputs = draw_tokens(service.output, 20_000, rng, service.max_tokens)
         row = (prompts.mean(), outputs.mean(), prompts.mean() + service.max_tokens)
         means += service.share / shares * np.array(row)
     return float(means[0]), float(means[1]), float(means[2])
@@ -129,14 +124,14 @@ def _mean_task(arrivals: Arrivals, services: tuple[ServiceClass, ...]) -> tuple[
 
 def _columns(service: ServiceClass, hints: Hint | None, size: int, rng: np.random.Generator) -> tuple[list[float], ...]:
     """Prompt tokens, output tokens, deadline (s), payload (bytes), hint (tokens; 0: none) of `size` tasks."""
-    output = tokens(service.output, size, rng, service.max_tokens)
+    output = draw_tokens(service.output, size, rng, service.max_tokens)
     hint = np.zeros(size)
     if hints is not None:
         given = rng.random(size) < hints.share
         guess = np.clip(np.rint(output * np.exp(hints.sigma * rng.standard_normal(size))), 1, service.max_tokens)
         hint = np.where(given, guess, 0.0)
     return (
-        tokens(service.prompt, size, rng).tolist(),
+        draw_tokens(service.prompt, size, rng).tolist(),
         output.tolist(),
         draw(service.deadline, size, rng).tolist(),
         draw(service.payload, size, rng).tolist(),
@@ -144,7 +139,9 @@ def _columns(service: ServiceClass, hints: Hint | None, size: int, rng: np.rando
     )
 
 
-def _times(scenario: Scenario, recorded: Recorded | None, count: int, rate: float, rng: np.random.Generator) -> Floats:
+def _times(
+    scenario: Scenario, recorded: RequestTrace | None, count: int, rate: float, rng: np.random.Generator
+) -> Floats:
     """Arrival times, s from the start, `rate` tasks/s in the mean."""
     match scenario.arrivals:
         case Poisson():
@@ -171,49 +168,3 @@ def _mmpp(mmpp: Mmpp, count: int, rate: float, rng: np.random.Generator) -> Floa
         times.extend((now + np.sort(rng.uniform(0.0, dwell, arrivals))).tolist())
         now, busy = now + dwell, not busy
     return np.array(times[:count])
-
-
-# --- recorded traces of other systems
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """Columns of a recorded trace, in order of time: s from its start, prompt and output tokens."""
-
-    times: list[float]
-    prompts: list[int]
-    outputs: list[int]
-
-
-@lru_cache(maxsize=4)
-def read_csv_trace(name: str) -> Recorded:
-    """Read a CSV of TIMESTAMP, ContextTokens, GeneratedTokens (Azure's public LLM traces), by packaged name or path.
-
-    Raises BadSetting naming file, line and column.
-    """
-    path = TRACES / f"{name}.csv" if "/" not in name and not name.endswith(".csv") else Path(name)
-    rows: list[tuple[float, int, int]] = []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in (reader := csv.DictReader(file)):
-                rows.append(_row(row, f"trace {path}, line {reader.line_num}"))
-    except OSError as error:
-        raise BadSetting(f"trace {path}: {error.strerror}") from None
-    if len(rows) < 2:
-        raise BadSetting(f"trace {path}: fewer than two requests")
-    rows.sort()
-    first = rows[0][0]
-    return Recorded([t - first for t, _, _ in rows], [p for _, p, _ in rows], [o for _, _, o in rows])
-
-
-def _row(row: dict[str, str], where: str) -> tuple[float, int, int]:
-    try:
-        stamp = datetime.fromisoformat(row["TIMESTAMP"][:26])
-        prompt, output = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-    except KeyError as error:
-        raise BadSetting(f"{where}: column {error.args[0]} is missing") from None
-    except (TypeError, ValueError) as error:
-        raise BadSetting(f"{where}: {error}") from None
-    if prompt < 1 or output < 1:
-        raise BadSetting(f"{where}: tokens must be at least 1")
-    return (stamp - datetime(1970, 1, 1)).total_seconds(), prompt, output

@@ -33,7 +33,7 @@ from chaos.producer import BACKLOG, BATCH, LENGTHS, read_records
 from chaos.server import FragileServer
 from chaos.world import Post, Show, World
 from perllm.broker.settings import load_settings
-from perllm.scheduler.simulator.tables import load_table
+from perllm.scheduler.simulator.step_table import load_table
 
 QUEUE = "plain"
 #: Seconds after which Celery delivers again what nobody acknowledged: beyond any task here (its default is an hour).

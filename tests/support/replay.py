@@ -14,7 +14,7 @@ from perllm.broker.engine.contract import EngineError, OnText, Stop
 from perllm.broker.engine.emulated import EmulatedEngine
 from perllm.broker.messages import ModelOffer, TaskSpec
 from perllm.broker.settings import Settings
-from perllm.scheduler.simulator.tables import load_table
+from perllm.scheduler.simulator.step_table import load_table
 
 #: A prompt with this in it ends the worker's process with this status, as an engine's crash would.
 POISON, POISON_STATUS = "[poison]", 86

@@ -1,4 +1,4 @@
-"""Textbook bandits over nodes: UCB1, Thompson sampling, LinUCB. The reward is 1 for a task on time, else 0."""
+"""LinUCB over nodes: the expected reward is linear in what is seen of the task and of the node's queue."""
 
 from __future__ import annotations
 
@@ -11,83 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from perllm.broker.messages import Completed, Ended, Event, State
+from perllm.broker.messages import Event
 from perllm.scheduler.baselines.base import Baseline
-from perllm.scheduler.baselines.forecast import MeanLength
+from perllm.scheduler.baselines.mean_length import MeanLength
+from perllm.scheduler.baselines.on_time_reward import on_time_reward
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.policy import Choice, Place
 
 Floats = NDArray[np.float64]
 
 
-def reward(event: Event) -> tuple[str, float] | None:
-    """The node and the reward an event reports; None for other events."""
-    match event:
-        case Completed():
-            return event.node, float(event.on_time)
-        case Ended(state=State.EXPIRED, node=str(node)):
-            return node, 0.0
-        case _:
-            return None
-
-
-class Ucb1(Baseline):
-    """UCB1 (Auer et al. 2002): mean reward + sqrt(2 ln t / n), untried nodes first. `arms[node]` is [n, Σ reward]."""
-
-    name = "ucb1"
-    state_fields = ("arms",)
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__(seed)
-        self.arms: dict[str, list[float]] = {}
-
-    @override
-    def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
-        total = sum(n for n, _ in self.arms.values())
-
-        def index(node: Node) -> float:
-            n, rewards = self.arms.get(node.name, (0.0, 0.0))
-            return math.inf if n == 0 else rewards / n + math.sqrt(2 * math.log(total) / n)
-
-        return Place(max(candidates, key=index).name)
-
-    @override
-    def observe(self, event: Event, task: Task | None, cluster: Cluster) -> None:
-        if (outcome := reward(event)) is not None:
-            arm = self.arms.setdefault(outcome[0], [0.0, 0.0])
-            arm[0] += 1
-            arm[1] += outcome[1]
-
-
-class Thompson(Baseline):
-    """Thompson sampling on Beta posteriors from a uniform prior. `arms[node]` is [n, Σ reward]."""
-
-    name = "thompson"
-    state_fields = ("arms",)
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__(seed)
-        self.arms: dict[str, list[float]] = {}
-
-    @override
-    def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
-        pairs = [self.arms.get(node.name, (0.0, 0.0)) for node in candidates]
-        drawn = [self.rng.beta(1 + rewards, 1 + n - rewards) for n, rewards in pairs]
-        return Place(candidates[int(np.argmax(drawn))].name)
-
-    @override
-    def observe(self, event: Event, task: Task | None, cluster: Cluster) -> None:
-        if (outcome := reward(event)) is not None:
-            arm = self.arms.setdefault(outcome[0], [0.0, 0.0])
-            arm[0] += 1
-            arm[1] += outcome[1]
-
-
 class LinUcb(Baseline):
-    """LinUCB with one model per node (Li et al. 2010, algorithm 1): x·θ + alpha·sqrt(xᵀA⁻¹x), A = I + Σ xxᵀ.
+    """LinUCB, one linear model per node of the chance to be on time (Li et al. 2010, algorithm 1).
 
-    x sees the queue: [1, tasks per slot, the same beyond the slots, prompt, expected output, time left], scaled to
-    about 1.
+    The index is x·θ + alpha·sqrt(xᵀA⁻¹x), A = I + Σ xxᵀ. x sees the queue: [1, tasks per slot, the same beyond the
+    slots, prompt, expected output, time left], scaled to about 1.
     """
 
     name = "linucb"
@@ -132,9 +70,9 @@ class LinUcb(Baseline):
         if event.type not in ("completed", "ended", "returned"):
             return
         x = self.placed.pop(event.id, None)
-        outcome = reward(event)
-        if x is not None and outcome is not None:
-            self.update(outcome[0], np.array(x), outcome[1])
+        rewarded = on_time_reward(event)
+        if x is not None and rewarded is not None:
+            self.update(rewarded[0], np.array(x), rewarded[1])
 
     def update(self, node: str, x: Floats, y: float) -> None:
         """Learn that features `x` on `node` were rewarded with `y` (Sherman-Morrison)."""

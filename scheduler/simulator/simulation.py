@@ -22,46 +22,25 @@ from perllm.broker.messages import (
 from perllm.scheduler.core.policy import Policy
 from perllm.scheduler.core.scheduler import Decision, SchedulerCore
 from perllm.scheduler.policies import core_options, has_mechanisms, make_policy
+from perllm.scheduler.simulator.capacity import capacity, step_table_of
 from perllm.scheduler.simulator.clock import Clock
-from perllm.scheduler.simulator.node import Job, SimNode
+from perllm.scheduler.simulator.node import Attempt, SimulatedNode
 from perllm.scheduler.simulator.oracles import ORACLES
-from perllm.scheduler.simulator.result import Outcome, Run
-from perllm.scheduler.simulator.scenario import Loss, NodeSpec, Replay, Scenario, names_of
-from perllm.scheduler.simulator.tables import StepTable, load_table
-from perllm.scheduler.simulator.workload import Arrival, make_arrivals, mean_task, tokens
+from perllm.scheduler.simulator.result import Outcome, RunResult
+from perllm.scheduler.simulator.scenario import Loss, Replay, Scenario, node_names
+from perllm.scheduler.simulator.workload import Arrival, draw_tokens, make_arrivals, mean_task
 
 #: Tasks left waiting are looked at again after this long, s, as in the live service.
 TICK = 0.1
-
-
-def table_of(spec: NodeSpec) -> StepTable:
-    """The node's true step times. Raises BadSetting."""
-    watts = None
-    if spec.idle_watts is not None and spec.active_watts is not None:
-        watts = (spec.idle_watts, spec.active_watts)
-    return load_table(spec.profile, spec.slots, time=spec.time, power=spec.power, cpu_watts=watts)
-
-
-def capacity(scenario: Scenario) -> dict[str, float]:
-    """Tasks/s each node finishes when every slot is always taken by the scenario's mean task: its prefill, and its
-    share of the steps of a full batch. Load 1.0 is the sum."""
-    prompt, output, reserve = mean_task(scenario)
-    found: dict[str, float] = {}
-    for spec in scenario.node:
-        table = table_of(spec)
-        batch = max(1, min(spec.slots, int(spec.kv_tokens / reserve)))
-        step = table.decode(batch, batch * (prompt + output / 2))
-        prefill = table.prefill(prompt) - table.prefill_seconds[0]
-        found |= dict.fromkeys(names_of(spec), 1.0 / (prefill + output * step / batch))
-    return found
 
 
 class Simulation:
     """Runs `scenario` under `policy` at `load` times the cluster's capacity. Everything drawn depends on `seed` only,
     so every policy meets the same tasks, noise and faults.
 
-    `mechanisms` (None: as the policy's name says) are EDF, short node queues and stopping at the deadline; `abort`
-    overrides the last. `arrivals` replace the scenario's. `listen` hears every event of the stream.
+    `mechanisms` (see `policies.MECHANISMS_ADDED`) are on or off as the policy's name says, but for admission, which is
+    the policy's own; given, they override that, and `abort` whether tasks are stopped at their deadline. `arrivals`
+    replace the scenario's. `listen` hears every event of the stream.
     """
 
     def __init__(
@@ -80,7 +59,7 @@ class Simulation:
         self.clock = Clock(scenario.start)
         self.rate = load * sum(capacity(scenario).values())
         self.arrivals = arrivals if arrivals is not None else make_arrivals(scenario, self.rate, seed)
-        self._recorded, self._listen = arrivals is not None, listen
+        self._is_replay, self._listen = arrivals is not None, listen
         self.outcomes: dict[str, Outcome] = {}
         self.name = policy if isinstance(policy, str) else policy.name
         if mechanisms is None:
@@ -88,7 +67,7 @@ class Simulation:
         self._by_id = {a.event.id: a for a in self.arrivals}
         self._strikes: dict[str, int] = {}
         self._ticking = False
-        self.nodes: dict[str, SimNode] = {}
+        self.nodes: dict[str, SimulatedNode] = {}
         self._make_nodes(abort=mechanisms if abort is None else abort)
         if isinstance(policy, str):
             policy = ORACLES[policy](self) if policy in ORACLES else make_policy(policy, seed)
@@ -97,17 +76,17 @@ class Simulation:
         for node in self.nodes.values():
             node.boot()
         self._next = 0
-        self._arrive_at()
+        self._schedule_arrival()
 
     def _make_nodes(self, *, abort: bool) -> None:
         scenario, seed = self.scenario, self.seed
         prompt, output, _ = mean_task(scenario)
-        specs = [(name, spec) for spec in scenario.node for name in names_of(spec)]
+        specs = [(name, spec) for spec in scenario.node for name in node_names(spec)]
         for index, (name, spec) in enumerate(specs):
-            self.nodes[name] = SimNode(
+            self.nodes[name] = SimulatedNode(
                 name,
                 spec,
-                table_of(spec),
+                step_table_of(spec),
                 self.clock,
                 self.emit,
                 abort=abort,
@@ -117,23 +96,25 @@ class Simulation:
                 boot_error=scenario.boot_error.get(name, 1.0),
                 rng=np.random.default_rng([seed, 2, index]),
             )
-            self.clock.at(scenario.start + scenario.heartbeat * (index + 1) / len(specs), partial(self._beat, name))
+            self.clock.at(
+                scenario.start + scenario.heartbeat * (index + 1) / len(specs), partial(self._heartbeat, name)
+            )
         for fault in scenario.fault:
             if isinstance(fault, Loss):
                 for name in fault.nodes:
                     begin = scenario.start + fault.start
                     self.clock.at(begin, self.nodes[name].die)
-                    self.clock.at(begin + scenario.lease, partial(self._notice, name))
+                    self.clock.at(begin + scenario.lease, partial(self._detect_loss, name))
                     self.clock.at(scenario.start + fault.end, self.nodes[name].boot)
 
-    def run(self) -> Run:
+    def run(self) -> RunResult:
         """Simulate until every task has ended."""
         began = time.perf_counter()
         while len(self.outcomes) < len(self.arrivals):
             self.clock.step()
-        return self._figures(wall=time.perf_counter() - began)
+        return self._result(wall=time.perf_counter() - began)
 
-    def _figures(self, *, wall: float) -> Run:
+    def _result(self, *, wall: float) -> RunResult:
         outcomes = tuple(self.outcomes[a.event.id] for a in self.arrivals)
         span = max(self.arrivals[-1].event.at - self.arrivals[0].event.at, 1e-9)
         states = [o.state for o in outcomes]
@@ -147,7 +128,7 @@ class Simulation:
             if o.node is not None
         )
         per_task = 1.0 / good if good else float("nan")
-        return Run(
+        return RunResult(
             policy=self.name,
             load=self.load,
             seed=self.seed,
@@ -176,23 +157,23 @@ class Simulation:
         """Per service class, output lengths (tokens) of the distribution its tasks are drawn from; the tasks' own
         where they are recorded ones."""
         scenario = self.scenario
-        if self._recorded or isinstance(scenario.arrivals, Replay):
+        if self._is_replay or isinstance(scenario.arrivals, Replay):
             found: dict[str, list[float]] = {}
             for arrival in self.arrivals:
                 found.setdefault(arrival.event.service, []).append(arrival.output)
             return {name: np.array(lengths) for name, lengths in found.items()}
         rng = np.random.default_rng(0)
-        return {s.name: tokens(s.output, 8192, rng, s.max_tokens) for s in scenario.service}
+        return {s.name: draw_tokens(s.output, 8192, rng, s.max_tokens) for s in scenario.service}
 
-    # --- what happens
+    # --- events and decisions
 
     def emit(self, event: Event) -> None:
         """An event of the stream: the core takes it, and decides where it can have changed something."""
-        self._tell(event)
+        self._publish(event)
         if not isinstance(event, Claimed | Dispatched):
             self._decide()
 
-    def _tell(self, event: Event) -> None:
+    def _publish(self, event: Event) -> None:
         match event:
             case Completed() | Ended():
                 self._record(event)
@@ -202,22 +183,22 @@ class Simulation:
             self._listen(event)
         self.core.handle(event)
 
-    def _arrive_at(self) -> None:
+    def _schedule_arrival(self) -> None:
         if self._next < len(self.arrivals):
             self.clock.at(self.arrivals[self._next].event.at, self._arrive)
 
     def _arrive(self) -> None:
         event = self.arrivals[self._next].event
         self._next += 1
-        self._arrive_at()
+        self._schedule_arrival()
         self.emit(event)
 
-    def _beat(self, name: str) -> None:
+    def _heartbeat(self, name: str) -> None:
         if self.nodes[name].alive:
             self.nodes[name].heartbeat()
-        self.clock.at(self.clock.now + self.scenario.heartbeat, partial(self._beat, name))
+        self.clock.at(self.clock.now + self.scenario.heartbeat, partial(self._heartbeat, name))
 
-    def _notice(self, name: str) -> None:
+    def _detect_loss(self, name: str) -> None:
         if not self.nodes[name].alive:
             self.emit(NodeDown.model_construct(at=self.clock.now, node=name, reason="no heartbeat"))
 
@@ -237,18 +218,18 @@ class Simulation:
         if decision.action != "dispatch":
             state = State.REJECTED if decision.action == "reject" else State.EXPIRED
             sentence = decision.explanation.sentence
-            self._tell(Ended.model_construct(at=now, id=task.id, state=state, reason=sentence, node=None))
+            self._publish(Ended.model_construct(at=now, id=task.id, state=state, reason=sentence, node=None))
             return
         assert decision.node is not None
         assert decision.model is not None
-        self._tell(
+        self._publish(
             Dispatched.model_construct(
                 at=now, id=task.id, node=decision.node.name, model=decision.model, attempt=task.attempt
             )
         )
-        job = Job(self._by_id[task.id], task.attempt, self._strikes.get(task.id, 0))
+        attempt = Attempt(self._by_id[task.id], task.attempt, self._strikes.get(task.id, 0))
         node = self.nodes[decision.node.name]
-        self.clock.at(now + self.scenario.dispatch_delay, partial(node.accept, job))
+        self.clock.at(now + self.scenario.dispatch_delay, partial(node.accept, attempt))
 
     def _record(self, event: Completed | Ended) -> None:
         assert event.id not in self.outcomes, f"{event.id} ended twice"

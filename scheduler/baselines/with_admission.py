@@ -12,7 +12,8 @@ from typing import Any
 from typing_extensions import override
 
 from perllm.broker.messages import Candidate, Event
-from perllm.scheduler.baselines.forecast import MeanLength, forecast
+from perllm.scheduler.baselines.calibrated_forecast import forecast
+from perllm.scheduler.baselines.mean_length import MeanLength
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.policy import Choice, Policy, Reject, Wait
 

@@ -127,14 +127,14 @@ def profile_names() -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Points:
+class _Measured:
     decode: dict[int, tuple[float, float, float]]  # batch → base s, slope s/token, W
     prefill: dict[float, float]  # tokens → s
     prefill_watts: float
     idle: float  # W
 
 
-def _vllm(profile: dict[str, Any]) -> _Points:
+def _vllm(profile: dict[str, Any]) -> _Measured:
     rows = [r for r in profile["rows"] if r["phase"] == "decode"]
     times: dict[int, dict[int, float]] = {}
     watts: dict[int, list[float]] = {}
@@ -155,17 +155,17 @@ def _vllm(profile: dict[str, Any]) -> _Points:
         float(r["prompt"]): r["s_per_request"] for r in profile["rows"] if r["phase"] == "prefill" and r["par"] == 1
     }
     prefill_watts = float(np.mean([r["W"] for r in profile["rows"] if r["phase"] == "prefill"]))
-    return _Points(decode, _rising(prefill), prefill_watts, profile["idle_w"])
+    return _Measured(decode, _rising(prefill), prefill_watts, profile["idle_w"])
 
 
-def _llamacpp(rows: list[dict[str, Any]], idle: float, active: float, threads: int = 12) -> _Points:
+def _llamacpp(rows: list[dict[str, Any]], idle: float, active: float, threads: int = 12) -> _Measured:
     """The rows at 12 of 16 threads. Context dependence was not measured there; it is taken as none."""
     rows = [r for r in rows if r["threads"] == threads]
     decode = {r["seqs"]: (r["seqs"] / r["decode_tok_s"], 0.0, active) for r in rows}
     prefill = {0.0: 0.0} | {
         float(_LLAMACPP_CONTEXT * r["seqs"]): _LLAMACPP_CONTEXT * r["seqs"] / r["prefill_tok_s"] for r in rows
     }
-    return _Points(decode, _rising(prefill), active, idle)
+    return _Measured(decode, _rising(prefill), active, idle)
 
 
 def _rising(points: dict[float, float]) -> dict[float, float]:

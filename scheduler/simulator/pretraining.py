@@ -1,4 +1,4 @@
-"""Training in the simulator, for policies that need more tasks than a live system can spare."""
+"""Pretraining in the simulator, for policies that need more tasks to learn from than a live system can spare."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from perllm.scheduler.core.policy import Policy
-from perllm.scheduler.simulator.run import Simulation
 from perllm.scheduler.simulator.scenario import Scenario
+from perllm.scheduler.simulator.simulation import Simulation
 
 
-def train(
+def pretrain(
     policy: Policy,
     scenario: Scenario,
     *,

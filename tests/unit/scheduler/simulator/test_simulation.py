@@ -5,38 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.simulation import PAPER, Watched, rate_at, small
 
 from perllm.broker.messages import Claimed, Completed, Ended, Event, Heartbeat, NodeDown, NodeUp, Returned, State
-from perllm.scheduler.simulator.clock import Clock
-from perllm.scheduler.simulator.link import SharedLink
-from perllm.scheduler.simulator.result import effective_capacity
-from perllm.scheduler.simulator.run import Simulation, capacity, table_of
+from perllm.scheduler.simulator.capacity import step_table_of
 from perllm.scheduler.simulator.scenario import Scenario, load_scenario, scenario_names
-from perllm.scheduler.simulator.speed_changes import Change, Pace
-from perllm.scheduler.simulator.tables import load_table, profile_names
-from perllm.scheduler.simulator.workload import make_arrivals, mean_task
-
-PAPER = load_scenario("paper")
-
-
-def small(scenario: Scenario = PAPER, **changes: Any) -> Scenario:
-    return scenario.model_copy(update={"tasks": 300, **changes})
-
-
-class Watched(Simulation):
-    """Keeps the event stream."""
-
-    def __init__(self, *args: Any, **more: Any) -> None:
-        self.seen: list[Event] = []
-        super().__init__(*args, **more, listen=self.seen.append)
-
+from perllm.scheduler.simulator.simulation import Simulation
+from perllm.scheduler.simulator.workload import make_arrivals
 
 # --- conservation
 
@@ -117,17 +96,13 @@ def test_mechanisms_stop_work_at_the_deadline_and_bound_the_queues() -> None:
     assert deepest == scenario.queue_room
     assert run.expired > 50
     longest_step = 0.6  # of the slowest edge, prefilling a chunk for a full batch
-    deadlines = {a.event.id: a.event.deadline for a in make_arrivals(scenario, run_rate(scenario, 1.5), 1)}
+    deadlines = {a.event.id: a.event.deadline for a in make_arrivals(scenario, rate_at(scenario, 1.5), 1)}
     for (_, deadline), outcome in zip(deadlines.items(), run.outcomes, strict=True):
         assert outcome.ended <= deadline + longest_step
     bare = Deep(scenario, "round-robin", load=1.5, seed=1).run()
     assert deepest > 2 * scenario.queue_room
     assert bare.expired == 0
     assert max(o.ended - o.submitted for o in bare.outcomes) > 8
-
-
-def run_rate(scenario: Scenario, load: float) -> float:
-    return load * sum(capacity(scenario).values())
 
 
 # --- determinism
@@ -154,8 +129,8 @@ def test_every_policy_meets_the_same_world() -> None:
     for name, node in first.nodes.items():
         other = second.nodes[name]
         for t in np.linspace(0, 20, 50).tolist():
-            assert node.pace.at(t) == other.pace.at(t)
-            assert node.link_pace.at(t) == other.link_pace.at(t)
+            assert node.step_time_factor.at(t) == other.step_time_factor.at(t)
+            assert node.seconds_per_byte.at(t) == other.seconds_per_byte.at(t)
 
 
 # --- theory
@@ -188,13 +163,13 @@ def test_one_server_waits_as_pollaczek_and_khinchine_say(
     output: dict[str, Any], squared_variation: float | None
 ) -> None:
     scenario = one_server(1.0, output, 12_000)
-    table = table_of(scenario.node[0])
+    table = step_table_of(scenario.node[0])
     simulation = Simulation(scenario, "cloud-only", load=1.0, seed=1)
     service = np.array(
         [table.prefill(1) + sum(table.decode(1, 1 + i) for i in range(1, a.output)) for a in simulation.arrivals[:4000]]
     )
     mean_service = float(service.mean())
-    load = 0.7 / mean_service / run_rate(scenario, 1.0)
+    load = 0.7 / mean_service / rate_at(scenario, 1.0)
     simulation = Simulation(scenario, "cloud-only", load=load, seed=2)
     run = simulation.run()
     waits = np.array([o.ended - o.submitted for o in run.outcomes]).mean() - mean_service
@@ -203,86 +178,6 @@ def test_one_server_waits_as_pollaczek_and_khinchine_say(
         assert variation == pytest.approx(squared_variation, abs=1e-9)
     expected = 0.7 / (1 - 0.7) * mean_service * (1 + variation) / 2
     assert waits == pytest.approx(expected, rel=0.12)
-
-
-@pytest.mark.parametrize("name", ["edge-1", "cloud"])
-def test_a_flooded_node_works_at_its_capacity(name: str) -> None:
-    node = next(n for n in PAPER.node if n.name == name)
-    scenario = small(tasks=2000, node=(node,))
-    (rate,) = capacity(scenario).values()
-    run = Simulation(scenario, "random", load=20.0, seed=1).run()
-    done = sorted(o.ended for o in run.outcomes)
-    # While every slot is taken: leave out the filling and the emptying
-    middle = done[int(0.9 * len(done))] - done[int(0.1 * len(done))]
-    assert 0.8 * len(done) / middle == pytest.approx(rate, rel=0.1)
-
-
-def test_the_cloud_alone_can_carry_what_the_paper_says() -> None:
-    share = capacity(PAPER)["cloud"] / sum(capacity(PAPER).values())
-    assert share == pytest.approx(1 / 2.2, rel=0.02)
-
-
-# --- links
-
-
-def steady(seconds_per_byte: float, *changes: Change) -> Pace:
-    class Flat(Pace):
-        def _more(self) -> list[float]:
-            return [seconds_per_byte] * 256
-
-    return Flat(1.0, changes, 0.0)
-
-
-def test_transfers_share_a_link_equally() -> None:
-    clock, ends = Clock(), {}
-    link = SharedLink(clock, steady(1e-6))
-
-    def send(name: str, size: float) -> None:
-        link.send(size, lambda: ends.update({name: clock.now}))
-
-    send("a", 2e6)
-    clock.at(1.0, lambda: send("b", 2e6))
-    clock.at(1.5, lambda: send("c", 0.25e6))
-    while clock.step():
-        pass
-    # a: 1 s alone, 0.5 s at half, 0.75 s at a third (c comes and goes), the rest at half; then b alone
-    assert ends == pytest.approx({"c": 2.25, "a": 3.25, "b": 4.25})
-
-
-def test_a_narrowed_link_is_slower_from_that_moment() -> None:
-    clock, ends = Clock(), []
-    link = SharedLink(clock, steady(1e-6, Change(1.0, 3.0, 4.0)))
-    link.send(2e6, lambda: ends.append(clock.now))
-    while clock.step():
-        pass
-    assert ends == pytest.approx([3.5])
-
-
-def test_a_cancelled_transfer_gives_its_share_back_and_never_arrives() -> None:
-    clock, ends = Clock(), []
-    link = SharedLink(clock, steady(1e-6))
-    first = link.send(3e6, lambda: ends.append("first"))
-    link.send(1e6, lambda: ends.append(clock.now))
-    clock.at(1.0, lambda: link.cancel(first))
-    while clock.step():
-        pass
-    assert ends == pytest.approx([1.5])
-
-
-@settings(max_examples=60)
-@given(st.lists(st.tuples(st.floats(0, 5), st.floats(1, 5e6)), min_size=1, max_size=15))
-def test_a_link_moves_every_byte_and_is_never_idle_with_work(transfers: list[tuple[float, float]]) -> None:
-    clock, ends = Clock(), []
-    link = SharedLink(clock, steady(1e-6))
-    for at, size in transfers:
-        clock.at(at, lambda size=size: link.send(size, lambda: ends.append(clock.now)))
-    while clock.step():
-        pass
-    assert len(ends) == len(transfers)
-    busy_until = 0.0
-    for at, size in sorted(transfers):  # work conservation: the last end is that of any order of service
-        busy_until = max(busy_until, at) + size * 1e-6
-    assert max(ends) == pytest.approx(busy_until)
 
 
 # --- faults
@@ -340,7 +235,11 @@ def test_rotating_slowdowns_take_turns() -> None:
     simulation = Simulation(faulty(fault), "random", load=0.5, seed=1)
 
     def slowed(at: float) -> list[str]:
-        return [n for n, node in simulation.nodes.items() if any(c.start <= at < c.end for c in node.pace.changes)]
+        return [
+            n
+            for n, node in simulation.nodes.items()
+            if any(c.start <= at < c.end for c in node.step_time_factor.slowdowns)
+        ]
 
     assert [slowed(t) for t in (4, 6, 16, 26, 39, 41)] == [[], ["edge-1"], ["edge-2"], ["edge-1"], ["edge-2"], []]
 
@@ -349,7 +248,7 @@ def test_a_stall_is_in_the_receipt_of_what_it_overlapped() -> None:
     fault = {"kind": "stalls", "nodes": ["cloud"], "every": 5, "lasting": 2, "start": 0, "end": 1e4}
     simulation = Watched(faulty(fault), "cloud-only", load=0.3, seed=1)
     simulation.run()
-    stalls = simulation.nodes["cloud"].pace.changes
+    stalls = simulation.nodes["cloud"].step_time_factor.slowdowns
     assert all(math.isinf(c.factor) for c in stalls)
     flags = Counter()
     for event in simulation.seen:
@@ -370,85 +269,3 @@ def test_wrong_boot_profiles_are_what_the_node_announces_and_not_what_it_does() 
         a, b = (s.nodes[name].info().models[0].calibration for s in (right, wrong))
         assert b.step == pytest.approx(a.step * (2.5 if name == "edge-1" else 1))
         assert right.nodes[name].table == wrong.nodes[name].table
-
-
-# --- tables
-
-
-def test_tables_give_back_what_was_measured() -> None:
-    rows = json.loads((Path("scheduler/simulator/profiles/vllm-0.25.1_h200_llama-33b-bf16_phases.json")).read_text())
-    table = load_table("vllm-0.25.1_h200_llama-33b-bf16", 256, time=1.0, power=1.0)
-    for row in rows["rows"]:
-        if row["phase"] == "decode":
-            context = row["B"] * row["ctx"]
-            assert table.decode(row["B"], context) == pytest.approx(row["step_s"], rel=1e-6), row
-        if row["phase"] == "prefill" and row["par"] == 1:
-            assert table.prefill(row["prompt"]) == pytest.approx(row["s_per_request"]), row
-        if row["phase"] == "mixed":  # never used to make the table: a check that a chunk's price is right
-            grown = row["B"] * (64 + row["steps"] / 2)
-            extra = row["joined"] * (table.prefill(row["joining_prompt"]) - table.prefill(0)) / row["steps"]
-            assert table.decode(row["B"], grown) + extra == pytest.approx(row["step_s"], rel=0.12), row
-
-
-def test_the_cpu_table_gives_back_the_rates_at_12_threads() -> None:
-    table = load_table("llamacpp-0.3.36_xeon-spr_llama-8b-q4_0", 16, time=1.0, power=1.0, cpu_watts=(15, 60))
-    assert [round(n / table.decode(n, 999), 2) for n in (1, 2, 4, 8, 16)] == [10.84, 13.5, 32.67, 40.54, 61.64]
-    assert 256 / table.prefill(256) == pytest.approx(59.6)
-
-
-@pytest.mark.parametrize("profile", profile_names())
-def test_a_boot_calibration_is_near_the_table_it_was_fitted_to(profile: str) -> None:
-    table = load_table(profile, 8, time=1.0, power=1.0, cpu_watts=(15, 60))
-    cal = table.calibration(prompt=250, output=60)
-    for batch in (1, 4, 8):
-        linear = cal.step + batch * (cal.sequence + cal.context * 280)
-        assert linear == pytest.approx(table.decode(batch, batch * 280), rel=0.35)
-
-
-# --- workload
-
-
-@pytest.mark.parametrize("name", ["paper", "paper-bursts", "measured", "azure-code"])
-def test_arrivals_come_in_order_at_the_rate_asked_for(name: str) -> None:
-    scenario = load_scenario(name).model_copy(update={"tasks": 8000})
-    arrivals = make_arrivals(scenario, 10.0, 3)
-    times = [a.event.at for a in arrivals]
-    assert times == sorted(times)
-    assert len(times) / times[-1] == pytest.approx(10.0, rel=0.15)
-    assert all(a.event.deadline > a.event.at and a.output >= 1 for a in arrivals)
-    prompt, output, _ = mean_task(scenario)
-    assert np.mean([a.event.prompt_tokens for a in arrivals]) == pytest.approx(prompt, rel=0.06)
-    assert np.mean([a.output for a in arrivals]) == pytest.approx(output, rel=0.06)
-
-
-def test_bursts_are_burstier_than_poisson() -> None:
-    def dispersion(name: str) -> float:
-        scenario = load_scenario(name).model_copy(update={"tasks": 8000})
-        times = [a.event.at for a in make_arrivals(scenario, 10.0, 3)]
-        counts = np.bincount(np.array(times, dtype=int))[:-1]
-        return float(counts.var() / counts.mean())
-
-    assert dispersion("paper") == pytest.approx(1.0, abs=0.25)
-    assert dispersion("paper-bursts") > 3
-
-
-def test_hints_are_guesses_of_the_true_length() -> None:
-    raw = PAPER.model_dump() | {"tasks": 4000}
-    raw["service"][0]["hint"] = {"share": 0.5, "sigma": 0.3}
-    arrivals = make_arrivals(Scenario.model_validate(raw), 10.0, 3)
-    chats = [a for a in arrivals if a.event.service == "chat"]
-    hinted = [a for a in chats if a.event.expected_tokens is not None]
-    assert len(hinted) / len(chats) == pytest.approx(0.5, abs=0.06)
-    errors = [math.log(a.event.expected_tokens / a.output) for a in hinted if 5 < a.output < 200]  # type: ignore[operator]
-    assert float(np.std(errors)) == pytest.approx(0.3, abs=0.05)
-    assert all(a.event.expected_tokens is None for a in arrivals if a.event.service != "chat")
-
-
-# --- results
-
-
-def test_effective_capacity_lies_where_the_curve_crosses() -> None:
-    assert effective_capacity([(0.3, 0.9), (0.5, 0.85), (0.7, 0.75)]) == pytest.approx(0.6)
-    assert effective_capacity([(0.3, 0.9), (0.5, 0.85)]) == 0.5
-    assert effective_capacity([(0.5, 0.6)]) == pytest.approx(0.25)
-    assert effective_capacity([(0.3, 0.9), (0.5, 0.7), (0.7, 0.82)]) == 0.7

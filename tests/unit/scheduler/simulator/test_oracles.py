@@ -1,18 +1,18 @@
-"""The oracles' look ahead, against what then happens."""
+"""The oracles' rollouts, against what then happens."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.simulation import PAPER
 
 from perllm.broker.errors import BadSetting
 from perllm.scheduler.policies import make_policy
 from perllm.scheduler.simulator import oracles
-from perllm.scheduler.simulator.oracles import Clairvoyant, Informed, play
-from perllm.scheduler.simulator.run import Simulation
+from perllm.scheduler.simulator.oracles import Clairvoyant, Informed
+from perllm.scheduler.simulator.rollout import rollout
 from perllm.scheduler.simulator.scenario import Scenario, load_scenario
-
-PAPER = load_scenario("paper")
+from perllm.scheduler.simulator.simulation import Simulation
 
 
 def quiet(name: str, tasks: int) -> Scenario:
@@ -25,15 +25,16 @@ def quiet(name: str, tasks: int) -> Scenario:
 
 @pytest.mark.parametrize("name", ["edge-1", "cloud"])
 @pytest.mark.parametrize("moment", [0.05, 0.4, 1.5])
-def test_what_clairvoyance_plays_is_what_happens(name: str, moment: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oracles, "MARGIN", 1.0)
+def test_what_clairvoyance_rolls_out_is_what_happens(name: str, moment: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracles, "STEP_TIME_MARGIN", 1.0)
     simulation = Simulation(quiet(name, 16), "random", load=3000.0, seed=3, mechanisms=True)
     simulation.core._queue_beyond_slots = None  # all of them are on the node before anything has happened
     while simulation.clock.now < moment:
         simulation.clock.step()
     (node,) = simulation.core.cluster.nodes.values()
     (sim,) = simulation.nodes.values()
-    value, joules = play(len(node.in_flight), *Clairvoyant(simulation).scene(node, None, simulation.clock.now))
+    oracle, now = Clairvoyant(simulation), simulation.clock.now
+    value, joules = rollout(len(node.in_flight), oracle.attempts(node, None, now), oracle.node_now(node, now))
     before = sim.engine.counters().energy - sim.table.idle_watts * simulation.clock.now
     in_flight = set(node.in_flight)
     assert len(in_flight) > 5
@@ -67,7 +68,7 @@ def test_clairvoyance_refuses_what_cannot_be_in_time_and_keeps_what_can() -> Non
 
 
 @pytest.mark.parametrize("name", ["clairvoyant", "informed"])
-def test_nothing_is_inside_a_node_that_is_lost(name: str) -> None:
+def test_nothing_has_a_slot_on_a_node_that_is_lost(name: str) -> None:
     lossy = load_scenario("node-loss")
     (loss,) = lossy.fault
     early = loss.model_copy(update={"start": 5.0, "end": 25.0, "nodes": ("cloud", "edge-1")})

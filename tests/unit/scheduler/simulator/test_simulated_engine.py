@@ -11,21 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perllm.scheduler.simulator.clock import Clock
-from perllm.scheduler.simulator.engine import Engine, Sequence, elapsed, steps_until
+from perllm.scheduler.simulator.engine import Engine, Request, elapsed, steps_until
 from perllm.scheduler.simulator.scenario import Link, NodeSpec
-from perllm.scheduler.simulator.speed_changes import Change, Pace, SpeedPace
-from perllm.scheduler.simulator.tables import StepTable, load_table
+from perllm.scheduler.simulator.speed_changes import PiecewiseConstant, Slowdown, StepTimeFactor
+from perllm.scheduler.simulator.step_table import StepTable, load_table
 
 CLOUD = load_table("vllm-0.25.1_h200_llama-33b-bf16", 8, time=1.0, power=1.0)
 EDGE = load_table("llamacpp-0.3.36_xeon-spr_llama-8b-q4_0", 8, time=0.1, power=1.0, cpu_watts=(15, 60))
 
 
-def steady(begin: float = 0.0) -> Pace:
-    return Pace(1e9, [], begin)
+def steady(begin: float = 0.0) -> PiecewiseConstant:
+    return PiecewiseConstant(1e9, [], begin)
 
 
 @dataclass
-class Request:
+class PlannedRequest:
     at: float
     prompt: int
     output: int
@@ -44,17 +44,19 @@ class Left:
     context_steps: float = 0.0
 
 
-def simulate(requests: list[Request], table: StepTable, pace: Pace, slots: int, kv: int, chunk: int) -> Left:
+def simulate(
+    requests: list[PlannedRequest], table: StepTable, factors: PiecewiseConstant, slots: int, kv: int, chunk: int
+) -> Left:
     """With the engine under test."""
     clock, left = Clock(), Left()
-    engine = Engine(clock, table, pace, slots=slots, kv_tokens=kv, chunk=chunk)
+    engine = Engine(clock, table, factors, slots=slots, kv_tokens=kv, chunk=chunk)
 
-    def end(sequence: Sequence) -> None:
+    def end(sequence: Request) -> None:
         i = int(sequence.id)
         left.at[i], left.generated[i], left.joules[i] = clock.now, sequence.generated, sequence.joules
 
-    def arrive(i: int, request: Request) -> None:
-        sequence = Sequence(str(i), request.prompt, request.output, request.prompt + request.output, end)
+    def arrive(i: int, request: PlannedRequest) -> None:
+        sequence = Request(str(i), request.prompt, request.output, request.prompt + request.output, end)
         if request.stop is not None:
             clock.at(request.stop, lambda: engine.stop(sequence) if i not in left.at else None)
         engine.enter(sequence)
@@ -71,7 +73,9 @@ def simulate(requests: list[Request], table: StepTable, pace: Pace, slots: int, 
     return left
 
 
-def one_by_one(requests: list[Request], table: StepTable, pace: Pace, slots: int, kv: int, chunk: int) -> Left:
+def one_by_one(
+    requests: list[PlannedRequest], table: StepTable, factors: PiecewiseConstant, slots: int, kv: int, chunk: int
+) -> Left:
     """The same, step by step, as plainly as can be."""
     left, time = Left(), 0.0
     coming = sorted(range(len(requests)), key=lambda i: requests[i].at)
@@ -107,10 +111,10 @@ def one_by_one(requests: list[Request], table: StepTable, pace: Pace, slots: int
             if generated == 0 and room > 0:
                 chunks[i] = min(room, requests[i].prompt - prefilled)
                 room -= chunks[i]
-        factor, until = pace.at(time)
+        factor, until = factors.at(time)
         while math.isinf(factor):
             left.busy, time = left.busy + until - time, until
-            factor, until = pace.at(time)
+            factor, until = factors.at(time)
         step = factor * table.mixed(len(decoding), context, chunk - room)
         time += step
         left.steps, left.busy, left.context_steps = left.steps + 1, left.busy + step, left.context_steps + context
@@ -127,7 +131,7 @@ def one_by_one(requests: list[Request], table: StepTable, pace: Pace, slots: int
 @pytest.mark.parametrize("table", [CLOUD, EDGE])
 @pytest.mark.parametrize(("prompt", "output"), [(300, 1), (300, 2), (1, 40), (700, 120)])
 def test_a_lone_request_takes_what_the_table_says(table: StepTable, prompt: int, output: int) -> None:
-    left = simulate([Request(0.0, prompt, output)], table, steady(), slots=4, kv=8192, chunk=2048)
+    left = simulate([PlannedRequest(0.0, prompt, output)], table, steady(), slots=4, kv=8192, chunk=2048)
     decode = sum(table.decode(1, prompt + i) for i in range(1, output))
     assert left.at[0] == pytest.approx(table.prefill(prompt) + decode, rel=1e-12)
     assert left.steps == output
@@ -135,8 +139,10 @@ def test_a_lone_request_takes_what_the_table_says(table: StepTable, prompt: int,
 
 def test_a_long_prompt_is_prefilled_in_chunks_beside_the_others() -> None:
     table = CLOUD
-    left = simulate([Request(0, 10, 500), Request(1, 1000, 5)], table, steady(), slots=4, kv=8192, chunk=256)
-    alone = simulate([Request(0, 10, 500)], table, steady(), slots=4, kv=8192, chunk=256)
+    left = simulate(
+        [PlannedRequest(0, 10, 500), PlannedRequest(1, 1000, 5)], table, steady(), slots=4, kv=8192, chunk=256
+    )
+    alone = simulate([PlannedRequest(0, 10, 500)], table, steady(), slots=4, kv=8192, chunk=256)
     # Four chunks at the price of their tokens, then four steps in a batch of two
     price = sum(table.prefill(n) - table.prefill_seconds[0] for n in (256, 256, 256, 232))
     assert left.at[0] - alone.at[0] >= price
@@ -145,7 +151,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_beside_the_others() -> None:
 
 requests = st.lists(
     st.builds(
-        Request,
+        PlannedRequest,
         at=st.floats(0, 5),
         prompt=st.integers(1, 600),
         output=st.integers(1, 60),
@@ -159,7 +165,7 @@ requests = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(requests, st.sampled_from([CLOUD, EDGE]), st.integers(1, 6), st.integers(16, 512), st.integers(0, 99))
 def test_the_closed_form_is_taking_every_step(
-    arrivals: list[Request], table: StepTable, slots: int, chunk: int, seed: int
+    arrivals: list[PlannedRequest], table: StepTable, slots: int, chunk: int, seed: int
 ) -> None:
     for request in arrivals:  # a stop before the request is there has no meaning
         if request.stop is not None:
@@ -167,13 +173,13 @@ def test_the_closed_form_is_taking_every_step(
     spec = NodeSpec(
         name="n", tier="edge", profile="", slots=8, kv_tokens=4096, chunk=1, link=Link(bandwidth=1), noise=0.3
     )
-    changes = [Change(1.0, 2.5, 2.5), Change(3.0, 3.7, math.inf)]
+    changes = [Slowdown(1.0, 2.5, 2.5), Slowdown(3.0, 3.7, math.inf)]
 
-    def pace() -> Pace:
-        return SpeedPace(spec, changes, 0.0, np.random.default_rng(seed))
+    def factors() -> PiecewiseConstant:
+        return StepTimeFactor(spec, changes, 0.0, np.random.default_rng(seed))
 
-    fast = simulate(arrivals, table, pace(), slots, 1200, chunk)
-    slow = one_by_one(arrivals, table, pace(), slots, 1200, chunk)
+    fast = simulate(arrivals, table, factors(), slots, 1200, chunk)
+    slow = one_by_one(arrivals, table, factors(), slots, 1200, chunk)
     assert fast.generated == slow.generated
     assert fast.steps == slow.steps
     assert fast.busy == pytest.approx(slow.busy, rel=1e-9)
@@ -192,7 +198,7 @@ def test_steps_until_is_the_first_that_reaches(first: float, growth: float, span
 def test_counters_between_two_steps_count_whole_steps_only() -> None:
     clock = Clock()
     engine = Engine(clock, CLOUD, steady(), slots=4, kv_tokens=8192, chunk=2048)
-    engine.enter(Sequence("a", 64, 100, 200, lambda _: None))
+    engine.enter(Request("a", 64, 100, 200, lambda _: None))
     seen = []
     for i in range(1, 36):
         clock.at(i * 0.05, lambda: seen.append((clock.now, engine.counters(), engine.progress()["a"])))
@@ -213,8 +219,10 @@ def test_counters_between_two_steps_count_whole_steps_only() -> None:
 
 def test_the_longest_step_is_forgotten_after_a_minute() -> None:
     clock = Clock()
-    engine = Engine(clock, CLOUD, Pace(1e9, [Change(5, 7, math.inf)], 0), slots=4, kv_tokens=8192, chunk=2048)
-    engine.enter(Sequence("a", 64, 4000, 200, lambda _: None))
+    engine = Engine(
+        clock, CLOUD, PiecewiseConstant(1e9, [Slowdown(5, 7, math.inf)], 0), slots=4, kv_tokens=8192, chunk=2048
+    )
+    engine.enter(Request("a", 64, 4000, 200, lambda _: None))
     seen: dict[float, float] = {}
     for at in (4.0, 8.0, 30.0, 75.0):
         clock.at(at, lambda: seen.update({clock.now: engine.counters().longest_step}))
