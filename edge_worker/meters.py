@@ -36,8 +36,8 @@ CORE_WATTS = (
     (r"Neoverse-N1|Graviton", 3.0),  # Altra Q80-30 210/80
     (r"Ryzen.*[0-9]{4}(?:U|HS?)\b", 3.5),  # mobile: 7840U 28/8
     (r"Ryzen", 8.0),  # 5950X 105/16, 7700X 105/8
-    (r"SchedulerCore.*(?:[0-9]{4,5}|[0-9]{3})(?:U|P|H|HX|HK)\b", 3.5),  # mobile: 1360P 28/12, 13700H 45/14
-    (r"SchedulerCore", 9.0),  # 12700K 125/12, 9900K 95/8
+    (r"Core.*(?:[0-9]{4,5}|[0-9]{3})(?:U|P|H|HX|HK)\b", 3.5),  # mobile: 1360P 28/12, 13700H 45/14
+    (r"Core", 9.0),  # 12700K 125/12, 9900K 95/8
     (r"Cortex-A7[26]", 1.2),  # Raspberry Pi 4 and 5
 )  # fmt: skip
 

@@ -171,10 +171,10 @@ def test_the_model_charges_cpu_time_and_the_nodes_part_of_idle(monkeypatch: pyte
 @pytest.mark.parametrize(
     ("model", "watts"),
     [
-        ("AMD EPYC 9654 96-SchedulerCore Processor", 3.8),
+        ("AMD EPYC 9654 96-Core Processor", 3.8),
         ("Intel(R) Xeon(R) Platinum 8480+", 6.5),
-        ("13th Gen Intel(R) SchedulerCore(TM) i7-1360P", 3.5),
-        ("AMD Ryzen 9 5950X 16-SchedulerCore Processor", 8.0),
+        ("13th Gen Intel(R) Core(TM) i7-1360P", 3.5),
+        ("AMD Ryzen 9 5950X 16-Core Processor", 8.0),
         ("AMD EPYC", meters.UNKNOWN_CORE_WATTS),
         ("", meters.UNKNOWN_CORE_WATTS),
     ],
