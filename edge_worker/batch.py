@@ -12,40 +12,37 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 
-from perllm.broker.engine.contract import EngineError, Stop
+from perllm.broker.engine.contract import EngineError, FinishReason, Stop
 from perllm.broker.engine.energy import Attribution
+from perllm.broker.engine.step_time import decode_work, is_stall, step_time
 from perllm.broker.engine.totals import EngineTotals
 from perllm.broker.messages import Counters, StepCost, TaskSpec
 from perllm.edge_worker import llama
 from perllm.edge_worker.batch_plan import Widths, choose_victim, share_prefill
 from perllm.edge_worker.kv_cells import KVCells
 from perllm.edge_worker.prefix_cache import SHORTEST, PrefixCache, common_prefix
-from perllm.edge_worker.sampling import Drawing, GrammarError, token_logprobs
+from perllm.edge_worker.sampling import GrammarError, Sampler, token_logprobs
 from perllm.edge_worker.text_stream import TextStream
 
 log = structlog.get_logger(__name__)
 
-#: A step that takes so many times its expected time, and `STALL_SECONDS` more, was held up by something else.
-STALL_FACTOR, STALL_SECONDS = 3.0, 0.2
 #: A request joins others only if, beyond its prompt, each of them and itself has so many free cells to grow into.
 HEADROOM = 16
-
-FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One call of `generate`, from the waiting line to its end. Times are `time.monotonic()`."""
+    """One call of `generate`, from the queue to its end. Times are `time.monotonic()`."""
 
     task_id: str
     spec: TaskSpec
     stop: Stop
     tokens: list[int]  # the prompt's; the output's are appended
-    drawing: Drawing | None  # None: always the most likely token
+    sampler: Sampler | None  # None: always the most likely token
     text: TextStream
     accepted: float
     streams: bool = False  # put pieces of text into `outbox`
@@ -86,22 +83,17 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """How a batch is stepped: found by calibration."""
+class BatchTuning:
+    """How a batch is stepped, found by calibration."""
 
     chunk: int  # prompt tokens of one step at most
     widths: Widths  # of the decodes
-    calibration: StepCost
+    step_cost: StepCost
 
     def work(self, tokens: int, *, prefill: bool, decoding: int) -> float:
         """The cost of one request's part in a step, s: what its energy is shared by."""
-        speed = self.calibration
-        return tokens * speed.prefill if prefill else speed.sequence + speed.step / max(1, decoding)
-
-    def step(self, *, sequences: int, prefilled: int, context: int) -> float:
-        """The expected time of a step, s."""
-        speed = self.calibration
-        return speed.step + speed.sequence * sequences + speed.prefill * prefilled + speed.context * context
+        cost = self.step_cost
+        return tokens * cost.prefill if prefill else decode_work(cost, sequences=decoding)
 
 
 class Batch:
@@ -111,7 +103,7 @@ class Batch:
         self,
         model: llama.Model,
         context: llama.Context,
-        pace: Pace,
+        tuning: BatchTuning,
         *,
         slots: int,
         remember: int,
@@ -122,7 +114,7 @@ class Batch:
         """`context` holds `slots` + `remember` sequences; the latter keep ended requests' prompts. With none of them
         no prefixes are shared."""
         self.model, self.context = model, context
-        self.pace, self._totals, self._energy, self._counters = pace, totals, energy, counters
+        self.tuning, self._totals, self._energy, self._counters = tuning, totals, energy, counters
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []  # oldest first
         self._slots, self._remember = slots, remember
@@ -135,7 +127,7 @@ class Batch:
         self._cells = KVCells(self.context.kv_tokens, slots)
         self._prefixes = PrefixCache(range(slots, slots + remember), self.context, self._cells)
         self._stepping: tuple[Request, ...] = ()
-        self._at_work: tuple[Request, ...] = ()
+        self._computing: tuple[Request, ...] = ()
 
     @property
     def busy(self) -> bool:
@@ -148,17 +140,22 @@ class Batch:
         return self._cells.free + self._cells.idle
 
     @property
-    def at_work(self) -> Sequence[Request]:
-        """Those being computed or drawn for now; all in the batch, where that is not known. From any thread."""
-        return self._at_work or tuple(self.active)
+    def computing(self) -> Sequence[Request]:
+        """Those being decoded or sampled now; all in the batch, where that is not known. From any thread."""
+        return self._computing or tuple(self.active)
 
     @property
     def longest_step(self) -> float:
         """What a full step is expected to take, s."""
-        return self.pace.step(sequences=self._slots, prefilled=self.pace.chunk, context=self.context.kv_tokens)
+        return step_time(
+            self.tuning.step_cost,
+            sequences=self._slots,
+            prefilled=self.tuning.chunk,
+            context=self.context.kv_tokens,
+        )
 
     def interrupt(self) -> None:
-        """A request was asked to stop: if all in the present step were, end it now. From any thread.
+        """A request was cancelled: if all in the present step were, abort it. From any thread.
 
         With others in the step their work would be lost, and the step is short anyway. (Should the step end in between,
         the next one is aborted instead, and repeated.)
@@ -185,16 +182,15 @@ class Batch:
         done = [part for group in groups for part in self._decode(group)]
         ended = time.monotonic()
         if not prefilling and len(done) == len(decoding):
-            self.pace.widths.observe(tuple(len(group) for group in groups), ended - began)
+            self.tuning.widths.observe(tuple(len(group) for group in groups), ended - began)
         fresh = set(prefilling)
         prefilled = sum(tokens for request, tokens in done if request in fresh)
-        work = {r: self.pace.work(tokens, prefill=r in fresh, decoding=len(decoding)) for r, tokens in done}
+        work = {r: self.tuning.work(tokens, prefill=r in fresh, decoding=len(decoding)) for r, tokens in done}
         if not work:
             return
         self._totals.step(began, ended, sequences=sequences, prefilled=prefilled, context=context)
-        if ended - began > STALL_SECONDS + STALL_FACTOR * self.pace.step(
-            sequences=sequences, prefilled=prefilled, context=context
-        ):
+        expected = step_time(self.tuning.step_cost, sequences=sequences, prefilled=prefilled, context=context)
+        if is_stall(ended - began, expected):
             for request in self.active:
                 request.stalled = True
         self._energy.work({request: amount for request, amount in work.items() if request.sequence >= 0})
@@ -214,7 +210,7 @@ class Batch:
         self.context.clear()
         self._begin()
 
-    # --- who is in
+    # --- admission
 
     def _admit(self) -> None:
         while self.waiting and self._unused:
@@ -267,11 +263,11 @@ class Batch:
         """The decodes of this step: (request, tokens) each. Beside a prefill all go in one."""
         if prefilling:
             remaining = [len(r.tokens) - self._cells.length(r.sequence) for r in prefilling]
-            chunks = share_prefill(remaining, min(self.pace.chunk, self.context.batch_tokens - len(decoding)))
+            chunks = share_prefill(remaining, min(self.tuning.chunk, self.context.batch_tokens - len(decoding)))
             parts = [(r, n) for r, n in zip(prefilling, chunks, strict=True) if n]
             return [[*((r, 1) for r in decoding), *parts]]
         rest = iter(decoding)
-        return [[(next(rest), 1) for _ in range(width)] for width in self.pace.widths.choose(len(decoding))]
+        return [[(next(rest), 1) for _ in range(width)] for width in self.tuning.widths.choose(len(decoding))]
 
     # --- one decode
 
@@ -284,11 +280,11 @@ class Batch:
             if not self._make_room(sum(n for _, n in group)):
                 continue
             rows = self._fill(group)
-            self._stepping = self._at_work = tuple(r for r, _ in group)
+            self._stepping = self._computing = tuple(r for r, _ in group)
             self.context.abort(False)
             status = self.context.decode()
             self._stepping = ()
-            self._at_work = ()
+            self._computing = ()
             if status != llama.NO_KV_SLOT:
                 break
             self._cells.correct(sum(n for _, n in group) - 1)
@@ -302,13 +298,13 @@ class Batch:
             self._cells.grow(request.sequence, tokens)
         for request, row in rows:
             request.prefilling = False
-            self._at_work = (request,)
+            self._computing = (request,)
             try:
                 self._sample(request, row)
             except Exception as error:  # one request's sampling must not take the others with it
                 log.exception("sampling_failed", task_id=request.task_id)
                 request.error = EngineError(f"sampling failed: {type(error).__name__}: {error}", retry=True)
-        self._at_work = ()
+        self._computing = ()
         return group
 
     def _fill(self, group: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
@@ -325,7 +321,7 @@ class Batch:
 
     def _lose(self, group: list[tuple[Request, int]], status: int) -> None:
         """llama.cpp failed: what it left in memory for these requests is unknown."""
-        reason = f"llama.cpp could not compute the batch (status {status}): {llama.complaint()}"
+        reason = f"llama.cpp could not compute the batch (status {status}): {llama.last_error()}"
         log.error("decode_failed", status=status, requests=len(group))
         for request, _ in group:
             request.error = EngineError(reason, retry=True)
@@ -341,7 +337,7 @@ class Batch:
         return False
 
     def _preempt(self) -> None:
-        """KV cache full: put the request of least value per remaining work back into the line. Its output so far is
+        """KV cache full: put the request of least value per remaining work back into the queue. Its output so far is
         kept, and prefilled again when it returns."""
         if self._prefixes.forget_oldest():
             return
@@ -360,7 +356,7 @@ class Batch:
     def _sample(self, request: Request, row: int) -> None:
         logits = self.context.logits(row)
         try:
-            token = int(logits.argmax()) if request.drawing is None else request.drawing.draw(logits)
+            token = int(logits.argmax()) if request.sampler is None else request.sampler.sample(logits)
         except GrammarError as error:
             field = "grammar" if request.spec.grammar is not None else "json_schema"
             request.error = EngineError(f"{field}: {error}", retry=False)
@@ -387,7 +383,7 @@ class Batch:
     # --- leaving
 
     def _leave(self, request: Request) -> None:
-        """Take a request out of the batch and free its memory."""
+        """Take a request out of the batch and free its KV cells."""
         self.active.remove(request)
         self.context.remove(request.sequence)
         self._cells.drop(request.sequence)
@@ -406,8 +402,8 @@ class Batch:
             self._prefixes.trim()
         else:
             self.waiting.remove(request)
-        if request.drawing is not None:
-            request.drawing.close()
+        if request.sampler is not None:
+            request.sampler.close()
         if (rest := request.text.finish()) and request.streams:
             request.outbox.put(rest)
         request.after = self._counters()

@@ -20,7 +20,7 @@ class KVCells:
 
     @property
     def free(self) -> int:
-        """KVCells nobody uses."""
+        """Cells nobody uses."""
         return len(self._free)
 
     def length(self, sequence: int) -> int:

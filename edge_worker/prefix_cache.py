@@ -1,4 +1,4 @@
-"""Prompts kept in the KV cache after their request ended, so that the next one with the same beginning shares it."""
+"""Prompts kept in the KV cache after their request ended, so that the next one with the same prefix shares it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from perllm.edge_worker.kv_cells import KVCells
 from perllm.edge_worker.llama import Context
 
-#: PrefixCache shorter than this many tokens are not worth sharing.
+#: Prefixes shorter than this many tokens are not worth sharing.
 SHORTEST = 16
 #: Part of the KV cache that remembered prompts alone may take.
 SHARE_OF_CACHE = 0.25
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common beginning of two lists."""
+    """Length of the longest common prefix of two lists."""
     most = min(len(a), len(b))
-    # The first length at which the beginnings differ, by bisection: comparing slices runs in C.
+    # The first length at which the prefixes differ, by bisection: comparing slices runs in C.
     return bisect_left(range(1, most + 1), True, key=lambda length: a[:length] != b[:length])
 
 
@@ -32,7 +32,7 @@ class PrefixCache:
         self._most_idle = int(context.kv_tokens * SHARE_OF_CACHE)
 
     def longest(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """(sequence, length) of the remembered prompt with the longest common beginning; (−1, 0) without one."""
+        """(sequence, length) of the remembered prompt with the longest common prefix; (−1, 0) without one."""
         length, sequence = max(((common_prefix(t, tokens), s) for s, t in self._prompts.items()), default=(0, -1))
         return (sequence, length) if length else (-1, 0)
 

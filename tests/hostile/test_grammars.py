@@ -25,8 +25,8 @@ from perllm.broker.engine.contract import EngineError, Stop
 from perllm.broker.errors import InvalidTask, TryAgain
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import TaskSpec
-from perllm.broker.settings import Settings
 from perllm.edge_worker.engine import LlamaEngine
+from perllm.edge_worker.settings import EdgeSettings
 
 #: Each with what becomes of it: refused, with words of the reason, or None where it may be used, being bounded.
 BOMBS: dict[str, tuple[dict[str, Any], str | None]] = {
@@ -166,7 +166,7 @@ def test_random_grammars_and_schemas_harm_nobody(tiny: Path) -> None:
         fields: dict[str, Any] = {"grammar": rules} if number % 2 else {"json_schema": schema(3)}
         return TaskSpec(prompt="Hi.", max_tokens=30, temperature=1.0, seed=number, **fields)
 
-    engine = LlamaEngine(Settings(model=str(tiny), model_cache=tiny.parent, threads=1, slots=4))
+    engine = LlamaEngine(EdgeSettings(model=str(tiny), model_cache=tiny.parent, threads=1, slots=4))
     engine.start()
     try:
         with ThreadPoolExecutor(3) as pool:

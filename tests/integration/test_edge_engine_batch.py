@@ -19,7 +19,6 @@ from support.wait import eventually
 from perllm.broker.engine.contract import EngineError, Generation, Stop
 from perllm.broker.errors import BadSetting
 from perllm.broker.messages import Message, TaskSpec
-from perllm.broker.settings import Settings
 from perllm.edge_worker import sampling
 from perllm.edge_worker.batch import Batch
 from perllm.edge_worker.engine import LlamaEngine
@@ -28,6 +27,7 @@ from perllm.edge_worker.kv_cells import KVCells
 from perllm.edge_worker.llama import ABORTED, OK, Context, Model
 from perllm.edge_worker.model_pool import SCRATCH
 from perllm.edge_worker.prefix_cache import PrefixCache
+from perllm.edge_worker.settings import EdgeSettings
 
 KV_BYTES = 256  # per token of the tiny model
 
@@ -40,7 +40,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(tiny: Path, remember: int = 8, **fields: Any) -> LlamaEngine:
     cache = tiny.parent / "cache"
     engine = LlamaEngine(
-        Settings(model=str(tiny), model_cache=cache, threads=1, **({"slots": 4} | fields)), remember=remember
+        EdgeSettings(model=str(tiny), model_cache=cache, threads=1, **({"slots": 4} | fields)), remember=remember
     )
     engine.start()
     return engine
@@ -117,7 +117,7 @@ def test_remembered_prompts_make_room(engine: LlamaEngine) -> None:
     kv = engine.offers()[0].kv_tokens
     for i in range(12):
         engine.generate("t", TaskSpec(prompt=f"{i} " * 600, max_tokens=2), Stop(60))
-    (batch,) = engine._variants.batches
+    (batch,) = engine._pool.batches
     assert batch._cells.idle <= kv / 4
     assert batch._cells.free + batch._cells.idle == kv == engine.counters().free_kv
 
@@ -174,7 +174,7 @@ def test_what_cannot_fit_is_refused_with_its_numbers(cramped: LlamaEngine) -> No
 
 def test_a_decode_that_finds_no_cells_preempts(cramped: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama.cpp itself says that the cache is full: here because the count of free cells is made to be wrong."""
-    (batch,) = cramped._variants.batches
+    (batch,) = cramped._pool.batches
     wrong = KVCells(10_000, cramped.slots)
     monkeypatch.setattr(batch, "_cells", wrong)
     monkeypatch.setattr(batch, "_prefixes", PrefixCache(range(4, 12), batch.context, wrong))
@@ -192,7 +192,7 @@ def test_a_decode_that_finds_no_cells_preempts(cramped: LlamaEngine, monkeypatch
 @pytest.mark.parametrize("broken", ["decode", "logits", "copy"])
 def test_the_engine_outlives_a_failure_inside(tiny: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     engine = started(tiny)
-    (batch,) = engine._variants.batches
+    (batch,) = engine._pool.batches
     calls = [0]
     real = getattr(batch.context, broken)
 
@@ -259,11 +259,11 @@ def test_variants_are_loaded_on_demand_within_the_memory(tiny: Path) -> None:
     try:
         names = [offer.name for offer in engine.offers()]
         assert names == ["tiny:f32", "tiny:q8_0", "tiny:q4_0"]
-        assert [v.name for v in engine._variants._all.values() if v.loaded] == ["tiny:f32"]
+        assert [v.name for v in engine._pool._all.values() if v.loaded] == ["tiny:f32"]
         for name in (names[2], names[0], names[1]):
             done = engine.generate("t", TaskSpec(prompt="Hi.", model=name, max_tokens=3), Stop(60))
             assert done.model == name
-            assert [v.name for v in engine._variants._all.values() if v.loaded] == [name]
+            assert [v.name for v in engine._pool._all.values() if v.loaded] == [name]
         mixed = all_of(engine, [TaskSpec(prompt="Hi.", model=names[i % 3], max_tokens=30) for i in range(9)])
         assert [d.model for d in mixed] == [names[i % 3] for i in range(9)]
         assert {d.completion_tokens for d in mixed} <= set(range(1, 31))
@@ -281,7 +281,7 @@ def test_a_request_stopped_while_it_waits_for_its_model(tiny: Path) -> None:
             )
             inside.wait(60)
             done = engine.generate("b", TaskSpec(prompt="Hi.", model="tiny:q8_0"), Stop(0.01))
-            stop.ask()
+            stop.cancel()
             holder.result()
         assert (done.output.finish_reason, done.completion_tokens) == ("deadline", 0)
     finally:
@@ -324,7 +324,7 @@ def test_any_mix_of_requests_leaves_nothing_behind(tiny: Path) -> None:
         def listen(_: str) -> None:
             seen[0] += 1
             if seen[0] == cancel_at:
-                stop.ask()
+                stop.cancel()
 
         cancel_at = pick.choice([0, 0, 0, 1, 5])
         spec = chat(
@@ -352,7 +352,7 @@ def test_any_mix_of_requests_leaves_nothing_behind(tiny: Path) -> None:
         with ThreadPoolExecutor(10) as pool:
             list(pool.map(one, numbers))
         counters = engine.counters()
-        (batch,) = engine._variants.batches
+        (batch,) = engine._pool.batches
         assert set(outcomes) == {"refused", "stop", "length", "deadline", "cancelled"}
         assert (counters.active, counters.waiting, counters.free_kv) == (0, 0, 768)
         assert sorted(batch._unused) == list(range(6))
@@ -374,7 +374,7 @@ def test_closing_ends_what_runs(tiny: Path) -> None:
         with pytest.raises(EngineError, match="closing") as caught:
             job.result()
     assert caught.value.retry
-    assert not any(variant.loaded for variant in engine._variants._all.values())
+    assert not any(variant.loaded for variant in engine._pool._all.values())
     engine.close()
     with pytest.raises(EngineError, match="closing"):
         engine.generate("t", TaskSpec(prompt="Hi."), Stop(1))
@@ -384,7 +384,7 @@ def test_closing_ends_what_runs(tiny: Path) -> None:
 
 
 def refused(path: Path, **fields: Any) -> str:
-    engine = LlamaEngine(Settings(model=str(path), threads=1, **fields))
+    engine = LlamaEngine(EdgeSettings(model=str(path), threads=1, **fields))
     with pytest.raises(BadSetting) as caught:
         engine.start()
     engine.close()

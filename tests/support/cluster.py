@@ -111,7 +111,15 @@ class Cluster:
         quiet = ["--without-gossip", "--without-mingle"]
         user = {"redis_url": self.url_of("inbox" if app == "broker" else "worker")}
         return self.start(
-            name, "celery", "-A", f"perllm.{app}", "worker", "-n", f"{name}@test", *quiet, **(user | settings)
+            name,
+            "celery",
+            "-A",
+            app if "." in app else f"perllm.{app}",
+            "worker",
+            "-n",
+            f"{name}@test",
+            *quiet,
+            **(user | settings),
         )
 
     def start_node(self, name: str, **settings: object) -> Process:

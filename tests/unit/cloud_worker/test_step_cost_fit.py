@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perllm.broker.engine.step_time import decode_work, step_time
 from perllm.broker.messages import StepCost
-from perllm.cloud_worker.step_cost import Step, decode_work, expected, fit, urgency
+from perllm.cloud_worker.priority import priority
+from perllm.cloud_worker.step_cost import TimedStep, fit_step_cost
 
 BATCHES = ((1, 16), (64, 16), (64, 1024), (1, 1024))
 
@@ -25,11 +27,11 @@ def test_an_engine_that_is_as_the_model_says_is_found_exactly(
     step: float, sequence: float, prefill: float, context: float
 ) -> None:
     true = StepCost(step=step, sequence=sequence, prefill=prefill, context=context)
-    steps = [Step(expected(true, sequences=n, context=n * c), n, 0, n * c) for n, c in BATCHES]
-    steps += [Step(expected(true, sequences=1, prefilled=p, context=p), 1, p, p) for p in (512, 1024)]
-    found = fit(steps)
+    steps = [TimedStep(step_time(true, sequences=n, context=n * c), n, 0, n * c) for n, c in BATCHES]
+    steps += [TimedStep(step_time(true, sequences=1, prefilled=p, context=p), 1, p, p) for p in (512, 1024)]
+    found = fit_step_cost(steps)
     for one in steps:
-        predicted = expected(found, sequences=one.sequences, prefilled=one.prefilled, context=one.context)
+        predicted = step_time(found, sequences=one.sequences, prefilled=one.prefilled, context=one.context)
         assert predicted == pytest.approx(one.seconds, rel=1e-4)
 
 
@@ -39,7 +41,7 @@ def test_an_engine_that_is_as_the_model_says_is_found_exactly(
     )
 )
 def test_no_coefficient_is_below_zero_whatever_was_timed(timed: list[tuple[float, int, int, int]]) -> None:
-    found = fit([Step(*one) for one in timed])
+    found = fit_step_cost([TimedStep(*one) for one in timed])
     assert all(value >= 0 for value in (found.step, found.sequence, found.prefill, found.context))
 
 
@@ -49,29 +51,29 @@ def test_the_steps_tried_at_boot_predict_the_others_of_a_measured_gpu(model: str
     rows = json.loads(files("perllm.scheduler.simulator.profiles").joinpath(name).read_text())["rows"]
     decodes = [r for r in rows if r["phase"] == "decode"]
     tried = [r for r in decodes if r["B"] in (1, 64, 256) and r["ctx"] in (64, 1024)]
-    steps = [Step(r["step_s"], r["B"], 0, r["B"] * r["ctx"]) for r in tried]
+    steps = [TimedStep(r["step_s"], r["B"], 0, r["B"] * r["ctx"]) for r in tried]
     prefills = [r for r in rows if r["phase"] == "prefill" and r["par"] == 1]
-    steps += [Step(r["s_per_request"], 1, r["prompt"], r["prompt"]) for r in prefills]
-    found = fit(steps)
+    steps += [TimedStep(r["s_per_request"], 1, r["prompt"], r["prompt"]) for r in prefills]
+    found = fit_step_cost(steps)
     for r in decodes:
-        predicted = expected(found, sequences=r["B"], context=r["B"] * r["ctx"])
+        predicted = step_time(found, sequences=r["B"], context=r["B"] * r["ctx"])
         assert predicted == pytest.approx(r["step_s"], rel=0.25), r
 
 
 def test_a_token_in_company_weighs_less() -> None:
-    speed = StepCost(step=5e-3, sequence=2e-5, prefill=2.6e-5)
-    assert decode_work(speed, sequences=1, context=0) > 20 * decode_work(speed, sequences=64, context=0)
+    cost = StepCost(step=5e-3, sequence=2e-5, prefill=2.6e-5)
+    assert decode_work(cost, sequences=1, context=0) > 20 * decode_work(cost, sequences=64, context=0)
 
 
 def test_the_earlier_deadline_and_the_greater_value_go_first() -> None:
     now = 1000.0
-    assert urgency(now, 5.0, 1.0, 1.0) < urgency(now, 6.0, 1.0, 1.0)
-    assert urgency(now, 5.0, 1.0, 2.0) < urgency(now, 5.0, 1.0, 1.0)  # more work: less slack
-    assert urgency(now, 60.0, 10.0, 1.0) < urgency(now, 60.0, 1.0, 1.0)
-    assert urgency(now, 60.0, 1.0, 1.0) < urgency(now, None, 1.0, 1.0)
-    assert urgency(now + 30, 10.0, 1.0, 1.0) < urgency(now, 60.0, 1.0, 1.0)  # came later, must begin earlier
+    assert priority(now, 5.0, 1.0, 1.0) < priority(now, 6.0, 1.0, 1.0)
+    assert priority(now, 5.0, 1.0, 2.0) < priority(now, 5.0, 1.0, 1.0)  # more work: less slack
+    assert priority(now, 60.0, 10.0, 1.0) < priority(now, 60.0, 1.0, 1.0)
+    assert priority(now, 60.0, 1.0, 1.0) < priority(now, None, 1.0, 1.0)
+    assert priority(now + 30, 10.0, 1.0, 1.0) < priority(now, 60.0, 1.0, 1.0)  # came later, must begin earlier
 
 
 @given(remaining=st.none() | st.floats(0, 30 * 86_400), value=st.floats(1e-6, 1e6), work=st.floats(0, 1e6))
 def test_a_priority_fits_vllm_s_integers(remaining: float | None, value: float, work: float) -> None:
-    assert 0 <= urgency(1e6, remaining, value, work) < 1 << 63
+    assert 0 <= priority(1e6, remaining, value, work) < 1 << 63

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from perllm.broker.settings import Settings
+from perllm.broker.engine.settings import EngineSettings
 from perllm.edge_worker import meters
 from perllm.edge_worker.meters import CpuModelMeter, RaplMeter, core_watts, make_meter, zones
 
@@ -152,7 +152,7 @@ def test_unreadable_counters_fall_back_to_an_estimate(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(meters, "RaplMeter", refused)
-    meter = make_meter(Settings(tdp_watts=100, idle_watts=20), threads=1)
+    meter = make_meter(EngineSettings(tdp_watts=100, idle_watts=20), threads=1)
     assert isinstance(meter, CpuModelMeter)
     assert (meter.method, meter.estimated) == ("cpu-model", True)
 
@@ -171,10 +171,10 @@ def test_the_model_charges_cpu_time_and_the_nodes_part_of_idle(monkeypatch: pyte
 @pytest.mark.parametrize(
     ("model", "watts"),
     [
-        ("AMD EPYC 9654 96-SchedulerCore Processor", 3.8),
+        ("AMD EPYC 9654 96-Core Processor", 3.8),
         ("Intel(R) Xeon(R) Platinum 8480+", 6.5),
-        ("13th Gen Intel(R) SchedulerCore(TM) i7-1360P", 3.5),
-        ("AMD Ryzen 9 5950X 16-SchedulerCore Processor", 8.0),
+        ("13th Gen Intel(R) Core(TM) i7-1360P", 3.5),
+        ("AMD Ryzen 9 5950X 16-Core Processor", 8.0),
         ("AMD EPYC", meters.UNKNOWN_CORE_WATTS),
         ("", meters.UNKNOWN_CORE_WATTS),
     ],
