@@ -1,4 +1,7 @@
-"""All that is bound to vLLM's own signatures (as of 0.25.1). Imported only where vLLM is about to run."""
+"""All that is bound to vLLM's own names and signatures. Imported only where vLLM is about to run.
+
+Their list is in tests/unit/cloud_worker/test_vllm_symbols.py.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,6 @@ from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
-from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -31,13 +33,9 @@ from perllm.broker.messages import TaskSpec
 from perllm.cloud_worker.settings import CloudSettings
 
 __all__ = [
-    "AsyncEngineArgs",
-    "AsyncLLM",
     "EngineDeadError",
     "EngineGenerateError",
-    "LoRARequest",
     "Prompter",
-    "RequestOutput",
     "calibration_params",
     "engine_args",
     "limits",
@@ -48,7 +46,7 @@ __all__ = [
     "tokens_input",
 ]
 
-#: The versions this was written and tested for.
+#: The versions this was tested with; others draw a warning.
 TESTED = ("0.25.",)
 VERSION: str = vllm.__version__
 #: Ranks vLLM can reserve memory for.
