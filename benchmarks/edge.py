@@ -296,7 +296,7 @@ def main() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     settings = load_settings(EdgeSettings, threads=arguments.threads, slots=WIDTHS[-1], model=arguments.model)
 
-    engine = LlamaEngine(settings, remember=0)
+    engine = LlamaEngine(settings, cached_prompts=0)
     engine.start()
     served = engine._pool.get(None)
     samples = throughput(engine, served.gguf.path, arguments.threads, arguments.rounds)

@@ -166,8 +166,8 @@ class NVMLMeter:
     """The joules of one engine's GPUs together, as a `perllm.broker.engine.energy.Meter`.
 
     Read from the energy counters; a GPU without one is sampled every `SAMPLE_EVERY` s and counts as estimated, as does
-    one whose counter includes other MIG tenants. Raises Unreadable when a GPU gives neither. `idle` and `active` (W) are
-    for the engine to set once it has measured them.
+    one whose counter includes other MIG tenants. Raises Unreadable when a GPU gives neither. `idle` and `active` (W)
+    are for the engine to set once it has measured them.
     """
 
     def __init__(self, gpus: Sequence[GPU], clock: Callable[[], float] = time.monotonic) -> None:

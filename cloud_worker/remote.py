@@ -49,7 +49,7 @@ from perllm.cloud_worker.backoff import backoff
 from perllm.cloud_worker.event_loop import LoopThread, Pieces
 from perllm.cloud_worker.openai_api import (
     Chunk,
-    Garbled,
+    Malformed,
     OpenAIClient,
     Refused,
     ServerError,
@@ -118,7 +118,7 @@ class RemoteEngine:
         self._down: str | None = None
         self._reviving: asyncio.Task[None] | None = None
         self._loop: LoopThread | None = None
-        self._client = OpenAIClient(self._url, _key(settings), silence=settings.openai_timeout, connections=self.slots)
+        self._client = OpenAIClient(self._url, _key(settings), timeout=settings.openai_timeout, connections=self.slots)
 
     # --- life
 
@@ -128,7 +128,7 @@ class RemoteEngine:
         try:
             self._loop.run(self._start())
         except ServerError as error:
-            raise BadSetting(self._way_out(error)) from None
+            raise BadSetting(self._explained(error)) from None
         except EngineError as error:
             raise BadSetting(str(error)) from None
         self.description = f"OpenAI-compatible server at {self._url}, {self._model}"
@@ -176,11 +176,11 @@ class RemoteEngine:
         await self._ask(request)
         return request
 
-    def _way_out(self, error: ServerError) -> str:
+    def _explained(self, error: ServerError) -> str:
         match error:
             case Refused(status=401 | 403):
                 return f"{self._url} refuses the key ({error}): set PERLLM_OPENAI_API_KEY or PERLLM_OPENAI_API_KEY_FILE"
-            case Refused() | Garbled():
+            case Refused() | Malformed():
                 return f"PERLLM_OPENAI_BASE_URL: {self._url} does not answer as an OpenAI-compatible server: {error}"
             case _:
                 return f"PERLLM_OPENAI_BASE_URL: {self._url}: {error}"
@@ -343,7 +343,7 @@ class RemoteEngine:
             case Unreachable():
                 raise self._go_down(f"{self._url}: {error}") from None
             case Refused(status=401 | 403):
-                raise self._go_down(self._way_out(error)) from None
+                raise self._go_down(self._explained(error)) from None
             case Refused():
                 raise EngineError(f"the server refuses it: {error}", retry=False) from None
             case Unavailable() if tries < MAX_TRIES and not request.tokens:
@@ -372,7 +372,7 @@ class RemoteEngine:
             if request.finish is None:
                 raise
         if request.finish is None:
-            raise Garbled("the stream broke off before it was finished")
+            raise Malformed("the stream broke off before it was finished")
 
     def _take(self, request: _Request, chunk: Chunk) -> None:
         request.usage = chunk.usage or request.usage

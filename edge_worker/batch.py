@@ -52,7 +52,7 @@ class Request:
     # In the batch
     sequence: int = -1
     prefilling: bool = True
-    leader: Request | None = None  # prefills a beginning this one waits to share …
+    prefix_of: Request | None = None  # prefills a prefix this one waits to share …
     shared: int = 0  # … of so many tokens
     cached: int = 0
     logprobs: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # (characters before it, entry)
@@ -106,26 +106,26 @@ class Batch:
         tuning: BatchTuning,
         *,
         slots: int,
-        remember: int,
+        cached_prompts: int,
         totals: EngineTotals,
         energy: Attribution,
         counters: Callable[[], Counters],
     ) -> None:
-        """`context` holds `slots` + `remember` sequences; the latter keep ended requests' prompts. With none of them
-        no prefixes are shared."""
+        """`context` holds `slots` + `cached_prompts` sequences; the latter keep ended requests' prompts. With
+        none of them no prefixes are shared."""
         self.model, self.context = model, context
         self.tuning, self._totals, self._energy, self._counters = tuning, totals, energy, counters
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []  # oldest first
-        self._slots, self._remember = slots, remember
+        self._slots, self._cached_prompts = slots, cached_prompts
         self._begin()
 
     def _begin(self) -> None:
         """An empty context's state."""
-        slots, remember = self._slots, self._remember
+        slots = self._slots
         self._unused = list(range(slots))
         self._cells = KVCells(self.context.kv_tokens, slots)
-        self._prefixes = PrefixCache(range(slots, slots + remember), self.context, self._cells)
+        self._prefixes = PrefixCache(range(slots, slots + self._cached_prompts), self.context, self._cells)
         self._stepping: tuple[Request, ...] = ()
         self._computing: tuple[Request, ...] = ()
 
@@ -137,7 +137,7 @@ class Batch:
     @property
     def free_kv(self) -> int:
         """Tokens of KV cache free, or held only for reuse. From any thread."""
-        return self._cells.free + self._cells.idle
+        return self._cells.free + self._cells.reusable
 
     @property
     def computing(self) -> Sequence[Request]:
@@ -224,26 +224,26 @@ class Batch:
             request.prefilling = True
             self._energy.enter(request)
             self.active.append(request)
-            if self._remember:
+            if self._cached_prompts:
                 self._find_prefix(request)
 
     def _find_prefix(self, request: Request) -> None:
-        """Share the longest beginning that another request or a remembered prompt has computed, or is computing."""
-        source, shared = self._prefixes.longest(request.tokens)
+        """Share the longest prefix that another request or a cached prompt has computed, or is computing."""
+        source, shared = self._prefixes.longest_match(request.tokens)
         if shared:
             self._prefixes.touch(source)
-        leader = None
+        computing = None
         for other in self.active:
             if other is request:
                 break  # only older ones: nobody waits in a circle
             common = common_prefix(other.tokens, request.tokens)
             if common > shared:
-                source, shared, leader = other.sequence, common, other
+                source, shared, computing = other.sequence, common, other
         shared = min(shared, len(request.tokens) - 1)  # the last token's logits are needed
         if shared < SHORTEST:
             return
-        if leader is not None and self._cells.length(leader.sequence) < shared:
-            request.leader, request.shared = leader, shared
+        if computing is not None and self._cells.length(computing.sequence) < shared:
+            request.prefix_of, request.shared = computing, shared
             return
         self.context.copy(source, request.sequence, shared)
         self._cells.share(source, request.sequence, shared)
@@ -252,11 +252,11 @@ class Batch:
     def _ready(self) -> tuple[list[Request], list[Request]]:
         """The requests to prefill and to decode in this step."""
         for request in self.active:
-            leader = request.leader
-            if leader and (leader.sequence < 0 or self._cells.length(leader.sequence) >= request.shared):
-                request.leader = None
+            other = request.prefix_of
+            if other and (other.sequence < 0 or self._cells.length(other.sequence) >= request.shared):
+                request.prefix_of = None
                 self._find_prefix(request)
-        prefilling = [r for r in self.active if r.prefilling and r.leader is None]
+        prefilling = [r for r in self.active if r.prefilling and r.prefix_of is None]
         return prefilling, [r for r in self.active if not r.prefilling]
 
     def _groups(self, prefilling: list[Request], decoding: list[Request]) -> list[list[tuple[Request, int]]]:
@@ -325,11 +325,11 @@ class Batch:
         log.error("decode_failed", status=status, requests=len(group))
         for request, _ in group:
             request.error = EngineError(reason, retry=True)
-            self._end(request, remember=False)
+            self._end(request, cache=False)
 
     def _make_room(self, cells: int) -> bool:
-        """Whether so many cells are free, after forgetting remembered prompts; otherwise preempts one request."""
-        while self._cells.free < cells and self._prefixes.forget_oldest():
+        """Whether so many cells are free, after evicting cached prompts; otherwise preempts one request."""
+        while self._cells.free < cells and self._prefixes.evict_oldest():
             pass
         if self._cells.free >= cells:
             return True
@@ -339,7 +339,7 @@ class Batch:
     def _preempt(self) -> None:
         """KV cache full: put the request of least value per remaining work back into the queue. Its output so far is
         kept, and prefilled again when it returns."""
-        if self._prefixes.forget_oldest():
+        if self._prefixes.evict_oldest():
             return
         worth = [(r.spec.value, len(r.tokens) + r.spec.max_tokens - r.generated) for r in self.active]
         victim = self.active[choose_victim(worth)]
@@ -347,7 +347,7 @@ class Batch:
             victim.error = EngineError(
                 f"{len(victim.tokens)} tokens do not fit into the KV cache of {self.context.kv_tokens}", retry=False
             )
-            self._end(victim, remember=False)
+            self._end(victim, cache=False)
             return
         log.debug("request_preempted", task_id=victim.task_id, tokens=len(victim.tokens), active=len(self.active))
         self._leave(victim)
@@ -388,16 +388,16 @@ class Batch:
         self.context.remove(request.sequence)
         self._cells.drop(request.sequence)
         self._unused.append(request.sequence)
-        request.sequence, request.leader = -1, None
+        request.sequence, request.prefix_of = -1, None
         used = self._energy.leave(request)
         request.inference += used.inference
         request.idle += used.idle
 
-    def _end(self, request: Request, *, remember: bool = True) -> None:
+    def _end(self, request: Request, *, cache: bool = True) -> None:
         """A request is over: free what it holds and tell its caller."""
         if request.sequence >= 0:
-            if remember and self._remember and not request.prefilling:
-                self._prefixes.remember(request.sequence, request.tokens[: request.prompt_tokens])
+            if cache and self._cached_prompts and not request.prefilling:
+                self._prefixes.insert(request.sequence, request.tokens[: request.prompt_tokens])
             self._leave(request)
             self._prefixes.trim()
         else:

@@ -38,7 +38,7 @@ log = structlog.get_logger(__name__)
 #: requests add little speed and slow each other.
 SLOTS, SLOTS_OF_MANY, MANY_CORES = 8, 16, 8
 #: Ended requests' prompts kept for reuse.
-REMEMBER = 8
+CACHED_PROMPTS = 8
 #: A step that takes longer than this, s, and than so many times the longest expected or lately seen, will not end.
 STUCK_SECONDS, STUCK_FACTOR = 10.0, 20.0
 #: Seconds between a waiting caller's polls of `Stop`: only to abort a step early, so not often.
@@ -48,11 +48,11 @@ STOP_POLL = 0.05
 class LlamaEngine:
     """See the module's head. Thread-safe after `start`."""
 
-    def __init__(self, settings: EdgeSettings, *, remember: int = REMEMBER, note: str = "") -> None:
-        """`remember` prompts are kept for reuse; 0 shares no prefixes at all. `note` is added to the description."""
-        self._settings, self._remember, self._note = settings, remember, note
+    def __init__(self, settings: EdgeSettings, *, cached_prompts: int = CACHED_PROMPTS, note: str = "") -> None:
+        """`cached_prompts` 0 shares no prefixes at all. `note` is added to the description."""
+        self._settings, self._cached_prompts, self._note = settings, cached_prompts, note
         by_cores = SLOTS if available_cores() < MANY_CORES else SLOTS_OF_MANY
-        self.slots = min(settings.slots or by_cores, MAX_SEQUENCES - remember)
+        self.slots = min(settings.slots or by_cores, MAX_SEQUENCES - cached_prompts)
         self.description = f"llama.cpp {VERSION}, not started"
         self._claim = ThreadClaim()
         self._totals = EngineTotals()
@@ -77,7 +77,7 @@ class LlamaEngine:
                 self._settings,
                 slots=self.slots,
                 threads=threads,
-                remember=self._remember,
+                cached_prompts=self._cached_prompts,
                 totals=self._totals,
                 energy=self._energy,
                 counters=self.counters,

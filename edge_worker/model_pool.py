@@ -100,13 +100,13 @@ class ModelPool:
         *,
         slots: int,
         threads: int,
-        remember: int,
+        cached_prompts: int,
         totals: EngineTotals,
         energy: Attribution,
         counters: Callable[[], Counters],
     ) -> None:
         """Finds the files, quantises what is missing, and plans the memory. Raises BadSetting."""
-        self._slots, self._threads, self._remember = slots, threads, remember
+        self._slots, self._threads, self._cached_prompts = slots, threads, cached_prompts
         self._totals, self._energy, self._counters = totals, energy, counters
         self._needs_preflight = settings.model is not None  # a file not known to be good
         free = available_memory()
@@ -242,8 +242,8 @@ class ModelPool:
         try:
             if not model.generates:
                 raise BadSetting(f"{path} ({served.gguf.architecture}) is not a text generation model")
-            remember = self._remember if model.shares_prefixes else 0
-            sequences = self._slots + remember
+            cached_prompts = self._cached_prompts if model.shares_prefixes else 0
+            sequences = self._slots + cached_prompts
             context = Context(
                 model, kv_tokens=served.kv_tokens, sequences=sequences, batch=BATCH, threads=self._threads
             )
@@ -260,7 +260,7 @@ class ModelPool:
             context,
             tuning,
             slots=self._slots,
-            remember=remember,
+            cached_prompts=cached_prompts,
             totals=self._totals,
             energy=self._energy,
             counters=self._counters,

@@ -17,7 +17,6 @@ import httpx
 import pytest
 from support.api import ApiProcess
 from support.cluster import Cluster, Process
-from support.tiny_gguf import tiny_llama
 from support.wait import eventually
 
 from perllm.broker import grammar
@@ -78,11 +77,6 @@ BOMBS: dict[str, tuple[dict[str, Any], str | None]] = {
     ),
     "others' options": ({"json_schema": {"x-guidance": {"lenient": True}, "uniqueItems": True}}, "#/uniqueItems"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import socket
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support.ports import free_port
 from support.wait import eventually
 
 from perllm.broker.engine.contract import EngineDown, EngineError, Stop
@@ -32,12 +32,6 @@ KEY = "sk-very-secret"
 def settings(url: str, **more: Any) -> CloudSettings:
     given = {"engine": "openai", "openai_base_url": url, "openai_api_key": KEY, "openai_joules_per_token": 0.5, **more}
     return CloudSettings.model_validate(given)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --- a real server

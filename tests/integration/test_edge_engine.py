@@ -32,7 +32,7 @@ PROMPTS = [
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaEngine]:
     """One engine for the module, without shared prefixes: those change rounding, and with it near ties."""
     settings = EdgeSettings(model_cache=tmp_path_factory.mktemp("models"), threads=1, slots=4)
-    one = LlamaEngine(settings, remember=0)
+    one = LlamaEngine(settings, cached_prompts=0)
     one.start()
     yield one
     one.close()

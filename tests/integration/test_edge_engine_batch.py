@@ -32,15 +32,11 @@ from perllm.edge_worker.settings import EdgeSettings
 KV_BYTES = 256  # per token of the tiny model
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
-
-
-def started(tiny: Path, remember: int = 8, **fields: Any) -> LlamaEngine:
+def started(tiny: Path, cached_prompts: int = 8, **fields: Any) -> LlamaEngine:
     cache = tiny.parent / "cache"
     engine = LlamaEngine(
-        EdgeSettings(model=str(tiny), model_cache=cache, threads=1, **({"slots": 4} | fields)), remember=remember
+        EdgeSettings(model=str(tiny), model_cache=cache, threads=1, **({"slots": 4} | fields)),
+        cached_prompts=cached_prompts,
     )
     engine.start()
     return engine
@@ -71,13 +67,13 @@ def test_a_repeated_system_prompt_is_prefilled_once(engine: LlamaEngine) -> None
     first = engine.generate("a", chat(system, "One?", max_tokens=3), Stop(60))
     before = engine.counters().prefilled
     second = engine.generate("b", chat(system, "And two?", max_tokens=3), Stop(60))
-    assert first.cached_tokens < 20  # at most the template's own beginning
+    assert first.cached_tokens < 20  # at most the template's own prefix
     assert 80 < second.cached_tokens < second.prompt_tokens
     assert engine.counters().prefilled - before == second.prompt_tokens - second.cached_tokens
 
 
 def test_requests_at_once_share_it_too(engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All are in line before the first step: one computes the common beginning, the others wait for it."""
+    """All wait before the first step: one computes the common prefix, the others wait for it."""
     may_step, step = threading.Event(), engine._step
 
     def step_when_all_wait(batch: Batch) -> None:
@@ -103,7 +99,7 @@ def test_sharing_changes_no_words(tiny: Path, engine: LlamaEngine) -> None:
     specs = [chat("Be brief. " * 30, f"Number {i}", max_tokens=12) for i in range(5)]
     shared = [engine.generate("t", spec, Stop(60)) for spec in specs]
     assert sum(d.cached_tokens > 0 for d in shared) >= 4
-    plain = started(tiny, remember=0)
+    plain = started(tiny, cached_prompts=0)
     try:
         alone = [plain.generate("t", spec, Stop(60)) for spec in specs]
     finally:
@@ -112,14 +108,14 @@ def test_sharing_changes_no_words(tiny: Path, engine: LlamaEngine) -> None:
     assert [d.output.text for d in shared] == [d.output.text for d in alone]
 
 
-def test_remembered_prompts_make_room(engine: LlamaEngine) -> None:
+def test_cached_prompts_make_room(engine: LlamaEngine) -> None:
     """They never keep a request out, and stay within their share."""
     kv = engine.offers()[0].kv_tokens
     for i in range(12):
         engine.generate("t", TaskSpec(prompt=f"{i} " * 600, max_tokens=2), Stop(60))
     (batch,) = engine._pool.batches
-    assert batch._cells.idle <= kv / 4
-    assert batch._cells.free + batch._cells.idle == kv == engine.counters().free_kv
+    assert batch._cells.reusable <= kv / 4
+    assert batch._cells.free + batch._cells.reusable == kv == engine.counters().free_kv
 
 
 # --- a full KV cache
@@ -184,7 +180,7 @@ def test_a_decode_that_finds_no_cells_preempts(cramped: LlamaEngine, monkeypatch
     assert all(d.completion_tokens > 0 for d in done)
     # It learnt of 10,000 about the 768 there are: llama.cpp tells only that a group of n does not fit, which leaves
     # the count up to n - 1 too high (769 was seen).
-    assert wrong.free + wrong.idle < 1_000
+    assert wrong.free + wrong.reusable < 1_000
     batch._begin()
     batch.context.clear()
 
