@@ -23,7 +23,7 @@ def make_engine(settings: CloudSettings) -> Engine:
         case "llama":
             return _llama(settings, "as set")
         case "openai":
-            from perllm.cloud_worker.remote import RemoteEngine  # noqa: PLC0415  only this needs httpx
+            from perllm.cloud_worker.remote_engine import RemoteEngine  # noqa: PLC0415  only this needs httpx
 
             return RemoteEngine(settings)
         case "vllm":

@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from perllm.broker.engine.contract import OnText, Stop
-from perllm.broker.engine.prompts import TextSink
+from perllm.broker.engine.text import TextSink
 
 T = TypeVar("T")
 #: Pieces of text on their way from the loop to the thread that wants them; None: there are no more.

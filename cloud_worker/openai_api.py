@@ -149,7 +149,7 @@ class OpenAIClient:
 
 @asynccontextmanager
 async def _as_server_error() -> AsyncIterator[None]:
-    """Turns failures to reach the server, or to hear from it, into ServerError."""
+    """Turns failures to reach the server, or to read its answer, into ServerError."""
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:

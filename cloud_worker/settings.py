@@ -1,4 +1,4 @@
-"""What a cloud node is told."""
+"""Settings of cloud nodes."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from perllm.broker import grammar
 from perllm.broker.engine.contract import EngineError
-from perllm.broker.engine.prompts import prompt_text
+from perllm.broker.engine.text import prompt_text
 from perllm.broker.errors import BadSetting, InvalidTask, TryAgain
 from perllm.broker.messages import TaskSpec
 from perllm.cloud_worker.settings import CloudSettings

@@ -86,7 +86,7 @@ class _Request:
     tokens: list[int] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
-    finish: str | None = None  # as vLLM says it
+    finish: str | None = None  # vLLM's finish reason
     cached: int = 0
     metrics: Any = None  # vLLM's RequestStateStats: when it was scheduled, …
     stalled: bool = False
@@ -215,7 +215,7 @@ class VLLMEngine:
     # --- what the worker asks
 
     def offers(self) -> tuple[ModelOffer, ...]:
-        """The model, and each adapter as "<model>:<adapter>". They share one KV cache and one speed."""
+        """The model, and each adapter as "<model>:<adapter>". They share one KV cache and one step cost."""
         return tuple(
             ModelOffer(
                 name=name, context=self._limits.context, kv_tokens=self._limits.kv_tokens, calibration=self._step_cost
@@ -414,7 +414,7 @@ class VLLMEngine:
             self._share_out()
 
     def _credit_prefills(self, began: float, budget: int) -> None:
-        """Prompts longer than a step's budget are computed over several, and vLLM tells of them only at the end. So
+        """Prompts longer than a step's budget are computed over several, and vLLM reports them only at the end. So
         the budget of a step is credited to those that still wait for their first token after it, in the order they
         came."""
         for request in self._prefilling:
@@ -564,7 +564,7 @@ def _check_memory(gpus: Sequence[GPU], share: float) -> None:
         try:
             free, total = gpu.memory()
         except Unreadable:
-            continue  # vLLM will look itself
+            continue  # vLLM checks itself
         if free < share * total:
             fits = int(100 * free / total) / 100
             raise BadSetting(

@@ -4,6 +4,6 @@
 of one of them together, and `llama` is llama.cpp's C interface. Decisions are apart from what they cause: `batch_plan`
 (who computes what in a step, whom to preempt), `kv_cells` (KV memory), `prefix_cache` (shared prompt prefixes),
 `text_stream` (characters and stop strings), `sampling` (samplers, grammars and chat templates). Models are found and
-quantised in `models`, read by `gguf` and, where unknown, loaded by `preflight` first; `calibrate` measures them at the
-start; `meters` reads the node's power.
+quantised in `model_files`, read by `gguf` and, where unknown, loaded by `preflight` first; `calibrate` measures them at
+the start; `meters` reads the node's power.
 """

@@ -394,7 +394,7 @@ class Batch:
         request.idle += used.idle
 
     def _end(self, request: Request, *, cache: bool = True) -> None:
-        """A request is over: free what it holds and tell its caller."""
+        """A request is over: free what it holds and notify its caller."""
         if request.sequence >= 0:
             if cache and self._cached_prompts and not request.prefilling:
                 self._prefixes.insert(request.sequence, request.tokens[: request.prompt_tokens])

@@ -21,7 +21,7 @@ from perllm.broker.engine.checks import check_context
 from perllm.broker.engine.contract import EngineError, Generation, OnText, Stop, Stuck
 from perllm.broker.engine.cores import ThreadClaim, available_cores
 from perllm.broker.engine.energy import Attribution, Meter, power_of
-from perllm.broker.engine.prompts import TextSink
+from perllm.broker.engine.text import TextSink
 from perllm.broker.engine.totals import EngineTotals
 from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, TaskSpec
 from perllm.edge_worker.batch import Batch, Request

@@ -1,4 +1,4 @@
-"""Which KV cells are taken: llama.cpp does not say, so it is counted along.
+"""Which KV cells are taken: llama.cpp does not report it, so they are counted here.
 
 A cell holds one token's keys and values; sequences that share a prefix share its cells.
 """

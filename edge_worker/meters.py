@@ -43,7 +43,7 @@ CORE_WATTS = (
 
 
 def cpu_model() -> str:
-    """The CPU's name as the kernel tells it."""
+    """The CPU's name as the kernel reports it."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -22,7 +22,7 @@ from perllm.edge_worker.batch import Batch, BatchTuning
 from perllm.edge_worker.calibrate import BUDGET, calibrate
 from perllm.edge_worker.gguf import GGUF, read_gguf
 from perllm.edge_worker.llama import Context, LlamaError, Model
-from perllm.edge_worker.models import DEFAULT_QUANTISATION, default_gguf, model_name, quantised
+from perllm.edge_worker.model_files import DEFAULT_QUANTISATION, default_gguf, model_name, quantised
 from perllm.edge_worker.preflight import preflight
 from perllm.edge_worker.sampling import Prompter
 from perllm.edge_worker.settings import EdgeSettings

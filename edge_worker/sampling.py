@@ -14,7 +14,7 @@ from llguidance import LLMatcher
 
 from perllm.broker import grammar
 from perllm.broker.engine.contract import EngineError
-from perllm.broker.engine.prompts import prompt_text
+from perllm.broker.engine.text import prompt_text
 from perllm.broker.errors import InvalidTask, TryAgain
 from perllm.broker.messages import TaskSpec
 from perllm.edge_worker.llama import Logits, Model, SamplerChain

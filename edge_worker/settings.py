@@ -1,4 +1,4 @@
-"""What an edge node is told."""
+"""Settings of edge nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What any engine is told."""
+"""Settings of engines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from perllm.broker.settings import Settings
 
 
 class EngineSettings(Settings):
-    """The settings of an engine and of the node's energy."""
+    """What any engine may need, and the figures its energy is estimated by."""
 
     files_or_names: ClassVar[tuple[str, ...]] = (*Settings.files_or_names, "model")
 

@@ -237,7 +237,7 @@ class NodeWorker:
         )
 
     def _until_delivered(self, deliver: Callable[[], T]) -> T | None:
-        """Repeat a call while the server does not answer: a result is too dear to drop for a network fault, and
+        """Repeat a call while the server does not answer: a result is too costly to drop for a network fault, and
         repeating is harmless. None after `DELIVERY_TIMEOUT`: the lease has lapsed, and the task is placed anew."""
         give_up = time.monotonic() + DELIVERY_TIMEOUT
         while True:

@@ -1,4 +1,4 @@
-"""What any node is told, beside what its engine is."""
+"""Settings of nodes, beside those of their engines."""
 
 from __future__ import annotations
 

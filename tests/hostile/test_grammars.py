@@ -179,13 +179,13 @@ def test_random_grammars_and_schemas_harm_nobody(tiny: Path) -> None:
         engine.close()
 
 
-# --- at the door
+# --- at submission
 
 
 @pytest.mark.parametrize(("fields", "reason"), [pytest.param(*BOMBS[name], id=name) for name in BOMBS])
-def test_the_door_says_what_is_wrong_within_seconds(fields: dict[str, Any], reason: str | None) -> None:
+def test_validation_says_what_is_wrong_within_seconds(fields: dict[str, Any], reason: str | None) -> None:
     spec = TaskSpec(prompt="x", **fields)
-    if reason is None or reason == "too many possibilities":  # found out by drawing only
+    if reason is None or reason == "too many possibilities":  # found out by sampling only
         grammar.check(spec)
         return
     with pytest.raises(InvalidTask, match=rf"^{next(iter(fields))}: ") as caught:

@@ -23,7 +23,7 @@ from perllm.broker.engine.contract import EngineDown, EngineError, Stop
 from perllm.broker.errors import BadSetting
 from perllm.broker.local.process import spawn
 from perllm.broker.messages import TaskSpec
-from perllm.cloud_worker.remote import RemoteEngine
+from perllm.cloud_worker.remote_engine import RemoteEngine
 from perllm.cloud_worker.settings import CloudSettings
 
 KEY = "sk-very-secret"

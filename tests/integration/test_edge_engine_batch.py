@@ -34,10 +34,8 @@ KV_BYTES = 256  # per token of the tiny model
 
 def started(tiny: Path, cached_prompts: int = 8, **fields: Any) -> LlamaEngine:
     cache = tiny.parent / "cache"
-    engine = LlamaEngine(
-        EdgeSettings(model=str(tiny), model_cache=cache, threads=1, **({"slots": 4} | fields)),
-        cached_prompts=cached_prompts,
-    )
+    settings = EdgeSettings(model=str(tiny), model_cache=cache, threads=1, **({"slots": 4} | fields))
+    engine = LlamaEngine(settings, cached_prompts=cached_prompts)
     engine.start()
     return engine
 
@@ -286,7 +284,7 @@ def test_a_request_stopped_while_it_waits_for_its_model(tiny: Path) -> None:
 
 def test_processes_that_quantise_at_once_make_one_file(tiny: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from perllm.edge_worker.models import quantised; "
+        "import sys; from pathlib import Path; from perllm.edge_worker.model_files import quantised; "
         "print(quantised(Path(sys.argv[1]), 'q8_0', Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, str(tiny), str(tmp_path)]

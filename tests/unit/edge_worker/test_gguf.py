@@ -12,7 +12,7 @@ from support.tiny_gguf import F32, STRING, U32, pair, write
 
 from perllm.broker.errors import BadSetting
 from perllm.edge_worker.gguf import GGUF, read_gguf
-from perllm.edge_worker.models import base_name, default_gguf, model_name
+from perllm.edge_worker.model_files import base_name, default_gguf, model_name
 from perllm.edge_worker.settings import EdgeSettings
 
 

@@ -32,7 +32,7 @@ from perllm.broker.engine.contract import (
     Stuck,
     counters_or_none,
 )
-from perllm.broker.engine.prompts import chat_messages
+from perllm.broker.engine.text import chat_messages
 from perllm.broker.engine.totals import EngineTotals
 from perllm.broker.errors import BadSetting
 from perllm.broker.messages import (
@@ -64,7 +64,7 @@ log = structlog.get_logger(__name__)
 METHOD = "remote-price"
 #: Requests at once unless set.
 DEFAULT_SLOTS = 16
-#: Tokens of context assumed where neither the server nor PERLLM_CONTEXT tells.
+#: Tokens of context assumed where neither the server nor PERLLM_CONTEXT gives it.
 DEFAULT_CONTEXT = 8192
 #: How often a request is tried while the server is overloaded or away, and the longest pause between, s.
 MAX_TRIES, MAX_PAUSE = 5, 60.0
@@ -90,7 +90,7 @@ class _Request:
     text: list[str] = field(default_factory=list)
     tokens: int = 0
     logprobs: list[dict[str, Any]] = field(default_factory=list)
-    finish: str | None = None  # as the server says it
+    finish: str | None = None  # the server's finish reason
     usage: Usage | None = None
 
 
@@ -422,7 +422,7 @@ class RemoteEngine:
     # --- when the server is away
 
     def _go_down(self, reason: str) -> EngineDown:
-        """The server cannot be used at all: leave the cluster, and look for it until it is back."""
+        """The server cannot be used at all: leave the cluster, and poll it until it is back."""
         if self._down is None:
             self._down = reason
             log.error("remote_down", reason=reason)

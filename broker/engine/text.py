@@ -1,4 +1,4 @@
-"""A task's text as an engine tokenises it, and back to whoever watches it grow."""
+"""Text into an engine, a task's prompt as it is tokenised, and out of it, as it is generated."""
 
 from __future__ import annotations
 
