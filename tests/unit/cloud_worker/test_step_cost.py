@@ -1,4 +1,4 @@
-"""The speed model fitted at boot, on made-up engines and on the steps measured on an H200; and what is made of it."""
+"""The step cost fitted at the start, on made-up engines and on the steps measured on an H200."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perllm.broker.engine.step_time import decode_work, step_time
+from perllm.broker.engine.step_time import step_time
 from perllm.broker.messages import StepCost
-from perllm.cloud_worker.priority import priority
 from perllm.cloud_worker.step_cost import TimedStep, fit_step_cost
 
 BATCHES = ((1, 16), (64, 16), (64, 1024), (1, 1024))
@@ -58,22 +57,3 @@ def test_the_steps_tried_at_boot_predict_the_others_of_a_measured_gpu(model: str
     for r in decodes:
         predicted = step_time(found, sequences=r["B"], context=r["B"] * r["ctx"])
         assert predicted == pytest.approx(r["step_s"], rel=0.25), r
-
-
-def test_a_token_in_company_weighs_less() -> None:
-    cost = StepCost(step=5e-3, sequence=2e-5, prefill=2.6e-5)
-    assert decode_work(cost, sequences=1, context=0) > 20 * decode_work(cost, sequences=64, context=0)
-
-
-def test_the_earlier_deadline_and_the_greater_value_go_first() -> None:
-    now = 1000.0
-    assert priority(now, 5.0, 1.0, 1.0) < priority(now, 6.0, 1.0, 1.0)
-    assert priority(now, 5.0, 1.0, 2.0) < priority(now, 5.0, 1.0, 1.0)  # more work: less slack
-    assert priority(now, 60.0, 10.0, 1.0) < priority(now, 60.0, 1.0, 1.0)
-    assert priority(now, 60.0, 1.0, 1.0) < priority(now, None, 1.0, 1.0)
-    assert priority(now + 30, 10.0, 1.0, 1.0) < priority(now, 60.0, 1.0, 1.0)  # came later, must begin earlier
-
-
-@given(remaining=st.none() | st.floats(0, 30 * 86_400), value=st.floats(1e-6, 1e6), work=st.floats(0, 1e6))
-def test_a_priority_fits_vllm_s_integers(remaining: float | None, value: float, work: float) -> None:
-    assert 0 <= priority(1e6, remaining, value, work) < 1 << 63
