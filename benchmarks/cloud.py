@@ -43,8 +43,9 @@ from perllm.broker.client import AsyncClient, Client
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import Completed, Result, State, TaskSpec
 from perllm.broker.queues.app import make_app
-from perllm.broker.settings import Settings, load_settings
+from perllm.broker.settings import load_settings
 from perllm.cloud_worker.nvml import NVMLDevice, no_gpu, visible_gpus
+from perllm.cloud_worker.settings import CloudSettings
 from perllm.cloud_worker.vllm_engine import quiet_environment
 
 #: Tasks of one round at a level: so many for each producer, at least `LEAST`.
@@ -128,7 +129,7 @@ def processes(options: argparse.Namespace, folder: Path) -> Iterator[int]:
 class Peer:
     """vLLM used directly, in this process."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: CloudSettings) -> None:
         quiet_environment()
         from perllm.cloud_worker import vllm_api  # noqa: PLC0415  takes seconds
 
@@ -161,7 +162,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, worker: int) -> None:
         self.options, self._worker = options, worker
         self.model = f"llama {options.size} bf16, random weights, {options.prompt} + {options.tokens} tokens"
-        self.settings = load_settings()
+        self.settings = load_settings(CloudSettings)
         self.gpu = "none" if options.cpu else f"{len(visible_gpus())} × {NVMLDevice(visible_gpus()[0]).name}"
         self._counter = None if options.cpu else NVMLDevice(visible_gpus()[0])
         self.figures: dict[str, Any] = {}

@@ -29,9 +29,10 @@ import structlog
 from benchmarks.common import emit, median_and_spread
 from perllm.broker.engine.contract import Generation, Stop
 from perllm.broker.messages import TaskSpec
-from perllm.broker.settings import Settings, load_settings
+from perllm.broker.settings import load_settings
 from perllm.edge_worker.engine import LlamaEngine
 from perllm.edge_worker.llama import Context
+from perllm.edge_worker.settings import EdgeSettings
 
 WIDTHS = (1, 2, 4, 8, 16)
 TOKENS = 64
@@ -161,10 +162,10 @@ def throughput(engine: LlamaEngine, path: Path, threads: int, rounds: int) -> di
     samples: dict[str, list[float]] = defaultdict(list)
     prompts = long_enough(engine)
     prompts = (prompts * WIDTHS[-1])[: WIDTHS[-1]]
-    (batch,) = engine._variants.batches
-    prompter = engine._variants.get(None).loaded
-    assert prompter is not None
-    tokens = [prompter.prompter.tokens(TaskSpec(prompt=p)) for p in prompts]
+    (batch,) = engine._pool.batches
+    loaded = engine._pool.get(None).loaded
+    assert loaded is not None
+    tokens = [loaded.prompter.tokens(TaskSpec(prompt=p)) for p in prompts]
     context = Context(batch.model, kv_tokens=batch.context.kv_tokens, sequences=WIDTHS[-1], batch=512, threads=threads)
     serial = OneAtATime(path, threads)
     for number in range(rounds):
@@ -207,7 +208,7 @@ def short_beside_long(engine: LlamaEngine) -> float:
         at = engine.counters()
         short = engine.generate("short", TaskSpec(prompt="Hi!", max_tokens=1), Stop(600))
         beside = engine.counters().active >= 1
-        stop.ask()
+        stop.cancel()
         long.result()
     assert beside, "the long prompt was done first: the measurement says nothing"
     return short.after.steps - at.steps
@@ -222,9 +223,9 @@ def cancel(engine: LlamaEngine, prompt: str) -> float:
         job = pool.submit(engine.generate, "job", TaskSpec(prompt=prompt, max_tokens=1000), stop)
         _until(lambda: engine.counters().active == 2 and engine.counters().steps > began.steps + 3)
         at = engine.counters().steps
-        stop.ask()
+        stop.cancel()
         steps = job.result().after.steps - at
-        others.ask()
+        others.cancel()
         other.result()
     return steps
 
@@ -293,19 +294,17 @@ def main() -> None:
     parser.add_argument("--model", help="a GGUF file; default: the bundled model as Q8_0")
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    settings = load_settings(
-        threads=arguments.threads, slots=WIDTHS[-1], model=arguments.model, model_cache=Settings().model_cache
-    )
+    settings = load_settings(EdgeSettings, threads=arguments.threads, slots=WIDTHS[-1], model=arguments.model)
 
-    engine = LlamaEngine(settings, remember=0)
+    engine = LlamaEngine(settings, cached_prompts=0)
     engine.start()
-    variant = engine._variants.get(None)
-    samples = throughput(engine, variant.gguf.path, arguments.threads, arguments.rounds)
+    served = engine._pool.get(None)
+    samples = throughput(engine, served.gguf.path, arguments.threads, arguments.rounds)
     samples["short_behind_long_steps"] = [short_beside_long(engine) for _ in range(10)]
     long = "word " * 1500
     samples["cancel_steps"] = [cancel(engine, prompt) for prompt in ("Count to a thousand.", long) for _ in range(10)]
     company = in_company(engine, list(PROMPTS))
-    splits = {n: len(variant.pace.widths.choose(n)) for n in WIDTHS} if variant.pace else {}
+    splits = {n: len(served.tuning.widths.choose(n)) for n in WIDTHS} if served.tuning else {}
     engine.close()
 
     engine = LlamaEngine(settings)  # prefixes shared, as in service
@@ -321,7 +320,7 @@ def main() -> None:
     figures |= company
     figures[f"rss_mb_gained_over_{arguments.requests}"] = gained
     emit(
-        "edge", figures, spread, model=variant.name, threads=arguments.threads, tokens=TOKENS, rounds=arguments.rounds,
+        "edge", figures, spread, model=served.name, threads=arguments.threads, tokens=TOKENS, rounds=arguments.rounds,
         decodes_per_step=splits, load=statistics.fmean(psutil.getloadavg()),
     )  # fmt: skip
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from perllm.broker.engine.contract import Generation, OnText, Stop
 from perllm.broker.engine.emulated import EmulatedEngine
 from perllm.broker.messages import Output, TaskSpec
-from perllm.broker.settings import Settings
 from perllm.broker.worker.app import worker_app
+from perllm.broker.worker.settings import WorkerSettings
 
 
 class StampingEngine(EmulatedEngine):
@@ -21,8 +21,4 @@ class StampingEngine(EmulatedEngine):
         return replace(done, output=Output(text=str(began), finish_reason="stop"))
 
 
-def make_engine(settings: Settings) -> StampingEngine:
-    return StampingEngine(settings)
-
-
-app = worker_app("edge", make_engine)
+app = worker_app("edge", WorkerSettings, StampingEngine)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
@@ -50,6 +51,12 @@ class TaskExpired(PerLLMError):
 
 class TaskRejected(PerLLMError):
     """Raised by `AsyncResult.get()` in Celery producers for a task the scheduler refused, with its reason."""
+
+
+def exit_with(error: PerLLMError) -> NoReturn:
+    """End a process that cannot do its work: one line, and status 2."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def field_errors(error: ValidationError, name: Callable[[str], str] = str) -> str:

@@ -1,4 +1,5 @@
-"""All settings, from `PERLLM_*` environment variables (or `.env`). One model, read once per process."""
+"""The settings all processes share, from `PERLLM_*` environment variables (or `.env`), read once per process; and the
+way to those of the packages."""
 
 from __future__ import annotations
 
@@ -6,15 +7,16 @@ import ipaddress
 import json
 import os
 import re
+from contextlib import suppress
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, overload
+from typing import Annotated, ClassVar, Literal, TypeVar, overload
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from perllm.broker.errors import BadSetting, field_errors
-from perllm.broker.messages import NodeName
 
 
 class Quota(BaseModel):
@@ -34,19 +36,32 @@ _PORT_AND_DATABASE = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/]+)(:\d+)?(/\d*)?"
 _FILE_IN_URL = re.compile(r"([?&]ssl_(?:ca_certs|ca_path|certfile|keyfile)=)(?!/|%2F)([^&#]+)", re.IGNORECASE)
 
 
-def _default_model_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "perllm" / "models"
-
-
 def default_data_dir() -> Path:
     """Where the embedded server keeps its data and socket: `$XDG_STATE_HOME/perllm` or `~/.local/state/perllm`."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(base) / "perllm"
 
 
+def absolute(path: Path) -> Path:
+    """`~` resolved, and independent of the working directory. Raises ValueError."""
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:  # ~somebody who is not known
+        raise ValueError(str(error)) from None
+
+
+#: A path that holds in another working directory too.
+AbsolutePath = Annotated[Path, AfterValidator(absolute)]
+
+
 class Settings(BaseSettings):
-    """Every field can be set as `PERLLM_<FIELD>`. Times in seconds, sizes in bytes."""
+    """What all processes share. Every field can be set as `PERLLM_<FIELD>`. Times in seconds, sizes in bytes.
+
+    A package with settings of its own adds them in a subclass (see `models`).
+    """
+
+    #: Fields that hold a file or folder here, or else a name that means something elsewhere.
+    files_or_names: ClassVar[tuple[str, ...]] = ("api_files",)
 
     model_config = SettingsConfigDict(
         env_prefix="PERLLM_", env_file=".env", extra="ignore", frozen=True, allow_inf_nan=False
@@ -54,7 +69,7 @@ class Settings(BaseSettings):
 
     # Where everything meets
     redis_url: SecretStr | None = None  # redis://, rediss:// (user:password@ for ACL users) or unix://; None: embedded
-    data_dir: Path = Field(default_factory=default_data_dir)
+    data_dir: AbsolutePath = Field(default_factory=default_data_dir)
     server_memory: Annotated[int, Field(ge=16 << 20)] | None = None  # bytes of the embedded server; None: a quarter
     cell: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")] = "perllm"
 
@@ -72,36 +87,6 @@ class Settings(BaseSettings):
     queue_beyond_slots: Annotated[int, Field(ge=0, le=1_000)] = 2  # tasks a node's queue may hold beyond its slots
     snapshot_every: Annotated[float, Field(ge=0.1)] = 5.0
     leader_ttl: Annotated[float, Field(ge=0.5, le=60)] = 3.0
-
-    # Worker
-    node_name: NodeName | None = None
-    slots: Annotated[int, Field(ge=1, le=4096)] | None = None
-    grace: Annotated[float, Field(ge=0, le=3600)] = 10.0  # running work may finish for so long after SIGTERM
-    engine: Literal["auto", "llama", "vllm", "openai", "emulated"] = "auto"
-    model: str | None = None  # a GGUF path (edge), a Hugging Face folder or name (vLLM)
-    model_cache: Path = Field(default_factory=_default_model_cache)  # models made from others are kept here
-    model_name: str | None = None  # the name producers use; default: derived from the model
-    variants: str | None = None  # edge: quantisations of the model to offer, e.g. "q8_0,q4_0"; the first is the default
-    model_memory: Annotated[int, Field(gt=0)] | None = None  # edge: bytes loaded models may take; default: what is free
-    emulated_speed: Annotated[float, Field(gt=0)] | None = None  # tokens/s of the emulated engine; None: at once
-    context: Annotated[int, Field(ge=64)] | None = None  # tokens per sequence
-    threads: Annotated[int, Field(ge=1)] | None = None
-    bandwidth: Annotated[float, Field(gt=0)] = 12.5e6  # bytes/s of the node's link, until measured
-    joules_per_byte: Annotated[float, Field(ge=0)] = 0.0
-    idle_watts: Annotated[float, Field(ge=0)] | None = None
-    tdp_watts: Annotated[float, Field(gt=0)] | None = None
-
-    # vLLM
-    vllm_args: dict[str, Any] = Field(default_factory=dict)  # JSON: further fields of vLLM's AsyncEngineArgs
-    adapters: dict[str, Path] = Field(default_factory=dict)  # JSON: LoRA folders, offered as "<model>:<name>"
-
-    # An OpenAI-compatible server (PERLLM_ENGINE=openai); `model` is its name there
-    openai_base_url: str | None = None  # up to and with the version: https://host/v1
-    openai_api_key: SecretStr | None = None
-    openai_api_key_file: Path | None = None  # holds the key and nothing else
-    openai_timeout: Annotated[float, Field(gt=0)] = 60.0  # a request counts as hung after so long without a byte
-    openai_joules_per_token: Annotated[float, Field(ge=0)] | None = None  # what a generated token is to cost, and …
-    openai_joules_per_prompt_token: Annotated[float, Field(ge=0)] = 0.0  # … a prompt's; of a price in money: its worth
 
     # HTTP API
     api_host: str = "127.0.0.1"
@@ -144,18 +129,8 @@ class Settings(BaseSettings):
             raise ValueError("must name a host, and may name a port and a database's number: redis://host:6379/0")
         else:
             _ = parts.port  # raises ValueError when out of range
-        whole = _FILE_IN_URL.sub(lambda m: m[1] + quote(str(_whole(Path(unquote(m[2]))))), url.get_secret_value())
+        whole = _FILE_IN_URL.sub(lambda m: m[1] + quote(str(absolute(Path(unquote(m[2]))))), url.get_secret_value())
         return SecretStr(whole)
-
-    @field_validator("data_dir", "model_cache", "openai_api_key_file")
-    @classmethod
-    def _whole_path(cls, path: Path | None) -> Path | None:
-        return _whole(path) if path is not None else None
-
-    @field_validator("adapters")
-    @classmethod
-    def _whole_paths(cls, paths: dict[str, Path]) -> dict[str, Path]:
-        return {name: _whole(path) for name, path in paths.items()}
 
     @field_validator("webhook_allow")
     @classmethod
@@ -175,7 +150,7 @@ class Settings(BaseSettings):
         """What was set, secrets included, as variables: for a process that runs in another folder, without this one's
         `.env`."""
         given = {name: getattr(self, name) for name in sorted(self.model_fields_set)}
-        for name in ("model", "api_files"):  # a file or folder here, or a name elsewhere
+        for name in self.files_or_names:
             if given.get(name) and Path(given[name]).exists():
                 given[name] = Path(given[name]).absolute()
         return {f"PERLLM_{name.upper()}": _as_variable(value) for name, value in given.items() if value is not None}
@@ -224,13 +199,6 @@ def address_and_port(server: str) -> tuple[str, int]:
     return str(ipaddress.ip_address(parts.hostname)), parts.port or 53
 
 
-def _whole(path: Path) -> Path:
-    try:
-        return path.expanduser().absolute()
-    except RuntimeError as error:  # ~somebody who is not known
-        raise ValueError(str(error)) from None
-
-
 def _as_variable(value: object) -> str:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
@@ -238,6 +206,23 @@ def _as_variable(value: object) -> str:
 
 
 S = TypeVar("S", bound=Settings)
+
+
+def models() -> dict[str, type[Settings]]:
+    """The settings of every package that is installed, by the package's name. Packages register them under the entry
+    point group `perllm.settings`, so that the broker knows none that imports it."""
+    found = {}
+    for entry in sorted(entry_points(group="perllm.settings"), key=lambda e: e.name):
+        with suppress(ModuleNotFoundError):  # of an extra that is not installed
+            found[entry.name] = entry.load()
+    return found
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """`settings`, and what was set of any package's, as variables: for processes that run in another folder, without
+    this one's `.env`. Raises BadSetting."""
+    given = {name: value for one in models().values() for name, value in load_settings(one).environment().items()}
+    return given | settings.environment()
 
 
 @overload

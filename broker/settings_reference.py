@@ -1,21 +1,17 @@
-"""All settings of all installed packages: for `perllm settings`, and for a warning about variables that nobody reads.
-
-Each package registers its settings under the entry point group `perllm.settings`, so the broker need not know them.
-"""
+"""All settings of all installed packages: for `perllm settings`, and for a warning about variables that nobody reads."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from difflib import get_close_matches
-from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
 from dotenv import dotenv_values
 from pydantic import SecretStr
 from pydantic_core import to_jsonable_python
 
-from perllm.broker.settings import Settings, load_settings
+from perllm.broker.settings import Settings, load_settings, models
 
 PREFIX = "PERLLM_"
 
@@ -33,13 +29,13 @@ class Setting(NamedTuple):
 
 def all_settings(*, read: bool = True) -> list[Setting]:
     """Every setting with the value in force or, unless `read`, its default. Raises BadSetting."""
-    return [setting for package, model in _models() for setting in _settings(package, model, read)]
+    return [setting for package, model in models().items() for setting in _settings(package, model, read)]
 
 
 def unknown_variables() -> list[str]:
     """A line for each `PERLLM_` variable, of the environment or `.env`, that no package reads: most likely a typing
     error, so it names the nearest there is."""
-    known = {_variable(name) for _, model in _models() for name in model.model_fields}
+    known = {_variable(name) for model in models().values() for name in model.model_fields}
     given = {name for name in os.environ if name.startswith(PREFIX)} | {n for n in _dotenv() if n.startswith(PREFIX)}
     return [_warning(name, known) for name in sorted(given - known)]
 
@@ -47,14 +43,6 @@ def unknown_variables() -> list[str]:
 def _warning(name: str, known: set[str]) -> str:
     near = get_close_matches(name, known, n=1)
     return f"{name} is no setting" + (f": is {near[0]} meant?" if near else ": `perllm settings` lists them")
-
-
-def _models() -> Iterator[tuple[str, type[Settings]]]:
-    for entry in sorted(entry_points(group="perllm.settings"), key=lambda e: e.name):
-        try:
-            yield entry.name, entry.load()
-        except ModuleNotFoundError:  # of an extra that is not installed
-            continue
 
 
 def _settings(package: str, model: type[Settings], read: bool) -> Iterator[Setting]:

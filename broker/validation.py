@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from perllm.broker import grammar
+from perllm.broker.engine.checks import context_excess
 from perllm.broker.errors import InvalidTask, field_errors
 from perllm.broker.ledger import Ledger
 from perllm.broker.messages import MAX_VALUE, ModelOffer, TaskSpec
@@ -68,7 +69,7 @@ class TaskValidator:
             names = ", ".join(sorted({o.name for o in offers}))
             raise InvalidTask(f"model: no live node serves {spec.model!r}; on offer: {names}")
         context = max(o.context for o in serving)
-        if spec.max_tokens >= context:
+        if context_excess(1, spec.max_tokens, context):  # the shortest prompt there is
             raise InvalidTask(f"max_tokens: {spec.max_tokens} leaves no room in the largest context, {context} tokens")
 
     @property

@@ -7,12 +7,12 @@ import importlib.util
 from perllm.broker.engine.contract import Engine
 from perllm.broker.engine.emulated import EmulatedEngine
 from perllm.broker.errors import BadSetting
-from perllm.broker.settings import Settings
 from perllm.broker.worker.app import worker_app
 from perllm.cloud_worker.nvml import no_gpu
+from perllm.cloud_worker.settings import CloudSettings
 
 
-def make_engine(settings: Settings) -> Engine:
+def make_engine(settings: CloudSettings) -> Engine:
     """vLLM on the GPU, an OpenAI-compatible server, or, where there is no GPU, llama.cpp on the CPU.
 
     Nothing is loaded and CUDA is not touched: the GPU is looked for with NVML. Raises BadSetting.
@@ -23,7 +23,7 @@ def make_engine(settings: Settings) -> Engine:
         case "llama":
             return _llama(settings, "as set")
         case "openai":
-            from perllm.cloud_worker.remote import RemoteEngine  # noqa: PLC0415  only this needs httpx
+            from perllm.cloud_worker.remote_engine import RemoteEngine  # noqa: PLC0415  only this needs httpx
 
             return RemoteEngine(settings)
         case "vllm":
@@ -45,30 +45,23 @@ def no_vllm() -> str | None:
     return None
 
 
-def _no_model(settings: Settings) -> str | None:
+def _no_model(settings: CloudSettings) -> str | None:
     """Why there is nothing for vLLM to serve; None when there is."""
     if settings.model is None:
         return "PERLLM_MODEL names no model for vLLM"
     return "PERLLM_MODEL is a GGUF file" if settings.model.endswith(".gguf") else None
 
 
-def _vllm(settings: Settings) -> Engine:
+def _vllm(settings: CloudSettings) -> Engine:
     from perllm.cloud_worker.vllm_engine import VLLMEngine  # noqa: PLC0415  only this needs vLLM
 
     return VLLMEngine(settings)
 
 
-def _llama(settings: Settings, why: str) -> Engine:
-    from perllm.edge_worker.engine import LlamaEngine  # noqa: PLC0415  only this needs llama-cpp-python
+def _llama(settings: CloudSettings, why: str) -> Engine:
+    from perllm.cloud_worker.cpu_stand_in import cpu_engine  # noqa: PLC0415  only this needs llama-cpp-python
 
-    class CPUEngine(LlamaEngine):
-        """llama.cpp in the cloud node's place, which says so wherever the node is shown."""
-
-        def start(self) -> None:
-            super().start()
-            self.description = f"{self.description}, on the CPU: {why}"
-
-    return CPUEngine(settings)
+    return cpu_engine(settings, why)
 
 
-app = worker_app("cloud", make_engine)
+app = worker_app("cloud", CloudSettings, make_engine)

@@ -9,6 +9,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from perllm.broker.engine.contract import OnText, Stop
+from perllm.broker.engine.text import TextSink
 
 T = TypeVar("T")
 #: Pieces of text on their way from the loop to the thread that wants them; None: there are no more.
@@ -29,20 +30,14 @@ class LoopThread:
 
     def run_streaming(self, coroutine: Coroutine[Any, Any, T], pieces: Pieces, on_text: OnText, stop: Stop) -> T:
         """As `run`, while the calling thread passes on what the coroutine puts into `pieces`. Should `on_text` fail,
-        `stop` is asked, and the failure raised once the coroutine has ended."""
+        the generation is cancelled, and the failure raised once the coroutine has ended."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         future.add_done_callback(lambda _: pieces.put(None))
-        failure: BaseException | None = None
+        sink = TextSink(on_text, stop)
         while (piece := pieces.get()) is not None:
-            if failure is None:
-                try:
-                    on_text(piece)
-                except BaseException as error:
-                    failure = error
-                    stop.ask()
+            sink.push(piece)
         result = future.result()
-        if failure is not None:
-            raise failure
+        sink.close()
         return result
 
     def close(self, last: Coroutine[Any, Any, None]) -> None:

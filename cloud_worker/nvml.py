@@ -19,7 +19,7 @@ from perllm.broker.errors import BadSetting
 #: The energy counter moves every 20 to 100 ms (measured on an H200): differences over less mean nothing.
 RESOLUTION = 0.1
 #: Seconds between samples where power must be integrated for want of a counter.
-SAMPLING = 0.05
+SAMPLE_EVERY = 0.05
 #: A GPU's idle power as part of its limit, where it cannot be read (an H200 of 700 W: 122 W with a model loaded).
 IDLE_PART = 0.17
 
@@ -165,22 +165,22 @@ class _Integral:
 class NVMLMeter:
     """The joules of one engine's GPUs together, as a `perllm.broker.engine.energy.Meter`.
 
-    Read from the energy counters; a GPU without one is sampled every `SAMPLING` s and counts as estimated, as does one
-    whose counter includes other MIG tenants. Raises Unreadable when a GPU gives neither. `idle` and `active` (W) are
-    for the engine to set once it has measured them.
+    Read from the energy counters; a GPU without one is sampled every `SAMPLE_EVERY` s and counts as estimated, as does
+    one whose counter includes other MIG tenants. Raises Unreadable when a GPU gives neither. `idle` and `active` (W)
+    are for the engine to set once it has measured them.
     """
 
     def __init__(self, gpus: Sequence[GPU], clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
-        self._totals: list[_Counter | _Integral] = []
+        self._readings: list[_Counter | _Integral] = []
         self._closed = threading.Event()
         self._lost = False
         self.method, self.estimated = "nvml", False
         self.resolution = RESOLUTION
         self.idle = self.active = 0.0
         for gpu in gpus:
-            self._totals.append(self._gauge(gpu, clock))
-        if any(isinstance(gauge, _Integral) for gauge in self._totals):
+            self._readings.append(self._reading(gpu, clock))
+        if any(isinstance(reading, _Integral) for reading in self._readings):
             self.method, self.estimated = "nvml, sampled power", True
             threading.Thread(target=self._sample, name="perllm-power", daemon=True).start()
         if any(gpu.shared for gpu in gpus):
@@ -190,7 +190,7 @@ class NVMLMeter:
             self.method, self.estimated = f"{self.method}, whole MIG board", True
 
     @staticmethod
-    def _gauge(gpu: GPU, clock: Callable[[], float]) -> _Counter | _Integral:
+    def _reading(gpu: GPU, clock: Callable[[], float]) -> _Counter | _Integral:
         try:
             return _Counter(gpu)
         except Unreadable as error:
@@ -200,17 +200,17 @@ class NVMLMeter:
     def read(self) -> float:
         """Joules since the meter was made. A GPU that is lost counts no further. Thread-safe."""
         with self._lock:
-            for gauge in self._totals:
+            for reading in self._readings:
                 try:
-                    gauge.update()
+                    reading.update()
                 except Unreadable as error:
                     if not self._lost:
                         self._lost = True
                         log.error("gpu_unreadable", reason=str(error))
-            return sum(gauge.joules for gauge in self._totals)
+            return sum(reading.joules for reading in self._readings)
 
     def _sample(self) -> None:
-        while not self._closed.wait(SAMPLING):
+        while not self._closed.wait(SAMPLE_EVERY):
             self.read()
 
     def close(self) -> None:

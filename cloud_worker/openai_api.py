@@ -45,48 +45,48 @@ class Unreachable(ServerError):
     """There is no connection to it."""
 
 
-class Silent(ServerError):
+class TimedOut(ServerError):
     """It took the request and then sent nothing for too long."""
 
 
-class Garbled(ServerError):
+class Malformed(ServerError):
     """What it sent is not what the API promises."""
 
 
-class _Loose(BaseModel):
+class _Tolerant(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class Model(_Loose):
+class Model(_Tolerant):
     """A model the server offers; `max_model_len` is vLLM's addition."""
 
     id: str
     max_model_len: int | None = None
 
 
-class _Models(_Loose):
+class _Models(_Tolerant):
     data: list[Model]
 
 
-class _Delta(_Loose):
+class _Delta(_Tolerant):
     content: str | None = None
 
 
-class _Logprobs(_Loose):
+class _Logprobs(_Tolerant):
     content: list[dict[str, Any]] | None = None
 
 
-class _Choice(_Loose):
+class _Choice(_Tolerant):
     delta: _Delta = _Delta()
     logprobs: _Logprobs | None = None
     finish_reason: str | None = None
 
 
-class _Cached(_Loose):
+class _Cached(_Tolerant):
     cached_tokens: int | None = None
 
 
-class Usage(_Loose):
+class Usage(_Tolerant):
     """Tokens, as the server counted them."""
 
     prompt_tokens: int = 0
@@ -94,7 +94,7 @@ class Usage(_Loose):
     prompt_tokens_details: _Cached | None = None
 
 
-class Chunk(_Loose):
+class Chunk(_Tolerant):
     """One event of a stream."""
 
     choices: list[_Choice] = []
@@ -105,31 +105,31 @@ class Chunk(_Loose):
 class OpenAIClient:
     """A client of one server. All its methods belong to one event loop. The key is never logged."""
 
-    def __init__(self, base_url: str, key: str | None, *, silence: float, connections: int) -> None:
-        """`silence`: seconds without a byte after which the server counts as hung."""
+    def __init__(self, base_url: str, key: str | None, *, timeout: float, connections: int) -> None:
+        """`timeout`: seconds without a byte after which the server counts as hung."""
         self._http = httpx.AsyncClient(
             base_url=base_url.rstrip("/") + "/",
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(silence, connect=min(silence, CONNECT_TIMEOUT), pool=None),
+            timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT), pool=None),
             limits=httpx.Limits(max_connections=connections + 1, max_keepalive_connections=connections),
         )
 
     async def models(self) -> list[Model]:
         """The models the server offers. Raises ServerError."""
-        async with _reaching():
+        async with _as_server_error():
             response = await self._http.get("models")
         if response.status_code != httpx.codes.OK:
-            raise _failure(response.status_code, response.headers, response.content)
+            raise _error_of(response.status_code, response.headers, response.content)
         try:
             return _Models.model_validate_json(response.content).data
         except ValidationError as error:
-            raise Garbled(f"its list of models is not one: {_short(error)}") from None
+            raise Malformed(f"its list of models is not one: {_short(error)}") from None
 
     async def chat(self, body: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
         """The chunks of one streamed completion. Closing the iterator tells the server to stop. Raises ServerError."""
-        async with _reaching(), self._http.stream("POST", "chat/completions", json=body) as response:
+        async with _as_server_error(), self._http.stream("POST", "chat/completions", json=body) as response:
             if response.status_code != httpx.codes.OK:
-                raise _failure(response.status_code, response.headers, await _beginning(response))
+                raise _error_of(response.status_code, response.headers, await _read_error(response))
             done = False
             async for data in _events(response):
                 done = done or data == b"[DONE]"
@@ -138,7 +138,7 @@ class OpenAIClient:
                 try:
                     chunk = Chunk.model_validate_json(data)
                 except ValidationError as error:
-                    raise Garbled(f"it sent what is not a completion chunk: {_short(error)}") from None
+                    raise Malformed(f"it sent what is not a completion chunk: {_short(error)}") from None
                 if chunk.error is not None:
                     raise Unavailable(f"it reports, in the stream: {_message(chunk.error)}")
                 yield chunk
@@ -148,14 +148,14 @@ class OpenAIClient:
 
 
 @asynccontextmanager
-async def _reaching() -> AsyncIterator[None]:
-    """Turns failures to reach the server, or to hear from it, into ServerError."""
+async def _as_server_error() -> AsyncIterator[None]:
+    """Turns failures to reach the server, or to read its answer, into ServerError."""
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise Unreachable(f"it cannot be reached ({str(error) or 'no answer'})") from None
     except httpx.TimeoutException:
-        raise Silent("it went silent (PERLLM_OPENAI_TIMEOUT says how long it may be)") from None
+        raise TimedOut("it went silent (PERLLM_OPENAI_TIMEOUT says how long it may be)") from None
     except httpx.HTTPError as error:
         raise Unavailable(f"the connection failed ({type(error).__name__}: {error})") from None
 
@@ -166,13 +166,14 @@ async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
     async for piece in response.aiter_bytes():
         *lines, rest = (rest + piece).split(b"\n")
         if len(rest) > MAX_LINE:
-            raise Garbled(f"it sent a line of more than {MAX_LINE} bytes")
+            raise Malformed(f"it sent a line of more than {MAX_LINE} bytes")
         for line in lines:
             if line.startswith(b"data:"):
                 yield line[5:].strip()
 
 
-async def _beginning(response: httpx.Response) -> bytes:
+async def _read_error(response: httpx.Response) -> bytes:
+    """An error's body, as far as it is read."""
     body = b""
     async for piece in response.aiter_bytes():
         body += piece
@@ -181,7 +182,7 @@ async def _beginning(response: httpx.Response) -> bytes:
     return body
 
 
-def _failure(status: int, headers: httpx.Headers, body: bytes) -> ServerError:
+def _error_of(status: int, headers: httpx.Headers, body: bytes) -> ServerError:
     try:
         said = _message(json.loads(body))
     except ValueError:

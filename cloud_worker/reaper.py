@@ -10,12 +10,12 @@ import psutil
 
 #: Learns process ids line by line; when its input ends, its parent is gone, whatever it died of.
 _SCRIPT = 'while read -r pid; do pids="$pids $pid"; done; [ -z "$pids" ] || kill -KILL $pids 2>/dev/null'
-#: Seconds between looks for new processes while the engine starts.
-_LOOK = 0.2
+#: Seconds between two polls for new processes while the engine starts.
+_PROCESS_POLL = 0.2
 
 
 class Reaper:
-    """Sees to it that every process this one starts between `watch` and `dismiss` dies with it, even by SIGKILL."""
+    """Sees to it that every process this one starts between `watch` and `close` dies with it, even by SIGKILL."""
 
     def __init__(self) -> None:
         # A session of its own: what ends the worker's process group must not end it too.
@@ -30,15 +30,15 @@ class Reaper:
         threading.Thread(target=self._watch, name="perllm-reaper", daemon=True).start()
 
     def _watch(self) -> None:
-        while not self._started.wait(_LOOK):
-            self._tell()
+        while not self._started.wait(_PROCESS_POLL):
+            self._add_new()
 
     def started(self) -> None:
         """The engine's processes are all there."""
         self._started.set()
-        self._tell()
+        self._add_new()
 
-    def _tell(self) -> None:
+    def _add_new(self) -> None:
         assert self._shell.stdin is not None
         with contextlib.suppress(psutil.NoSuchProcess, OSError, ValueError):
             for child in psutil.Process().children(recursive=True):
@@ -48,8 +48,8 @@ class Reaper:
                         self._shell.stdin.write(f"{child.pid}\n")
             self._shell.stdin.flush()
 
-    def dismiss(self) -> None:
-        """Have whatever is left of them killed now. Idempotent."""
+    def close(self) -> None:
+        """Kill what is left of them. Idempotent."""
         self._started.set()
         with contextlib.suppress(OSError):
             assert self._shell.stdin is not None

@@ -1,4 +1,7 @@
-"""All that is bound to vLLM's own signatures (as of 0.25.1). Imported only where vLLM is about to run."""
+"""All that is bound to vLLM's own names and signatures. Imported only where vLLM is about to run.
+
+Their list is in tests/unit/cloud_worker/test_vllm_symbols.py.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,6 @@ from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
-from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -25,29 +27,26 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from perllm.broker import grammar
 from perllm.broker.engine.contract import EngineError
+from perllm.broker.engine.text import prompt_text
 from perllm.broker.errors import BadSetting, InvalidTask, TryAgain
 from perllm.broker.messages import TaskSpec
-from perllm.broker.settings import Settings
+from perllm.cloud_worker.settings import CloudSettings
 
 __all__ = [
-    "AsyncEngineArgs",
-    "AsyncLLM",
     "EngineDeadError",
     "EngineGenerateError",
-    "LoRARequest",
     "Prompter",
-    "RequestOutput",
+    "calibration_params",
     "engine_args",
-    "kv_tokens",
+    "limits",
     "lora_requests",
     "open_engine",
     "openai_logprobs",
     "sampling_params",
     "tokens_input",
-    "trial_params",
 ]
 
-#: The versions this was written and tested for.
+#: The versions this was tested with; others draw a warning.
 TESTED = ("0.25.",)
 VERSION: str = vllm.__version__
 #: Ranks vLLM can reserve memory for.
@@ -60,7 +59,7 @@ log = structlog.get_logger(__name__)
 OnStep = Callable[[int, int, float, int, int, int], None]
 
 
-def engine_args(settings: Settings, slots: int) -> Any:
+def engine_args(settings: CloudSettings, slots: int) -> Any:
     """What vLLM is started with; `settings.vllm_args` has the last word. Raises BadSetting."""
     given: dict[str, Any] = {
         "model": settings.model,
@@ -126,10 +125,26 @@ def open_engine(args: Any, on_step: OnStep) -> Any:
         raise BadSetting(f"vLLM cannot serve PERLLM_MODEL={args.model}: {error}") from None
 
 
-def kv_tokens(llm: Any) -> int:
-    """Tokens its KV cache holds."""
-    cache = llm.vllm_config.cache_config
-    return int(cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """What a started engine has room for."""
+
+    kv_tokens: int  # of its KV cache
+    context: int  # tokens of one sequence
+    step_tokens: int  # computed in one step, at most
+    vocabulary: int  # token ids
+
+
+def limits(llm: Any) -> Limits:
+    """Those of an engine `open_engine` started."""
+    config = llm.vllm_config
+    cache = config.cache_config
+    return Limits(
+        kv_tokens=int(cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size),
+        context=int(config.model_config.max_model_len),
+        step_tokens=int(config.scheduler_config.max_num_batched_tokens),
+        vocabulary=int(config.model_config.get_vocab_size()),
+    )
 
 
 def lora_requests(adapters: Mapping[str, Path], prefix: str) -> dict[str, Any]:
@@ -167,7 +182,7 @@ def sampling_params(spec: TaskSpec, max_tokens: int) -> Any:
         raise EngineError(f"vLLM does not accept it: {error}", retry=False) from None
 
 
-def trial_params(tokens: int) -> Any:
+def calibration_params(tokens: int) -> Any:
     """For calibration: exactly so many tokens, and no text."""
     return SamplingParams(
         max_tokens=tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA, temperature=0.0
@@ -194,24 +209,20 @@ def _entry(one: Any) -> dict[str, Any]:
 
 
 class Prompter:
-    """Renders tasks with the model's chat template, in the caller's thread. A `prompt` is one user turn, when the model
-    has a template; without one it is completed as it is, and `messages` are refused."""
+    """Renders tasks with the model's chat template, and tokenises them, in the caller's thread."""
 
     def __init__(self, llm: Any) -> None:
         self._tokenizer: Any = copy.deepcopy(llm.get_tokenizer())  # vLLM's own is in use by its loop
         self._lock = threading.Lock()
-        self._chats = bool(getattr(self._tokenizer, "chat_template", None))
+        self._template = self._rendered if getattr(self._tokenizer, "chat_template", None) else None
 
     def tokens(self, spec: TaskSpec) -> list[int]:
         """The prompt's tokens. Raises EngineError (retry=False)."""
-        if not self._chats and spec.prompt is None:
-            raise EngineError("messages: this model has no chat template; give a prompt", retry=False)
         with self._lock:
-            if not self._chats:
-                return list(self._tokenizer.encode(spec.prompt))
-            messages = [m.model_dump() for m in spec.messages or ()] or [{"role": "user", "content": spec.prompt}]
-            try:
-                text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            except Exception as error:  # templates are programs; theirs are the errors
-                raise EngineError(f"messages: the model's chat template refuses them: {error}", retry=False) from None
+            text = prompt_text(spec, self._template)
+            if self._template is None:
+                return list(self._tokenizer.encode(text))
             return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _rendered(self, messages: list[dict[str, Any]]) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))

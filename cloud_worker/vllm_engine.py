@@ -21,20 +21,33 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 
-from perllm.broker.engine.contract import EngineDown, EngineError, Generation, OnText, Stop, Stuck
-from perllm.broker.engine.energy import WINDOW, Attribution
+from perllm.broker.engine.checks import check_context, check_model
+from perllm.broker.engine.contract import (
+    EngineDown,
+    EngineError,
+    FinishReason,
+    Generation,
+    OnText,
+    Stop,
+    Stuck,
+    counters_or_none,
+)
+from perllm.broker.engine.energy import WINDOW, Attribution, power_of
+from perllm.broker.engine.step_time import decode_work, is_stall, step_time
 from perllm.broker.engine.totals import EngineTotals
 from perllm.broker.errors import BadSetting
 from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, StepCost, TaskSpec
-from perllm.broker.settings import Settings
-from perllm.cloud_worker import step_cost as pace
+from perllm.cloud_worker.backoff import backoff
 from perllm.cloud_worker.event_loop import LoopThread, Pieces
 from perllm.cloud_worker.nvml import GPU, NVMLDevice, NVMLMeter, PowerLimitMeter, Unreadable, make_meter, visible_gpus
+from perllm.cloud_worker.priority import priority
 from perllm.cloud_worker.reaper import Reaper
+from perllm.cloud_worker.settings import CloudSettings
+from perllm.cloud_worker.step_cost import TimedStep, energy_weights, fit_step_cost
 
 log = structlog.get_logger(__name__)
 
@@ -43,18 +56,15 @@ DEFAULT_SLOTS = 256
 #: Python's switch interval, s: the loop thread is busy while a batch generates, and at the usual 5 ms Celery's threads
 #: would wait that long for it at every turn of a claim or a delivery.
 SWITCH_INTERVAL = 5e-4
-#: How often requests that see no tokens are looked at for `Stop`, s.
-LOOK = 0.02
-#: A step that takes so many times its expected time, and `STALL_SECONDS` more, was held up by something else.
-STALL_FACTOR, STALL_SECONDS = 3.0, 0.2
-#: Seconds without a step's end, with work there, after which vLLM will not get on again.
-STUCK = 300.0
+#: Seconds between two polls of `Stop` for requests that get no tokens.
+STOP_POLL = 0.02
+#: Seconds without a step's end, with work there, after which vLLM is stuck: longer than anything it compiles on demand.
+STUCK_SECONDS = 300.0
 #: Pauses before the engine is started anew: the first and the longest, s, and how often it is tried.
 RESTART_PAUSE, RESTART_LONGEST, RESTART_TRIES = 1.0, 60.0, 10
-#: StepCost: requests at once with a long context and its tokens, at most; seconds of idling and decoding metered.
-TRIAL_WIDTH, TRIAL_DEPTH, METERED = 64, 1024, 1.0
+#: Calibration: requests at once with a long context and its tokens, at most; seconds of idling and decoding metered.
+CALIBRATION_WIDTH, CALIBRATION_DEPTH, METERED = 64, 1024, 1.0
 
-FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 AnyMeter = NVMLMeter | PowerLimitMeter
 
 
@@ -76,20 +86,20 @@ class _Request:
     tokens: list[int] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
-    finish: str | None = None  # as vLLM says it
+    finish: str | None = None  # vLLM's finish reason
     cached: int = 0
     metrics: Any = None  # vLLM's RequestStateStats: when it was scheduled, …
     stalled: bool = False
 
     credited: int = 0  # prompt tokens whose energy was shared out as they were computed
-    work: float = 0.0  # since the energy was last shared out, s of the speed model
+    work: float = 0.0  # since the energy was last shared out, s by the step cost
     energy: Energy | None = None
 
 
 class VLLMEngine:
     """See the module's head. Thread-safe after `start`. `meter` is NVML's unless given."""
 
-    def __init__(self, settings: Settings, *, meter: AnyMeter | None = None) -> None:
+    def __init__(self, settings: CloudSettings, *, meter: AnyMeter | None = None) -> None:
         if settings.model is None:
             raise BadSetting("vLLM needs a model: set PERLLM_MODEL to a Hugging Face name or a folder")
         self._settings, self._meter_given = settings, meter
@@ -97,7 +107,7 @@ class VLLMEngine:
         self.description = f"vLLM, {settings.model}, not started"
         self._name = settings.model_name or _producer_name(settings.model)
         self._totals = EngineTotals()
-        self._speed = StepCost(step=0.01, sequence=0.0, prefill=1e-5)  # until it is measured
+        self._step_cost = StepCost(step=0.01, sequence=0.0, prefill=1e-5)  # until it is measured
         self._keys = itertools.count()
         self._present: dict[_Request, None] = {}  # oldest first
         self._prefilling: dict[_Request, None] = {}  # those of them without a token yet
@@ -105,7 +115,7 @@ class VLLMEngine:
         self._kv_used = 0.0
         self._step_ended = self._shared_out = 0.0
         self._before = 0.0, 0  # of the step before: when it began, and the prompt tokens it had room for
-        self._trial: list[pace.Step] | None = None
+        self._timed: list[TimedStep] | None = None
         self._down: str | None = None
         self._hardware = "hardware unknown"
         self._loop: LoopThread | None = None
@@ -147,9 +157,9 @@ class VLLMEngine:
             "model_loaded",
             model=self._name,
             seconds=round(time.monotonic() - began, 1),
-            kv_tokens=self._kv_tokens,
-            step_ms=round(1e3 * (self._speed.step + self._speed.sequence), 2),
-            prefill_tokens_per_s=round(1 / max(self._speed.prefill, 1e-9)),
+            kv_tokens=self._limits.kv_tokens,
+            step_ms=round(1e3 * (self._step_cost.step + self._step_cost.sequence), 2),
+            prefill_tokens_per_s=round(1 / max(self._step_cost.prefill, 1e-9)),
             watts=round(self._meter.active),
         )
 
@@ -175,10 +185,7 @@ class VLLMEngine:
         self._reaper.watch()
         self._llm = self._api.open_engine(self._args, self._stepped)
         self._reaper.started()
-        config = self._llm.vllm_config
-        self._kv_tokens = self._api.kv_tokens(self._llm)
-        self._context = int(config.model_config.max_model_len)
-        self._budget = int(config.scheduler_config.max_num_batched_tokens)
+        self._limits = self._api.limits(self._llm)
         await self._llm.get_supported_tasks()  # asked once, and kept by vLLM
         for name, lora in self._loras.items():
             try:
@@ -192,7 +199,7 @@ class VLLMEngine:
         if llm is not None:
             llm.shutdown()
         if self._reaper is not None:
-            self._reaper.dismiss()
+            self._reaper.close()
 
     def close(self) -> None:
         """Stop every generation and free the GPU. Idempotent."""
@@ -208,41 +215,28 @@ class VLLMEngine:
     # --- what the worker asks
 
     def offers(self) -> tuple[ModelOffer, ...]:
-        """The model, and each adapter as "<model>:<adapter>". They share one KV cache and one speed."""
+        """The model, and each adapter as "<model>:<adapter>". They share one KV cache and one step cost."""
         return tuple(
-            ModelOffer(name=name, context=self._context, kv_tokens=self._kv_tokens, calibration=self._speed)
+            ModelOffer(
+                name=name, context=self._limits.context, kv_tokens=self._limits.kv_tokens, calibration=self._step_cost
+            )
             for name in (self._name, *self._loras)
         )
 
     def power(self) -> Power:
         """Measured at the start: idle with the model loaded, and beyond that while a full batch decodes."""
-        meter = self._meter
-        return Power(
-            idle=meter.idle,
-            active=meter.active,
-            joules_per_byte=self._settings.joules_per_byte,
-            method=meter.method,
-            estimated=meter.estimated,
-        )
+        return power_of(self._meter, self._settings.joules_per_byte)
 
     def counters(self) -> Counters:
         """Totals since `start` and the present state. Raises EngineDown."""
         if self._down is not None:
             raise EngineDown(self._down, inside=False)
-        now, totals, present = time.monotonic(), self._totals, len(self._present)
+        present = len(self._present)
         running = min(self._running, present)
-        return Counters(
-            steps=totals.steps,
-            busy=totals.busy,
-            generated=totals.generated,
-            prefilled=totals.prefilled,
-            sequence_steps=totals.sequence_steps,
-            context_steps=totals.context_steps,
+        return self._totals.counters(
             active=running,
             waiting=present - running,
-            free_kv=round((1.0 - self._kv_used) * self._kv_tokens) if present else self._kv_tokens,
-            since_progress=max(0.0, now - totals.progress) if present else 0.0,
-            longest_step=totals.longest_step(now),
+            free_kv=round((1.0 - self._kv_used) * self._limits.kv_tokens) if present else self._limits.kv_tokens,
             energy=self._meter.read(),
         )
 
@@ -253,8 +247,8 @@ class VLLMEngine:
     def stuck(self) -> Stuck | None:
         """Whether vLLM's processes live and do nothing for longer than anything they compile on demand takes."""
         present = [request.task_id for request in list(self._present)]
-        silent = time.monotonic() - self._totals.progress
-        if self._down is not None or not present or silent <= STUCK:
+        silent = time.monotonic() - self._totals.last_progress
+        if self._down is not None or not present or silent <= STUCK_SECONDS:
             return None
         return Stuck(f"vLLM has not got on for {silent:.0f} s", frozenset(present))
 
@@ -262,11 +256,10 @@ class VLLMEngine:
 
     def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
         """Run one task to its end or until `stop`. Raises EngineError."""
-        if spec.model is not None and spec.model != self._name and spec.model not in self._loras:
-            served = ", ".join((self._name, *self._loras))
-            raise EngineError(f"model: {spec.model!r} is not served here, only {served}", retry=False)
+        check_model(spec.model, (self._name, *self._loras))
         accepted = time.monotonic()
-        prompt = self._checked_prompt(spec)
+        prompt = self._prompter.tokens(spec)
+        check_context(len(prompt), spec.max_tokens, self._limits.context)
         request = _Request(
             task_id,
             f"{task_id}.{next(self._keys)}",
@@ -291,27 +284,13 @@ class VLLMEngine:
             raise EngineError("the engine is closing", retry=True) from None
         return self._generation(request, before)
 
-    def _checked_prompt(self, spec: TaskSpec) -> list[int]:
-        prompt = self._prompter.tokens(spec)
-        if not prompt:
-            raise EngineError("prompt: has no tokens", retry=False)
-        if len(prompt) + spec.max_tokens > self._context:
-            room = self._context - len(prompt)
-            way_out = f"lower max_tokens to {room}" if room > 0 else "shorten the prompt"
-            raise EngineError(
-                f"prompt of {len(prompt)} tokens and max_tokens {spec.max_tokens} exceed the context of "
-                f"{self._context} tokens: {way_out}",
-                retry=False,
-            )
-        return prompt
-
     async def _serve(self, request: _Request) -> None:
-        """From vLLM's waiting line to the last token. Raises EngineError."""
+        """From vLLM's queue to the last token. Raises EngineError."""
         if self._down is not None:
             raise EngineDown(self._down, inside=False)
         now = time.monotonic()
         if not self._present:
-            self._step_ended = self._totals.progress = now
+            self._step_ended = self._totals.last_progress = now
         self._present[request] = self._prefilling[request] = None
         self._energy.enter(request)
         try:
@@ -336,13 +315,13 @@ class VLLMEngine:
     def _outputs(self, request: _Request) -> Any:
         spec, remaining = request.spec, request.stop.remaining
         tokens = spec.expected_tokens or spec.max_tokens
-        work = tokens * pace.expected(self._speed, sequences=len(self._present))
+        work = tokens * step_time(self._step_cost, sequences=len(self._present))
         return self._llm.generate(
             self._api.tokens_input(request.prompt),
             request.params,
             request.key,
             lora_request=request.lora,
-            priority=pace.urgency(time.monotonic(), remaining, spec.value, work),
+            priority=priority(time.monotonic(), remaining, spec.value, work),
         )
 
     def _take(self, request: _Request, output: Any) -> None:
@@ -355,10 +334,10 @@ class VLLMEngine:
                 request.cached = output.num_cached_tokens or 0
                 del self._prefilling[request]
                 left = len(request.prompt) - request.cached - request.credited
-                request.work += max(0, left) * self._speed.prefill
+                request.work += max(0, left) * self._step_cost.prefill
             request.tokens.extend(tokens)
-            request.work += len(tokens) * pace.decode_work(
-                self._speed, sequences=self._running, context=len(request.prompt) + len(request.tokens)
+            request.work += len(tokens) * decode_work(
+                self._step_cost, sequences=self._running, context=len(request.prompt) + len(request.tokens)
             )
         if completion.text:
             request.text.append(completion.text)
@@ -390,7 +369,7 @@ class VLLMEngine:
             decode=decode,
             energy=request.energy,
             before=before,
-            after=self._last_counters(),
+            after=counters_or_none(self),
             cached_tokens=request.cached,
             stalled=request.stalled,
         )
@@ -407,12 +386,6 @@ class VLLMEngine:
             case other:
                 raise EngineError(f"vLLM ended it by itself ({other})", retry=True)
 
-    def _last_counters(self) -> Counters:
-        try:
-            return self.counters()
-        except EngineDown:
-            return Counters()
-
     # --- in the loop, beside the requests
 
     def _stepped(
@@ -425,23 +398,23 @@ class VLLMEngine:
         if sequences == 0:
             return
         began, self._step_ended = self._step_ended, now
-        context = round(kv_used * self._kv_tokens)
+        context = round(kv_used * self._limits.kv_tokens)
         self._totals.step(began, now, sequences=sequences, prefilled=prefilled, context=context)
         self._totals.generated += generated
-        if self._trial is not None:
-            self._trial.append(pace.Step(now - began, sequences, prefilled, context))
+        if self._timed is not None:
+            self._timed.append(TimedStep(now - began, sequences, prefilled, context))
             return
         self._credit_prefills(*self._before)
-        self._before = began, self._budget - generated
-        expected = pace.expected(self._speed, sequences=sequences, prefilled=self._budget, context=context)
-        if now - began > STALL_SECONDS + STALL_FACTOR * expected:
+        self._before = began, self._limits.step_tokens - generated
+        expected = step_time(self._step_cost, sequences=sequences, prefilled=self._limits.step_tokens, context=context)
+        if is_stall(now - began, expected):
             for request in self._present:
                 request.stalled = True
         if now - self._shared_out >= WINDOW:
             self._share_out()
 
     def _credit_prefills(self, began: float, budget: int) -> None:
-        """Prompts longer than a step's budget are computed over several, and vLLM tells of them only at the end. So
+        """Prompts longer than a step's budget are computed over several, and vLLM reports them only at the end. So
         the budget of a step is credited to those that still wait for their first token after it, in the order they
         came."""
         for request in self._prefilling:
@@ -450,7 +423,7 @@ class VLLMEngine:
             if request.accepted < began:
                 tokens = min(budget, len(request.prompt) - request.credited)
                 request.credited += tokens
-                request.work += tokens * self._speed.prefill
+                request.work += tokens * self._step_cost.prefill
                 budget -= tokens
 
     def _share_out(self) -> None:
@@ -469,7 +442,7 @@ class VLLMEngine:
     async def _watch(self) -> None:
         """Stop requests that get no tokens just now, and notice an engine that died with nobody inside."""
         while True:
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(STOP_POLL)
             if self._down is not None:
                 continue
             if self._llm.errored:
@@ -493,8 +466,7 @@ class VLLMEngine:
 
     async def _come_back(self) -> None:
         for tries in range(1, RESTART_TRIES + 1):
-            pause = min(RESTART_LONGEST, RESTART_PAUSE * 2.0 ** (tries - 1)) * random.uniform(0.5, 1.5)
-            await asyncio.sleep(pause)
+            await asyncio.sleep(backoff(tries, first=RESTART_PAUSE, longest=RESTART_LONGEST))
             try:
                 self._shut()
                 await self._open()
@@ -513,24 +485,32 @@ class VLLMEngine:
 
     async def _calibrate(self) -> None:
         """Meter the idle GPU, time steps of several kinds, and meter a full batch (a few seconds)."""
-        width = min(self.slots, TRIAL_WIDTH)
-        depth = max(16, min(TRIAL_DEPTH, self._context // 2, self._budget // 2, self._kv_tokens // (2 * width)))
+        width = min(self.slots, CALIBRATION_WIDTH)
+        depth = max(
+            16,
+            min(
+                CALIBRATION_DEPTH,
+                self._limits.context // 2,
+                self._limits.step_tokens // 2,
+                self._limits.kv_tokens // (2 * width),
+            ),
+        )
         for count, prompt in ((1, depth), (self.slots, 16)):  # kernels are compiled when they are first needed
-            await self._try(count, prompt, 4)
+            await self._time_steps(count, prompt, 4)
         idle = await self._metered(asyncio.sleep(METERED))
         decodes = [(1, 16), (1, depth), (width, 16), (width, depth), (self.slots, 16)]
-        steps = [_decode(await self._try(count, prompt, 24), count) for count, prompt in decodes]
+        steps = [_median_decode(await self._time_steps(count, prompt, 24), count) for count, prompt in decodes]
         for prompt in (depth // 2, depth, depth // 2, depth):
-            steps += [step for step in await self._try(1, prompt, 1) if step.prefilled]
-        self._speed = pace.fit([step for step in steps if step is not None])
-        seconds = pace.expected(self._speed, sequences=self.slots, context=16 * self.slots)
-        tokens = int(min(self._context - 16, max(24, METERED / max(seconds, 1e-6))))
-        full = await self._metered(self._try(self.slots, 16, tokens))
+            steps += [step for step in await self._time_steps(1, prompt, 1) if step.prefilled]
+        self._step_cost = fit_step_cost([step for step in steps if step is not None])
+        seconds = step_time(self._step_cost, sequences=self.slots, context=16 * self.slots)
+        tokens = int(min(self._limits.context - 16, max(24, METERED / max(seconds, 1e-6))))
+        full = await self._metered(self._time_steps(self.slots, 16, tokens))
         meter = self._meter
         meter.idle = self._settings.idle_watts if self._settings.idle_watts is not None else idle
         meter.active = max(0.0, full - meter.idle)
-        meter.method = f"{meter.method} ({pace.weights(self._speed)})"
-        self._totals = EngineTotals()  # the trials are not the tasks'
+        meter.method = f"{meter.method} ({energy_weights(self._step_cost)})"
+        self._totals = EngineTotals()  # calibration is no task
 
     async def _metered(self, doing: Any) -> float:
         """Mean W while it was done."""
@@ -538,23 +518,22 @@ class VLLMEngine:
         await doing
         return (self._meter.read() - joules) / (time.monotonic() - began)
 
-    async def _try(self, count: int, prompt: int, tokens: int) -> list[pace.Step]:
+    async def _time_steps(self, count: int, prompt: int, tokens: int) -> list[TimedStep]:
         """The steps of `count` requests at once, of so many tokens each way. No two prompts are alike."""
-        steps = self._trial = []
+        steps = self._timed = []
         self._step_ended = time.monotonic()
-        await asyncio.gather(*(self._trial_request(prompt, tokens) for _ in range(count)))
-        self._trial = None
+        await asyncio.gather(*(self._calibration_request(prompt, tokens) for _ in range(count)))
+        self._timed = None
         return steps
 
-    async def _trial_request(self, prompt: int, tokens: int) -> None:
-        vocabulary = self._llm.vllm_config.model_config.get_vocab_size()
-        ids = random.choices(range(vocabulary), k=prompt)
-        key, params = f"calibration.{next(self._keys)}", self._api.trial_params(tokens)
+    async def _calibration_request(self, prompt: int, tokens: int) -> None:
+        ids = random.choices(range(self._limits.vocabulary), k=prompt)
+        key, params = f"calibration.{next(self._keys)}", self._api.calibration_params(tokens)
         async for _ in self._llm.generate(self._api.tokens_input(ids), params, key):
             pass
 
 
-def _decode(steps: Sequence[pace.Step], count: int) -> pace.Step | None:
+def _median_decode(steps: Sequence[TimedStep], count: int) -> TimedStep | None:
     """The usual step in which all `count` sequences decode and nothing is prefilled: the median by time."""
     steps = sorted((s for s in steps if s.prefilled == 0 and s.sequences == count), key=lambda s: s.seconds)
     return steps[len(steps) // 2] if steps else None
@@ -585,7 +564,7 @@ def _check_memory(gpus: Sequence[GPU], share: float) -> None:
         try:
             free, total = gpu.memory()
         except Unreadable:
-            continue  # vLLM will look itself
+            continue  # vLLM checks itself
         if free < share * total:
             fits = int(100 * free / total) / 100
             raise BadSetting(

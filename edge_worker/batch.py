@@ -12,40 +12,37 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 
-from perllm.broker.engine.contract import EngineError, Stop
+from perllm.broker.engine.contract import EngineError, FinishReason, Stop
 from perllm.broker.engine.energy import Attribution
+from perllm.broker.engine.step_time import decode_work, is_stall, step_time
 from perllm.broker.engine.totals import EngineTotals
 from perllm.broker.messages import Counters, StepCost, TaskSpec
 from perllm.edge_worker import llama
 from perllm.edge_worker.batch_plan import Widths, choose_victim, share_prefill
 from perllm.edge_worker.kv_cells import KVCells
 from perllm.edge_worker.prefix_cache import SHORTEST, PrefixCache, common_prefix
-from perllm.edge_worker.sampling import Drawing, GrammarError, token_logprobs
+from perllm.edge_worker.sampling import GrammarError, Sampler, token_logprobs
 from perllm.edge_worker.text_stream import TextStream
 
 log = structlog.get_logger(__name__)
 
-#: A step that takes so many times its expected time, and `STALL_SECONDS` more, was held up by something else.
-STALL_FACTOR, STALL_SECONDS = 3.0, 0.2
 #: A request joins others only if, beyond its prompt, each of them and itself has so many free cells to grow into.
 HEADROOM = 16
-
-FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One call of `generate`, from the waiting line to its end. Times are `time.monotonic()`."""
+    """One call of `generate`, from the queue to its end. Times are `time.monotonic()`."""
 
     task_id: str
     spec: TaskSpec
     stop: Stop
     tokens: list[int]  # the prompt's; the output's are appended
-    drawing: Drawing | None  # None: always the most likely token
+    sampler: Sampler | None  # None: always the most likely token
     text: TextStream
     accepted: float
     streams: bool = False  # put pieces of text into `outbox`
@@ -55,7 +52,7 @@ class Request:
     # In the batch
     sequence: int = -1
     prefilling: bool = True
-    leader: Request | None = None  # prefills a beginning this one waits to share …
+    prefix_of: Request | None = None  # prefills a prefix this one waits to share …
     shared: int = 0  # … of so many tokens
     cached: int = 0
     logprobs: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # (characters before it, entry)
@@ -86,22 +83,17 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """How a batch is stepped: found by calibration."""
+class BatchTuning:
+    """How a batch is stepped, found by calibration."""
 
     chunk: int  # prompt tokens of one step at most
     widths: Widths  # of the decodes
-    calibration: StepCost
+    step_cost: StepCost
 
     def work(self, tokens: int, *, prefill: bool, decoding: int) -> float:
         """The cost of one request's part in a step, s: what its energy is shared by."""
-        speed = self.calibration
-        return tokens * speed.prefill if prefill else speed.sequence + speed.step / max(1, decoding)
-
-    def step(self, *, sequences: int, prefilled: int, context: int) -> float:
-        """The expected time of a step, s."""
-        speed = self.calibration
-        return speed.step + speed.sequence * sequences + speed.prefill * prefilled + speed.context * context
+        cost = self.step_cost
+        return tokens * cost.prefill if prefill else decode_work(cost, sequences=decoding)
 
 
 class Batch:
@@ -111,31 +103,31 @@ class Batch:
         self,
         model: llama.Model,
         context: llama.Context,
-        pace: Pace,
+        tuning: BatchTuning,
         *,
         slots: int,
-        remember: int,
+        cached_prompts: int,
         totals: EngineTotals,
         energy: Attribution,
         counters: Callable[[], Counters],
     ) -> None:
-        """`context` holds `slots` + `remember` sequences; the latter keep ended requests' prompts. With none of them
-        no prefixes are shared."""
+        """`context` holds `slots` + `cached_prompts` sequences; the latter keep ended requests' prompts. With
+        none of them no prefixes are shared."""
         self.model, self.context = model, context
-        self.pace, self._totals, self._energy, self._counters = pace, totals, energy, counters
+        self.tuning, self._totals, self._energy, self._counters = tuning, totals, energy, counters
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []  # oldest first
-        self._slots, self._remember = slots, remember
+        self._slots, self._cached_prompts = slots, cached_prompts
         self._begin()
 
     def _begin(self) -> None:
         """An empty context's state."""
-        slots, remember = self._slots, self._remember
+        slots = self._slots
         self._unused = list(range(slots))
         self._cells = KVCells(self.context.kv_tokens, slots)
-        self._prefixes = PrefixCache(range(slots, slots + remember), self.context, self._cells)
+        self._prefixes = PrefixCache(range(slots, slots + self._cached_prompts), self.context, self._cells)
         self._stepping: tuple[Request, ...] = ()
-        self._at_work: tuple[Request, ...] = ()
+        self._computing: tuple[Request, ...] = ()
 
     @property
     def busy(self) -> bool:
@@ -145,20 +137,25 @@ class Batch:
     @property
     def free_kv(self) -> int:
         """Tokens of KV cache free, or held only for reuse. From any thread."""
-        return self._cells.free + self._cells.idle
+        return self._cells.free + self._cells.reusable
 
     @property
-    def at_work(self) -> Sequence[Request]:
-        """Those being computed or drawn for now; all in the batch, where that is not known. From any thread."""
-        return self._at_work or tuple(self.active)
+    def computing(self) -> Sequence[Request]:
+        """Those being decoded or sampled now; all in the batch, where that is not known. From any thread."""
+        return self._computing or tuple(self.active)
 
     @property
     def longest_step(self) -> float:
         """What a full step is expected to take, s."""
-        return self.pace.step(sequences=self._slots, prefilled=self.pace.chunk, context=self.context.kv_tokens)
+        return step_time(
+            self.tuning.step_cost,
+            sequences=self._slots,
+            prefilled=self.tuning.chunk,
+            context=self.context.kv_tokens,
+        )
 
     def interrupt(self) -> None:
-        """A request was asked to stop: if all in the present step were, end it now. From any thread.
+        """A request was cancelled: if all in the present step were, abort it. From any thread.
 
         With others in the step their work would be lost, and the step is short anyway. (Should the step end in between,
         the next one is aborted instead, and repeated.)
@@ -185,16 +182,15 @@ class Batch:
         done = [part for group in groups for part in self._decode(group)]
         ended = time.monotonic()
         if not prefilling and len(done) == len(decoding):
-            self.pace.widths.observe(tuple(len(group) for group in groups), ended - began)
+            self.tuning.widths.observe(tuple(len(group) for group in groups), ended - began)
         fresh = set(prefilling)
         prefilled = sum(tokens for request, tokens in done if request in fresh)
-        work = {r: self.pace.work(tokens, prefill=r in fresh, decoding=len(decoding)) for r, tokens in done}
+        work = {r: self.tuning.work(tokens, prefill=r in fresh, decoding=len(decoding)) for r, tokens in done}
         if not work:
             return
         self._totals.step(began, ended, sequences=sequences, prefilled=prefilled, context=context)
-        if ended - began > STALL_SECONDS + STALL_FACTOR * self.pace.step(
-            sequences=sequences, prefilled=prefilled, context=context
-        ):
+        expected = step_time(self.tuning.step_cost, sequences=sequences, prefilled=prefilled, context=context)
+        if is_stall(ended - began, expected):
             for request in self.active:
                 request.stalled = True
         self._energy.work({request: amount for request, amount in work.items() if request.sequence >= 0})
@@ -214,7 +210,7 @@ class Batch:
         self.context.clear()
         self._begin()
 
-    # --- who is in
+    # --- admission
 
     def _admit(self) -> None:
         while self.waiting and self._unused:
@@ -228,26 +224,26 @@ class Batch:
             request.prefilling = True
             self._energy.enter(request)
             self.active.append(request)
-            if self._remember:
+            if self._cached_prompts:
                 self._find_prefix(request)
 
     def _find_prefix(self, request: Request) -> None:
-        """Share the longest beginning that another request or a remembered prompt has computed, or is computing."""
-        source, shared = self._prefixes.longest(request.tokens)
+        """Share the longest prefix that another request or a cached prompt has computed, or is computing."""
+        source, shared = self._prefixes.longest_match(request.tokens)
         if shared:
             self._prefixes.touch(source)
-        leader = None
+        computing = None
         for other in self.active:
             if other is request:
                 break  # only older ones: nobody waits in a circle
             common = common_prefix(other.tokens, request.tokens)
             if common > shared:
-                source, shared, leader = other.sequence, common, other
+                source, shared, computing = other.sequence, common, other
         shared = min(shared, len(request.tokens) - 1)  # the last token's logits are needed
         if shared < SHORTEST:
             return
-        if leader is not None and self._cells.length(leader.sequence) < shared:
-            request.leader, request.shared = leader, shared
+        if computing is not None and self._cells.length(computing.sequence) < shared:
+            request.prefix_of, request.shared = computing, shared
             return
         self.context.copy(source, request.sequence, shared)
         self._cells.share(source, request.sequence, shared)
@@ -256,22 +252,22 @@ class Batch:
     def _ready(self) -> tuple[list[Request], list[Request]]:
         """The requests to prefill and to decode in this step."""
         for request in self.active:
-            leader = request.leader
-            if leader and (leader.sequence < 0 or self._cells.length(leader.sequence) >= request.shared):
-                request.leader = None
+            other = request.prefix_of
+            if other and (other.sequence < 0 or self._cells.length(other.sequence) >= request.shared):
+                request.prefix_of = None
                 self._find_prefix(request)
-        prefilling = [r for r in self.active if r.prefilling and r.leader is None]
+        prefilling = [r for r in self.active if r.prefilling and r.prefix_of is None]
         return prefilling, [r for r in self.active if not r.prefilling]
 
     def _groups(self, prefilling: list[Request], decoding: list[Request]) -> list[list[tuple[Request, int]]]:
         """The decodes of this step: (request, tokens) each. Beside a prefill all go in one."""
         if prefilling:
             remaining = [len(r.tokens) - self._cells.length(r.sequence) for r in prefilling]
-            chunks = share_prefill(remaining, min(self.pace.chunk, self.context.batch_tokens - len(decoding)))
+            chunks = share_prefill(remaining, min(self.tuning.chunk, self.context.batch_tokens - len(decoding)))
             parts = [(r, n) for r, n in zip(prefilling, chunks, strict=True) if n]
             return [[*((r, 1) for r in decoding), *parts]]
         rest = iter(decoding)
-        return [[(next(rest), 1) for _ in range(width)] for width in self.pace.widths.choose(len(decoding))]
+        return [[(next(rest), 1) for _ in range(width)] for width in self.tuning.widths.choose(len(decoding))]
 
     # --- one decode
 
@@ -284,11 +280,11 @@ class Batch:
             if not self._make_room(sum(n for _, n in group)):
                 continue
             rows = self._fill(group)
-            self._stepping = self._at_work = tuple(r for r, _ in group)
+            self._stepping = self._computing = tuple(r for r, _ in group)
             self.context.abort(False)
             status = self.context.decode()
             self._stepping = ()
-            self._at_work = ()
+            self._computing = ()
             if status != llama.NO_KV_SLOT:
                 break
             self._cells.correct(sum(n for _, n in group) - 1)
@@ -302,13 +298,13 @@ class Batch:
             self._cells.grow(request.sequence, tokens)
         for request, row in rows:
             request.prefilling = False
-            self._at_work = (request,)
+            self._computing = (request,)
             try:
                 self._sample(request, row)
             except Exception as error:  # one request's sampling must not take the others with it
                 log.exception("sampling_failed", task_id=request.task_id)
                 request.error = EngineError(f"sampling failed: {type(error).__name__}: {error}", retry=True)
-        self._at_work = ()
+        self._computing = ()
         return group
 
     def _fill(self, group: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
@@ -325,15 +321,15 @@ class Batch:
 
     def _lose(self, group: list[tuple[Request, int]], status: int) -> None:
         """llama.cpp failed: what it left in memory for these requests is unknown."""
-        reason = f"llama.cpp could not compute the batch (status {status}): {llama.complaint()}"
+        reason = f"llama.cpp could not compute the batch (status {status}): {llama.last_error()}"
         log.error("decode_failed", status=status, requests=len(group))
         for request, _ in group:
             request.error = EngineError(reason, retry=True)
-            self._end(request, remember=False)
+            self._end(request, cache=False)
 
     def _make_room(self, cells: int) -> bool:
-        """Whether so many cells are free, after forgetting remembered prompts; otherwise preempts one request."""
-        while self._cells.free < cells and self._prefixes.forget_oldest():
+        """Whether so many cells are free, after evicting cached prompts; otherwise preempts one request."""
+        while self._cells.free < cells and self._prefixes.evict_oldest():
             pass
         if self._cells.free >= cells:
             return True
@@ -341,9 +337,9 @@ class Batch:
         return False
 
     def _preempt(self) -> None:
-        """KV cache full: put the request of least value per remaining work back into the line. Its output so far is
+        """KV cache full: put the request of least value per remaining work back into the queue. Its output so far is
         kept, and prefilled again when it returns."""
-        if self._prefixes.forget_oldest():
+        if self._prefixes.evict_oldest():
             return
         worth = [(r.spec.value, len(r.tokens) + r.spec.max_tokens - r.generated) for r in self.active]
         victim = self.active[choose_victim(worth)]
@@ -351,7 +347,7 @@ class Batch:
             victim.error = EngineError(
                 f"{len(victim.tokens)} tokens do not fit into the KV cache of {self.context.kv_tokens}", retry=False
             )
-            self._end(victim, remember=False)
+            self._end(victim, cache=False)
             return
         log.debug("request_preempted", task_id=victim.task_id, tokens=len(victim.tokens), active=len(self.active))
         self._leave(victim)
@@ -360,7 +356,7 @@ class Batch:
     def _sample(self, request: Request, row: int) -> None:
         logits = self.context.logits(row)
         try:
-            token = int(logits.argmax()) if request.drawing is None else request.drawing.draw(logits)
+            token = int(logits.argmax()) if request.sampler is None else request.sampler.sample(logits)
         except GrammarError as error:
             field = "grammar" if request.spec.grammar is not None else "json_schema"
             request.error = EngineError(f"{field}: {error}", retry=False)
@@ -387,27 +383,27 @@ class Batch:
     # --- leaving
 
     def _leave(self, request: Request) -> None:
-        """Take a request out of the batch and free its memory."""
+        """Take a request out of the batch and free its KV cells."""
         self.active.remove(request)
         self.context.remove(request.sequence)
         self._cells.drop(request.sequence)
         self._unused.append(request.sequence)
-        request.sequence, request.leader = -1, None
+        request.sequence, request.prefix_of = -1, None
         used = self._energy.leave(request)
         request.inference += used.inference
         request.idle += used.idle
 
-    def _end(self, request: Request, *, remember: bool = True) -> None:
-        """A request is over: free what it holds and tell its caller."""
+    def _end(self, request: Request, *, cache: bool = True) -> None:
+        """A request is over: free what it holds and notify its caller."""
         if request.sequence >= 0:
-            if remember and self._remember and not request.prefilling:
-                self._prefixes.remember(request.sequence, request.tokens[: request.prompt_tokens])
+            if cache and self._cached_prompts and not request.prefilling:
+                self._prefixes.insert(request.sequence, request.tokens[: request.prompt_tokens])
             self._leave(request)
             self._prefixes.trim()
         else:
             self.waiting.remove(request)
-        if request.drawing is not None:
-            request.drawing.close()
+        if request.sampler is not None:
+            request.sampler.close()
         if (rest := request.text.finish()) and request.streams:
             request.outbox.put(rest)
         request.after = self._counters()

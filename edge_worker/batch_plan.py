@@ -1,4 +1,4 @@
-"""The batch's decisions, apart from the doing: pure functions of numbers."""
+"""The batch's decisions, apart from their execution: pure functions of numbers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from statistics import median
 #: Part of a step's prefill budget the oldest prompt always gets, so that short ones never starve it.
 OLDEST_SHARE = 0.25
 #: A split is considered where calibration finds it no slower than this times one decode: measurements are noisy.
-MAY_PAY = 1.25
-#: Every so many steps the plan thought slower is tried again.
-LOOK_AGAIN = 50
+SPLIT_TOLERANCE = 1.25
+#: Every so many steps the plan thought slower is explored again.
+EXPLORE_EVERY = 50
 
 
 def share_prefill(remaining: Sequence[int], budget: int) -> list[int]:
@@ -38,9 +38,9 @@ class Widths:
     """Chooses the widths of the decodes that serve n sequences: one decode of n, or several narrower ones.
 
     llama.cpp's kernels for a few columns can be slower than one column after another (measured: SmolLM2 Q8_0, AVX-512:
-    5.7 ms for 1, 24 ms for 2, 34 ms for 4, 43 ms for 8). StepCost says where a split may pay; which of the two is
-    faster is then seen at work, with a look at the other one now and then, since both the machine's load and the
-    context change it.
+    5.7 ms for 1, 24 ms for 2, 34 ms for 4, 43 ms for 8). Calibration says where a split may pay; which of the two is
+    faster is then measured at work, the other one tried now and then, since both the machine's load and the context
+    change it.
     """
 
     def __init__(self, cost: Mapping[int, float], widest: int) -> None:
@@ -54,12 +54,12 @@ class Widths:
             if n > 1:
                 first = min(range(1, n), key=lambda width: (whole[width] + best[n - width][0], -width))
                 time = whole[first] + best[n - first][0]
-                if time < MAY_PAY * whole[n]:
+                if time < SPLIT_TOLERANCE * whole[n]:
                     plans.append(_Plan((first, *best[n - first][1]), time))
             fastest = min(plans, key=lambda plan: plan.time)
             best.append((fastest.time, fastest.widths))
             self._plans.append(plans)
-        self._asked = [0] * (widest + 1)
+        self._steps = [0] * (widest + 1)
 
     def time(self, n: int) -> float:
         """The time to serve n sequences, as far as known, s."""
@@ -68,8 +68,8 @@ class Widths:
     def choose(self, n: int) -> tuple[int, ...]:
         """The widths of the decodes for n sequences, summing to n."""
         ordered = sorted(self._plans[n], key=lambda plan: plan.time)
-        self._asked[n] += 1
-        return ordered[-1 if self._asked[n] % LOOK_AGAIN == 0 else 0].widths
+        self._steps[n] += 1
+        return ordered[-1 if self._steps[n] % EXPLORE_EVERY == 0 else 0].widths
 
     def observe(self, widths: tuple[int, ...], seconds: float) -> None:
         """A step of just these decodes took so long."""

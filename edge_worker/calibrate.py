@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from perllm.broker.messages import StepCost
-from perllm.edge_worker.batch import Pace
+from perllm.edge_worker.batch import BatchTuning
 from perllm.edge_worker.batch_plan import Widths
 from perllm.edge_worker.llama import OK, Context, LlamaError
 
@@ -23,7 +23,7 @@ _DEPTH = 512  # context tokens at which the cost of context is measured
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
-def calibrate(context: Context, *, slots: int, token: int, budget: float = BUDGET) -> Pace:
+def calibrate(context: Context, *, slots: int, token: int, budget: float = BUDGET) -> BatchTuning:
     """Measure an empty `context`, and leave it empty. `token` is any token to compute with. Raises LlamaError."""
     began = time.monotonic()
     _timed(context, [(0, 0, 1)], token)  # warm up
@@ -37,14 +37,14 @@ def calibrate(context: Context, *, slots: int, token: int, budget: float = BUDGE
     times = [widths.time(n) for n in cost]
     sequence, step = np.polyfit(list(cost), times, 1) if len(cost) > 1 else (0.0, times[0])
     sequence = max(0.0, float(sequence))
-    calibration = StepCost(
+    step_cost = StepCost(
         step=max(0.0, float(step)) or max(0.0, times[0] - sequence),
         sequence=sequence,
         prefill=prefill,
         context=max(0.0, (deep - shallow) / depth),
     )
     tiles = min(round(CHUNK_SECONDS / prefill / TILE), MOST_TILES)
-    return Pace(chunk=tiles * TILE or TILE // 2, widths=widths, calibration=calibration)
+    return BatchTuning(chunk=tiles * TILE or TILE // 2, widths=widths, step_cost=step_cost)
 
 
 def _timed(context: Context, parts: list[tuple[int, int, int]], token: int) -> float:

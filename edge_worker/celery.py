@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from perllm.broker.engine.contract import Engine
 from perllm.broker.engine.emulated import EmulatedEngine
-from perllm.broker.settings import Settings
 from perllm.broker.worker.app import worker_app
+from perllm.edge_worker.settings import EdgeSettings
 
 
-def make_engine(settings: Settings) -> Engine:
+def make_engine(settings: EdgeSettings) -> Engine:
     """llama.cpp on the CPU, unless the emulated engine is asked for."""
     if settings.engine == "emulated":
         return EmulatedEngine(settings)
@@ -17,4 +17,4 @@ def make_engine(settings: Settings) -> Engine:
     return LlamaEngine(settings)
 
 
-app = worker_app("edge", make_engine)
+app = worker_app("edge", EdgeSettings, make_engine)

@@ -1,4 +1,4 @@
-"""`perllm model`: look at GGUF files and make quantisations of them. llama.cpp is imported only where it is used."""
+"""`perllm model`: inspect GGUF files and make quantisations of them. llama.cpp is imported only where it is used."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Make a quantisation of a GGUF with llama.cpp's own quantiser. Losses add up: start from the best file."""
-    from perllm.edge_worker.models import base_name, check_quantisation, quantise  # noqa: PLC0415
+    from perllm.edge_worker.model_files import base_name, check_quantisation, quantise  # noqa: PLC0415
     from perllm.edge_worker.preflight import preflight  # noqa: PLC0415
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))

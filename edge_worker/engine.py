@@ -1,6 +1,6 @@
 """The edge engine: llama.cpp with continuous batching, behind the worker's `Engine` contract.
 
-`generate` renders the prompt in its caller's thread, puts a request in line and waits; one decode thread owns the
+`generate` renders the prompt in its caller's thread, queues a request and waits; one decode thread owns the
 contexts and steps them while there is work.
 
 With a seed and nothing else in the batch, or at temperature 0 alone in the batch, the same request gives the same
@@ -17,17 +17,19 @@ from queue import Empty
 
 import structlog
 
+from perllm.broker.engine.checks import check_context
 from perllm.broker.engine.contract import EngineError, Generation, OnText, Stop, Stuck
 from perllm.broker.engine.cores import ThreadClaim, available_cores
-from perllm.broker.engine.energy import Attribution, Meter
+from perllm.broker.engine.energy import Attribution, Meter, power_of
+from perllm.broker.engine.text import TextSink
 from perllm.broker.engine.totals import EngineTotals
 from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, TaskSpec
-from perllm.broker.settings import Settings
 from perllm.edge_worker.batch import Batch, Request
 from perllm.edge_worker.llama import MAX_SEQUENCES, VERSION
 from perllm.edge_worker.meters import make_meter
-from perllm.edge_worker.model_pool import Loaded, ModelPool, Stopped, Variant
-from perllm.edge_worker.sampling import greedy, make_drawing
+from perllm.edge_worker.model_pool import LoadedModel, ModelPool, ServedModel, Stopped
+from perllm.edge_worker.sampling import greedy, make_sampler
+from perllm.edge_worker.settings import EdgeSettings
 from perllm.edge_worker.text_stream import TextStream
 
 log = structlog.get_logger(__name__)
@@ -36,21 +38,21 @@ log = structlog.get_logger(__name__)
 #: requests add little speed and slow each other.
 SLOTS, SLOTS_OF_MANY, MANY_CORES = 8, 16, 8
 #: Ended requests' prompts kept for reuse.
-REMEMBER = 8
+CACHED_PROMPTS = 8
 #: A step that takes longer than this, s, and than so many times the longest expected or lately seen, will not end.
-STUCK, STUCK_FACTOR = 10.0, 20.0
-#: How often a waiting caller looks whether its task was stopped, s: only to end a step early, so not often.
-LOOK = 0.05
+STUCK_SECONDS, STUCK_FACTOR = 10.0, 20.0
+#: Seconds between a waiting caller's polls of `Stop`: only to abort a step early, so not often.
+STOP_POLL = 0.05
 
 
 class LlamaEngine:
     """See the module's head. Thread-safe after `start`."""
 
-    def __init__(self, settings: Settings, *, remember: int = REMEMBER) -> None:
-        """`remember` prompts are kept for reuse; 0 shares no prefixes at all."""
-        self._settings, self._remember = settings, remember
+    def __init__(self, settings: EdgeSettings, *, cached_prompts: int = CACHED_PROMPTS, note: str = "") -> None:
+        """`cached_prompts` 0 shares no prefixes at all. `note` is added to the description."""
+        self._settings, self._cached_prompts, self._note = settings, cached_prompts, note
         by_cores = SLOTS if available_cores() < MANY_CORES else SLOTS_OF_MANY
-        self.slots = min(settings.slots or by_cores, MAX_SEQUENCES - remember)
+        self.slots = min(settings.slots or by_cores, MAX_SEQUENCES - cached_prompts)
         self.description = f"llama.cpp {VERSION}, not started"
         self._claim = ThreadClaim()
         self._totals = EngineTotals()
@@ -60,7 +62,7 @@ class LlamaEngine:
         self._thread: threading.Thread | None = None
         self._meter: Meter
         self._energy: Attribution
-        self._variants: ModelPool
+        self._pool: ModelPool
 
     # --- life
 
@@ -71,21 +73,22 @@ class LlamaEngine:
         try:
             self._meter = make_meter(self._settings, threads)
             self._energy = Attribution(self._meter)
-            self._variants = ModelPool(
+            self._pool = ModelPool(
                 self._settings,
                 slots=self.slots,
                 threads=threads,
-                remember=self._remember,
+                cached_prompts=self._cached_prompts,
                 totals=self._totals,
                 energy=self._energy,
                 counters=self.counters,
             )
-            self._variants.start()
+            self._pool.start()
         except BaseException:
             self._claim.release()
             raise
         plural = "" if threads == 1 else "s"
-        self.description = f"llama.cpp {VERSION}, {', '.join(self._variants.names)}, {threads} thread{plural}"
+        parts = (f"llama.cpp {VERSION}", *self._pool.names, f"{threads} thread{plural}", self._note)
+        self.description = ", ".join(part for part in parts if part)
         self._thread = threading.Thread(target=self._run, name="perllm-decode", daemon=True)
         self._thread.start()
 
@@ -110,42 +113,26 @@ class LlamaEngine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            self._variants.close()
+            self._pool.close()
         self._claim.release()
 
     # --- what the worker asks
 
     def offers(self) -> tuple[ModelOffer, ...]:
         """The models served, each with its calibration."""
-        return self._variants.offers()
+        return self._pool.offers()
 
     def power(self) -> Power:
         """The node's power as far as known beforehand."""
-        meter = self._meter
-        return Power(
-            idle=meter.idle,
-            active=meter.active,
-            joules_per_byte=self._settings.joules_per_byte,
-            method=meter.method,
-            estimated=meter.estimated,
-        )
+        return power_of(self._meter, self._settings.joules_per_byte)
 
     def counters(self) -> Counters:
         """Totals since `start` and the present state."""
-        now, totals = time.monotonic(), self._totals
-        batches = self._variants.batches
-        return Counters(
-            steps=totals.steps,
-            busy=totals.busy,
-            generated=totals.generated,
-            prefilled=totals.prefilled,
-            sequence_steps=totals.sequence_steps,
-            context_steps=totals.context_steps,
+        batches = self._pool.batches
+        return self._totals.counters(
             active=sum(len(batch.active) for batch in batches),
             waiting=sum(len(batch.waiting) for batch in batches),
-            free_kv=self._variants.free_kv,
-            since_progress=max(0.0, now - totals.progress) if any(batch.busy for batch in batches) else 0.0,
-            longest_step=totals.longest_step(now),
+            free_kv=self._pool.free_kv,
             energy=self._meter.read(),
         )
 
@@ -155,29 +142,29 @@ class LlamaEngine:
             return {request.task_id: request.generated for request in self._requests}
 
     def stuck(self) -> Stuck | None:
-        """Whether a step takes longer than any honest one could."""
+        """Not None when a step takes longer than any working one could."""
         now = time.monotonic()
-        busy = [batch for batch in self._variants.batches if batch.busy]
+        busy = [batch for batch in self._pool.batches if batch.busy]
         if not busy:
             return None
         longest = max(self._totals.longest_step(now), *(batch.longest_step for batch in busy))
-        silent = now - self._totals.progress
-        if silent <= max(STUCK, STUCK_FACTOR * longest):
+        silent = now - self._totals.last_progress
+        if silent <= max(STUCK_SECONDS, STUCK_FACTOR * longest):
             return None
-        at_work = frozenset(request.task_id for batch in busy for request in batch.at_work)
-        return Stuck(f"the engine has not got on for {silent:.0f} s", at_work)
+        computing = frozenset(request.task_id for batch in busy for request in batch.computing)
+        return Stuck(f"the engine has not got on for {silent:.0f} s", computing)
 
     # --- generating
 
     def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
         """Run one task to its end or until `stop`. Raises EngineError."""
         accepted = time.monotonic()
-        variant = self._variants.get(spec.model)
+        served = self._pool.get(spec.model)
         if self._closing:
             raise EngineError("the engine is closing", retry=True)
         try:
-            with self._variants.using(variant, stop) as loaded:
-                request = self._request(task_id, spec, stop, variant, loaded, accepted)
+            with self._pool.using(served, stop) as loaded:
+                request = self._request(task_id, spec, stop, served, loaded, accepted)
                 request.streams = on_text is not None
                 self._enqueue(loaded.batch, request)
                 try:
@@ -188,60 +175,48 @@ class LlamaEngine:
         except Stopped:
             request = Request(task_id, spec, stop, [], None, TextStream(), accepted)
             request.finish, request.after = stop.reason, self.counters()
-        return self._generation(variant, request)
+        return self._generation(served, request)
 
     @staticmethod
     def _request(
-        task_id: str, spec: TaskSpec, stop: Stop, variant: Variant, loaded: Loaded, accepted: float
+        task_id: str, spec: TaskSpec, stop: Stop, served: ServedModel, loaded: LoadedModel, accepted: float
     ) -> Request:
         tokens = loaded.prompter.tokens(spec)
-        if not tokens:
-            raise EngineError("prompt: has no tokens", retry=False)
-        if len(tokens) + spec.max_tokens > variant.context:
-            room = variant.context - len(tokens)
-            way_out = f"lower max_tokens to {room}" if room > 0 else "shorten the prompt"
-            raise EngineError(
-                f"prompt of {len(tokens)} tokens and max_tokens {spec.max_tokens} exceed the context of "
-                f"{variant.context} tokens: {way_out}",
-                retry=False,
-            )
-        drawing = None if greedy(spec) else make_drawing(loaded.model, spec, variant.context)
-        return Request(task_id, spec, stop, tokens, drawing, TextStream(spec.stop), accepted)
+        check_context(len(tokens), spec.max_tokens, served.context)
+        sampler = None if greedy(spec) else make_sampler(loaded.model, spec, served.context)
+        return Request(task_id, spec, stop, tokens, sampler, TextStream(spec.stop), accepted)
 
     def _enqueue(self, batch: Batch, request: Request) -> None:
         with self._changed:
             if self._closing:
                 raise EngineError("the engine is closing", retry=True)
             if not self._requests:
-                self._totals.progress = time.monotonic()
+                self._totals.last_progress = time.monotonic()
             self._requests[request] = None
             batch.waiting.append(request)
             self._changed.notify_all()
 
     @staticmethod
     def _wait(batch: Batch, request: Request, on_text: OnText | None) -> None:
-        """Until the decode thread is done with the request. Passes text on, and stops it if that fails."""
-        failure: BaseException | None = None
+        """Until the decode thread is done with the request. Passes text on, and cancels it if that fails."""
+        sink = TextSink(on_text, request.stop) if on_text is not None else None
         while True:
             remaining = request.stop.remaining
             try:
-                piece = request.outbox.get(timeout=LOOK if remaining is None else min(LOOK, remaining + 0.001))
+                timeout = STOP_POLL if remaining is None else min(STOP_POLL, remaining + 0.001)
+                piece = request.outbox.get(timeout=timeout)
             except Empty:
                 if request.stop.reason:
                     batch.interrupt()
                 continue
             if piece is None:
                 break
-            if on_text is not None and failure is None:
-                try:
-                    on_text(piece)
-                except BaseException as error:
-                    failure = error
-                    request.stop.ask()
-        if failure is not None:
-            raise failure
+            if sink is not None:
+                sink.push(piece)
+        if sink is not None:
+            sink.close()
 
-    def _generation(self, variant: Variant, request: Request) -> Generation:
+    def _generation(self, served: ServedModel, request: Request) -> Generation:
         if request.error is not None:
             raise request.error
         assert request.finish is not None
@@ -255,7 +230,7 @@ class LlamaEngine:
         first = request.first or ended
         return Generation(
             output=Output(text=text, finish_reason=request.finish, logprobs=logprobs),
-            model=variant.name,
+            model=served.name,
             prompt_tokens=request.prompt_tokens,
             completion_tokens=request.generated,
             wait=began - request.accepted,
@@ -278,12 +253,12 @@ class LlamaEngine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or any(b.busy for b in self._variants.batches))
+                self._changed.wait_for(lambda: self._closing or any(b.busy for b in self._pool.batches))
                 if self._closing:
                     break
-            for batch in self._variants.batches:
+            for batch in self._pool.batches:
                 self._step(batch)
-        for batch in self._variants.batches:
+        for batch in self._pool.batches:
             batch.fail(EngineError("the engine is closing", retry=True))
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Which KV cells are taken: llama.cpp does not say, so it is counted along.
+"""Which KV cells are taken: llama.cpp does not report it, so they are counted here.
 
 A cell holds one token's keys and values; sequences that share a prefix share its cells.
 """
@@ -7,20 +7,20 @@ from __future__ import annotations
 
 
 class KVCells:
-    """Counts the cells of one context exactly. Sequences are numbered as in the context; those from `remembered` on
-    only keep prompts for reuse, so cells that none but they use can be had back."""
+    """Counts the cells of one context exactly. Sequences are numbered as in the context; those from `live` on
+    only cache prompts, so cells that none but they use can be freed at any time."""
 
-    def __init__(self, size: int, remembered: int) -> None:
+    def __init__(self, size: int, live: int) -> None:
         self._free = list(range(size))
-        self._remembered = remembered
+        self._live_sequences = live
         self._users = [0] * size  # sequences using each cell
-        self._live = [0] * size  # those of them below `remembered`
+        self._live = [0] * size  # those of them below `live`
         self._held: dict[int, list[int]] = {}
-        self.idle = 0  # cells only remembered sequences use
+        self.reusable = 0  # cells that only cached prompts use
 
     @property
     def free(self) -> int:
-        """KVCells nobody uses."""
+        """Cells nobody uses."""
         return len(self._free)
 
     def length(self, sequence: int) -> int:
@@ -50,21 +50,21 @@ class KVCells:
 
     def drop(self, sequence: int) -> None:
         """A sequence gives up its cells; those no other uses become free."""
-        live = sequence < self._remembered
+        live = sequence < self._live_sequences
         for cell in self._held.pop(sequence, ()):
             self._users[cell] -= 1
             self._live[cell] -= live
             if not self._users[cell]:
                 self._free.append(cell)
-                self.idle -= not live
+                self.reusable -= not live
             elif live and not self._live[cell]:
-                self.idle += 1
+                self.reusable += 1
 
     def _use(self, sequence: int, cell: int) -> None:
-        live = sequence < self._remembered
+        live = sequence < self._live_sequences
         if live and self._users[cell] and not self._live[cell]:
-            self.idle -= 1
+            self.reusable -= 1
         elif not live and not self._users[cell]:
-            self.idle += 1
+            self.reusable += 1
         self._users[cell] += 1
         self._live[cell] += live

@@ -34,19 +34,19 @@ Logits = npt.NDArray[np.float32]
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 _ready = threading.Lock()
-_complaints: deque[str] = deque(maxlen=8)
+_errors: deque[str] = deque(maxlen=8)
 
 
-def _hear(level: int, text: bytes, _: Any) -> None:
+def _on_log(level: int, text: bytes, _: Any) -> None:
     if level not in (_INFO, _WARN, _ERROR):
         return
     line = text.decode(errors="replace").strip()
     if level == _ERROR:
-        _complaints.append(line)
+        _errors.append(line)
     log.debug("llama_cpp", line=line)
 
 
-_log_callback = lib.llama_log_callback(_hear)  # kept: llama.cpp holds only the pointer
+_log_callback = lib.llama_log_callback(_on_log)  # kept: llama.cpp holds only the pointer
 _backend_up = False
 
 
@@ -60,10 +60,10 @@ def prepare() -> None:
             _backend_up = True
 
 
-def complaint() -> str:
-    """What llama.cpp complained of since last asked: its first line, which is the cause."""
-    text = _complaints[0] if _complaints else ""
-    _complaints.clear()
+def last_error() -> str:
+    """What llama.cpp logged as an error since last asked: its first line, which is the cause."""
+    text = _errors[0] if _errors else ""
+    _errors.clear()
     return re.sub(r"^(?:\w+: |error loading model(?: hyperparameters)?: )+", "", text)
 
 
@@ -77,10 +77,10 @@ class Model:
     def __init__(self, path: Path) -> None:
         """Raises LlamaError when llama.cpp does not take the file."""
         prepare()
-        complaint()
+        last_error()
         self._model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
         if not self._model:
-            raise LlamaError(complaint() or "unknown reason")
+            raise LlamaError(last_error() or "unknown reason")
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocab_size: int = lib.llama_vocab_n_tokens(self._vocab)
         self.adds_bos: bool = lib.llama_vocab_get_add_bos(self._vocab)
@@ -227,10 +227,10 @@ class Context:
         self._abort = _Flag()
         params.abort_callback = self._abort.callback
         params.abort_callback_data = self._abort.address
-        complaint()
+        last_error()
         self._context = lib.llama_init_from_model(model.handle, params)
         if not self._context:
-            raise LlamaError(complaint() or "no memory for the context")
+            raise LlamaError(last_error() or "no memory for the context")
         self._memory = lib.llama_get_memory(self._context)
         self._vocab_size = model.vocab_size
         self.batch_tokens = batch
@@ -280,7 +280,7 @@ class Context:
         return np.ctypeslib.as_array(pointer, (self._vocab_size,))
 
     def abort(self, now: bool) -> None:
-        """Make the running decode (and any later one) end with ABORTED, until taken back. From any thread."""
+        """Make the running decode (and any later one) end with ABORTED, until set to False. From any thread."""
         self._abort.set(now)
 
     def remove(self, sequence: int, start: int = 0) -> None:
@@ -301,8 +301,8 @@ class Context:
             self._context = None
 
 
-class Sampler:
-    """Draws tokens from logits by a chain of llama.cpp's samplers."""
+class SamplerChain:
+    """Chooses tokens from logits by a chain of llama.cpp's samplers."""
 
     def __init__(self, model: Model, chain: Sequence[Callable[[], Any]]) -> None:
         """`chain` makes the samplers in order, the last one choosing."""
@@ -324,7 +324,7 @@ class Sampler:
         return int(array.data[array.selected].id)
 
     def accept(self, token: int) -> None:
-        """Let the penalties know of it."""
+        """The token was generated: penalties count it."""
         lib.llama_sampler_accept(self._chain, token)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a CPU node draws: RAPL where the kernel shows it, otherwise a model of the CPU, always called an estimate."""
+"""A CPU node's power: RAPL where the kernel shows it, otherwise a model of the CPU, always called an estimate."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import structlog
 
 from perllm.broker.engine.cores import machine_cores
 from perllm.broker.engine.energy import Meter
-from perllm.broker.settings import Settings
+from perllm.broker.engine.settings import EngineSettings
 
 log = structlog.get_logger(__name__)
 
 POWERCAP = Path("/sys/class/powercap")
-#: Seconds a RAPL counter is watched before it is believed: masked ones (virtual machines, containers) stand still.
-PROBE = 0.05
+#: Seconds a RAPL counter is watched before it is trusted: masked ones (virtual machines, containers) stand still.
+PROBE_SECONDS = 0.05
 #: A machine's idle power as part of its TDP, where nothing better is known.
 IDLE_PART = 0.2
 #: W per physical core at full load, where the CPU is not in the table: about what server CPUs are rated.
@@ -43,7 +43,7 @@ CORE_WATTS = (
 
 
 def cpu_model() -> str:
-    """The CPU's name as the kernel tells it."""
+    """The CPU's name as the kernel reports it."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -117,7 +117,7 @@ class RaplMeter:
         idle: float | None = None,
         powercap: Path = POWERCAP,
         stat: Path = Path("/proc/stat"),
-        probe: float = PROBE,
+        probe: float = PROBE_SECONDS,
     ) -> None:
         self._zones = [_Zone(folder) for folder in zones(powercap)]
         if not self._zones:
@@ -193,7 +193,7 @@ def _name(folder: Path) -> str:
         return ""
 
 
-def make_meter(settings: Settings, threads: int) -> Meter:
+def make_meter(settings: EngineSettings, threads: int) -> Meter:
     """The best meter there is for an engine of so many threads on this machine."""
     cores = machine_cores()
     try:

@@ -11,20 +11,21 @@ from pathlib import Path
 
 import structlog
 
+from perllm.broker.engine.checks import check_model
 from perllm.broker.engine.contract import EngineError, Stop
 from perllm.broker.engine.cores import available_memory
 from perllm.broker.engine.energy import Attribution
 from perllm.broker.engine.totals import EngineTotals
 from perllm.broker.errors import BadSetting
 from perllm.broker.messages import Counters, ModelOffer
-from perllm.broker.settings import Settings
-from perllm.edge_worker.batch import Batch, Pace
+from perllm.edge_worker.batch import Batch, BatchTuning
 from perllm.edge_worker.calibrate import BUDGET, calibrate
 from perllm.edge_worker.gguf import GGUF, read_gguf
 from perllm.edge_worker.llama import Context, LlamaError, Model
-from perllm.edge_worker.models import DEFAULT_QUANTISATION, default_gguf, model_name, quantised
+from perllm.edge_worker.model_files import DEFAULT_QUANTISATION, default_gguf, model_name, quantised
 from perllm.edge_worker.preflight import preflight
 from perllm.edge_worker.sampling import Prompter
+from perllm.edge_worker.settings import EdgeSettings
 
 log = structlog.get_logger(__name__)
 
@@ -40,18 +41,18 @@ BATCH = 512
 MEMORY_PART = 0.9
 #: Bytes llama.cpp computes in beside weights and KV cache (measured: 98 MB at 512 tokens per decode and 49,152 words).
 SCRATCH = 128 << 20
-#: Seconds between looks whether memory for another variant has come free.
-_LOOK = 0.05
+#: Seconds between two polls whether memory for another model has come free, at most.
+_MEMORY_POLL = 0.05
 #: Seconds `close` waits for callers to leave.
-_PATIENCE = 5.0
+_CLOSE_TIMEOUT = 5.0
 
 
 class Stopped(Exception):
-    """The request was asked to stop while it waited for its model."""
+    """The request was cancelled, or its deadline passed, while it waited for its model."""
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedModel:
     """A model in memory, ready to step."""
 
     model: Model
@@ -64,15 +65,15 @@ class Loaded:
 
 
 @dataclass(slots=True)
-class Variant:
+class ServedModel:
     """One model the node offers, in memory or not."""
 
     name: str
     gguf: GGUF
     context: int  # tokens per request
     kv_tokens: int
-    pace: Pace | None = None  # measured when first loaded
-    loaded: Loaded | None = None
+    tuning: BatchTuning | None = None  # measured when first loaded
+    loaded: LoadedModel | None = None
     loading: bool = False
     users: int = 0  # requests inside: it stays loaded while there are any
     used: float = 0.0  # when it was last asked for
@@ -84,9 +85,9 @@ class Variant:
 
     @property
     def offer(self) -> ModelOffer:
-        assert self.pace is not None
+        assert self.tuning is not None
         return ModelOffer(
-            name=self.name, context=self.context, kv_tokens=self.kv_tokens, calibration=self.pace.calibration
+            name=self.name, context=self.context, kv_tokens=self.kv_tokens, calibration=self.tuning.step_cost
         )
 
 
@@ -95,40 +96,40 @@ class ModelPool:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: EdgeSettings,
         *,
         slots: int,
         threads: int,
-        remember: int,
+        cached_prompts: int,
         totals: EngineTotals,
         energy: Attribution,
         counters: Callable[[], Counters],
     ) -> None:
         """Finds the files, quantises what is missing, and plans the memory. Raises BadSetting."""
-        self._slots, self._threads, self._remember = slots, threads, remember
+        self._slots, self._threads, self._cached_prompts = slots, threads, cached_prompts
         self._totals, self._energy, self._counters = totals, energy, counters
-        self._foreign = settings.model is not None  # a file llama.cpp has not proved to take
+        self._needs_preflight = settings.model is not None  # a file not known to be good
         free = available_memory()
         self._memory = settings.model_memory or int(free * MEMORY_PART)
         self._changed = threading.Condition()
-        self._all: dict[str, Variant] = {}
+        self._all: dict[str, ServedModel] = {}
         #: Those of the models in memory.
         self.batches: tuple[Batch, ...] = ()
         for gguf in _files(settings):
-            variant = self._plan(settings, gguf, free)
-            self._all[variant.name] = variant
+            served = self._plan(settings, gguf, free)
+            self._all[served.name] = served
 
     def start(self) -> None:
         """Load and measure each model once, the default one last so that it stays. Raises BadSetting."""
-        if self._foreign:
+        if self._needs_preflight:
             preflight(next(iter(self._all.values())).gguf.path)
-        for variant in reversed(self._all.values()):
-            self._make_room(variant)
-            self._load(variant, BUDGET / len(self._all))
+        for served in reversed(self._all.values()):
+            self._make_room(served)
+            self._load(served, BUDGET / len(self._all))
 
     def offers(self) -> tuple[ModelOffer, ...]:
         """What the node serves, the default model first."""
-        return tuple(variant.offer for variant in self._all.values())
+        return tuple(served.offer for served in self._all.values())
 
     @property
     def names(self) -> Sequence[str]:
@@ -139,57 +140,56 @@ class ModelPool:
         """Tokens of KV cache free in the models in memory."""
         return sum(batch.free_kv for batch in self.batches)
 
-    def get(self, name: str | None) -> Variant:
-        """The variant of this name, the default one for None. Raises EngineError (retry=False)."""
+    def get(self, name: str | None) -> ServedModel:
+        """The model of this name, the default one for None. Raises EngineError (retry=False)."""
         if name is None:
             return next(iter(self._all.values()))
-        if name not in self._all:
-            raise EngineError(f"model: {name!r} is not served here, only {', '.join(self._all)}", retry=False)
+        check_model(name, self._all)
         return self._all[name]
 
     @contextmanager
-    def using(self, variant: Variant, stop: Stop) -> Iterator[Loaded]:
-        """The variant in memory, for as long as the context lasts; loaded first if need be, in place of others that
+    def using(self, served: ServedModel, stop: Stop) -> Iterator[LoadedModel]:
+        """The model in memory, for as long as the context lasts; loaded first if need be, in place of others that
         nobody uses. Raises Stopped when `stop` comes first, EngineError (retry=True) when it cannot be loaded."""
-        loaded = self._enter(variant, stop)
+        loaded = self._enter(served, stop)
         try:
             yield loaded
         finally:
             with self._changed:
-                variant.users -= 1
+                served.users -= 1
                 self._changed.notify_all()
 
-    def _enter(self, variant: Variant, stop: Stop) -> Loaded:
+    def _enter(self, served: ServedModel, stop: Stop) -> LoadedModel:
         while True:
             with self._changed:
-                if variant.loaded is not None:
-                    variant.users += 1
-                    variant.used = time.monotonic()
-                    return variant.loaded
+                if served.loaded is not None:
+                    served.users += 1
+                    served.used = time.monotonic()
+                    return served.loaded
                 if stop.reason:
                     raise Stopped
-                if variant.loading or not self._make_room(variant):
-                    self._changed.wait(_LOOK)
+                if served.loading or not self._make_room(served):
+                    self._changed.wait(_MEMORY_POLL)
                     continue
-                variant.loading = True  # without the lock, so that requests for others go on
+                served.loading = True  # without the lock, so that requests for others go on
             try:
-                self._load(variant, BUDGET)
+                self._load(served, BUDGET)
             except BadSetting as error:
                 raise EngineError(str(error), retry=True) from None
             finally:
-                variant.loading = False
+                served.loading = False
 
     def close(self) -> None:
         """Free all models, once their users have left. A model somebody will not leave is not freed."""
         with self._changed:
-            self._changed.wait_for(lambda: not any(v.users for v in self._all.values()), timeout=_PATIENCE)
-            for variant in self._all.values():
-                if not variant.users:
-                    self._unload(variant)
+            self._changed.wait_for(lambda: not any(v.users for v in self._all.values()), timeout=_CLOSE_TIMEOUT)
+            for served in self._all.values():
+                if not served.users:
+                    self._unload(served)
 
     # --- memory
 
-    def _plan(self, settings: Settings, gguf: GGUF, free: int) -> Variant:
+    def _plan(self, settings: EdgeSettings, gguf: GGUF, free: int) -> ServedModel:
         context = settings.context or min(DEFAULT_CONTEXT, gguf.context or DEFAULT_CONTEXT)
         if gguf.context and context > gguf.context:
             raise BadSetting(
@@ -206,12 +206,12 @@ class ModelPool:
                 "choose a smaller model or quantisation, or lower PERLLM_CONTEXT"
             )
         kv_tokens = -(-min(wanted, possible) // KV_STEP) * KV_STEP
-        return Variant(model_name(settings, gguf), gguf, context, kv_tokens)
+        return ServedModel(model_name(settings, gguf), gguf, context, kv_tokens)
 
-    def _make_room(self, variant: Variant) -> bool:
-        """Whether there is memory for `variant`, after unloading others nobody uses, least recently used first."""
+    def _make_room(self, served: ServedModel) -> bool:
+        """Whether there is memory for `served`, after unloading others nobody uses, least recently used first."""
         present = sorted((v for v in self._all.values() if v.loaded or v.loading), key=lambda v: v.used)
-        excess = sum(v.bytes for v in present) + variant.bytes - self._memory
+        excess = sum(v.bytes for v in present) + served.bytes - self._memory
         idle = [v for v in present if v.loaded and not v.users]
         if excess > sum(v.bytes for v in idle):
             return False
@@ -222,67 +222,67 @@ class ModelPool:
             excess -= other.bytes
         return True
 
-    def _unload(self, variant: Variant) -> None:
-        if variant.loaded is not None:
-            loaded, variant.loaded = variant.loaded, None
+    def _unload(self, served: ServedModel) -> None:
+        if served.loaded is not None:
+            loaded, served.loaded = served.loaded, None
             self._list()
             loaded.close()
-            log.info("model_unloaded", model=variant.name)
+            log.info("model_unloaded", model=served.name)
 
     def _list(self) -> None:
         self.batches = tuple(v.loaded.batch for v in self._all.values() if v.loaded is not None)
 
-    def _load(self, variant: Variant, budget: float) -> None:
+    def _load(self, served: ServedModel, budget: float) -> None:
         began = time.monotonic()
-        path = variant.gguf.path
+        path = served.gguf.path
         try:
             model = Model(path)
         except LlamaError as error:
             raise BadSetting(f"llama.cpp cannot load {path}: {error}") from None
         try:
             if not model.generates:
-                raise BadSetting(f"{path} ({variant.gguf.architecture}) is not a text generation model")
-            remember = self._remember if model.shares_prefixes else 0
-            sequences = self._slots + remember
+                raise BadSetting(f"{path} ({served.gguf.architecture}) is not a text generation model")
+            cached_prompts = self._cached_prompts if model.shares_prefixes else 0
+            sequences = self._slots + cached_prompts
             context = Context(
-                model, kv_tokens=variant.kv_tokens, sequences=sequences, batch=BATCH, threads=self._threads
+                model, kv_tokens=served.kv_tokens, sequences=sequences, batch=BATCH, threads=self._threads
             )
-            pace = variant.pace or calibrate(context, slots=self._slots, token=max(0, model.eos), budget=budget)
+            tuning = served.tuning or calibrate(context, slots=self._slots, token=max(0, model.eos), budget=budget)
             prompter = Prompter(model)
         except LlamaError as error:
             model.close()
-            raise BadSetting(f"llama.cpp cannot run {path} with {variant.kv_tokens} tokens of KV: {error}") from None
+            raise BadSetting(f"llama.cpp cannot run {path} with {served.kv_tokens} tokens of KV: {error}") from None
         except BaseException:
             model.close()
             raise
         batch = Batch(
             model,
             context,
-            pace,
+            tuning,
             slots=self._slots,
-            remember=remember,
+            cached_prompts=cached_prompts,
             totals=self._totals,
             energy=self._energy,
             counters=self._counters,
         )
         with self._changed:
-            variant.pace, variant.loaded, variant.used = pace, Loaded(model, prompter, batch), time.monotonic()
+            served.tuning, served.loaded, served.used = tuning, LoadedModel(model, prompter, batch), time.monotonic()
             self._list()
             self._changed.notify_all()
-        speed = pace.calibration
+        cost = tuning.step_cost
         log.info(
             "model_loaded",
-            model=variant.name,
+            model=served.name,
             seconds=round(time.monotonic() - began, 2),
             threads=self._threads,
-            kv_tokens=variant.kv_tokens,
-            chunk=pace.chunk,
-            decode_ms=round(1e3 * (speed.step + speed.sequence), 2),
-            prefill_tokens_per_s=round(1 / speed.prefill),
+            kv_tokens=served.kv_tokens,
+            chunk=tuning.chunk,
+            decode_ms=round(1e3 * (cost.step + cost.sequence), 2),
+            prefill_tokens_per_s=round(1 / cost.prefill),
         )
 
 
-def _files(settings: Settings) -> list[GGUF]:
+def _files(settings: EdgeSettings) -> list[GGUF]:
     """The GGUF files the settings ask for: the given one (or the default), in the quantisations listed."""
     source = Path(settings.model).expanduser() if settings.model is not None else default_gguf()
     own = read_gguf(source)

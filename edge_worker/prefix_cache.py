@@ -1,4 +1,4 @@
-"""Prompts kept in the KV cache after their request ended, so that the next one with the same beginning shares it."""
+"""Prompts kept in the KV cache after their request ended, so that the next one with the same prefix shares it."""
 
 from __future__ import annotations
 
@@ -9,67 +9,67 @@ from collections.abc import Sequence
 from perllm.edge_worker.kv_cells import KVCells
 from perllm.edge_worker.llama import Context
 
-#: PrefixCache shorter than this many tokens are not worth sharing.
+#: Prefixes shorter than this many tokens are not worth sharing.
 SHORTEST = 16
-#: Part of the KV cache that remembered prompts alone may take.
+#: Part of the KV cache that cached prompts alone may take.
 SHARE_OF_CACHE = 0.25
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common beginning of two lists."""
+    """Length of the longest common prefix of two lists."""
     most = min(len(a), len(b))
-    # The first length at which the beginnings differ, by bisection: comparing slices runs in C.
+    # The first length at which the prefixes differ, by bisection: comparing slices runs in C.
     return bisect_left(range(1, most + 1), True, key=lambda length: a[:length] != b[:length])
 
 
 class PrefixCache:
-    """Remembered prompts, one sequence of the context each, least recently used out first."""
+    """Cached prompts, one sequence of the context each, the least recently used evicted first."""
 
     def __init__(self, sequences: Sequence[int], context: Context, cells: KVCells) -> None:
         self._unused = list(sequences)
         self._context, self._cells = context, cells
         self._prompts: OrderedDict[int, list[int]] = OrderedDict()  # sequence → tokens, oldest use first
-        self._most_idle = int(context.kv_tokens * SHARE_OF_CACHE)
+        self._most_reusable = int(context.kv_tokens * SHARE_OF_CACHE)
 
-    def longest(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """(sequence, length) of the remembered prompt with the longest common beginning; (−1, 0) without one."""
+    def longest_match(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """(sequence, length) of the cached prompt with the longest common prefix; (−1, 0) without one."""
         length, sequence = max(((common_prefix(t, tokens), s) for s, t in self._prompts.items()), default=(0, -1))
         return (sequence, length) if length else (-1, 0)
 
     def touch(self, sequence: int) -> None:
-        """A remembered prompt was of use."""
+        """A cached prompt was used."""
         self._prompts.move_to_end(sequence)
 
-    def remember(self, sequence: int, prompt: list[int]) -> None:
+    def insert(self, sequence: int, prompt: list[int]) -> None:
         """Keep the prompt `sequence` holds, unless one kept already begins with it."""
         if len(prompt) < SHORTEST or not (self._unused or self._prompts):
             return
-        kept, length = self.longest(prompt)
+        kept, length = self.longest_match(prompt)
         if length == len(prompt):
             self.touch(kept)
             return
         if kept >= 0 and length == len(self._prompts[kept]):
-            self.forget(kept)  # the new one holds all of it
+            self.evict(kept)  # the new one holds all of it
         if not self._unused:
-            self.forget(next(iter(self._prompts)))
+            self.evict(next(iter(self._prompts)))
         target = self._unused.pop()
         self._context.copy(sequence, target, len(prompt))
         self._cells.share(sequence, target, len(prompt))
         self._prompts[target] = prompt
 
     def trim(self) -> None:
-        """Keep to the share of the cache remembered prompts may take."""
-        while self._cells.idle > self._most_idle and self.forget_oldest():
+        """Keep to the share of the KV cache that cached prompts may take."""
+        while self._cells.reusable > self._most_reusable and self.evict_oldest():
             pass
 
-    def forget_oldest(self) -> bool:
-        """Give up the least recently used prompt. False when there is none."""
+    def evict_oldest(self) -> bool:
+        """Evict the least recently used prompt. False when there is none."""
         if not self._prompts:
             return False
-        self.forget(next(iter(self._prompts)))
+        self.evict(next(iter(self._prompts)))
         return True
 
-    def forget(self, sequence: int) -> None:
+    def evict(self, sequence: int) -> None:
         del self._prompts[sequence]
         self._context.remove(sequence)
         self._cells.drop(sequence)

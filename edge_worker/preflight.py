@@ -1,7 +1,8 @@
-"""`python -m perllm.edge_worker.preflight FILE`: whether llama.cpp gets through a GGUF, found out in a process that may die of it.
+"""`python -m perllm.edge_worker.preflight FILE`: whether llama.cpp can load a GGUF, found out in a process that may
+crash on it.
 
 A file can be well-formed and still lead llama.cpp into a failed assertion, which ends the process. A worker that loads
-a model somebody gave it, perhaps while it serves others, lets a child try first.
+a model somebody gave it, perhaps while it serves others, lets a child process load it first.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import structlog
 from perllm.broker.errors import BadSetting
 from perllm.edge_worker.llama import OK, Context, LlamaError, Model
 
-#: Seconds a trial may take: the model is read from disk once, for the worker as well.
-PATIENCE = 600.0
+#: Seconds it may take: the model is read from disk once, for the worker as well.
+TIMEOUT = 600.0
 _REFUSED = 3
 
 
@@ -29,10 +30,10 @@ def preflight(path: Path) -> None:
     command = [sys.executable, "-m", "perllm.edge_worker.preflight", str(path)]
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False
+            command, env=environment, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False
         )
     except subprocess.TimeoutExpired:
-        raise BadSetting(f"llama.cpp did not load {path} within {PATIENCE:.0f} s") from None
+        raise BadSetting(f"llama.cpp did not load {path} within {TIMEOUT:.0f} s") from None
     if done.returncode == _REFUSED:
         raise BadSetting(f"llama.cpp cannot load {path}: {done.stdout.strip()}")
     if done.returncode != 0:

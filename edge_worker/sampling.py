@@ -1,4 +1,4 @@
-"""From what a producer asks for to samplers and a rendered prompt."""
+"""What a producer asks for, as samplers and a tokenised prompt."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llguidance import LLMatcher
 
 from perllm.broker import grammar
 from perllm.broker.engine.contract import EngineError
+from perllm.broker.engine.text import prompt_text
 from perllm.broker.errors import InvalidTask, TryAgain
 from perllm.broker.messages import TaskSpec
-from perllm.edge_worker.llama import Logits, Model, Sampler
+from perllm.edge_worker.llama import Logits, Model, SamplerChain
 
 #: CPU time a request may spend on its grammar, s: so much, and so much more per token. Others in the batch wait
 #: meanwhile. What people mean takes far less; one token is bounded by `perllm.broker.grammar.limits` (about 0.5 s).
 GRAMMAR_BURST, GRAMMAR_RATE = 1.0, 0.005
-
 
 _NOTHING = "it allows none of the model's tokens here"
 
@@ -35,52 +35,52 @@ def greedy(spec: TaskSpec) -> bool:
     return spec.temperature == 0 and not _penalised(spec) and spec.grammar is None and spec.json_schema is None
 
 
-class Drawing:
-    """How one request's tokens are drawn: by a chain of samplers, within a grammar if there is one."""
+class Sampler:
+    """Samples one request's tokens: by a chain of samplers, within a grammar if there is one."""
 
-    def __init__(self, sampler: Sampler, matcher: LLMatcher | None) -> None:
-        self._sampler, self._matcher = sampler, matcher
-        self._allowance = GRAMMAR_BURST
+    def __init__(self, chain: SamplerChain, matcher: LLMatcher | None) -> None:
+        self._chain, self._matcher = chain, matcher
+        self._budget = GRAMMAR_BURST
 
-    def draw(self, logits: Logits) -> int:
+    def sample(self, logits: Logits) -> int:
         """The next token. Raises GrammarError when the grammar allows none, or takes too much."""
-        token = self._sampler.choose(logits) if self._matcher is None else self._draw_within(self._matcher, logits)
-        self._sampler.accept(token)
+        token = self._chain.choose(logits) if self._matcher is None else self._sample_within(self._matcher, logits)
+        self._chain.accept(token)
         return token
 
-    def _draw_within(self, matcher: LLMatcher, logits: Logits) -> int:
+    def _sample_within(self, matcher: LLMatcher, logits: Logits) -> int:
         began = time.thread_time()
-        token = self._sampler.choose(logits)
+        token = self._chain.choose(logits)
         if matcher.try_consume_tokens([token]) == 0:  # cheaper than always asking for all that are allowed
             bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
             if not matcher.is_error():
                 among = np.flatnonzero(np.unpackbits(bits, count=len(logits), bitorder="little"))
                 if not len(among):
                     raise GrammarError(_NOTHING)
-                token = self._sampler.choose(logits, among)
+                token = self._chain.choose(logits, among)
                 matcher.consume_token(token)
         if matcher.is_error():
             raise GrammarError(_limit(matcher))
-        self._allowance += GRAMMAR_RATE - (time.thread_time() - began)
-        if self._allowance < 0:
+        self._budget += GRAMMAR_RATE - (time.thread_time() - began)
+        if self._budget < 0:
             raise GrammarError("finding what it allows takes too long: simplify it")
         return token
 
     def close(self) -> None:
-        self._sampler.close()
+        self._chain.close()
         self._matcher = None
 
 
 def _limit(matcher: LLMatcher) -> str:
-    said = matcher.get_error().split("\n", 1)[0].split(";", 1)[0][:200]
-    if said.startswith("NoExtension"):
+    error = matcher.get_error().split("\n", 1)[0].split(";", 1)[0][:200]
+    if error.startswith("NoExtension"):
         return _NOTHING
-    return f"too many possibilities to follow: simplify it, or write recursion as repetition ({said})"
+    return f"too many possibilities to follow: simplify it, or write recursion as repetition ({error})"
 
 
-def make_drawing(model: Model, spec: TaskSpec, penalty_window: int) -> Drawing:
-    """What `spec` asks for. Penalties look at up to `penalty_window` generated tokens (not at the prompt, as in the
-    OpenAI API). Raises EngineError (retry=False) for a grammar or schema that cannot be used.
+def make_sampler(model: Model, spec: TaskSpec, penalty_window: int) -> Sampler:
+    """The sampler `spec` asks for. Penalties look at up to `penalty_window` generated tokens (not at the prompt, as in
+    the OpenAI API). Raises EngineError (retry=False) for a grammar or schema that cannot be used.
     """
     matcher = _matcher(model, spec)
     chain: list[Callable[[], Any]] = []
@@ -102,7 +102,7 @@ def make_drawing(model: Model, spec: TaskSpec, penalty_window: int) -> Drawing:
             chain.append(lambda: lib.llama_sampler_init_min_p(spec.min_p, 1))
         chain.append(lambda: lib.llama_sampler_init_temp(spec.temperature))
         chain.append(lambda: lib.llama_sampler_init_dist(seed))
-    return Drawing(Sampler(model, chain), matcher)
+    return Sampler(SamplerChain(model, chain), matcher)
 
 
 def _penalised(spec: TaskSpec) -> bool:
@@ -112,10 +112,8 @@ def _penalised(spec: TaskSpec) -> bool:
 def _matcher(model: Model, spec: TaskSpec) -> LLMatcher | None:
     try:
         text = grammar.lark(spec)
-    except TryAgain as error:
-        raise EngineError(str(error), retry=True) from None
     except InvalidTask as error:
-        raise EngineError(str(error), retry=False) from None
+        raise EngineError(str(error), retry=isinstance(error, TryAgain)) from None
     if text is None:
         return None
     matcher = LLMatcher(model.vocabulary, text, log_level=0, limits=grammar.limits())
@@ -126,27 +124,21 @@ def _matcher(model: Model, spec: TaskSpec) -> LLMatcher | None:
 
 
 class Prompter:
-    """Renders tasks with a model's chat template. A `prompt` is one user turn, when the model has a template; without
-    one it is completed as it is, and `messages` are refused."""
+    """Renders tasks with a model's chat template, and tokenises them."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        template = model.chat_template()
-        self._format = template and Jinja2ChatFormatter(
-            template, eos_token=model.token_text(model.eos), bos_token=model.token_text(model.bos)
-        )
+        self._template = None
+        if source := model.chat_template():
+            eos, bos = model.token_text(model.eos), model.token_text(model.bos)
+            formatter: Any = Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos)
+            self._template = lambda messages: str(formatter(messages=messages).prompt)
 
     def tokens(self, spec: TaskSpec) -> list[int]:
-        """The prompt's tokens. Raises EngineError (retry=False) when the template refuses the messages."""
-        if not self._format:
-            if spec.prompt is None:
-                raise EngineError("messages: this model has no chat template; give a prompt", retry=False)
-            return self._model.tokenize(spec.prompt, special=False, add_bos=self._model.adds_bos)
-        messages: Any = [m.model_dump() for m in spec.messages or ()] or [{"role": "user", "content": spec.prompt}]
-        try:
-            text = self._format(messages=messages).prompt
-        except Exception as error:  # templates are programs; theirs are the errors
-            raise EngineError(f"messages: the model's chat template refuses them: {error}", retry=False) from None
+        """The prompt's tokens. Raises EngineError (retry=False)."""
+        text = prompt_text(spec, self._template)
+        if self._template is None:
+            return self._model.tokenize(text, special=False, add_bos=self._model.adds_bos)
         return self._model.tokenize(text, special=True, add_bos=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -73,3 +74,11 @@ def ledger(settings: Settings) -> Iterator[Ledger]:
     one.client.flushall()
     yield one
     one.client.close()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF of random weights that llama.cpp steps through in a fraction of a millisecond."""
+    from support.tiny_gguf import tiny_llama  # noqa: PLC0415  needs llama-cpp-python
+
+    return tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf")

@@ -1,7 +1,7 @@
 """What a worker needs of an inference engine. llama.cpp, vLLM and remote engines all stand behind this.
 
 `generate` is called from many Celery threads at once and blocks; the engine batches them as it can. It never outlives
-its `Stop`: within one engine step after `stop` asks, the call returns what it has.
+its `Stop`: within one engine step of its being cancelled, the call returns what it has.
 """
 
 from __future__ import annotations
@@ -14,26 +14,29 @@ from typing import Literal, Protocol
 
 from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, TaskSpec
 
+#: Why a generation ended.
+FinishReason = Literal["stop", "length", "deadline", "cancelled"]
+
 
 class Stop:
-    """A request to end a generation: by `ask`, or by the passing of a deadline (s from now, this machine's clock)."""
+    """A request to end a generation: by `cancel`, or by a deadline that passes (s from now, this machine's clock)."""
 
     def __init__(self, deadline: float | None = None) -> None:
-        self._asked = threading.Event()
+        self._cancelled = threading.Event()
         self._until = None if deadline is None else time.monotonic() + deadline
 
-    def ask(self) -> None:
-        """Ask the generation to end (cancelled, or its lease was lost)."""
-        self._asked.set()
+    def cancel(self) -> None:
+        """End the generation: its task was cancelled, its lease was lost, or the worker stops."""
+        self._cancelled.set()
 
     def wait(self, seconds: float) -> None:
-        """Sleep for so long, or until somebody asks."""
-        self._asked.wait(seconds)
+        """Sleep for so long, or until cancelled."""
+        self._cancelled.wait(seconds)
 
     @property
     def reason(self) -> Literal["cancelled", "deadline"] | None:
         """Why to end now, or None to go on. Cheap enough to read at every step."""
-        if self._asked.is_set():
+        if self._cancelled.is_set():
             return "cancelled"
         if self._until is not None and time.monotonic() >= self._until:
             return "deadline"
@@ -82,11 +85,11 @@ class EngineDown(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class Stuck:
-    """An engine that will not get on again by itself, and the tasks it was at when it ceased to: one of them may be
+    """An engine that makes no progress any more, and the tasks it was computing when it ceased to: one of them may be
     the cause."""
 
     reason: str
-    at_work: frozenset[str]
+    tasks: frozenset[str]
 
 
 #: Called with each piece of text (whole UTF-8 characters) as it is generated.
@@ -105,7 +108,7 @@ class Engine(Protocol):
         """Load the model(s) and calibrate (seconds). Raises BadSetting with what to change."""
 
     def offers(self) -> tuple[ModelOffer, ...]:
-        """The models served, each with its calibration."""
+        """The models served, each with the step cost measured at the start."""
 
     def power(self) -> Power:
         """The power model measured or assumed at boot."""
@@ -125,7 +128,15 @@ class Engine(Protocol):
         """Task id → tokens generated so far, of every task inside."""
 
     def stuck(self) -> Stuck | None:
-        """Whether a step takes longer than any honest one could. Then only a new process helps."""
+        """Not None when a step takes longer than any working one could. Then only a new process helps."""
 
     def close(self) -> None:
         """Stop every generation and free the model. Idempotent."""
+
+
+def counters_or_none(engine: Engine) -> Counters:
+    """The engine's counters; all zero while it is down."""
+    try:
+        return engine.counters()
+    except EngineDown:
+        return Counters()

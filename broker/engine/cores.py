@@ -1,4 +1,4 @@
-"""How many cores an engine may use here.
+"""How many cores, and how much memory, an engine may use here.
 
 llama.cpp's threads spin at barriers: one thread more than there are free cores costs a factor, not a percentage. So
 cores are counted as this process may use them (affinity, cgroup quota, hyper-threads counted once), and engines on one

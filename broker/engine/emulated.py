@@ -11,20 +11,21 @@ import time
 from collections.abc import Mapping
 from typing import Literal
 
-from perllm.broker.engine.contract import EngineError, Generation, OnText, Stop, Stuck
+from perllm.broker.engine.checks import check_context
+from perllm.broker.engine.contract import Generation, OnText, Stop, Stuck
+from perllm.broker.engine.settings import EngineSettings
 from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, StepCost, TaskSpec
-from perllm.broker.settings import Settings
 
 METHOD = "emulated"
 _IDLE_WATTS, _ACTIVE_WATTS = 1.0, 4.0
-#: Seconds between looks at `Stop` while it pretends to work.
-_TICK = 0.02
+#: Seconds between two polls of `Stop`, at most.
+_STOP_POLL = 0.02
 
 
 class EmulatedEngine:
     """See the module's head. `speed` in tokens/s per sequence, None for no delay at all."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: EngineSettings) -> None:
         self.slots = settings.slots or 4
         self._speed = settings.emulated_speed
         self._context = settings.context or 4096
@@ -40,11 +41,9 @@ class EmulatedEngine:
 
     def offers(self) -> tuple[ModelOffer, ...]:
         step = 0.0 if self._speed is None else 1.0 / self._speed
-        calibration = StepCost(step=step, sequence=0.0, prefill=0.0)
+        cost = StepCost(step=step, sequence=0.0, prefill=0.0)
         return (
-            ModelOffer(
-                name=self._name, context=self._context, kv_tokens=self._context * self.slots, calibration=calibration
-            ),
+            ModelOffer(name=self._name, context=self._context, kv_tokens=self._context * self.slots, calibration=cost),
         )
 
     def power(self) -> Power:
@@ -52,9 +51,7 @@ class EmulatedEngine:
 
     def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
         prompt_tokens = spec.text_bytes() // 4 + 1
-        if prompt_tokens + spec.max_tokens > self._context:
-            need = f"{prompt_tokens} prompt tokens and max_tokens {spec.max_tokens}"
-            raise EngineError(f"{need} exceed the context of {self._context}", retry=False)
+        check_context(prompt_tokens, spec.max_tokens, self._context)
         before = self.counters()
         began = time.monotonic()
         tokens, reason = self._work(task_id, spec, stop, on_text)
@@ -82,16 +79,16 @@ class EmulatedEngine:
         self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None
     ) -> tuple[int, Literal["length", "deadline", "cancelled"]]:
         """Tokens "generated" and why it ended."""
-        said = 0
+        published = 0
 
-        def say(tokens: int) -> None:
-            nonlocal said
-            if on_text is not None and tokens > said:
-                on_text(" ".join([""] * (said > 0) + ["word"] * (tokens - said)))
-                said = tokens
+        def publish(tokens: int) -> None:
+            nonlocal published
+            if on_text is not None and tokens > published:
+                on_text(" ".join([""] * (published > 0) + ["word"] * (tokens - published)))
+                published = tokens
 
         if self._speed is None:
-            say(spec.max_tokens)
+            publish(spec.max_tokens)
             return spec.max_tokens, "length"
         began = time.monotonic()
         with self._lock:
@@ -100,13 +97,13 @@ class EmulatedEngine:
             while True:
                 tokens = min(spec.max_tokens, int((time.monotonic() - began) * self._speed))
                 self._progress[task_id] = tokens
-                say(tokens)
+                publish(tokens)
                 if tokens == spec.max_tokens:
                     return tokens, "length"
                 match stop.reason:
                     case "deadline" | "cancelled" as reason:
                         return tokens, reason
-                stop.wait(min(_TICK, (spec.max_tokens - tokens) / self._speed))
+                stop.wait(min(_STOP_POLL, (spec.max_tokens - tokens) / self._speed))
         finally:
             with self._lock:
                 del self._progress[task_id]

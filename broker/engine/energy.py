@@ -21,14 +21,14 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from perllm.broker.messages import Energy
+from perllm.broker.messages import Energy, Power
 
-#: Shortest window, s, over which a reading is split (DESIGN section 6).
+#: Shortest window, s, over which a reading is split.
 WINDOW = 0.1
-#: How much of the older windows' weight in the price of work is kept at each new one: about the last ten count.
-_MEMORY = 0.9
-#: So little work in recent windows does not tell what a unit of it costs.
-_TELLING = 1e-9
+#: Exponential decay of older windows' weight in the price of work: about the last ten count.
+_DECAY = 0.9
+#: Work in recent windows from which the price of a unit can be told.
+_LEAST_WORK = 1e-9
 
 
 class Meter(Protocol):
@@ -47,6 +47,17 @@ class Meter(Protocol):
 
     def read(self) -> float:
         """Joules since the meter was made; never falls. Thread-safe."""
+
+
+def power_of(meter: Meter, joules_per_byte: float) -> Power:
+    """A metered node's power model."""
+    return Power(
+        idle=meter.idle,
+        active=meter.active,
+        joules_per_byte=joules_per_byte,
+        method=meter.method,
+        estimated=meter.estimated,
+    )
 
 
 @dataclass(slots=True)
@@ -144,7 +155,7 @@ class Attribution:
             account.seconds += passed / len(self._accounts)
 
     def _advance(self, account: _Account, now: float) -> None:
-        if self._worked > _TELLING:
+        if self._worked > _LEAST_WORK:
             inference = self._paid / self._worked * account.work
         else:  # nothing is known yet but the meter's word
             work = sum(a.work for a in self._accounts.values()) + self._advanced_work
@@ -175,14 +186,14 @@ class Attribution:
         self._unattributed += energy - charged
         if work + self._advanced_work:
             beyond_idle = metered - self.meter.idle * (now - self._opened)
-            self._worked = _MEMORY * self._worked + work + self._advanced_work
-            self._paid = max(0.0, _MEMORY * self._paid + beyond_idle)
+            self._worked = _DECAY * self._worked + work + self._advanced_work
+            self._paid = max(0.0, _DECAY * self._paid + beyond_idle)
         self._open(reading, now)
 
     def _tick_error(self, left: float, metered: float, seconds: float, work: float, now: float) -> float:
         """How much of `left` is likely to be there only because the counter moves in ticks, J."""
         elapsed = now - self._opened
-        if self._worked <= _TELLING or elapsed <= 0:
+        if self._worked <= _LEAST_WORK or elapsed <= 0:
             return 0.0
         expected = self.meter.idle * seconds + self._paid / self._worked * work
         tick = metered / elapsed * self.meter.resolution

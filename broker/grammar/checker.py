@@ -33,10 +33,10 @@ from perllm.broker.messages import TaskSpec
 
 #: Children, and threads of an event loop's process that wait for them.
 CHILDREN, THREADS = 2, 32
-#: Verdicts remembered.
-REMEMBERED = 20_000
+#: Verdicts cached.
+CACHED_VERDICTS = 20_000
 #: Checks of one tenant that may wait, where nobody can be kept waiting.
-MOST_WAITING = 4
+MAX_WAITING = 4
 #: CPU time a tenant's checks may take, where nobody can be kept waiting: so much at once and so much per s. The first
 #: 20 ms of each are free: what people mean takes less.
 BURST, RATE, FREE = 5.0, 0.1, 0.02
@@ -62,7 +62,7 @@ def check(spec: TaskSpec, *, hurried: bool = False) -> None:
     checker = _checker
     if (key := _key(spec)) is not None and not checker.known(key):
         with checker.waiting(spec.tenant, hurried=hurried):
-            checker.look(key, spec)
+            checker.check(key, spec)
 
 
 async def check_from_loop(spec: TaskSpec) -> None:
@@ -70,7 +70,7 @@ async def check_from_loop(spec: TaskSpec) -> None:
     checker = _checker
     if (key := _key(spec)) is not None and not checker.known(key):
         with checker.waiting(spec.tenant, hurried=True):
-            await asyncio.get_running_loop().run_in_executor(checker.threads, checker.look, key, spec)
+            await asyncio.get_running_loop().run_in_executor(checker.threads, checker.check, key, spec)
 
 
 # --- the text
@@ -109,7 +109,7 @@ def _lark(spec: TaskSpec) -> str:
 
 
 class _Died(Exception):
-    """The child died of what it was given. The message says of what."""
+    """The child died of what it was given. The message says why."""
 
 
 class _Hung(Exception):
@@ -186,13 +186,14 @@ class _Tenant:
 
     turn: threading.Lock = field(default_factory=threading.Lock)
     waiting: int = 0
-    owed: float = 0.0
+    debt: float = 0.0
     at: float = field(default_factory=time.monotonic)
 
-    def owes(self) -> float:
+    def current_debt(self) -> float:
+        """What is held against him now, s: it is paid off at `RATE`."""
         now = time.monotonic()
-        self.owed, self.at = max(0.0, self.owed - RATE * (now - self.at)), now
-        return self.owed
+        self.debt, self.at = max(0.0, self.debt - RATE * (now - self.at)), now
+        return self.debt
 
 
 class _Checker:
@@ -224,7 +225,7 @@ class _Checker:
         """One more check of this tenant is under way. Raises TryAgain."""
         with self._lock:
             tenant = self._tenants.setdefault(name, _Tenant())
-            if hurried and (tenant.waiting >= MOST_WAITING or tenant.owes() > BURST):
+            if hurried and (tenant.waiting >= MAX_WAITING or tenant.current_debt() > BURST):
                 raise TryAgain(
                     "grammar: too many new grammars and schemas of this tenant are being checked, or took long to: "
                     "try again later, or use one that was used before"
@@ -235,10 +236,10 @@ class _Checker:
         finally:
             with self._lock:
                 tenant.waiting -= 1
-                for idle in [n for n, t in self._tenants.items() if not t.waiting and not t.owes()]:
+                for idle in [n for n, t in self._tenants.items() if not t.waiting and not t.current_debt()]:
                     del self._tenants[idle]
 
-    def look(self, key: bytes, spec: TaskSpec) -> None:
+    def check(self, key: bytes, spec: TaskSpec) -> None:
         """Have it checked, unless somebody else had meanwhile. Raises InvalidTask, TryAgain."""
         tenant = self._tenants[spec.tenant]
         with tenant.turn:
@@ -249,9 +250,9 @@ class _Checker:
             except _Hung:
                 raise TryAgain("grammar: it could not be checked now: try again") from None
             with self._lock:
-                tenant.owed = tenant.owes() + max(0.0, seconds - FREE)
+                tenant.debt = tenant.current_debt() + max(0.0, seconds - FREE)
                 self._verdicts[key] = verdict
-                if len(self._verdicts) > REMEMBERED:
+                if len(self._verdicts) > CACHED_VERDICTS:
                     self._verdicts.popitem(last=False)
         self.known(key)
 

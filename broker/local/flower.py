@@ -17,8 +17,9 @@ from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.web import ErrorHandler
 
 from perllm.broker import connection
-from perllm.broker.celery import app, settings
-from perllm.broker.errors import PerLLMError
+from perllm.broker.celery import app
+from perllm.broker.errors import PerLLMError, exit_with
+from perllm.broker.settings import load_settings
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -52,10 +53,9 @@ class Guarded(Flower):  # type: ignore[misc]
 def main() -> int:
     """Run it until interrupted. Status 2, and one line, for an unusable server."""
     try:
-        connection.check(settings)
+        connection.check(load_settings())
     except PerLLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        exit_with(error)
     flower.command.Flower = Guarded
     app.start(["flower", *sys.argv[1:]])
     return 0

@@ -27,7 +27,8 @@ from perllm.broker.ledger import Ledger
 from perllm.broker.local.process import keep_small, spawn
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.private_files import own_folder
-from perllm.broker.settings import Settings, load_settings
+from perllm.broker.settings import Settings, environment, load_settings
+from perllm.broker.worker.settings import WorkerSettings
 
 #: Seconds the slowest part (an engine that loads, requantises and calibrates its model) may take to appear.
 START_TIMEOUT = 180.0
@@ -128,6 +129,7 @@ class Supervisor:
     api_port: int | None = None
     server_port: int | None = None
     node_environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    _node: WorkerSettings = field(default_factory=lambda: load_settings(WorkerSettings))
     _server: EmbeddedServer | None = None
     _children: list[_Child] = field(default_factory=list)
     _restarts: dict[str, _Restarts] = field(default_factory=dict)
@@ -175,7 +177,7 @@ class Supervisor:
         for tier, names, threads in (("edge", self.edges, edge_threads), ("cloud", self.clouds, cloud_threads)):
             for name in names:
                 command = [*celery, f"perllm.{tier}_worker", "worker", "-n", f"{tier}.{name}@perllm", *quiet]
-                own = {"PERLLM_NODE_NAME": name, "PERLLM_THREADS": str(self.settings.threads or threads)}
+                own = {"PERLLM_NODE_NAME": name, "PERLLM_THREADS": str(self._node.threads or threads)}
                 self._launch(f"{tier}.{name}", command, **own, **self.node_environment.get(name, {}))
         if self.api_port is not None:
             here = {"PERLLM_API_HOST": "127.0.0.1", "PERLLM_API_PORT": str(self.api_port), "PERLLM_API_OPEN": "true"}
@@ -199,14 +201,14 @@ class Supervisor:
                 f"the data folder {folder} cannot be used ({error.strerror}): set PERLLM_DATA_DIR"
             ) from None
 
-    def _launch(self, name: str, command: list[str], **environment: str) -> None:
+    def _launch(self, name: str, command: list[str], **own_settings: str) -> None:
         path = self.logs / f"{name}.log"
         path.unlink(missing_ok=True)
         # What lies in the folder the user happens to be in is not imported: Celery puts the working directory first,
         # which therefore is a folder of ours.
         paths = os.environ.get("PYTHONPATH")
         own = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))} if paths else {}
-        own |= {"PYTHONSAFEPATH": "1", **self.settings.environment(), **environment}
+        own |= {"PYTHONSAFEPATH": "1", **environment(self.settings), **own_settings}
         child = _Child(name, command, {**os.environ, **own}, path, self.settings.data_dir / "run")
         self._children.append(child)
         self._restarts[name] = _Restarts()
@@ -258,7 +260,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Stop everything: workers hand back and leave, then the scheduler, the server last. Idempotent."""
-        patience = self.settings.grace + self.settings.lease + 5.0
+        patience = self._node.grace + self.settings.lease + 5.0
         for children in (self._children[2:], self._children[:2]):
             for child in children:
                 if child.process is not None and child.process.poll() is None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
 from celery import Celery
 
 from perllm.broker.connection import CONNECT_TIMEOUT, NEAR_REPLY_TIMEOUT
+from perllm.broker.errors import PerLLMError, exit_with
 from perllm.broker.messages import WIRE_VERSION
 from perllm.broker.queues import transport
 from perllm.broker.settings import Settings
@@ -29,42 +31,64 @@ NOTICE = {"socket_timeout": NEAR_REPLY_TIMEOUT, "health_check_interval": 5}
 RUN = "perllm.run"
 
 
-def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) -> Celery:
-    """A Celery app (JSON only) whose workers consume `queue` with `concurrency` threads and no prefetch beyond."""
+def configuration(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) -> dict[str, Any]:
+    """Celery's settings (JSON only) for workers that consume `queue` with `concurrency` threads and no prefetch
+    beyond, and for those who send to them."""
     transport.install(node=queue != INBOX)
-    app = Celery("perllm", broker=settings.celery_url, backend=settings.celery_url, set_as_current=True)
-    app.conf.update(
-        task_serializer="json",
-        result_serializer="json",
-        event_serializer="json",
-        accept_content=["json"],
-        result_accept_content=["json"],
-        task_default_queue=queue,
-        task_create_missing_queues=True,
-        task_ignore_result=True,
-        task_acks_late=False,
-        result_expires=int(settings.retention),
-        worker_pool="threads",
-        worker_concurrency=concurrency,
-        worker_prefetch_multiplier=1,
-        worker_disable_prefetch=True,
-        worker_send_task_events=True,
-        worker_hijack_root_logger=False,
-        worker_redirect_stdouts=False,
-        broker_connection_retry_on_startup=True,
-        broker_connection_max_retries=None,
-        broker_channel_error_retry=True,  # what a server refuses now (its disk is full, say) it will take later
-        broker_connection_timeout=CONNECT_TIMEOUT,
-        broker_transport_options=dict(NOTICE),
-        redis_backend_health_check_interval=15,
-        redis_socket_timeout=NEAR_REPLY_TIMEOUT,
-    )
+    made = {
+        "broker_url": settings.celery_url,
+        "result_backend": settings.celery_url,
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "event_serializer": "json",
+        "accept_content": ["json"],
+        "result_accept_content": ["json"],
+        "task_default_queue": queue,
+        "task_create_missing_queues": True,
+        "task_ignore_result": True,
+        "task_acks_late": False,
+        "result_expires": int(settings.retention),
+        "worker_pool": "threads",
+        "worker_concurrency": concurrency,
+        "worker_prefetch_multiplier": 1,
+        "worker_disable_prefetch": True,
+        "worker_send_task_events": True,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "broker_channel_error_retry": True,  # what a server refuses now (its disk is full, say) it will take later
+        "broker_connection_timeout": CONNECT_TIMEOUT,
+        "broker_transport_options": dict(NOTICE),
+        "redis_backend_health_check_interval": 15,
+        "redis_socket_timeout": NEAR_REPLY_TIMEOUT,
+    }
     if not settings.url.startswith("unix:"):
-        app.conf.update(
-            broker_transport_options={**NOTICE, "socket_keepalive": True},
-            redis_socket_keepalive=True,
-            redis_socket_connect_timeout=CONNECT_TIMEOUT,
-        )
+        made |= {
+            "broker_transport_options": {**NOTICE, "socket_keepalive": True},
+            "redis_socket_keepalive": True,
+            "redis_socket_connect_timeout": CONNECT_TIMEOUT,
+        }
+    return made
+
+
+def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) -> Celery:
+    """An app with this `configuration`."""
+    return lazy_app(lambda: configuration(settings, queue=queue, concurrency=concurrency))
+
+
+def lazy_app(configure: Callable[[], dict[str, Any]]) -> Celery:
+    """An app whose configuration is made when Celery first asks for it, as every command of its does. So its module can
+    be imported anywhere, whatever the settings; a wrong one ends the command with one line and status 2."""
+
+    def configure_or_exit() -> dict[str, Any]:
+        try:
+            return configure()
+        except PerLLMError as error:
+            exit_with(error)
+
+    app = Celery("perllm")
+    app.add_defaults(configure_or_exit)
     return app
 
 

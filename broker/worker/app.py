@@ -1,4 +1,4 @@
-"""A node as an ordinary Celery worker: `celery -A perllm.edge_worker worker`, `celery -A perllm.cloud_worker worker`."""
+"""A node as an ordinary Celery worker: `celery -A perllm.edge_worker worker`, or of `perllm.cloud_worker`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NoReturn
+from typing import Any, Generic, Literal, TypeVar
 from uuid import uuid4
 
 import structlog
@@ -17,54 +17,61 @@ from pydantic import ValidationError
 
 from perllm.broker import connection, logs
 from perllm.broker.engine.contract import Engine
-from perllm.broker.errors import BadSetting, PerLLMError, TaskExpired, TaskFailed, field_errors
+from perllm.broker.errors import BadSetting, PerLLMError, TaskExpired, TaskFailed, exit_with, field_errors
 from perllm.broker.ledger import Ledger
 from perllm.broker.messages import WIRE_VERSION, NodeInfo
-from perllm.broker.queues.app import RUN, make_app
-from perllm.broker.settings import Settings, load_settings
+from perllm.broker.queues.app import RUN, configuration, lazy_app
+from perllm.broker.settings import load_settings
 from perllm.broker.worker.node import NodeWorker
+from perllm.broker.worker.settings import WorkerSettings
 
 log = structlog.get_logger(__name__)
 Tier = Literal["edge", "cloud"]
+S = TypeVar("S", bound=WorkerSettings)
 
 
-def worker_app(tier: Tier, make_engine: Callable[[Settings], Engine]) -> Celery:
-    """The Celery app of one node. `make_engine` builds the engine without loading it; it is started with the worker.
+def worker_app(tier: Tier, settings: type[S], make_engine: Callable[[S], Engine]) -> Celery:
+    """The Celery app of one node: its settings are read, and its engine made, when Celery asks how it is configured.
 
-    Ends the process with one line and status 2 when a setting is wrong.
+    `make_engine` builds the engine without loading it; it is started with the worker.
     """
-    try:
-        settings = load_settings()
-        ledger = Ledger(settings, reply_timeout=connection.NEAR_REPLY_TIMEOUT)
-        engine = make_engine(settings)
-    except PerLLMError as error:
-        _die(error)
-    name = settings.node_name or re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:64].lstrip("-_") or tier
-    app = make_app(settings, queue=f"{tier}.{name}", concurrency=engine.slots)
-    _Lifecycle(app, tier, name, settings, ledger, engine)
-    return app
+    return _Node(tier, settings, make_engine).app
 
 
-class _Lifecycle:
+class _Node(Generic[S]):
     """Ties a node's life to its Celery worker's by Celery's signals, and answers the node queue's one task."""
 
-    def __init__(self, app: Celery, tier: Tier, name: str, settings: Settings, ledger: Ledger, engine: Engine) -> None:
-        self._tier, self._name, self._settings, self._ledger, self._engine = tier, name, settings, ledger, engine
-        self._node: NodeWorker | None = None
+    _name: str
+    _settings: S
+    _ledger: Ledger
+    _engine: Engine
+
+    def __init__(self, tier: Tier, model: type[S], make_engine: Callable[[S], Engine]) -> None:
+        self._tier, self._model, self._make_engine = tier, model, make_engine
+        self._worker: NodeWorker | None = None
+        self.app = lazy_app(self._configure)
+        # Failures are results here: they are in the ledger before Celery hears of them, so no traceback in the log.
+        self.app.task(bind=True, name=RUN, typing=False, throws=(TaskFailed, TaskExpired))(self._make_task())
+
+    def _configure(self) -> dict[str, Any]:
+        """Celery's configuration. Raises PerLLMError."""
+        settings = self._settings = load_settings(self._model)
+        self._name = settings.node_name or _host_name() or self._tier
+        self._ledger = Ledger(settings, reply_timeout=connection.NEAR_REPLY_TIMEOUT)
+        self._engine = self._make_engine(settings)
         # weak=False: nothing else keeps these bound methods alive
         signals.setup_logging.connect(self._log, weak=False)
         signals.worker_init.connect(self._load, weak=False)
         signals.worker_ready.connect(self._join, weak=False)
         signals.worker_shutting_down.connect(self._drain, weak=False)
         signals.worker_shutdown.connect(self._leave, weak=False)
-        # Failures are results here: they are in the ledger before Celery hears of them, so no traceback in the log.
-        app.task(bind=True, name=RUN, typing=False, throws=(TaskFailed, TaskExpired))(self._make_task())
+        return configuration(settings, queue=f"{self._tier}.{self._name}", concurrency=self._engine.slots)
 
     def _log(self, **_: Any) -> None:
         logs.configure(self._settings)
 
     def _load(self, **_: Any) -> None:
-        with self._or_die():
+        with self._or_exit():
             connection.check(self._settings)
             self._engine.start()
             info = NodeInfo(
@@ -77,53 +84,53 @@ class _Lifecycle:
                 bandwidth=self._settings.bandwidth,
                 engine=self._engine.description,
             )
-            self._node = NodeWorker(self._settings, self._ledger, self._engine, info)
+            self._worker = NodeWorker(self._settings, self._ledger, self._engine, info)
 
     def _join(self, **_: Any) -> None:
-        with self._or_die():
-            assert self._node is not None
-            self._node.start()
+        with self._or_exit():
+            assert self._worker is not None
+            self._worker.start()
 
     @contextmanager
-    def _or_die(self) -> Iterator[None]:
+    def _or_exit(self) -> Iterator[None]:
         """Whatever goes wrong at the start ends the process. Celery would log it and go on, a worker without a node."""
         try:
             yield
         except ValidationError as error:
             self._close()
-            _die(BadSetting(f"this node cannot be registered: {field_errors(error)}"))
+            exit_with(BadSetting(f"this node cannot be registered: {field_errors(error)}"))
         except PerLLMError as error:
             self._close()
-            _die(error)
+            exit_with(error)
         except Exception:
             log.exception("start_failed", node=self._name)
             self._close()
             sys.exit(1)
 
     def _close(self) -> None:
-        (self._node or self._engine).close()
+        (self._worker or self._engine).close()
 
     def _drain(self, **_: Any) -> None:
         # Celery calls this inside its signal handler: no I/O there, so a thread of its own does it.
-        if self._node is not None:
-            threading.Thread(target=self._node.drain, name="perllm-drain", daemon=True).start()
+        if self._worker is not None:
+            threading.Thread(target=self._worker.drain, name="perllm-drain", daemon=True).start()
 
     def _leave(self, **_: Any) -> None:
-        if self._node is not None:
-            self._node.close()
+        if self._worker is not None:
+            self._worker.close()
 
     def _make_task(self) -> Callable[..., str]:
         def run(task: Task, *args: Any, attempt: Any = None, v: Any = WIRE_VERSION, **_: Any) -> str:
             if args or type(attempt) is not int or v != WIRE_VERSION:
                 log.warning("foreign_message", task_id=task.request.id, queue=f"{self._tier}.{self._name}")
                 return "ignored: not a message of the scheduler"
-            assert self._node is not None
+            assert self._worker is not None
             with structlog.contextvars.bound_contextvars(task_id=task.request.id, node=self._name):
-                return self._node.run(task.request.id, attempt)
+                return self._worker.run(task.request.id, attempt)
 
         return run
 
 
-def _die(error: PerLLMError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+def _host_name() -> str:
+    """The machine's, as a node may be called; may be empty."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:64].lstrip("-_")

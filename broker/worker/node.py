@@ -1,7 +1,7 @@
 """The part of a worker around its engine: register, heartbeat, claim, run, complete, hand back.
 
-One `NodeWorker` per process. Celery threads call `run`; one more thread beats: it renews every running attempt's lease
-and learns in the same call which of them must stop. A cancel wakes it at once through the node's signal channel.
+One `NodeWorker` per process. Celery threads call `run`; one more thread sends heartbeats: each renews every running
+attempt's lease and returns which of them must stop. A cancel wakes it at once through the node's signal channel.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from perllm.broker.errors import (
 )
 from perllm.broker.ledger import Claim, Ledger
 from perllm.broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec, whole_text
-from perllm.broker.settings import Settings
+from perllm.broker.worker.settings import WorkerSettings
 from perllm.broker.worker.text_publisher import TextPublisher
 
 #: Seconds a worker keeps trying to deliver a result to a server that does not answer.
-DELIVERY_PATIENCE = 60.0
-#: Seconds an engine must be found stuck, beat after beat: a process that was frozen itself would think so for a moment.
-CONFIRMED = 3.0
+DELIVERY_TIMEOUT = 60.0
+#: Seconds an engine must be found stuck, at every heartbeat: a process that was frozen itself finds it so for a moment.
+STUCK_CONFIRMED = 3.0
 #: The exit status of a worker whose engine is stuck (EX_SOFTWARE): who supervises it starts it anew.
 STUCK_STATUS = 70
 #: Longest reason of a failure that is kept, characters: engines quote what they were given.
@@ -61,29 +61,29 @@ class _Attempt:
 class NodeWorker:
     """Runs the attempts dispatched to one node. `engine` is started; `info` describes it."""
 
-    def __init__(self, settings: Settings, ledger: Ledger, engine: Engine, info: NodeInfo) -> None:
+    def __init__(self, settings: WorkerSettings, ledger: Ledger, engine: Engine, info: NodeInfo) -> None:
         self.info = info
         self._settings = settings
         self._ledger = ledger
         self._engine = engine
-        self._inside: dict[str, int] = {}  # tasks a thread is busy with, and the attempt's number
+        self._entered: dict[str, int] = {}  # tasks a thread is at work on, and the attempt's number
         self._running: dict[str, _Attempt] = {}  # those of them that are claimed
-        self._change = threading.Condition()  # of these two
+        self._changed = threading.Condition()  # of these two
         self._stopping = threading.Event()
         self._handing_back = threading.Event()
         self._closed = threading.Event()
-        self._away = False  # out of the cluster while the engine is down
-        self._leaving = threading.Lock()
+        self._out_of_service = False  # while the engine is down
+        self._draining = threading.Lock()
         self._stuck_since: float | None = None
-        self._beating = threading.Thread(target=self._beat_until_closed, name="perllm-heartbeat", daemon=True)
+        self._heartbeats = threading.Thread(target=self._beat_until_closed, name="perllm-heartbeat", daemon=True)
 
     # --- service
 
     def start(self) -> None:
-        """Register and begin to beat. Waits for a dead namesake's registration to lapse; raises BadSetting when one
-        lives."""
+        """Register and begin the heartbeats. Waits for a dead namesake's registration to lapse; raises BadSetting when
+        one lives."""
         self._register()
-        self._beating.start()
+        self._heartbeats.start()
         log.info("node_up", node=self.info.name, queue=self.info.queue, slots=self.info.slots, engine=self.info.engine)
 
     def drain(self) -> None:
@@ -91,22 +91,22 @@ class NodeWorker:
         handed back after it. Returns when nothing runs."""
         log.info("node_draining", node=self.info.name, running=len(self._running))
         self._stopping.set()
-        self._quietly(lambda: self._ledger.drain(self.info.name, self.info.boot, STOPPING))
-        with self._change:
-            if not self._change.wait_for(lambda: not self._inside, timeout=self._settings.grace):
+        self._best_effort(lambda: self._ledger.drain(self.info.name, self.info.boot, STOPPING))
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._entered, timeout=self._settings.grace):
                 self._handing_back.set()
                 for attempt in self._running.values():
-                    attempt.stop.ask()
-                self._change.wait_for(lambda: not self._inside, timeout=self._settings.lease)
+                    attempt.stop.cancel()
+                self._changed.wait_for(lambda: not self._entered, timeout=self._settings.lease)
 
     def close(self) -> None:
         """Leave the cluster and free the engine. Idempotent."""
         if self._closed.is_set():
             return
         self._closed.set()
-        if self._beating.is_alive():
-            self._beating.join(timeout=5)
-        self._quietly(lambda: self._ledger.leave(self.info.name, self.info.boot, "the worker stopped"))
+        if self._heartbeats.is_alive():
+            self._heartbeats.join(timeout=5)
+        self._best_effort(lambda: self._ledger.leave(self.info.name, self.info.boot, "the worker stopped"))
         self._engine.close()
         log.info("node_left", node=self.info.name)
 
@@ -120,27 +120,27 @@ class NodeWorker:
         if not self._enter(task_id, number):
             return "void: an attempt at this task is here already"
         try:
-            return self._run_alone(task_id, number)
+            return self._run_attempt(task_id, number)
         finally:
-            with self._change:
-                del self._inside[task_id]
+            with self._changed:
+                del self._entered[task_id]
                 self._running.pop(task_id, None)
-                self._change.notify_all()
+                self._changed.notify_all()
 
     def _enter(self, task_id: str, number: int) -> bool:
         """Whether this attempt may begin. One that lost its lease may still be here when the next is sent: it is
         stopped first, so that the engine never has a task twice."""
-        with self._change:
-            if self._inside.get(task_id, number) < number:
+        with self._changed:
+            if self._entered.get(task_id, number) < number:
                 if older := self._running.get(task_id):
-                    older.stop.ask()
-                self._change.wait_for(lambda: task_id not in self._inside, timeout=self._settings.lease)
-            if task_id in self._inside:
+                    older.stop.cancel()
+                self._changed.wait_for(lambda: task_id not in self._entered, timeout=self._settings.lease)
+            if task_id in self._entered:
                 return False
-            self._inside[task_id] = number
+            self._entered[task_id] = number
             return True
 
-    def _run_alone(self, task_id: str, number: int) -> str:
+    def _run_attempt(self, task_id: str, number: int) -> str:
         token = uuid4().hex
 
         def try_claim() -> tuple[Claim | None, float]:
@@ -148,15 +148,16 @@ class NodeWorker:
             claim = self._ledger.claim(task_id, number, self.info.name, token)
             return claim, time.monotonic() - began
 
-        claim, transfer = self._patiently(try_claim) or (None, 0.0)  # the message is gone: only this brings the work
+        # The message is gone: only this brings the work.
+        claim, transfer = self._until_delivered(try_claim) or (None, 0.0)
         if claim is None:
             log.info("attempt_void", task_id=task_id, attempt=number)
             return "void: placed elsewhere, cancelled or expired meanwhile"
         attempt = _Attempt(number, token, Stop(claim.deadline))
-        with self._change:
+        with self._changed:
             self._running[task_id] = attempt
             if self._handing_back.is_set():
-                attempt.stop.ask()
+                attempt.stop.cancel()
         return self._run_claimed(task_id, attempt, claim, transfer)
 
     def _run_claimed(self, task_id: str, attempt: _Attempt, claim: Claim, transfer: float) -> str:
@@ -167,14 +168,14 @@ class NodeWorker:
             return self._failed(task_id, attempt, reason, retry=True)
         try:
             grammar.check(spec)
-            speaker = TextPublisher(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
-            done = self._engine.generate(task_id, spec, attempt.stop, speaker)
+            publisher = TextPublisher(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
+            done = self._engine.generate(task_id, spec, attempt.stop, publisher)
         except EngineDown as error:
             reason = str(error)
-            self._step_out(reason)  # before the task goes back, or it could come straight here again
+            self._leave_service(reason)  # before the task goes back, or it could come straight here again
             if error.inside:
                 return self._failed(task_id, attempt, reason, retry=True)
-            self._patiently(lambda: self._ledger.hand_back(task_id, attempt.number, attempt.token, reason))
+            self._until_delivered(lambda: self._ledger.hand_back(task_id, attempt.number, attempt.token, reason))
             return f"handed back: {reason}"
         except EngineError as error:
             return self._failed(task_id, attempt, str(error), retry=error.retry)
@@ -190,19 +191,19 @@ class NodeWorker:
         cost = f"{done.completion_tokens} tokens, {receipt.energy.total:.2f} J ({receipt.energy.method})"
         match done.output.finish_reason:
             case "stop" | "length":
-                verdict = self._patiently(
+                verdict = self._until_delivered(
                     lambda: ledger.complete(task_id, number, token, "succeeded", done.output, receipt)
                 )
                 return f"{verdict}: {cost}"
             case "deadline":
                 reason = f"the deadline passed after {done.completion_tokens} tokens"
-                self._patiently(
+                self._until_delivered(
                     lambda: ledger.complete(task_id, number, token, "expired", done.output, receipt, reason)
                 )
                 raise TaskExpired(reason)
             case "cancelled":
                 if self._handing_back.is_set():
-                    self._patiently(lambda: ledger.hand_back(task_id, number, token, STOPPING))
+                    self._until_delivered(lambda: ledger.hand_back(task_id, number, token, STOPPING))
                     return f"handed back after {cost}"
                 return f"stopped after {cost}"
             case _:
@@ -211,7 +212,7 @@ class NodeWorker:
     def _failed(self, task_id: str, attempt: _Attempt, reason: str, *, retry: bool) -> str:
         reason = whole_text(reason[:MAX_REASON])
         log.warning("attempt_failed", task_id=task_id, attempt=attempt.number, reason=reason, retry=retry)
-        self._patiently(lambda: self._ledger.fail(task_id, attempt.number, attempt.token, reason, retry=retry))
+        self._until_delivered(lambda: self._ledger.fail(task_id, attempt.number, attempt.token, reason, retry=retry))
         raise TaskFailed(reason)
 
     def _receipt(self, attempt: _Attempt, done: Generation, claim: Claim, transfer: float) -> Receipt:
@@ -235,10 +236,10 @@ class NodeWorker:
             stalled=done.stalled,
         )
 
-    def _patiently(self, deliver: Callable[[], T]) -> T | None:
-        """Repeat a call while the server does not answer: a result is too dear to drop for a network fault, and
-        repeating is harmless. None when patience ended; the lease has lapsed by then and the task is placed anew."""
-        give_up = time.monotonic() + DELIVERY_PATIENCE
+    def _until_delivered(self, deliver: Callable[[], T]) -> T | None:
+        """Repeat a call while the server does not answer: a result is too costly to drop for a network fault, and
+        repeating is harmless. None after `DELIVERY_TIMEOUT`: the lease has lapsed, and the task is placed anew."""
+        give_up = time.monotonic() + DELIVERY_TIMEOUT
         while True:
             try:
                 return deliver()
@@ -249,19 +250,19 @@ class NodeWorker:
                 self._closed.wait(0.5)
 
     @staticmethod
-    def _quietly(call: Callable[[], object]) -> None:
-        """For goodbyes: without a server, leases lapse by themselves."""
+    def _best_effort(call: Callable[[], object]) -> None:
+        """For what is also true in time without being said: leases lapse by themselves."""
         try:
             call()
         except Unreachable as error:
-            log.warning("goodbye_unheard", reason=str(error))
+            log.warning("departure_not_recorded", reason=str(error))
 
     # --- heartbeat
 
     def _register(self) -> None:
-        patience = time.monotonic() + 2 * self._settings.lease + 2 * self._settings.heartbeat
+        give_up = time.monotonic() + 2 * self._settings.lease + 2 * self._settings.heartbeat
         while (taken := self._ledger.register(self.info)) is not None:
-            if time.monotonic() > patience:
+            if time.monotonic() > give_up:
                 raise BadSetting(f"a node named {self.info.name!r} is already in service: set another PERLLM_NODE_NAME")
             log.info("node_name_taken", node=self.info.name, seconds=taken)
             time.sleep(min(taken + 0.05, 1.0))
@@ -292,44 +293,44 @@ class NodeWorker:
             if signals.get_message(timeout=min(left, 0.2)) is not None:
                 return
 
-    def _step_out(self, reason: str) -> None:
+    def _leave_service(self, reason: str) -> None:
         """The engine is down: nothing more is to be sent here until it is back."""
-        with self._leaving:
-            if not self._away:
-                self._away = True
+        with self._draining:
+            if not self._out_of_service:
+                self._out_of_service = True
                 log.warning("node_away", node=self.info.name, reason=reason)
-                self._quietly(lambda: self._ledger.drain(self.info.name, self.info.boot, reason))
+                self._best_effort(lambda: self._ledger.drain(self.info.name, self.info.boot, reason))
 
     def _counters(self) -> Counters:
         """The engine's counters; none while it is down. Notes that it went or came back."""
         try:
             counters = self._engine.counters()
         except EngineDown as error:
-            self._step_out(str(error))
+            self._leave_service(str(error))
             return Counters()
-        if self._away:
+        if self._out_of_service:
             self._register()
-            self._away = False
+            self._out_of_service = False
             log.info("node_back", node=self.info.name)
         return counters
 
     def _watch_engine(self) -> None:
-        """End the process if its engine will not get on: native code cannot be stopped otherwise. What the engine was
-        at gets a strike, everything else goes back without one."""
+        """End the process if its engine is stuck: native code cannot be stopped otherwise. The tasks it was computing
+        get a strike, all others go back without one."""
         stuck, now = self._engine.stuck(), time.monotonic()
         if stuck is None:
             self._stuck_since = None
             return
         self._stuck_since = self._stuck_since or now
-        if now - self._stuck_since < CONFIRMED:
+        if now - self._stuck_since < STUCK_CONFIRMED:
             return
         reason = f"{stuck.reason}; the worker starts anew"
-        log.error("engine_stuck", node=self.info.name, reason=stuck.reason, at_work=sorted(stuck.at_work))
+        log.error("engine_stuck", node=self.info.name, reason=stuck.reason, tasks=sorted(stuck.tasks))
         try:
-            with self._change:
+            with self._changed:
                 running = dict(self._running)
             self._ledger.drain(self.info.name, self.info.boot, reason)
-            for task_id in stuck.at_work & running.keys():
+            for task_id in stuck.tasks & running.keys():
                 attempt = running[task_id]
                 self._ledger.fail(task_id, attempt.number, attempt.token, reason, retry=True)
             self._ledger.leave(self.info.name, self.info.boot, reason)
@@ -339,7 +340,7 @@ class NodeWorker:
     def _beat(self) -> None:
         self._watch_engine()
         counters = self._counters()
-        with self._change:
+        with self._changed:
             running = dict(self._running)
         heartbeat = Heartbeat(
             at=0.0,  # the server writes its own time
@@ -350,9 +351,9 @@ class NodeWorker:
         )
         must_stop = self._ledger.beat(heartbeat, [(i, a.number, a.token) for i, a in running.items()])
         if must_stop is None:
-            if not self._away:
+            if not self._out_of_service:
                 self._register()
             return
         for task_id in must_stop:
             log.info("attempt_stopped", task_id=task_id)
-            running[task_id].stop.ask()
+            running[task_id].stop.cancel()

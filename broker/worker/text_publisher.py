@@ -14,25 +14,25 @@ log = structlog.get_logger(__name__)
 
 
 class TextPublisher:
-    """The engine's `on_text` for one attempt: pieces are gathered for `SAY_EVERY` s. It falls silent for good when the
+    """The engine's `on_text` for one attempt: pieces are gathered for `SAY_EVERY` s. It stops for good when the
     server does not answer or the attempt is void; the whole text comes with the result in any case."""
 
     def __init__(self, ledger: Ledger, task_id: str, attempt: int, token: str) -> None:
         self._ledger, self._task_id, self._attempt, self._token = ledger, task_id, attempt, token
-        self._held: list[str] = []
-        self._due = float("-inf")
-        self._silent = False
+        self._pending: list[str] = []
+        self._next_at = float("-inf")
+        self._stopped = False
 
     def __call__(self, piece: str) -> None:
         now = time.monotonic()
-        self._held.append(piece)
-        if self._silent or now < self._due:
+        self._pending.append(piece)
+        if self._stopped or now < self._next_at:
             return
-        text = whole_text("".join(self._held))
-        self._held.clear()
-        self._due = now + SAY_EVERY
+        text = whole_text("".join(self._pending))
+        self._pending.clear()
+        self._next_at = now + SAY_EVERY
         try:
-            self._silent = self._ledger.say(self._task_id, self._attempt, self._token, text) != "ok"
+            self._stopped = self._ledger.say(self._task_id, self._attempt, self._token, text) != "ok"
         except Unreachable as error:
             log.warning("text_unpublished", task_id=self._task_id, reason=str(error))
-            self._silent = True
+            self._stopped = True

@@ -33,6 +33,7 @@ from chaos.producer import BACKLOG, BATCH, LENGTHS, read_records
 from chaos.server import FragileServer
 from chaos.world import Post, Show, World
 from perllm.broker.settings import load_settings
+from perllm.broker.worker.settings import WorkerSettings
 from perllm.scheduler.simulator.step_table import load_table
 
 QUEUE = "plain"
@@ -52,7 +53,7 @@ def make_app() -> Celery:
         task_acks_late=os.environ.get("PLAIN_LATE") == "1",
         task_ignore_result=True,
         worker_pool="threads",
-        worker_concurrency=load_settings().slots,
+        worker_concurrency=load_settings(WorkerSettings).slots,
         broker_connection_retry_on_startup=True,
         broker_transport_options={"visibility_timeout": VISIBILITY},
     )
@@ -65,7 +66,7 @@ app = make_app()
 @app.task(name="plain.work")  # type: ignore[untyped-decorator]
 def work(key: str, tokens: int) -> None:
     """Take the time, then do the one thing this task is for."""
-    settings = load_settings()
+    settings = load_settings(WorkerSettings)
     slots = settings.slots or 1
     table = load_table(settings.model or "", slots, time=1.0, power=1.0, cpu_watts=(1.0, 4.0))
     time.sleep(table.prefill(8) + tokens * table.decode(slots, 32.0 * slots))

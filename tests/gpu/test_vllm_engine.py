@@ -18,8 +18,8 @@ from support.wait import eventually
 from perllm.broker.engine.contract import EngineDown, EngineError, Generation, Stop
 from perllm.broker.errors import BadSetting
 from perllm.broker.messages import Message, TaskSpec
-from perllm.broker.settings import Settings
 from perllm.cloud_worker.nvml import PowerLimitMeter
+from perllm.cloud_worker.settings import CloudSettings
 from perllm.cloud_worker.vllm_engine import VLLMEngine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
@@ -31,7 +31,7 @@ SLOTS = 4
 def make(model: Path | str, args: dict[str, Any], **more: Any) -> VLLMEngine:
     given = {"engine": "vllm", "model": str(model), "slots": SLOTS, "context": 512, "vllm_args": args, **more}
     meter = PowerLimitMeter(idle=5, limit=15, busy=time.process_time) if ON_CPU else None
-    return VLLMEngine(Settings.model_validate(given), meter=meter)
+    return VLLMEngine(CloudSettings.model_validate(given), meter=meter)
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +175,13 @@ def test_a_cancel_ends_a_running_request_and_no_other(engine: VLLMEngine) -> Non
     with ThreadPoolExecutor(2 * SLOTS) as pool:
         runs = long_ones(engine, pool, SLOTS)
         stop, run = runs.pop("long1")
-        stop.ask()
+        stop.cancel()
         done = run.result()
         assert done.output.finish_reason == "cancelled"
         assert 2 < done.completion_tokens < 450
         assert set(engine.progress()) >= set(runs)
         for stop, _ in runs.values():
-            stop.ask()
+            stop.cancel()
         assert {run.result().output.finish_reason for _, run in runs.values()} == {"cancelled"}
     assert engine.counters().active == 0
 
@@ -192,11 +192,11 @@ def test_a_cancel_ends_a_waiting_request(engine: VLLMEngine) -> None:
         stop = Stop(300)
         waiting = pool.submit(engine.generate, "waiting", spec(), stop)
         eventually(lambda: engine.counters().waiting == 1, "it waits")
-        stop.ask()
+        stop.cancel()
         done = waiting.result()
         assert (done.output.finish_reason, done.completion_tokens) == ("cancelled", 0)
         for stop, _ in runs.values():
-            stop.ask()
+            stop.cancel()
 
 
 def test_a_deadline_cuts(engine: VLLMEngine) -> None:
@@ -218,10 +218,10 @@ def test_the_urgent_go_first(engine: VLLMEngine) -> None:
         for number, (name, stop, value) in enumerate(order, start=1):
             pool.submit(run, name, stop, value)
             eventually(lambda n=number: engine.counters().waiting == n, "it waits")  # type: ignore[misc]
-        next(iter(runs.values()))[0].ask()  # one slot becomes free
+        next(iter(runs.values()))[0].cancel()  # one slot becomes free
         eventually(lambda: len(ended) == 3, "all three ended")
         for stop, _ in runs.values():
-            stop.ask()
+            stop.cancel()
     assert ended == ["precious", "urgent", "relaxed"]
 
 

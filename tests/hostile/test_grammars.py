@@ -18,7 +18,6 @@ import httpx
 import pytest
 from support.api import ApiProcess
 from support.cluster import Cluster, Process
-from support.tiny_gguf import tiny_llama
 from support.wait import eventually
 
 from perllm.broker import grammar
@@ -26,8 +25,8 @@ from perllm.broker.engine.contract import EngineError, Stop
 from perllm.broker.errors import InvalidTask, TryAgain
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import TaskSpec
-from perllm.broker.settings import Settings
 from perllm.edge_worker.engine import LlamaEngine
+from perllm.edge_worker.settings import EdgeSettings
 
 #: Each with what becomes of it: refused, with words of the reason, or None where it may be used, being bounded.
 BOMBS: dict[str, tuple[dict[str, Any], str | None]] = {
@@ -79,11 +78,6 @@ BOMBS: dict[str, tuple[dict[str, Any], str | None]] = {
     ),
     "others' options": ({"json_schema": {"x-guidance": {"lenient": True}, "uniqueItems": True}}, "#/uniqueItems"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +161,7 @@ def test_random_grammars_and_schemas_harm_nobody(tiny: Path) -> None:
         fields: dict[str, Any] = {"grammar": rules} if number % 2 else {"json_schema": schema(3)}
         return TaskSpec(prompt="Hi.", max_tokens=30, temperature=1.0, seed=number, **fields)
 
-    engine = LlamaEngine(Settings(model=str(tiny), model_cache=tiny.parent, threads=1, slots=4))
+    engine = LlamaEngine(EdgeSettings(model=str(tiny), model_cache=tiny.parent, threads=1, slots=4))
     engine.start()
     try:
         with ThreadPoolExecutor(3) as pool:
@@ -186,13 +180,13 @@ def test_random_grammars_and_schemas_harm_nobody(tiny: Path) -> None:
         engine.close()
 
 
-# --- at the door
+# --- at submission
 
 
 @pytest.mark.parametrize(("fields", "reason"), [pytest.param(*BOMBS[name], id=name) for name in BOMBS])
-def test_the_door_says_what_is_wrong_within_seconds(fields: dict[str, Any], reason: str | None) -> None:
+def test_validation_says_what_is_wrong_within_seconds(fields: dict[str, Any], reason: str | None) -> None:
     spec = TaskSpec(prompt="x", **fields)
-    if reason is None or reason == "too many possibilities":  # found out by drawing only
+    if reason is None or reason == "too many possibilities":  # found out by sampling only
         grammar.check(spec)
         return
     with pytest.raises(InvalidTask, match=rf"^{next(iter(fields))}: ") as caught:

@@ -16,14 +16,14 @@ from perllm.broker.ledger import Dispatch, Ledger
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import Counters, Returned, TaskSpec, new_id
 from perllm.broker.queues.app import node_message
-from perllm.broker.settings import Settings
 from perllm.broker.worker.node import NodeWorker
+from perllm.broker.worker.settings import WorkerSettings
 
 
 class MortalEngine(EmulatedEngine):
     """Every request waits inside for its death; while it is dead it takes none."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         super().__init__(settings)
         self.dead = False
         self.inside = 0
@@ -43,7 +43,7 @@ class MortalEngine(EmulatedEngine):
 
 class Stage:
     def __init__(self, url: str) -> None:
-        self.settings = Settings.model_validate({"redis_url": url, "lease": 60, "heartbeat": 0.05})
+        self.settings = WorkerSettings.model_validate({"redis_url": url, "lease": 60, "heartbeat": 0.05})
         self.ledger = Ledger(self.settings)
         self.ledger.client.flushall()
         self.epoch = self.ledger.lead("test", 60) or 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import socket
 import sys
 import threading
 import time
@@ -17,27 +16,22 @@ from typing import Any
 
 import httpx
 import pytest
+from support.ports import free_port
 from support.wait import eventually
 
 from perllm.broker.engine.contract import EngineDown, EngineError, Stop
 from perllm.broker.errors import BadSetting
 from perllm.broker.local.process import spawn
 from perllm.broker.messages import TaskSpec
-from perllm.broker.settings import Settings
-from perllm.cloud_worker.remote import RemoteEngine
+from perllm.cloud_worker.remote_engine import RemoteEngine
+from perllm.cloud_worker.settings import CloudSettings
 
 KEY = "sk-very-secret"
 
 
-def settings(url: str, **more: Any) -> Settings:
+def settings(url: str, **more: Any) -> CloudSettings:
     given = {"engine": "openai", "openai_base_url": url, "openai_api_key": KEY, "openai_joules_per_token": 0.5, **more}
-    return Settings.model_validate(given)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return CloudSettings.model_validate(given)
 
 
 # --- a real server
@@ -134,7 +128,7 @@ def test_a_cancel_stops_the_stream_and_frees_the_server(engine: RemoteEngine) ->
         running = pool.submit(engine.generate, "long", spec, stop, lambda _: seen.set())
         assert seen.wait(60)
         eventually(lambda: engine.progress().get("long", 0) > 3, "progress shows")
-        stop.ask()
+        stop.cancel()
         done = running.result()
     assert done.output.finish_reason == "cancelled"
     assert 3 < done.completion_tokens < 900
@@ -284,7 +278,7 @@ def odd() -> Iterator[Callable[..., tuple[OddServer, RemoteEngine]]]:
 
     def start(*answers: Handler, **more: Any) -> tuple[OddServer, RemoteEngine]:
         server = OddServer([GOOD, GOOD, GOOD, *answers]).__enter__()
-        engine = RemoteEngine(settings(server.url, **more), patience=0.01)
+        engine = RemoteEngine(settings(server.url, **more), first_pause=0.01)
         engine.start()
         server.asked.clear()
         server.times.clear()
@@ -352,13 +346,13 @@ def test_failing_now_and_then_is_survived(odd: OddStart) -> None:
 
 def test_one_request_s_failure_holds_up_no_other(odd: OddStart) -> None:
     server, engine = odd(reply(500, b""), GOOD)
-    engine._patience = 1e9  # only the deadline would end that pause
+    engine._first_pause = 1e9  # only the deadline would end that pause
     with ThreadPoolExecutor() as pool:
         stop = Stop(None)
         failing = pool.submit(engine.generate, "a", HELLO, stop)
         eventually(lambda: server.asked, "the server was asked")
         assert engine.generate("b", HELLO, Stop(60)).output.text == "one two"
-        stop.ask()
+        stop.cancel()
         assert failing.result().output.finish_reason == "cancelled"
 
 
@@ -426,7 +420,7 @@ def test_a_cancel_reaches_the_server(odd: OddStart) -> None:
     with ThreadPoolExecutor() as pool:
         run = pool.submit(engine.generate, "a", HELLO, stop)
         assert sent.wait(60)
-        stop.ask()
+        stop.cancel()
         assert run.result().output.finish_reason == "cancelled"
     assert gone.wait(60)
 

@@ -14,8 +14,8 @@ import pytest
 
 from perllm.broker.engine.contract import EngineError, Generation, Stop
 from perllm.broker.messages import Message, TaskSpec
-from perllm.broker.settings import Settings
 from perllm.edge_worker.engine import LlamaEngine
+from perllm.edge_worker.settings import EdgeSettings
 
 PROMPTS = [
     "What is the capital of France?",
@@ -31,8 +31,8 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaEngine]:
     """One engine for the module, without shared prefixes: those change rounding, and with it near ties."""
-    settings = Settings(model_cache=tmp_path_factory.mktemp("models"), threads=1, slots=4)
-    one = LlamaEngine(settings, remember=0)
+    settings = EdgeSettings(model_cache=tmp_path_factory.mktemp("models"), threads=1, slots=4)
+    one = LlamaEngine(settings, cached_prompts=0)
     one.start()
     yield one
     one.close()
@@ -50,10 +50,16 @@ def test_alone_it_equals_llama_cpps_own_greedy_output(engine: LlamaEngine) -> No
     and prompts cut into the same chunks."""
     from llama_cpp import Llama  # noqa: PLC0415
 
-    (batch,) = engine._variants.batches
-    path = engine._variants.get(None).gguf.path
+    (batch,) = engine._pool.batches
+    path = engine._pool.get(None).gguf.path
     peer = Llama(
-        str(path), n_ctx=2048, n_threads=1, n_threads_batch=1, n_batch=batch.pace.chunk, flash_attn=True, verbose=False
+        str(path),
+        n_ctx=2048,
+        n_threads=1,
+        n_threads_batch=1,
+        n_batch=batch.tuning.chunk,
+        flash_attn=True,
+        verbose=False,
     )
     for prompt in PROMPTS:
         peer.reset()  # it would reuse the last prompt's beginning
@@ -183,7 +189,7 @@ def test_cancel_ends_within_one_step_and_spares_the_others(engine: LlamaEngine) 
     def cancel(_: str) -> None:
         if not running.is_set():
             running.set()
-            stop.ask()
+            stop.cancel()
             at.append(engine.counters().steps)
 
     with ThreadPoolExecutor() as pool:
@@ -205,7 +211,7 @@ def test_the_deadline_ends_a_prefill(engine: LlamaEngine) -> None:
 
 def test_stopped_before_it_began(engine: LlamaEngine) -> None:
     stop = Stop()
-    stop.ask()
+    stop.cancel()
     done = engine.generate("t", TaskSpec(prompt="Count."), stop)
     assert (done.output.finish_reason, done.completion_tokens) == ("cancelled", 0)
     assert done.energy.inference == 0
@@ -297,5 +303,5 @@ def test_what_can_never_run_is_refused_with_its_reason(
 
 
 def test_a_second_engine_claims_no_more_cores_than_there_are(engine: LlamaEngine, tmp_path: Path) -> None:
-    settings = Settings(model_cache=tmp_path)
+    settings = EdgeSettings(model_cache=tmp_path)
     assert LlamaEngine(settings)._threads() == 1  # whatever is left beside the first one's, at least one

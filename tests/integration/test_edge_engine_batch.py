@@ -19,7 +19,6 @@ from support.wait import eventually
 from perllm.broker.engine.contract import EngineError, Generation, Stop
 from perllm.broker.errors import BadSetting
 from perllm.broker.messages import Message, TaskSpec
-from perllm.broker.settings import Settings
 from perllm.edge_worker import sampling
 from perllm.edge_worker.batch import Batch
 from perllm.edge_worker.engine import LlamaEngine
@@ -28,20 +27,15 @@ from perllm.edge_worker.kv_cells import KVCells
 from perllm.edge_worker.llama import ABORTED, OK, Context, Model
 from perllm.edge_worker.model_pool import SCRATCH
 from perllm.edge_worker.prefix_cache import PrefixCache
+from perllm.edge_worker.settings import EdgeSettings
 
 KV_BYTES = 256  # per token of the tiny model
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
-
-
-def started(tiny: Path, remember: int = 8, **fields: Any) -> LlamaEngine:
+def started(tiny: Path, cached_prompts: int = 8, **fields: Any) -> LlamaEngine:
     cache = tiny.parent / "cache"
-    engine = LlamaEngine(
-        Settings(model=str(tiny), model_cache=cache, threads=1, **({"slots": 4} | fields)), remember=remember
-    )
+    settings = EdgeSettings(model=str(tiny), model_cache=cache, threads=1, **({"slots": 4} | fields))
+    engine = LlamaEngine(settings, cached_prompts=cached_prompts)
     engine.start()
     return engine
 
@@ -71,13 +65,13 @@ def test_a_repeated_system_prompt_is_prefilled_once(engine: LlamaEngine) -> None
     first = engine.generate("a", chat(system, "One?", max_tokens=3), Stop(60))
     before = engine.counters().prefilled
     second = engine.generate("b", chat(system, "And two?", max_tokens=3), Stop(60))
-    assert first.cached_tokens < 20  # at most the template's own beginning
+    assert first.cached_tokens < 20  # at most the template's own prefix
     assert 80 < second.cached_tokens < second.prompt_tokens
     assert engine.counters().prefilled - before == second.prompt_tokens - second.cached_tokens
 
 
 def test_requests_at_once_share_it_too(engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All are in line before the first step: one computes the common beginning, the others wait for it."""
+    """All wait before the first step: one computes the common prefix, the others wait for it."""
     may_step, step = threading.Event(), engine._step
 
     def step_when_all_wait(batch: Batch) -> None:
@@ -103,7 +97,7 @@ def test_sharing_changes_no_words(tiny: Path, engine: LlamaEngine) -> None:
     specs = [chat("Be brief. " * 30, f"Number {i}", max_tokens=12) for i in range(5)]
     shared = [engine.generate("t", spec, Stop(60)) for spec in specs]
     assert sum(d.cached_tokens > 0 for d in shared) >= 4
-    plain = started(tiny, remember=0)
+    plain = started(tiny, cached_prompts=0)
     try:
         alone = [plain.generate("t", spec, Stop(60)) for spec in specs]
     finally:
@@ -112,14 +106,14 @@ def test_sharing_changes_no_words(tiny: Path, engine: LlamaEngine) -> None:
     assert [d.output.text for d in shared] == [d.output.text for d in alone]
 
 
-def test_remembered_prompts_make_room(engine: LlamaEngine) -> None:
+def test_cached_prompts_make_room(engine: LlamaEngine) -> None:
     """They never keep a request out, and stay within their share."""
     kv = engine.offers()[0].kv_tokens
     for i in range(12):
         engine.generate("t", TaskSpec(prompt=f"{i} " * 600, max_tokens=2), Stop(60))
-    (batch,) = engine._variants.batches
-    assert batch._cells.idle <= kv / 4
-    assert batch._cells.free + batch._cells.idle == kv == engine.counters().free_kv
+    (batch,) = engine._pool.batches
+    assert batch._cells.reusable <= kv / 4
+    assert batch._cells.free + batch._cells.reusable == kv == engine.counters().free_kv
 
 
 # --- a full KV cache
@@ -174,7 +168,7 @@ def test_what_cannot_fit_is_refused_with_its_numbers(cramped: LlamaEngine) -> No
 
 def test_a_decode_that_finds_no_cells_preempts(cramped: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama.cpp itself says that the cache is full: here because the count of free cells is made to be wrong."""
-    (batch,) = cramped._variants.batches
+    (batch,) = cramped._pool.batches
     wrong = KVCells(10_000, cramped.slots)
     monkeypatch.setattr(batch, "_cells", wrong)
     monkeypatch.setattr(batch, "_prefixes", PrefixCache(range(4, 12), batch.context, wrong))
@@ -184,7 +178,7 @@ def test_a_decode_that_finds_no_cells_preempts(cramped: LlamaEngine, monkeypatch
     assert all(d.completion_tokens > 0 for d in done)
     # It learnt of 10,000 about the 768 there are: llama.cpp tells only that a group of n does not fit, which leaves
     # the count up to n - 1 too high (769 was seen).
-    assert wrong.free + wrong.idle < 1_000
+    assert wrong.free + wrong.reusable < 1_000
     batch._begin()
     batch.context.clear()
 
@@ -192,7 +186,7 @@ def test_a_decode_that_finds_no_cells_preempts(cramped: LlamaEngine, monkeypatch
 @pytest.mark.parametrize("broken", ["decode", "logits", "copy"])
 def test_the_engine_outlives_a_failure_inside(tiny: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     engine = started(tiny)
-    (batch,) = engine._variants.batches
+    (batch,) = engine._pool.batches
     calls = [0]
     real = getattr(batch.context, broken)
 
@@ -259,11 +253,11 @@ def test_variants_are_loaded_on_demand_within_the_memory(tiny: Path) -> None:
     try:
         names = [offer.name for offer in engine.offers()]
         assert names == ["tiny:f32", "tiny:q8_0", "tiny:q4_0"]
-        assert [v.name for v in engine._variants._all.values() if v.loaded] == ["tiny:f32"]
+        assert [v.name for v in engine._pool._all.values() if v.loaded] == ["tiny:f32"]
         for name in (names[2], names[0], names[1]):
             done = engine.generate("t", TaskSpec(prompt="Hi.", model=name, max_tokens=3), Stop(60))
             assert done.model == name
-            assert [v.name for v in engine._variants._all.values() if v.loaded] == [name]
+            assert [v.name for v in engine._pool._all.values() if v.loaded] == [name]
         mixed = all_of(engine, [TaskSpec(prompt="Hi.", model=names[i % 3], max_tokens=30) for i in range(9)])
         assert [d.model for d in mixed] == [names[i % 3] for i in range(9)]
         assert {d.completion_tokens for d in mixed} <= set(range(1, 31))
@@ -281,7 +275,7 @@ def test_a_request_stopped_while_it_waits_for_its_model(tiny: Path) -> None:
             )
             inside.wait(60)
             done = engine.generate("b", TaskSpec(prompt="Hi.", model="tiny:q8_0"), Stop(0.01))
-            stop.ask()
+            stop.cancel()
             holder.result()
         assert (done.output.finish_reason, done.completion_tokens) == ("deadline", 0)
     finally:
@@ -290,7 +284,7 @@ def test_a_request_stopped_while_it_waits_for_its_model(tiny: Path) -> None:
 
 def test_processes_that_quantise_at_once_make_one_file(tiny: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from perllm.edge_worker.models import quantised; "
+        "import sys; from pathlib import Path; from perllm.edge_worker.model_files import quantised; "
         "print(quantised(Path(sys.argv[1]), 'q8_0', Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, str(tiny), str(tmp_path)]
@@ -324,7 +318,7 @@ def test_any_mix_of_requests_leaves_nothing_behind(tiny: Path) -> None:
         def listen(_: str) -> None:
             seen[0] += 1
             if seen[0] == cancel_at:
-                stop.ask()
+                stop.cancel()
 
         cancel_at = pick.choice([0, 0, 0, 1, 5])
         spec = chat(
@@ -352,7 +346,7 @@ def test_any_mix_of_requests_leaves_nothing_behind(tiny: Path) -> None:
         with ThreadPoolExecutor(10) as pool:
             list(pool.map(one, numbers))
         counters = engine.counters()
-        (batch,) = engine._variants.batches
+        (batch,) = engine._pool.batches
         assert set(outcomes) == {"refused", "stop", "length", "deadline", "cancelled"}
         assert (counters.active, counters.waiting, counters.free_kv) == (0, 0, 768)
         assert sorted(batch._unused) == list(range(6))
@@ -374,7 +368,7 @@ def test_closing_ends_what_runs(tiny: Path) -> None:
         with pytest.raises(EngineError, match="closing") as caught:
             job.result()
     assert caught.value.retry
-    assert not any(variant.loaded for variant in engine._variants._all.values())
+    assert not any(variant.loaded for variant in engine._pool._all.values())
     engine.close()
     with pytest.raises(EngineError, match="closing"):
         engine.generate("t", TaskSpec(prompt="Hi."), Stop(1))
@@ -384,7 +378,7 @@ def test_closing_ends_what_runs(tiny: Path) -> None:
 
 
 def refused(path: Path, **fields: Any) -> str:
-    engine = LlamaEngine(Settings(model=str(path), threads=1, **fields))
+    engine = LlamaEngine(EdgeSettings(model=str(path), threads=1, **fields))
     with pytest.raises(BadSetting) as caught:
         engine.start()
     engine.close()

@@ -21,8 +21,8 @@ from perllm.broker.ledger import Dispatch, Ledger
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import State, TaskSpec, new_id
 from perllm.broker.queues.app import node_message
-from perllm.broker.settings import Settings
 from perllm.broker.worker.node import NodeWorker
+from perllm.broker.worker.settings import WorkerSettings
 
 ENDLESS = 1_000_000  # tokens
 
@@ -32,7 +32,7 @@ class TestEngine(EmulatedEngine):
 
     __test__ = False
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         super().__init__(settings)
         self.fault: Callable[[], Exception | None] = lambda: None
         self.inside: list[str] = []  # tasks in it now; never one twice
@@ -55,7 +55,7 @@ class Stage:
         slow = {"emulated_speed": 100.0, "context": 2 * ENDLESS}
         # Leases and beats longer than a test: only what the test does makes anything happen.
         calm = {"lease": 300, "heartbeat": 60, "grace": 60}
-        self.settings = Settings.model_validate(calm | slow | {"redis_url": url} | settings)
+        self.settings = WorkerSettings.model_validate(calm | slow | {"redis_url": url} | settings)
         self.ledger = Ledger(self.settings)
         self.ledger.client.flushall()
         self.engine = TestEngine(self.settings)
@@ -96,7 +96,7 @@ class Stage:
         self.node.close()
         for task_id in self.engine.progress():
             if attempt := self.node._running.get(task_id):
-                attempt.stop.ask()
+                attempt.stop.cancel()
         self.threads.shutdown()
         self.ledger.client.close()
 

@@ -20,6 +20,8 @@ from perllm.broker.settings import Settings
 from support import users
 from support.wait import PATIENCE, eventually
 
+#: Where the tests' own workers are imported from.
+TESTS = Path(__file__).parents[1]
 #: Short enough for tests to wait for what lapses, long enough for a busy machine to renew it.
 LEASE = 3.0
 
@@ -99,7 +101,9 @@ class Cluster:
         """Start a process with these settings on top of the cluster's."""
         variables = {f"PERLLM_{k.upper()}": str(v) for k, v in (self._settings | settings).items()}
         python = [sys.executable, "-W", "ignore", "-m"]  # Celery warns of running as root, as test machines may
-        process = Process(name, [*python, *command], {**os.environ, **variables}, self._folder)
+        paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": paths, **variables}
+        process = Process(name, [*python, *command], environment, self._folder)
         self.processes.append(process)
         return process
 
@@ -111,7 +115,15 @@ class Cluster:
         quiet = ["--without-gossip", "--without-mingle"]
         user = {"redis_url": self.url_of("inbox" if app == "broker" else "worker")}
         return self.start(
-            name, "celery", "-A", f"perllm.{app}", "worker", "-n", f"{name}@test", *quiet, **(user | settings)
+            name,
+            "celery",
+            "-A",
+            app if "." in app else f"perllm.{app}",
+            "worker",
+            "-n",
+            f"{name}@test",
+            *quiet,
+            **(user | settings),
         )
 
     def start_node(self, name: str, **settings: object) -> Process:

@@ -12,8 +12,8 @@ from typing import Literal
 
 from perllm.broker.engine.contract import EngineError, OnText, Stop
 from perllm.broker.engine.emulated import EmulatedEngine
+from perllm.broker.engine.settings import EngineSettings
 from perllm.broker.messages import ModelOffer, TaskSpec
-from perllm.broker.settings import Settings
 from perllm.scheduler.simulator.step_table import load_table
 
 #: A prompt with this in it ends the worker's process with this status, as an engine's crash would.
@@ -27,7 +27,7 @@ MODEL = "replay"
 class ReplayEngine(EmulatedEngine):
     """A task takes its prefill step and then, per token, a decode step of as many sequences as it finds inside."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings)
         profile = settings.model or "vllm-0.25.1_h200_llama-8b-bf16"
         self._table = load_table(profile, self.slots, time=1.0, power=1.0, cpu_watts=(1.0, 4.0))

@@ -10,10 +10,11 @@ from perllm.broker.worker.app import worker_app
 from perllm.edge_worker import engine
 from perllm.edge_worker.batch import Batch, Request
 from perllm.edge_worker.engine import LlamaEngine
+from perllm.edge_worker.settings import EdgeSettings
 
-engine.STUCK = 1.0
+engine.STUCK_SECONDS = 1.0
 engine.STUCK_FACTOR = 0.0
-node.CONFIRMED = 0.5
+node.STUCK_CONFIRMED = 0.5
 _sample = Batch._sample
 
 
@@ -24,4 +25,4 @@ def _hanging(batch: Batch, request: Request, row: int) -> None:
 
 
 Batch._sample = _hanging  # type: ignore[method-assign]
-app = worker_app("edge", LlamaEngine)
+app = worker_app("edge", EdgeSettings, LlamaEngine)

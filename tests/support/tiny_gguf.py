@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from perllm.edge_worker.models import default_gguf
+from perllm.edge_worker.model_files import default_gguf
 
 U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
 ALIGNMENT = 32

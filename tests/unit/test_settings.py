@@ -8,7 +8,9 @@ import pytest
 
 from perllm.broker.connection import connect
 from perllm.broker.errors import BadSetting
-from perllm.broker.settings import Settings, load_settings
+from perllm.broker.settings import Settings, environment, load_settings, models
+from perllm.cloud_worker.settings import CloudSettings
+from perllm.edge_worker.settings import EdgeSettings
 
 SECRET = "hunter2"
 
@@ -62,7 +64,7 @@ def test_an_option_there_is_not_is_a_bad_setting(url: str) -> None:
 def test_an_error_names_the_variable(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(BadSetting, match=rf"^{variable}: "):
-        load_settings()
+        load_settings(EdgeSettings)
 
 
 @pytest.mark.parametrize(
@@ -116,16 +118,20 @@ def test_paths_and_all_else_that_was_set_hold_in_another_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".env").write_text("PERLLM_LOG_JSON=1\nPERLLM_MODEL=some/name\nPERLLM_WEBHOOK_ALLOW='[\"10.0.0.0/8\"]'")
-    given = {"redis_url": "rediss://u:p%40@h?ssl_ca_certs=c%20a.pem", "model_cache": "cache", "adapters": {"a": "b"}}
-    here = Settings.model_validate(given)
+    monkeypatch.setenv("PERLLM_MODEL_CACHE", "cache")
+    monkeypatch.setenv("PERLLM_ADAPTERS", '{"a": "b"}')
+    given = {"redis_url": "rediss://u:p%40@h?ssl_ca_certs=c%20a.pem"}
+    here = [load_settings(one, **given) for one in models().values()]
+    variables = environment(here[0])
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    for variable, value in here.environment().items():
+    for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
-    there = Settings()
-    assert there == here
-    assert there.url == f"rediss://u:p%40@h?ssl_ca_certs={tmp_path}/c%20a.pem"
-    assert (there.model_cache, there.model) == (tmp_path / "cache", "some/name")
+    assert [load_settings(one) for one in models().values()] == here
+    assert Settings().url == f"rediss://u:p%40@h?ssl_ca_certs={tmp_path}/c%20a.pem"
+    edge = EdgeSettings()
+    assert (edge.model_cache, edge.model) == (tmp_path / "cache", "some/name")
+    assert CloudSettings().adapters == {"a": tmp_path / "b"}
 
 
 def test_a_home_that_is_not_known_is_one_error() -> None:

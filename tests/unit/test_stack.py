@@ -142,7 +142,8 @@ def test_nothing_is_imported_from_where_the_user_happens_to_be(
     monkeypatch.chdir(trap)
     stack.settings = load_settings(data_dir=stack.settings.data_dir, redis_url="redis://127.0.0.1:1")
     report = (
-        "import os, perllm.broker.settings as s; x = s.load_settings(); print('\\nsaw', x.cell, x.model, os.getcwd())"
+        "import os; from perllm.edge_worker.settings import EdgeSettings; x = EdgeSettings(); "
+        "print('\\nsaw', x.cell, x.model, os.getcwd())"
     )
     stack._launch("module", [sys.executable, "-m", "perllm.scheduler"])
     stack._launch("celery", [sys.executable, "-m", "celery", "-A", "perllm.broker", "report"])

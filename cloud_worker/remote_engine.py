@@ -16,12 +16,23 @@ from concurrent.futures import CancelledError
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import structlog
 
-from perllm.broker.engine.contract import EngineDown, EngineError, Generation, OnText, Stop, Stuck
+from perllm.broker.engine.checks import check_model
+from perllm.broker.engine.contract import (
+    EngineDown,
+    EngineError,
+    FinishReason,
+    Generation,
+    OnText,
+    Stop,
+    Stuck,
+    counters_or_none,
+)
+from perllm.broker.engine.text import chat_messages
 from perllm.broker.engine.totals import EngineTotals
 from perllm.broker.errors import BadSetting
 from perllm.broker.messages import (
@@ -34,11 +45,11 @@ from perllm.broker.messages import (
     StepCost,
     TaskSpec,
 )
-from perllm.broker.settings import Settings
+from perllm.cloud_worker.backoff import backoff
 from perllm.cloud_worker.event_loop import LoopThread, Pieces
 from perllm.cloud_worker.openai_api import (
     Chunk,
-    Garbled,
+    Malformed,
     OpenAIClient,
     Refused,
     ServerError,
@@ -46,23 +57,22 @@ from perllm.cloud_worker.openai_api import (
     Unreachable,
     Usage,
 )
+from perllm.cloud_worker.settings import CloudSettings
 
 log = structlog.get_logger(__name__)
 
 METHOD = "remote-price"
 #: Requests at once unless set.
 DEFAULT_SLOTS = 16
-#: Tokens of context assumed where neither the server nor PERLLM_CONTEXT tells.
+#: Tokens of context assumed where neither the server nor PERLLM_CONTEXT gives it.
 DEFAULT_CONTEXT = 8192
 #: How often a request is tried while the server is overloaded or away, and the longest pause between, s.
 MAX_TRIES, MAX_PAUSE = 5, 60.0
-#: How often `Stop` is looked at while the server is silent, s.
-LOOK = 0.05
-#: Words of the two prompts that the server is tried with at the start, and the words (about a token each).
+#: Seconds between two polls of `Stop` while the server is silent.
+STOP_POLL = 0.05
+#: Words of the two prompts the server is calibrated with, and the words (about a token each).
 PROBES = (10, 300)
 WORDS = ("sun", "tree", "river", "stone", "cloud", "bird", "house", "road", "night", "light", "water", "wind")
-
-FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 
 
 @dataclass(slots=True, eq=False)
@@ -80,15 +90,15 @@ class _Request:
     text: list[str] = field(default_factory=list)
     tokens: int = 0
     logprobs: list[dict[str, Any]] = field(default_factory=list)
-    finish: str | None = None  # as the server says it
+    finish: str | None = None  # the server's finish reason
     usage: Usage | None = None
 
 
 class RemoteEngine:
-    """See the module's head. `patience` is the first pause after a failure, s; it doubles from try to try."""
+    """See the module's head. `first_pause` is that after a failure, s; pauses double from try to try."""
 
-    def __init__(self, settings: Settings, *, patience: float = 0.5) -> None:
-        self._settings, self._patience = settings, patience
+    def __init__(self, settings: CloudSettings, *, first_pause: float = 0.5) -> None:
+        self._settings, self._first_pause = settings, first_pause
         self._url = _checked_url(settings.openai_base_url)
         if settings.openai_joules_per_token is None:
             raise BadSetting(
@@ -108,17 +118,17 @@ class RemoteEngine:
         self._down: str | None = None
         self._reviving: asyncio.Task[None] | None = None
         self._loop: LoopThread | None = None
-        self._client = OpenAIClient(self._url, _key(settings), silence=settings.openai_timeout, connections=self.slots)
+        self._client = OpenAIClient(self._url, _key(settings), timeout=settings.openai_timeout, connections=self.slots)
 
     # --- life
 
     def start(self) -> None:
-        """Find the model on the server and try it (a few seconds). Raises BadSetting with what to change."""
+        """Find the model on the server and calibrate (a few seconds). Raises BadSetting with what to change."""
         self._loop = LoopThread("perllm-remote")
         try:
             self._loop.run(self._start())
         except ServerError as error:
-            raise BadSetting(self._way_out(error)) from None
+            raise BadSetting(self._explained(error)) from None
         except EngineError as error:
             raise BadSetting(str(error)) from None
         self.description = f"OpenAI-compatible server at {self._url}, {self._model}"
@@ -126,8 +136,8 @@ class RemoteEngine:
     async def _start(self) -> None:
         self._model, self._context = await self._find_model()
         self._name = self._settings.model_name or _producer_name(self._model)
-        self._calibration = await self._calibrate()
-        self._totals = EngineTotals()  # the trials are not the tasks'
+        self._step_cost = await self._calibrate()
+        self._totals = EngineTotals()  # calibration is no task
         self._joules = 0.0
 
     async def _find_model(self) -> tuple[str, int]:
@@ -150,27 +160,27 @@ class RemoteEngine:
 
     async def _calibrate(self) -> StepCost:
         """Time a short prompt and a long one. Network and queue are in the times, as they will be in the tasks'."""
-        await self._try(PROBES[0])  # the first one wakes the server up
-        short, long = [await self._try(words) for words in PROBES]
+        await self._probe(PROBES[0])  # the first one wakes the server up
+        short, long = [await self._probe(words) for words in PROBES]
         more_tokens = max(1, _prompt_tokens(long) - _prompt_tokens(short))
         return StepCost(
-            step=_gap(short),
+            step=_token_interval(short),
             sequence=0.0,
             prefill=max(0.0, _latency(long) - _latency(short)) / more_tokens,
         )
 
-    async def _try(self, words: int) -> _Request:
+    async def _probe(self, words: int) -> _Request:
         prompt = " ".join(random.choices(WORDS, k=words))  # another each time, which no cache knows
         spec = TaskSpec(prompt=prompt, max_tokens=16 if words == min(PROBES) else 1)
         request = _Request("calibration", spec, Stop(self._settings.openai_timeout))
-        await self._talk(request)
+        await self._ask(request)
         return request
 
-    def _way_out(self, error: ServerError) -> str:
+    def _explained(self, error: ServerError) -> str:
         match error:
             case Refused(status=401 | 403):
                 return f"{self._url} refuses the key ({error}): set PERLLM_OPENAI_API_KEY or PERLLM_OPENAI_API_KEY_FILE"
-            case Refused() | Garbled():
+            case Refused() | Malformed():
                 return f"PERLLM_OPENAI_BASE_URL: {self._url} does not answer as an OpenAI-compatible server: {error}"
             case _:
                 return f"PERLLM_OPENAI_BASE_URL: {self._url}: {error}"
@@ -184,22 +194,22 @@ class RemoteEngine:
     # --- what the worker asks
 
     def offers(self) -> tuple[ModelOffer, ...]:
-        """The model served, with the calibration of the start."""
+        """The model served, with the step cost measured at the start."""
         return (
             ModelOffer(
                 name=self._name,
                 context=self._context,
                 kv_tokens=self._context * self.slots,
-                calibration=self._calibration,
+                calibration=self._step_cost,
             ),
         )
 
     def power(self) -> Power:
         """The price, as the watts one request's tokens come to."""
-        pace = self._calibration.step
+        seconds = self._step_cost.step
         return Power(
             idle=0.0,
-            active=self._price / pace if pace else 0.0,
+            active=self._price / seconds if seconds else 0.0,
             joules_per_byte=self._settings.joules_per_byte,
             method=METHOD,
             estimated=True,
@@ -209,18 +219,9 @@ class RemoteEngine:
         """Totals since `start` and the present state. Raises EngineDown while the server cannot be used."""
         if self._down is not None:
             raise EngineDown(self._down, inside=False)
-        now, totals, active = time.monotonic(), self._totals, len(self._requests)
-        return Counters(
-            steps=totals.steps,
-            busy=totals.busy,
-            generated=totals.generated,
-            prefilled=totals.prefilled,
-            sequence_steps=totals.sequence_steps,
-            active=active,
-            free_kv=self._context * max(0, self.slots - active),
-            since_progress=max(0.0, now - totals.progress) if active else 0.0,
-            longest_step=totals.longest_step(now),
-            energy=self._joules,
+        active = len(self._requests)
+        return self._totals.counters(
+            active=active, free_kv=self._context * max(0, self.slots - active), energy=self._joules
         )
 
     def progress(self) -> Mapping[str, int]:
@@ -235,8 +236,7 @@ class RemoteEngine:
 
     def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
         """Run one task to its end or until `stop`. Raises EngineError."""
-        if spec.model not in (None, self._name):
-            raise EngineError(f"model: {spec.model!r} is not served here, only {self._name!r}", retry=False)
+        check_model(spec.model, (self._name,))
         loop = self._loop
         if loop is None:
             raise EngineError("the engine is closed", retry=True)
@@ -251,19 +251,21 @@ class RemoteEngine:
     async def _generate(self, request: _Request) -> Generation:
         before = self.counters()  # raises EngineDown
         if not self._requests:
-            self._totals.progress = time.monotonic()
+            self._totals.last_progress = time.monotonic()
         self._requests[request] = None
-        talk = asyncio.ensure_future(self._talk(request))
+        asking = asyncio.ensure_future(self._ask(request))
         try:
-            while not talk.done():
+            while not asking.done():
                 remaining = request.stop.remaining
-                await asyncio.wait({talk}, timeout=LOOK if remaining is None else min(LOOK, remaining + 0.001))
+                await asyncio.wait(
+                    {asking}, timeout=STOP_POLL if remaining is None else min(STOP_POLL, remaining + 0.001)
+                )
                 if request.stop.reason is not None:
-                    talk.cancel()
-            if not talk.cancelled():
-                talk.result()
+                    asking.cancel()
+            if not asking.cancelled():
+                asking.result()
         finally:
-            talk.cancel()
+            asking.cancel()
             del self._requests[request]
         return self._generation(request, before, self._finish(request))
 
@@ -306,23 +308,17 @@ class RemoteEngine:
             decode=request.last - first if request.first and request.last else 0.0,
             energy=Energy(inference=joules, method=METHOD, estimated=True),
             before=before,
-            after=self._last_counters(),
+            after=counters_or_none(self),
             cached_tokens=cached,
         )
 
-    def _last_counters(self) -> Counters:
-        try:
-            return self.counters()
-        except EngineDown:
-            return Counters()
-
-    async def _talk(self, request: _Request) -> None:
+    async def _ask(self, request: _Request) -> None:
         """Ask, and ask again after a pause while the server fails. Raises EngineError."""
         tries = 0
         while request.finish is None:
             await self._wait_until_open()
             try:
-                await self._listen(request)
+                await self._stream(request)
             except ServerError as error:
                 if self._adapt(str(error), request.spec):
                     continue
@@ -331,12 +327,12 @@ class RemoteEngine:
                 log.info("remote_unavailable", reason=str(error), pause=round(pause, 2), tries=tries)
                 await asyncio.sleep(pause)
 
-    def _adapt(self, complaint: str, spec: TaskSpec) -> bool:
-        """Whether the server complains of a form that is to be put otherwise from now on."""
-        if "max_completion_tokens" in complaint and self._limit == "max_tokens":
+    def _adapt(self, error: str, spec: TaskSpec) -> bool:
+        """Whether the server refuses one form of a request of which it may know another: that is used from now on."""
+        if "max_completion_tokens" in error and self._limit == "max_tokens":
             self._limit = "max_completion_tokens"
             return True
-        if "response_format" in complaint and spec.json_schema is not None and not self._own_schema:
+        if "response_format" in error and spec.json_schema is not None and not self._own_schema:
             self._own_schema = True
             return True
         return False
@@ -347,11 +343,11 @@ class RemoteEngine:
             case Unreachable():
                 raise self._go_down(f"{self._url}: {error}") from None
             case Refused(status=401 | 403):
-                raise self._go_down(self._way_out(error)) from None
+                raise self._go_down(self._explained(error)) from None
             case Refused():
                 raise EngineError(f"the server refuses it: {error}", retry=False) from None
             case Unavailable() if tries < MAX_TRIES and not request.tokens:
-                pause = _backoff(self._patience, tries) if error.wait is None else error.wait
+                pause = backoff(tries, first=self._first_pause, longest=MAX_PAUSE) if error.wait is None else error.wait
                 remaining = request.stop.remaining
                 if remaining is None or pause < remaining:
                     if error.wait is not None:
@@ -365,7 +361,7 @@ class RemoteEngine:
         while (pause := self._open_at - time.monotonic()) > 0:
             await asyncio.sleep(pause * random.uniform(1.0, 1.1))
 
-    async def _listen(self, request: _Request) -> None:
+    async def _stream(self, request: _Request) -> None:
         """One stream, to its end. Raises ServerError."""
         request.sent = request.last = time.monotonic()
         try:
@@ -376,7 +372,7 @@ class RemoteEngine:
             if request.finish is None:
                 raise
         if request.finish is None:
-            raise Garbled("the stream broke off before it was finished")
+            raise Malformed("the stream broke off before it was finished")
 
     def _take(self, request: _Request, chunk: Chunk) -> None:
         request.usage = chunk.usage or request.usage
@@ -399,10 +395,9 @@ class RemoteEngine:
 
     def _body(self, spec: TaskSpec) -> dict[str, Any]:
         """The request. What not every server knows is sent only where it is asked for."""
-        messages = [m.model_dump() for m in spec.messages or ()] or [{"role": "user", "content": spec.prompt}]
         body: dict[str, Any] = {
             "model": self._model,
-            "messages": messages,
+            "messages": chat_messages(spec),
             "stream": True,
             "stream_options": {"include_usage": True},
             self._limit: spec.max_tokens,
@@ -427,7 +422,7 @@ class RemoteEngine:
     # --- when the server is away
 
     def _go_down(self, reason: str) -> EngineDown:
-        """The server cannot be used at all: leave the cluster, and look for it until it is back."""
+        """The server cannot be used at all: leave the cluster, and poll it until it is back."""
         if self._down is None:
             self._down = reason
             log.error("remote_down", reason=reason)
@@ -436,7 +431,7 @@ class RemoteEngine:
 
     async def _revive(self) -> None:
         for tries in itertools.count(1):
-            await asyncio.sleep(_backoff(self._patience, tries))
+            await asyncio.sleep(backoff(tries, first=self._first_pause, longest=MAX_PAUSE))
             try:
                 await self._client.models()
             except Refused as error:
@@ -454,7 +449,7 @@ def _latency(request: _Request) -> float:
     return (request.first or request.last or 0.0) - (request.sent or 0.0)
 
 
-def _gap(request: _Request) -> float:
+def _token_interval(request: _Request) -> float:
     """Mean seconds from token to token."""
     if request.tokens > 1 and request.first and request.last:
         return (request.last - request.first) / (request.tokens - 1)
@@ -468,11 +463,6 @@ def _prompt_tokens(request: _Request) -> int:
     return request.spec.text_bytes() // BYTES_PER_TOKEN + 1
 
 
-def _backoff(first: float, tries: int) -> float:
-    """Doubling from `first`, jittered by half (s)."""
-    return min(MAX_PAUSE, first * 2.0 ** (tries - 1)) * random.uniform(0.5, 1.5)
-
-
 def _checked_url(url: str | None) -> str:
     if url is None:
         raise BadSetting("PERLLM_ENGINE=openai needs PERLLM_OPENAI_BASE_URL, e.g. http://localhost:8000/v1")
@@ -482,7 +472,7 @@ def _checked_url(url: str | None) -> str:
     return url.rstrip("/")
 
 
-def _key(settings: Settings) -> str | None:
+def _key(settings: CloudSettings) -> str | None:
     path = settings.openai_api_key_file
     if settings.openai_api_key is not None:
         key = settings.openai_api_key.get_secret_value()

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import llama_cpp.llama_cpp as lib
@@ -18,9 +17,9 @@ import structlog
 
 from perllm.broker.errors import BadSetting
 from perllm.broker.private_files import open_own, own_folder
-from perllm.broker.settings import Settings
 from perllm.edge_worker.gguf import GGUF, read_gguf
-from perllm.edge_worker.llama import complaint, prepare
+from perllm.edge_worker.llama import last_error, prepare
+from perllm.edge_worker.settings import EdgeSettings
 
 log = structlog.get_logger(__name__)
 
@@ -37,14 +36,6 @@ QUANTISATIONS = {
 }  # fmt: skip
 #: What is read of a file to tell it from others: so many samples of so many bytes.
 SAMPLES, SAMPLE_BYTES = 64, 16_384
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFile:
-    """A GGUF under the name producers use for it."""
-
-    name: str
-    gguf: GGUF
 
 
 def default_gguf() -> Path:
@@ -67,7 +58,7 @@ def base_name(gguf: GGUF) -> str:
     return re.sub(r"[^a-z0-9._+-]+", "-", stem).strip("-._") or "model"
 
 
-def model_name(settings: Settings, gguf: GGUF) -> str:
+def model_name(settings: EdgeSettings, gguf: GGUF) -> str:
     """What producers call it: e.g. `smollm2-135m-instruct:q8_0`, or as set (and the quantisation if several)."""
     if settings.model_name is None:
         return f"{base_name(gguf)}:{gguf.quantisation}"
@@ -92,8 +83,8 @@ def quantised(source: Path, quantisation: str, folder: Path, *, threads: int = 1
     # What the source holds is in the path, so that another file of the same name is not mistaken for it, and the same
     # file installed anew is known again.
     target = folder / fingerprint(source) / f"{base_name(gguf)}.{quantisation}.gguf"
-    _own(folder)
-    _own(target.parent)
+    _make_folder(folder)
+    _make_folder(target.parent)
     if target.exists():
         return target
     with _lock(target.parent, target.name):
@@ -121,13 +112,13 @@ def quantise(source: Path, target: Path, quantisation: str, *, threads: int = 1)
     params.nthread = threads
     params.ftype = QUANTISATIONS[quantisation]
     params.allow_requantize = True
-    complaint()
+    last_error()
     part = target.with_name(f".{target.name}-{os.getpid()}.part")
     try:
         part.touch(exist_ok=False)  # llama.cpp does not say why it cannot write
         status = lib.llama_model_quantize(str(source).encode(), str(part).encode(), ctypes.byref(params))
         if status != 0:
-            raise BadSetting(f"llama.cpp cannot quantise {source} to {quantisation}: {complaint() or status}")
+            raise BadSetting(f"llama.cpp cannot quantise {source} to {quantisation}: {last_error() or status}")
         part.replace(target)
     except OSError as error:
         raise BadSetting(f"cannot write {target}: {error.strerror or error}") from None
@@ -135,7 +126,7 @@ def quantise(source: Path, target: Path, quantisation: str, *, threads: int = 1)
         part.unlink(missing_ok=True)
 
 
-def _own(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         own_folder(folder, "PERLLM_MODEL_CACHE")
     except OSError as error:

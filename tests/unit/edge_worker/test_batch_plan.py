@@ -180,7 +180,7 @@ class CellsMachine(RuleBasedStateMachine):
     def counts_agree(self) -> None:
         live = {name for s, held in self.model.items() if s < self.LIVE for name in held}
         assert self.cells.free == self.size - len(self.used())
-        assert self.cells.idle == len(self.used() - live)
+        assert self.cells.reusable == len(self.used() - live)
         assert all(self.cells.length(s) == len(held) for s, held in self.model.items())
 
 

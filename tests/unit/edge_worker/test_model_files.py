@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from perllm.edge_worker.models import SAMPLE_BYTES, SAMPLES, fingerprint
+from perllm.edge_worker.model_files import SAMPLE_BYTES, SAMPLES, fingerprint
 
 
 def test_the_same_content_installed_anew_is_known_again(tmp_path: Path) -> None:

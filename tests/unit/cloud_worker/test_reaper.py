@@ -20,9 +20,9 @@ reaper.watch()
 engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
 reaper.started()
 print(engine.pid, flush=True)
-if sys.stdin.readline() == "dismiss\\n":
-    reaper.dismiss()
-    print("dismissed", flush=True)
+if sys.stdin.readline() == "close\\n":
+    reaper.close()
+    print("closed", flush=True)
 sys.stdin.readline()
 """
 
@@ -55,8 +55,8 @@ def test_whatever_is_left_of_a_closed_engine_is_killed(worker: subprocess.Popen[
     engine = engine_of(worker)
     assert worker.stdin is not None
     assert worker.stdout is not None
-    worker.stdin.write("dismiss\n")
+    worker.stdin.write("close\n")
     worker.stdin.flush()
-    assert worker.stdout.readline() == "dismissed\n"
+    assert worker.stdout.readline() == "closed\n"
     eventually(lambda: gone(engine), "the engine's process is gone")
     assert worker.poll() is None

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from support.tiny_gguf import F32, STRING, U32, pair, write
 
 from perllm.broker.errors import BadSetting
-from perllm.broker.settings import Settings
 from perllm.edge_worker.gguf import GGUF, read_gguf
-from perllm.edge_worker.models import base_name, default_gguf, model_name
+from perllm.edge_worker.model_files import base_name, default_gguf, model_name
+from perllm.edge_worker.settings import EdgeSettings
 
 
 def small(path: Path) -> Path:
@@ -99,6 +99,6 @@ def test_names(file: str, quantisation: str, name: str) -> None:
     kinds = {"q4_1": 3, "q4_k_m": 15, "f16": 1, "q8_0": 7}
     gguf = GGUF(Path(file), 0, {"general.file_type": kinds[quantisation]}, 0)
     assert base_name(gguf) == name
-    assert model_name(Settings(), gguf) == f"{name}:{quantisation}"
-    assert model_name(Settings(model_name="mine"), gguf) == "mine"
-    assert model_name(Settings(model_name="mine", variants="q8_0,q4_0"), gguf) == f"mine:{quantisation}"
+    assert model_name(EdgeSettings(), gguf) == f"{name}:{quantisation}"
+    assert model_name(EdgeSettings(model_name="mine"), gguf) == "mine"
+    assert model_name(EdgeSettings(model_name="mine", variants="q8_0,q4_0"), gguf) == f"mine:{quantisation}"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from perllm.broker.errors import BadSetting
-from perllm.broker.settings import Settings
-from perllm.cloud_worker.step_cost import Step
-from perllm.cloud_worker.vllm_engine import VLLMEngine, _check_memory, _decode, _missing_folder, _producer_name
+from perllm.cloud_worker.settings import CloudSettings
+from perllm.cloud_worker.step_cost import TimedStep
+from perllm.cloud_worker.vllm_engine import VLLMEngine, _check_memory, _median_decode, _missing_folder, _producer_name
 
 
 @dataclass
@@ -54,15 +54,21 @@ def test_producers_names() -> None:
 
 def test_vllm_needs_a_model() -> None:
     with pytest.raises(BadSetting, match="PERLLM_MODEL"):
-        VLLMEngine(Settings.model_validate({"engine": "vllm"}))
+        VLLMEngine(CloudSettings.model_validate({"engine": "vllm"}))
 
 
 def test_slots_are_256_unless_set() -> None:
-    assert VLLMEngine(Settings.model_validate({"model": "org/name"})).slots == 256
-    assert VLLMEngine(Settings.model_validate({"model": "org/name", "slots": 8})).slots == 8
+    assert VLLMEngine(CloudSettings.model_validate({"model": "org/name"})).slots == 256
+    assert VLLMEngine(CloudSettings.model_validate({"model": "org/name", "slots": 8})).slots == 8
 
 
 def test_only_whole_decoding_steps_count_for_the_speed_of_decoding() -> None:
-    steps = [Step(9.0, 4, 64, 0), Step(0.3, 4, 0, 0), Step(0.2, 4, 0, 0), Step(0.1, 4, 0, 0), Step(8.0, 3, 0, 0)]
-    assert _decode(steps, 4) == Step(0.2, 4, 0, 0)
-    assert _decode(steps, 5) is None
+    steps = [
+        TimedStep(9.0, 4, 64, 0),
+        TimedStep(0.3, 4, 0, 0),
+        TimedStep(0.2, 4, 0, 0),
+        TimedStep(0.1, 4, 0, 0),
+        TimedStep(8.0, 3, 0, 0),
+    ]
+    assert _median_decode(steps, 4) == TimedStep(0.2, 4, 0, 0)
+    assert _median_decode(steps, 5) is None

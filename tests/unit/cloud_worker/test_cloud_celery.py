@@ -10,25 +10,25 @@ from typing import Any
 import pytest
 
 from perllm.broker.errors import BadSetting
-from perllm.broker.settings import Settings
+from perllm.cloud_worker import celery
+from perllm.cloud_worker.settings import CloudSettings
 
 
-def settings(**given: Any) -> Settings:
-    return Settings.model_validate(given)
+def settings(**given: Any) -> CloudSettings:
+    return CloudSettings.model_validate(given)
 
 
 @pytest.fixture
 def make_engine(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    from perllm.cloud_worker.celery import make_engine  # noqa: PLC0415  makes an app of its own when imported
-
-    return make_engine
+    return celery.make_engine
 
 
 def test_without_a_gpu_llama_cpp_stands_in(make_engine: Any) -> None:
     pytest.importorskip("llama_cpp")
-    engine = make_engine(settings())
-    assert type(engine).__mro__[1].__name__ == "LlamaEngine"
+    engine = make_engine(settings(slots=3))
+    assert type(engine).__name__ == "LlamaEngine"
+    assert engine.slots == 3
 
 
 def test_vllm_without_a_gpu_is_refused_with_the_reason(make_engine: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from perllm.broker.settings import Settings
+from perllm.broker.engine.settings import EngineSettings
 from perllm.edge_worker import meters
 from perllm.edge_worker.meters import CpuModelMeter, RaplMeter, core_watts, make_meter, zones
 
@@ -152,7 +152,7 @@ def test_unreadable_counters_fall_back_to_an_estimate(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(meters, "RaplMeter", refused)
-    meter = make_meter(Settings(tdp_watts=100, idle_watts=20), threads=1)
+    meter = make_meter(EngineSettings(tdp_watts=100, idle_watts=20), threads=1)
     assert isinstance(meter, CpuModelMeter)
     assert (meter.method, meter.estimated) == ("cpu-model", True)
 

@@ -1,0 +1,31 @@
+"""What every engine checks of a request, in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from perllm.broker.engine.contract import EngineError
+
+
+def check_model(model: str | None, served: Iterable[str]) -> None:
+    """Raises EngineError (retry=False) for a model that is not among those `served`; None means any."""
+    served = list(served)
+    if model is not None and model not in served:
+        raise EngineError(f"model: {model!r} is not served here, only {', '.join(served)}", retry=False)
+
+
+def check_context(prompt_tokens: int, max_tokens: int, context: int) -> None:
+    """Raises EngineError (retry=False) for an empty prompt, and for a request that does not fit into the context."""
+    if not prompt_tokens:
+        raise EngineError("prompt: has no tokens", retry=False)
+    if (excess := context_excess(prompt_tokens, max_tokens, context)) is not None:
+        raise EngineError(f"prompt of {prompt_tokens} tokens and max_tokens {max_tokens} {excess}", retry=False)
+
+
+def context_excess(prompt_tokens: int, max_tokens: int, context: int) -> str | None:
+    """What is wrong where prompt and output together exceed the context, and the way out; None where they fit."""
+    if prompt_tokens + max_tokens <= context:
+        return None
+    room = context - prompt_tokens
+    way_out = f"lower max_tokens to {room}" if room > 0 else "shorten the prompt"
+    return f"exceed the context of {context} tokens: {way_out}"

@@ -1,0 +1,25 @@
+"""Settings of edge nodes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from perllm.broker.settings import AbsolutePath
+from perllm.broker.worker.settings import WorkerSettings
+
+
+def _default_model_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "perllm" / "models"
+
+
+class EdgeSettings(WorkerSettings):
+    """The settings of an edge node, and of llama.cpp wherever it serves."""
+
+    variants: str | None = None  # quantisations of the model to offer, e.g. "q8_0,q4_0"; the first is the default
+    model_cache: AbsolutePath = Field(default_factory=_default_model_cache)  # quantisations made from others
+    model_memory: Annotated[int, Field(gt=0)] | None = None  # bytes loaded models may take; default: what is free
