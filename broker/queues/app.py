@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import Any
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from celery import Celery
 
 from perllm.broker.connection import CONNECT_TIMEOUT, NEAR_REPLY_TIMEOUT
+from perllm.broker.errors import PerLLMError
 from perllm.broker.messages import WIRE_VERSION
 from perllm.broker.queues import transport
 from perllm.broker.settings import Settings
@@ -27,6 +30,18 @@ INBOX = "inbox"
 NOTICE = {"socket_timeout": NEAR_REPLY_TIMEOUT, "health_check_interval": 5}
 #: The task node queues carry.
 RUN = "perllm.run"
+
+T = TypeVar("T")
+
+
+def start_or_exit(start: Callable[[], T]) -> T:
+    """What `start` returns. Ends the process with one line and status 2 where it raises PerLLMError: Celery would show
+    a traceback, or log it and go on. For what a worker's start runs, never for what an import runs."""
+    try:
+        return start()
+    except PerLLMError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) -> Celery:

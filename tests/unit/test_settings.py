@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from perllm.broker.api.settings import ApiSettings
 from perllm.broker.connection import connect
 from perllm.broker.errors import BadSetting
 from perllm.broker.settings import Settings, load_settings
@@ -102,13 +103,13 @@ def test_a_data_folder_may_be_relative_and_hold_any_character(monkeypatch: pytes
 
 @pytest.mark.parametrize("server", ["10.0.0.53", "10.0.0.53:5353", "[fd00::53]", "[fd00::53]:53"])
 def test_a_name_server_is_an_address(server: str) -> None:
-    assert load_settings(webhook_dns=[server]).webhook_dns == (server,)
+    assert load_settings(ApiSettings, webhook_dns=[server]).webhook_dns == (server,)
 
 
 @pytest.mark.parametrize("server", ["", "dns.example", "10.0.0.53:x", "10.0.0.53:99999", "fd00::53", "a@10.0.0.53"])
 def test_a_name_server_that_is_no_address_is_named(server: str) -> None:
     with pytest.raises(BadSetting, match="PERLLM_WEBHOOK_DNS"):
-        load_settings(webhook_dns=[server])
+        load_settings(ApiSettings, webhook_dns=[server])
 
 
 def test_paths_and_all_else_that_was_set_hold_in_another_folder(
@@ -117,12 +118,12 @@ def test_paths_and_all_else_that_was_set_hold_in_another_folder(
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".env").write_text("PERLLM_LOG_JSON=1\nPERLLM_MODEL=some/name\nPERLLM_WEBHOOK_ALLOW='[\"10.0.0.0/8\"]'")
     given = {"redis_url": "rediss://u:p%40@h?ssl_ca_certs=c%20a.pem", "model_cache": "cache", "adapters": {"a": "b"}}
-    here = Settings.model_validate(given)
+    here = ApiSettings.model_validate(given)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for variable, value in here.environment().items():
         monkeypatch.setenv(variable, value)
-    there = Settings()
+    there = ApiSettings()
     assert there == here
     assert there.url == f"rediss://u:p%40@h?ssl_ca_certs={tmp_path}/c%20a.pem"
     assert (there.model_cache, there.model) == (tmp_path / "cache", "some/name")
