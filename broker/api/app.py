@@ -47,8 +47,7 @@ def make_app(settings: ApiSettings) -> FastAPI:
         separate_input_output_schemas=False,
     )
     errors.install(app)
-    document.install(app)
-    for router in (
+    routers = (
         completions.router,
         responses.router,
         tasks.router,
@@ -59,8 +58,10 @@ def make_app(settings: ApiSettings) -> FastAPI:
         models.router,
         health.router,
         metrics.router,
-    ):
+    )
+    for router in routers:
         app.include_router(router)
+    document.install(app, routers)
     app.add_middleware(RequestLimits, settings=settings)
     if settings.api_cors:
         app.add_middleware(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fastapi import Request
@@ -31,7 +31,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     return body
 
 
-def refuse_unknown(body: dict[str, Any], fields: Collection[str]) -> None:
+def refuse_unknown(body: Mapping[str, Any], fields: Collection[str]) -> None:
     """Raises ApiError for a field of the body that is none of these."""
     if unknown := set(body) - set(fields):
         raise ApiError(400, f"{min(unknown)}: not a field of this request", param=min(unknown))

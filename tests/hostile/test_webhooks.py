@@ -384,9 +384,7 @@ def test_no_more_webhooks_than_allowed_however_many_are_made_at_once(hooks: Webh
     assert len(all_keys(hooks, "api:webhook:*")) <= MAX_WEBHOOKS
 
 
-def test_a_lease_is_held_once_and_comes_again_when_it_was_lost(
-    hooks: Webhooks, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lease_is_held_once_and_granted_again_when_lost(hooks: Webhooks, monkeypatch: pytest.MonkeyPatch) -> None:
     hook = made(hooks)
     for n in range(3):
         hooks.add_event("t", "task.failed", f"task-{n}", {})

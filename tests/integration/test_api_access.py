@@ -101,6 +101,22 @@ def test_a_mistake_in_the_settings_is_one_line(valkey: EmbeddedServer, opened: A
     assert "perllm api keys list" in api(url, "keys", "revoke", "nobody").stderr
 
 
+def test_a_webhook_worker_says_a_mistake_in_one_line_and_its_module_can_be_imported(tmp_path: Path) -> None:
+    celery = [sys.executable, "-W", "ignore", "-m", "celery", "-A", "perllm.broker.api", "worker"]
+    for wrong, named in (
+        ({"PERLLM_WEBHOOK_ALLOW": '["10.0.0.0/99"]'}, "PERLLM_WEBHOOK_ALLOW"),
+        ({"PERLLM_REDIS_URL": f"unix://{tmp_path}/none.sock"}, "none.sock"),
+    ):
+        environment = {**os.environ, **wrong}
+        done = subprocess.run(celery, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 2
+        (line,) = [line for line in done.stderr.splitlines() if line]
+        assert line.startswith("error: ")
+        assert named in line
+        imported = [sys.executable, "-c", "import perllm.broker.api.celery"]
+        subprocess.run(imported, env=environment, check=True, timeout=60)
+
+
 def test_a_server_that_is_away_is_said_to_be(tmp_path: Path) -> None:
     with EmbeddedServer(tmp_path) as server, ApiProcess(server.url, tmp_path) as running:
         http = running.http()

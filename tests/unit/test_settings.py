@@ -116,7 +116,14 @@ def test_paths_and_all_else_that_was_set_hold_in_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / ".env").write_text("PERLLM_LOG_JSON=1\nPERLLM_MODEL=some/name\nPERLLM_WEBHOOK_ALLOW='[\"10.0.0.0/8\"]'")
+    lines = (
+        "PERLLM_LOG_JSON=1",
+        "PERLLM_MODEL=some/name",
+        "PERLLM_WEBHOOK_ALLOW='[\"10.0.0.0/8\"]'",
+        "PERLLM_API_QUOTA='{\"files\": 5}'",
+        'PERLLM_API_QUOTAS=\'{"acme": {"files": 10}}\'',
+    )
+    (tmp_path / ".env").write_text("\n".join(lines))
     given = {"redis_url": "rediss://u:p%40@h?ssl_ca_certs=c%20a.pem", "model_cache": "cache", "adapters": {"a": "b"}}
     here = ApiSettings.model_validate(given)
     (tmp_path / "elsewhere").mkdir()

@@ -28,8 +28,8 @@ START = Position()
 
 
 class RawLine(NamedTuple):
-    """A line that is not empty: its place among these (from 0), by which it is marked, and among all (from 1), the bytes
-    before it, its text."""
+    """A line that is not empty: its place among these (from 0), by which it is marked; among all (from 1); the bytes
+    before it; its text."""
 
     row: int
     number: int

@@ -55,7 +55,9 @@ class TaskRequest(Sampling):
     service: Service = "default"
     expected_tokens: ExpectedTokens | None = None
     idempotency_key: Annotated[str | None, Field(min_length=1, max_length=256)] = None
-    stream: Annotated[bool, Field(description="Publish the text while it is generated, for whoever watches.")] = False
+    stream: Annotated[
+        bool, Field(description="Publish the text while it is generated: its response can be streamed.")
+    ] = False
     metadata: Metadata = Field(default_factory=dict)
     stop: str | list[str] | None = None  # type: ignore[assignment]
 

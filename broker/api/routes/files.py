@@ -21,6 +21,7 @@ from perllm.broker.api.openapi import examples
 from perllm.broker.api.openapi.document import answers
 from perllm.broker.api.openapi.schemas import Deleted, FileObject, FilePage
 from perllm.broker.api.paging import After, Order, page
+from perllm.broker.api.request_body import refuse_unknown
 from perllm.broker.api.state import Api
 from perllm.broker.api.submission import MAX_ID
 
@@ -48,21 +49,18 @@ def file_object(file: FileDocument) -> dict[str, Any]:
     }
 
 
+_FORM: dict[str, dict[str, Any]] = {
+    "file": {"type": "string", "format": "binary"},
+    "purpose": {"type": "string", "enum": list(PURPOSES)},
+    "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+    "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+}
 _UPLOAD = {
     "requestBody": {
         "required": True,
         "content": {
             "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": list(PURPOSES)},
-                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
-                    },
-                },
+                "schema": {"type": "object", "required": ["file", "purpose"], "properties": _FORM},
                 "example": {"purpose": "batch", "file": '{"custom_id": "1", "body": {"prompt": "Hi"}}'},
             }
         },
@@ -76,10 +74,8 @@ async def upload_file(request: Request, api: TheApi, caller: TheCaller) -> Respo
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data":  # any other form would be read into memory
         raise ApiError(400, "the body must be multipart/form-data", param="file")
-    if options.get(b"charset", b"utf-8").lower() not in (
-        b"utf-8",
-        b"utf8",
-    ):  # others may take very long
+    # Others may take very long to decode.
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
         raise ApiError(400, "the form's charset must be UTF-8", param="file")
     with api.uploads.slot(caller):
         return JSONResponse(file_object(await _store_upload(request, api, caller)))
@@ -88,6 +84,7 @@ async def upload_file(request: Request, api: TheApi, caller: TheCaller) -> Respo
 async def _store_upload(request: Request, api: Api, caller: Caller) -> FileDocument:
     await api.disk.run(caller.tenant, api.files.check_room, caller.tenant)
     async with request.form(max_files=1, max_fields=8, max_part_size=64 << 10) as form:
+        refuse_unknown(form, _FORM)
         upload = form.get("file")
         if not isinstance(upload, UploadFile):
             raise ApiError(400, "file: a file is required, whole, as multipart/form-data", param="file")
@@ -107,6 +104,9 @@ async def _store_upload(request: Request, api: Api, caller: Caller) -> FileDocum
 
 
 def _lasts(form: FormData, most: float) -> float | None:
+    if form.get("expires_after[anchor]", "created_at") != "created_at":
+        param = "expires_after[anchor]"
+        raise ApiError(400, f"{param}: only created_at is supported", param=param)
     given = form.get("expires_after[seconds]")
     if given is None:
         return None

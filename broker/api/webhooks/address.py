@@ -47,7 +47,7 @@ _SPECIAL_6 = [
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 #: The middle of an ISATAP interface identifier (RFC 5214), less its universal bit; an IPv4 address follows.
 _ISATAP = 0x00005EFE
-#: Where clouds hand credentials to whoever asks from inside. Not even an allowed network opens these.
+#: Metadata services, by which clouds give credentials to their machines. Not even an allowed network opens these.
 _METADATA = {
     ipaddress.ip_address(address)
     for address in (

@@ -105,7 +105,7 @@ class Webhooks:
             secret="whsec_" + base64.b64encode(secrets.token_bytes(32)).decode(),
         )
         with reaching(self._settings):
-            if not self._client.scard(self._tenants):  # nobody asked for the events before
+            if not self._client.scard(self._tenants):  # earlier events are for no webhook
                 self._client.set(self._position, self._ledger.first_and_last_event()[1])
             self.documents.add(webhook)
             # Counted with the new one: others may be made at the same time.

@@ -14,6 +14,7 @@ from perllm.broker.errors import InvalidTask
 from perllm.broker.messages import Result, State, TaskSpec
 from perllm.broker.openai import batch_file as batch
 from perllm.broker.openai import translation
+from perllm.broker.openai.translation import CHAT, RESPONSES
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
@@ -133,9 +134,7 @@ def asked(url: str, **body: object) -> TaskSpec:
 
 def test_content_in_parts_and_the_developers_role() -> None:
     parts = [{"type": "text", "text": "Why is "}, {"type": "text", "text": "the sky blue?"}]
-    spec = asked(
-        translation.CHAT, messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
-    )
+    spec = asked(CHAT, messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}])
     assert [(m.role, m.content) for m in spec.messages or ()] == [
         ("system", "Be brief."),
         ("user", "Why is the sky blue?"),
@@ -144,7 +143,7 @@ def test_content_in_parts_and_the_developers_role() -> None:
 
 def test_a_response_request_becomes_a_task() -> None:
     spec = asked(
-        translation.RESPONSES,
+        RESPONSES,
         model="auto",
         instructions="Be brief.",
         input=[
@@ -168,26 +167,26 @@ def test_a_response_request_becomes_a_task() -> None:
     ("url", "body", "named"),
     [
         (
-            translation.CHAT,
+            CHAT,
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages.0.content.0",
         ),
         (
-            translation.CHAT,
+            CHAT,
             {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
             "messages.0.tool_calls",
         ),
-        (translation.CHAT, {"messages": "x"}, "messages"),
-        (translation.CHAT, {"n": 2}, "n"),
-        (translation.CHAT, {"n": True}, "n"),
-        (translation.CHAT, {"input": "x"}, "input"),
-        (translation.RESPONSES, {"input": "x", "prompt": "y"}, "prompt"),
-        (translation.RESPONSES, {"input": "x", "max_tokens": 5}, "max_tokens"),
-        (translation.RESPONSES, {"input": "x", "text": {"format": {"type": "xml"}}}, "text.format"),
-        (translation.RESPONSES, {"input": "x", "text": 5}, "text"),
-        (translation.RESPONSES, {"input": "x", "instructions": ["y"]}, "instructions"),
-        (translation.RESPONSES, {"input": [{"type": "function_call_output"}]}, "input.0"),
-        (translation.RESPONSES, {"input": 5}, "input"),
+        (CHAT, {"messages": "x"}, "messages"),
+        (CHAT, {"n": 2}, "n"),
+        (CHAT, {"n": True}, "n"),
+        (CHAT, {"input": "x"}, "input"),
+        (RESPONSES, {"input": "x", "prompt": "y"}, "prompt"),
+        (RESPONSES, {"input": "x", "max_tokens": 5}, "max_tokens"),
+        (RESPONSES, {"input": "x", "text": {"format": {"type": "xml"}}}, "text.format"),
+        (RESPONSES, {"input": "x", "text": 5}, "text"),
+        (RESPONSES, {"input": "x", "instructions": ["y"]}, "instructions"),
+        (RESPONSES, {"input": [{"type": "function_call_output"}]}, "input.0"),
+        (RESPONSES, {"input": 5}, "input"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(url: str, body: dict[str, object], named: str) -> None:
