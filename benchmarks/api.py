@@ -148,8 +148,8 @@ def batch(folder: Path, lines: int) -> dict[str, float]:
     with ExitStack() as stack:
         stack.enter_context(child(folder / "scheduler.log", SCHEDULER))
         stack.enter_context(child(folder / "node.log", celery_worker("perllm.edge_worker")))
-        door = [sys.executable, "-m", "perllm.broker.api", "--port", str(port)]
-        api = stack.enter_context(child(folder / "api.log", door))
+        command = [sys.executable, "-m", "perllm.broker.api", "--port", str(port)]
+        api = stack.enter_context(child(folder / "api.log", command))
         _await(port)
         http = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600))
         while http.get("/ready").status_code != 200:

@@ -3,7 +3,6 @@ way to those of the packages."""
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import re
@@ -13,22 +12,11 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar, overload
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, field_validator
+from pydantic_core import to_jsonable_python
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from perllm.broker.errors import BadSetting, field_errors
-
-
-class Quota(BaseModel):
-    """What one tenant of the HTTP API may have stored at once."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    task_bytes: Annotated[int, Field(ge=0)] = 256 << 20  # its tasks, unfinished and finished, and their results
-    file_bytes: Annotated[int, Field(ge=0)] = 10_000_000_000
-    files: Annotated[int, Field(ge=0)] = 10_000
-    batches: Annotated[int, Field(ge=0)] = 100  # that have not ended
-
 
 _SCHEMES = ("redis", "rediss", "unix")
 _PORT_AND_DATABASE = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/]+)(:\d+)?(/\d*)?")
@@ -61,7 +49,7 @@ class Settings(BaseSettings):
     """
 
     #: Fields that hold a file or folder here, or else a name that means something elsewhere.
-    files_or_names: ClassVar[tuple[str, ...]] = ("api_files",)
+    files_or_names: ClassVar[tuple[str, ...]] = ()
 
     model_config = SettingsConfigDict(
         env_prefix="PERLLM_", env_file=".env", extra="ignore", frozen=True, allow_inf_nan=False
@@ -88,29 +76,6 @@ class Settings(BaseSettings):
     snapshot_every: Annotated[float, Field(ge=0.1)] = 5.0
     leader_ttl: Annotated[float, Field(ge=0.5, le=60)] = 3.0
 
-    # HTTP API
-    api_host: str = "127.0.0.1"
-    api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    api_open: bool = False  # who gives no key is the tenant "default"; on a loopback address only
-    api_max_body: Annotated[int, Field(ge=1024)] = 8 << 20
-    api_max_file: Annotated[int, Field(ge=1024)] = 200_000_000
-    api_batch_lines: Annotated[int, Field(ge=1)] = 50_000  # of one batch
-    api_patience: Annotated[float, Field(gt=0)] = 20.0  # a request's head and body may take so long, and 100 kB/s
-    api_files: str | None = (
-        None  # where files are kept, as an fsspec URL (s3://bucket/folder); default: the data folder
-    )
-    api_file_retention: Annotated[float, Field(ge=3600)] = 30 * 86_400.0
-    api_connections: Annotated[int, Field(ge=1)] = 4096  # open at once, and …
-    api_connections_per_address: Annotated[int, Field(ge=1)] = 1024  # … from one address: behind a proxy, as many
-    api_waiting: Annotated[int, Field(ge=1)] = 2000  # requests that stream or wait for a result at once, and …
-    api_waiting_per_key: Annotated[int, Field(ge=1)] = 500  # … of one key (of all who need none)
-    api_body_memory: Annotated[int, Field(ge=1 << 20)] = 256 << 20  # bytes of all request bodies at once
-    api_quota: Quota = Quota()  # JSON: what a tenant may have stored, e.g. {"task_bytes": 1000000000}; …
-    api_quotas: dict[str, Quota] = Field(default_factory=dict)  # … JSON: of certain tenants, {"acme": {"files": 10}}
-    api_cors: tuple[str, ...] = ()  # JSON: origins whose pages may use the API from a browser
-    webhook_allow: tuple[str, ...] = ()  # JSON: private networks webhooks may reach, e.g. ["10.1.0.0/16"]
-    webhook_dns: tuple[str, ...] = ()  # JSON: DNS servers asked for webhooks' names; default: the system's
-
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
 
@@ -132,20 +97,6 @@ class Settings(BaseSettings):
         whole = _FILE_IN_URL.sub(lambda m: m[1] + quote(str(absolute(Path(unquote(m[2]))))), url.get_secret_value())
         return SecretStr(whole)
 
-    @field_validator("webhook_allow")
-    @classmethod
-    def _networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
-        for network in networks:
-            ipaddress.ip_network(network)  # raises ValueError naming it
-        return networks
-
-    @field_validator("webhook_dns")
-    @classmethod
-    def _servers(cls, servers: tuple[str, ...]) -> tuple[str, ...]:
-        for server in servers:
-            address_and_port(server)  # raises ValueError naming it
-        return servers
-
     def environment(self) -> dict[str, str]:
         """What was set, secrets included, as variables: for a process that runs in another folder, without this one's
         `.env`."""
@@ -154,10 +105,6 @@ class Settings(BaseSettings):
             if given.get(name) and Path(given[name]).exists():
                 given[name] = Path(given[name]).absolute()
         return {f"PERLLM_{name.upper()}": _as_variable(value) for name, value in given.items() if value is not None}
-
-    def quota(self, tenant: str) -> Quota:
-        """What a tenant may have stored."""
-        return self.api_quotas.get(tenant, self.api_quota)
 
     @property
     def socket(self) -> Path:
@@ -191,18 +138,10 @@ class Settings(BaseSettings):
         return f"redis+socket://{login}{parts.path}?virtual_host={query.get('db', ['0'])[0]}"
 
 
-def address_and_port(server: str) -> tuple[str, int]:
-    """A DNS server's: `10.0.0.53`, `10.0.0.53:5353`, `[fd00::53]`. Raises ValueError."""
-    parts = urlsplit(f"//{server}")
-    if not parts.hostname or parts.netloc != server or parts.username is not None:
-        raise ValueError(f"{server!r}: an IP address, and a port if it is not 53, is required")
-    return str(ipaddress.ip_address(parts.hostname)), parts.port or 53
-
-
 def _as_variable(value: object) -> str:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
-    return json.dumps(value, default=str) if isinstance(value, bool | dict | tuple) else str(value)
+    return json.dumps(to_jsonable_python(value)) if isinstance(value, bool | dict | tuple | BaseModel) else str(value)
 
 
 S = TypeVar("S", bound=Settings)

@@ -1,4 +1,4 @@
-"""All settings of all installed packages: for `perllm settings`, and for a warning about variables that nobody reads."""
+"""All settings of all installed packages: for `perllm settings`, and to warn of variables that nobody reads."""
 
 from __future__ import annotations
 

@@ -12,9 +12,10 @@ import pytest
 from support import users
 from support.servers import DebianRedis, Server, skip_without_debian_redis
 
+from perllm.broker.api.settings import ApiSettings
+from perllm.broker.api.store import ApiStore
 from perllm.broker.ledger import Ledger
 from perllm.broker.local.server import EmbeddedServer
-from perllm.broker.settings import Settings
 
 # A shell that runs the tests in the background has its children ignore SIGINT; those we start must hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -62,13 +63,21 @@ def own_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture
-def settings(server: Server) -> Settings:
+def settings(server: Server) -> ApiSettings:
     """Settings for an empty server. Leases outlast any test, so that only tests decide what lapses."""
-    return Settings.model_validate({"redis_url": server.url, "lease": 300, "heartbeat": 60})
+    return ApiSettings.model_validate({"redis_url": server.url, "lease": 300, "heartbeat": 60})
 
 
 @pytest.fixture
-def ledger(settings: Settings) -> Iterator[Ledger]:
+def store(settings: ApiSettings) -> Iterator[ApiStore]:
+    """The API's part of the same server."""
+    one = ApiStore(settings)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def ledger(settings: ApiSettings) -> Iterator[Ledger]:
     """A ledger on an empty server."""
     one = Ledger(settings)
     one.client.flushall()

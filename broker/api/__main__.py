@@ -1,4 +1,4 @@
-"""`python -m perllm.broker.api`: the HTTP door, as `perllm api` starts it."""
+"""`python -m perllm.broker.api`: the HTTP API, as `perllm api` starts it."""
 
 from __future__ import annotations
 

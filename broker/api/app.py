@@ -1,4 +1,4 @@
-"""The application: every router, and what stands around them."""
+"""The application: every router, and the middleware around them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CollectorRegistry
 
 from perllm.broker.api import errors, metrics
-from perllm.broker.api.openapi import document as docs
+from perllm.broker.api.openapi import document
 from perllm.broker.api.request_limits import RequestLimits
-from perllm.broker.api.requests import Api
-from perllm.broker.api.routes import batches, completions, files, responses, tasks, webhooks
-from perllm.broker.settings import Settings
+from perllm.broker.api.routes import batches, completions, files, health, models, nodes, responses, tasks, webhooks
+from perllm.broker.api.settings import ApiSettings
+from perllm.broker.api.state import Api
 
 _ABOUT = """\
-The OpenAI dialect over PerLLM's queue: submit and wait, stream, or submit and forget. Give `deadline`, `value` and
+The OpenAI API over PerLLM's queue: submit and wait, stream, or submit and forget. Give `deadline`, `value` and
 `service` as fields of a body, or as headers; every answer carries its energy and the node that made it."""
 
 
-def make_app(settings: Settings) -> FastAPI:
+def make_app(settings: ApiSettings) -> FastAPI:
     """The ASGI application for these settings."""
     registry = CollectorRegistry(auto_describe=False)
 
@@ -34,7 +34,7 @@ def make_app(settings: Settings) -> FastAPI:
         registry.register(metrics.LedgerMetrics(app.state.api.ledger))
         app.state.api.start()
         gc.collect()
-        gc.freeze()  # what is there now stays: looking through it again and again would stop all requests for 50 ms
+        gc.freeze()  # what exists now stays: collections that look through it would stop all requests for 50 ms
         yield
         await app.state.api.close()
 
@@ -47,19 +47,21 @@ def make_app(settings: Settings) -> FastAPI:
         separate_input_output_schemas=False,
     )
     errors.install(app)
-    docs.install(app)
-    for router in (
+    routers = (
         completions.router,
         responses.router,
         tasks.router,
         files.router,
         batches.router,
         webhooks.router,
-        tasks.catalogue,
-        tasks.health,
+        nodes.router,
+        models.router,
+        health.router,
         metrics.router,
-    ):
+    )
+    for router in routers:
         app.include_router(router)
+    document.install(app, routers)
     app.add_middleware(RequestLimits, settings=settings)
     if settings.api_cors:
         app.add_middleware(

@@ -1,4 +1,4 @@
-"""`perllm api`: the HTTP door, and its keys."""
+"""`perllm api`: the HTTP API, and its keys."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from rich.table import Table
 
 from perllm.broker import logs
 from perllm.broker.api.app import make_app
+from perllm.broker.api.callers import is_loopback
 from perllm.broker.api.files.store import Files
 from perllm.broker.api.keys import Key, Keys
-from perllm.broker.api.request_limits import MAX_HEAD, Protocol
-from perllm.broker.api.requests import is_loopback
+from perllm.broker.api.request_limits import MAX_HEAD, LimitedProtocol
+from perllm.broker.api.settings import ApiSettings
+from perllm.broker.api.store import ApiStore
 from perllm.broker.connection import check
 from perllm.broker.errors import BadSetting
 from perllm.broker.ledger import Ledger
 from perllm.broker.private_files import private_folder
-from perllm.broker.settings import Settings, load_settings
+from perllm.broker.settings import load_settings
 
-app = typer.Typer(help="The HTTP door, for any OpenAI client; `perllm api keys` for who may use it.")
-keys = typer.Typer(help="Who may use the HTTP door.", no_args_is_help=True)
+app = typer.Typer(help="The HTTP API, for any OpenAI client; `perllm api keys` for who may use it.")
+keys = typer.Typer(help="Who may use the HTTP API.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 
 #: Files and sockets kept for other things than clients' connections.
@@ -49,17 +51,17 @@ def serve(
     if context.invoked_subcommand is not None:
         return
     given = {name: value for name, value in (("api_host", host), ("api_port", port)) if value is not None}
-    settings = load_settings(**given)
+    settings = load_settings(ApiSettings, **given)
     if settings.api_open and not is_loopback(settings.api_host):
         raise BadSetting(
-            f"PERLLM_API_OPEN lets in whoever reaches {settings.api_host}: unset it and make keys with "
+            f"PERLLM_API_OPEN opens the API to all that reach {settings.api_host}: unset it and make keys with "
             "`perllm api keys make`, or listen on 127.0.0.1"
         )
     check(settings)
     run(settings)
 
 
-def run(settings: Settings) -> None:
+def run(settings: ApiSettings) -> None:
     """Serve until interrupted. Raises BadSetting where the port cannot be had."""
     logs.configure(settings)
     os.umask(0o077)
@@ -67,14 +69,14 @@ def run(settings: Settings) -> None:
     private_folder(settings.data_dir / "api")
     scratch = private_folder(settings.data_dir / "api" / "tmp")
     tempfile.tempdir = str(scratch)  # where uploads lie while they come in: /tmp may be memory
-    Protocol.patience = settings.api_patience
-    Protocol.most = min(settings.api_connections, _open_files() - RESERVED_FILES)
-    Protocol.most_of_one = settings.api_connections_per_address
-    Files(settings, Ledger(settings))  # raises BadSetting for a store there is not
+    LimitedProtocol.head_timeout = settings.api_patience
+    LimitedProtocol.max_connections = min(settings.api_connections, _open_files() - RESERVED_FILES)
+    LimitedProtocol.max_connections_per_address = settings.api_connections_per_address
+    Files(settings, ApiStore(settings))  # raises BadSetting for a file store that cannot be used
     listening = _listen(settings.api_host, settings.api_port)
     config = uvicorn.Config(
         make_app(settings),
-        http=Protocol,
+        http=LimitedProtocol,
         ws="none",
         lifespan="on",
         access_log=False,
@@ -114,7 +116,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 @keys.command("make")
 def make(
-    tenant: Annotated[str, typer.Option(help="Whose tasks, files and batches it opens.")] = "default",
+    tenant: Annotated[str, typer.Option(help="The tenant whose tasks, files and batches it opens.")] = "default",
     name: Annotated[str, typer.Option(help="For people, to tell keys apart.")] = "",
     rate: Annotated[float | None, typer.Option(help="Most requests per second; else no limit.", min=0.001)] = None,
     in_flight: Annotated[int | None, typer.Option(help="Most unfinished tasks; else no limit.", min=1)] = None,
@@ -153,8 +155,8 @@ def revoke(
 
 
 def _keys() -> Keys:
-    settings = load_settings()
-    return Keys(settings, Ledger(settings))
+    settings = load_settings(ApiSettings)
+    return Keys(ApiStore(settings), Ledger(settings))
 
 
 def _row(key: Key) -> dict[str, object]:

@@ -46,7 +46,7 @@ def over_quota(message: str) -> ApiError:
     return ApiError(429, message, code="quota_exceeded", headers={"X-Should-Retry": "false"})
 
 
-def document(
+def error_body(
     status: int, message: str, param: str | None = None, code: str | None = None, **more: Any
 ) -> dict[str, Any]:
     """An error's body."""
@@ -54,7 +54,7 @@ def document(
     return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status), **more}}
 
 
-def of_task(error: InvalidTask) -> ApiError:
+def invalid_task(error: InvalidTask) -> ApiError:
     """A task that is not acceptable."""
     said = str(error)
     named = re.match(r"([\w.]+): ", said)
@@ -72,41 +72,41 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
         if isinstance(error, ApiError):
-            body = document(error.status_code, str(error.detail), error.param, error.code, **error.more)
+            body = error_body(error.status_code, str(error.detail), error.param, error.code, **error.more)
         else:
-            body = document(error.status_code, str(error.detail))
+            body = error_body(error.status_code, str(error.detail))
         return JSONResponse(body, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:]) or None
-        return JSONResponse(document(400, f"{param}: {first['msg']}" if param else first["msg"], param), 400)
+        return JSONResponse(error_body(400, f"{param}: {first['msg']}" if param else first["msg"], param), 400)
 
     @app.exception_handler(InvalidTask)
     async def _task(request: Request, error: InvalidTask) -> JSONResponse:
-        return await _http(request, of_task(error))
+        return await _http(request, invalid_task(error))
 
     @app.exception_handler(TaskNotFound)
     async def _unknown(_: Request, error: TaskNotFound) -> JSONResponse:
-        return JSONResponse(document(404, str(error), "id", "not_found"), 404)
+        return JSONResponse(error_body(404, str(error), "id", "not_found"), 404)
 
     @app.exception_handler(Unreadable)
     async def _unreadable(_: Request, error: Unreadable) -> JSONResponse:
         log.error("record_unreadable", reason=str(error))
         message = "what is stored of it cannot be read"
-        return JSONResponse(document(500, message, code="unreadable"), 500, {"X-Should-Retry": "false"})
+        return JSONResponse(error_body(500, message, code="unreadable"), 500, {"X-Should-Retry": "false"})
 
     @app.exception_handler(WaitTimeout)
     async def _late(_: Request, error: WaitTimeout) -> JSONResponse:
-        return JSONResponse(document(504, str(error), code="timeout"), 504, {"X-Should-Retry": "false"})
+        return JSONResponse(error_body(504, str(error), code="timeout"), 504, {"X-Should-Retry": "false"})
 
     @app.exception_handler(Unreachable)
     async def _unreachable(_: Request, error: Unreachable) -> JSONResponse:
         log.error("ledger_unreachable", reason=str(error))
         message = "the queue cannot be reached now; nothing was stored, try again"
-        return JSONResponse(document(503, message, code="unavailable"), 503, {"Retry-After": "2"})
+        return JSONResponse(error_body(503, message, code="unavailable"), 503, {"Retry-After": "2"})
 
     @app.exception_handler(Exception)
     async def _bug(_: Request, __: Exception) -> JSONResponse:
-        return JSONResponse(document(500, "an internal error; it is in the server's log", code="internal"), 500)
+        return JSONResponse(error_body(500, "an internal error; it is in the server's log", code="internal"), 500)

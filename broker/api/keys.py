@@ -16,11 +16,11 @@ from typing import Annotated, cast
 from pydantic import Field, ValidationError
 
 from perllm.broker.api.document_store import Document, DocumentStore
+from perllm.broker.api.store import ApiStore
 from perllm.broker.connection import reaching
 from perllm.broker.errors import BadSetting, field_errors
 from perllm.broker.ledger import Ledger
 from perllm.broker.messages import MAX_NAME, MAX_VALUE, Name
-from perllm.broker.settings import Settings
 
 _FORM = re.compile(r"perllm_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _ALL = "all"
@@ -72,8 +72,8 @@ if rate > 0 and due > now then
 end
 return taken
 """
-#: Unfinished tasks looked at to find some that have ended since, drawn at random where there are more.
-_LOOKED_AT = 1000
+#: Counted tasks of which the state is asked for to find some that have ended, drawn at random where there are more.
+_SAMPLE = 1000
 
 
 class Key(Document):
@@ -90,25 +90,30 @@ class Key(Document):
 
 
 class Keys:
-    """All keys, and what each has used."""
+    """All keys, and what each has used.
 
-    def __init__(self, settings: Settings, ledger: Ledger) -> None:
-        self._settings, self._ledger = settings, ledger
-        self._shelf: DocumentStore[Key] = DocumentStore(settings, ledger, "key", Key)
-        self._rate = ledger.client.register_script(_RATE)
-        self._admit = ledger.client.register_script(_ADMIT)
-        self._reserve = ledger.client.register_script(_RESERVE)
+    api:rate:<key>      string  when the key's next request would be due at its rate (GCRA), s since the epoch
+    api:inflight:<key>  zset    its unfinished tasks by when they count no longer
+    """
+
+    def __init__(self, store: ApiStore, ledger: Ledger) -> None:
+        self._store, self._ledger = store, ledger
+        self._settings = store.settings
+        self._documents: DocumentStore[Key] = DocumentStore(store, "key", Key)
+        self._rate = store.client.register_script(_RATE)
+        self._admit = store.client.register_script(_ADMIT)
+        self._reserve = store.client.register_script(_RESERVE)
 
     def make(
         self, tenant: str, name: str, rate: float | None, in_flight: int | None, max_value: float = 1.0
     ) -> tuple[Key, str]:
-        """A new key, and what its owner sends: it is shown this once. Raises BadSetting."""
+        """A new key, and the text its owner sends, which cannot be had again. Raises BadSetting."""
         identity, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
         try:
             key = Key(
                 id=identity,
                 tenant=tenant,
-                created=self._ledger.now(),
+                created=self._store.now(),
                 name=name,
                 digest=_digest(secret),
                 rate=rate,
@@ -117,7 +122,7 @@ class Keys:
             )
         except ValidationError as error:
             raise BadSetting(field_errors(error)) from None
-        self._shelf.add(key, shelf=_ALL)
+        self._documents.add(key, index=_ALL)
         return key, f"perllm_{identity}_{secret}"
 
     def list(self) -> list[Key]:
@@ -125,15 +130,15 @@ class Keys:
         found: list[Key] = []
         more, after = True, None
         while more:
-            page, more = self._shelf.page(_ALL, after=after, limit=1000)
+            page, more = self._documents.page(_ALL, after=after, limit=1000)
             found += page
             after = page[-1].id if page else None
         return found
 
     def revoke(self, identity: str) -> Key:
-        """It is refused from now on (within `REMEMBER` s). Raises BadSetting for an unknown one."""
-        now = self._ledger.now()
-        key = self._shelf.change(
+        """Refuse it from now on (within `callers.CACHE_TIME` s). Raises BadSetting for an unknown one."""
+        now = self._store.now()
+        key = self._documents.change(
             identity, lambda k: None if k.revoked is not None else k.model_copy(update={"revoked": now})
         )
         if key is None:
@@ -144,14 +149,14 @@ class Keys:
         """The key in force that was given, or None."""
         if (form := _FORM.fullmatch(given)) is None:
             return None
-        key = self._shelf.get(form[1])
+        key = self._documents.get(form[1])
         if key is None or key.revoked is not None or not hmac.compare_digest(key.digest, _digest(form[2])):
             return None
         return key
 
     @staticmethod
     def is_key(given: str) -> bool:
-        """Whether it looks like one of ours."""
+        """Whether it has a key's form."""
         return _FORM.fullmatch(given) is not None
 
     def wait(self, key: Key) -> float:
@@ -159,51 +164,55 @@ class Keys:
         if key.rate is None:
             return 0.0
         with reaching(self._settings):
-            return float(self._rate(keys=[f"{self._ledger.prefix}api:rate:{key.id}"], args=[key.rate]))
+            return float(self._rate(keys=[self._store.key("rate", key.id)], args=[key.rate]))
 
     def reserve(self, key: Key, tasks: Mapping[str, float]) -> bool:
         """Count tasks (id → deadline, s from now) that are about to be submitted; False, and none is counted, where
         they would be too many at once."""
         if key.in_flight is None:
             return True
-        counted = f"{self._ledger.prefix}api:inflight:{key.id}"
-        words = [key.in_flight, *(word for pair in tasks.items() for word in pair)]
+        counted = self._store.key("inflight", key.id)
+        arguments: list[float | str] = [key.in_flight, *_pairs(tasks)]
         with reaching(self._settings):
-            if self._reserve(keys=[counted], args=words):
+            if self._reserve(keys=[counted], args=arguments):
                 return True
-            return self._forget_ended(counted) and bool(self._reserve(keys=[counted], args=words))
+            return self._uncount_ended(counted) and bool(self._reserve(keys=[counted], args=arguments))
 
     def admit(self, key: Key, tasks: Mapping[str, float]) -> int:
         """Count the first of a batch's tasks (id → deadline, s from now), as many as may be submitted now; returns how
         many. Those counted before count no second time."""
         if key.in_flight is None and key.rate is None:
             return len(tasks)
-        counted = f"{self._ledger.prefix}api:inflight:{key.id}"
-        words = [key.rate or 0, key.in_flight or 0, *(word for pair in tasks.items() for word in pair)]
+        counted = self._store.key("inflight", key.id)
+        arguments: list[float | str] = [key.rate or 0, key.in_flight or 0, *_pairs(tasks)]
         with reaching(self._settings):
-            keys = [f"{self._ledger.prefix}api:rate:{key.id}", counted]
-            taken = int(self._admit(keys=keys, args=words))
-            if taken < len(tasks) and key.in_flight is not None and self._forget_ended(counted):
-                taken = int(self._admit(keys=keys, args=words))
+            keys = [self._store.key("rate", key.id), counted]
+            taken = int(self._admit(keys=keys, args=arguments))
+            if taken < len(tasks) and key.in_flight is not None and self._uncount_ended(counted):
+                taken = int(self._admit(keys=keys, args=arguments))
             return taken
 
     def release(self, identity: str, tasks: Sequence[str]) -> None:
         """These tasks of a key have ended."""
         if tasks:
             with reaching(self._settings):
-                self._ledger.client.zrem(f"{self._ledger.prefix}api:inflight:{identity}", *tasks)
+                self._store.client.zrem(self._store.key("inflight", identity), *tasks)
 
     def get(self, identity: str) -> Key | None:
         """A key by its id."""
-        return self._shelf.get(identity)
+        return self._documents.get(identity)
 
-    def _forget_ended(self, counted: str) -> bool:
-        """Count no longer what has ended; whether there was any."""
-        ids = [i.decode() for i in cast("list[bytes]", self._ledger.client.zrandmember(counted, _LOOKED_AT))]
+    def _uncount_ended(self, counted: str) -> bool:
+        """Stop counting tasks that have ended; whether there were any."""
+        ids = [i.decode() for i in cast("list[bytes]", self._store.client.zrandmember(counted, _SAMPLE))]
         states = self._ledger.states(ids)
         if over := [i for i, s in zip(ids, states, strict=True) if s is None or s.final]:
-            self._ledger.client.zrem(counted, *over)
+            self._store.client.zrem(counted, *over)
         return bool(over)
+
+
+def _pairs(tasks: Mapping[str, float]) -> list[float | str]:
+    return [argument for pair in tasks.items() for argument in pair]
 
 
 def _digest(secret: str) -> str:

@@ -1,4 +1,4 @@
-"""Work that goes on beside the requests, and that only one API process does at a time."""
+"""Background work that one API process at a time does, beside serving requests: whichever holds the lease."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from uuid import uuid4
 
 import structlog
 
+from perllm.broker.api.store import ApiStore
 from perllm.broker.connection import reaching
 from perllm.broker.errors import PerLLMError
-from perllm.broker.ledger import Ledger
-from perllm.broker.settings import Settings
 
-#: Seconds the lease on a duty lasts without a renewal.
-LEASE = 15.0
-#: Seconds between rounds, and after something went wrong.
-PAUSE, AFTER_FAILURE = 0.25, 2.0
+#: Seconds a lease lasts without a renewal.
+LEASE_TIME = 15.0
+#: Seconds between rounds, and after one that failed.
+ROUND_PAUSE, FAILURE_PAUSE = 0.25, 2.0
 
-_HOLD = """
+_RENEW = """
 if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 1 end
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])
@@ -27,18 +26,18 @@ return redis.call('PEXPIRE', KEYS[1], ARGV[2])
 log = structlog.get_logger(__name__)
 
 
-class Deposed(Exception):
-    """Another process has the duty now, or this one is to stop."""
+class LeaseLost(Exception):
+    """Another process holds the lease, or this one is to stop."""
 
 
 class LeasedWorker:
-    """A thread that does `round` again and again while it holds the lease `api:duty:<name>`."""
+    """A thread that calls `round` again and again while it holds the lease `api:lease:<name>`."""
 
-    def __init__(self, settings: Settings, ledger: Ledger, name: str) -> None:
-        self._settings, self._ledger, self._name = settings, ledger, name
-        self._lease = f"{ledger.prefix}api:duty:{name}"
+    def __init__(self, store: ApiStore, name: str) -> None:
+        self._store, self._name = store, name
+        self._lease = store.key("lease", name)
         self._holder = uuid4().hex
-        self._hold_script = ledger.client.register_script(_HOLD)
+        self._renew = store.client.register_script(_RENEW)
         self._woken, self._closing = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name=f"perllm-{name}", daemon=True)
 
@@ -47,7 +46,7 @@ class LeasedWorker:
         self._thread.start()
 
     def wake(self) -> None:
-        """There is something to do."""
+        """Begin the next round now."""
         self._woken.set()
 
     def close(self) -> None:
@@ -61,28 +60,29 @@ class LeasedWorker:
         """Do what is to be done now."""
         raise NotImplementedError
 
-    def hold(self) -> None:
-        """Renew the lease. To be called every few seconds in a long round. Raises Deposed."""
-        with reaching(self._settings):
-            if self._closing or not self._hold_script(keys=[self._lease], args=[self._holder, int(LEASE * 1000)]):
-                raise Deposed
+    def renew(self) -> None:
+        """Take or renew the lease. To be called every few seconds in a long round. Raises LeaseLost."""
+        with reaching(self._store.settings):
+            if self._closing or not self._renew(keys=[self._lease], args=[self._holder, int(LEASE_TIME * 1000)]):
+                raise LeaseLost
 
     def _run(self) -> None:
         while not self._closing:
             self._woken.clear()
-            pause = PAUSE
+            pause = ROUND_PAUSE
             try:
-                self.hold()
+                self.renew()
                 self.round()
-            except Deposed:
-                pause = LEASE / 5
+            except LeaseLost:
+                pause = LEASE_TIME / 5
             except PerLLMError as error:
-                log.warning("duty_delayed", duty=self._name, reason=str(error))
-                pause = AFTER_FAILURE
-            except Exception:  # a bug must not end the duty
-                log.exception("duty_failed", duty=self._name)
-                pause = AFTER_FAILURE
+                log.warning("background_work_delayed", worker=self._name, reason=str(error))
+                pause = FAILURE_PAUSE
+            except Exception:  # a bug must not end the thread
+                log.exception("background_work_failed", worker=self._name)
+                pause = FAILURE_PAUSE
             self._woken.wait(pause)
-        with suppress(PerLLMError), reaching(self._settings):
-            if self._ledger.client.get(self._lease) == self._holder.encode():
-                self._ledger.client.delete(self._lease)
+        client = self._store.client
+        with suppress(PerLLMError), reaching(self._store.settings):
+            if client.get(self._lease) == self._holder.encode():
+                client.delete(self._lease)

@@ -1,4 +1,4 @@
-"""`/metrics`: what a Prometheus server watches: tasks and nodes as the ledger has them, and how requests fare here."""
+"""`/metrics`, for Prometheus: tasks and nodes as the ledger has them, and how long requests take here."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from perllm.broker.api.dependencies import TheApi, TheCaller
 from perllm.broker.api.openapi.document import answers
 from perllm.broker.api.request_limits import METHODS
-from perllm.broker.api.requests import TheApi, TheCaller
 from perllm.broker.ledger import Ledger
 from perllm.broker.messages import Counters, Heartbeat, NodeInfo, State
 
@@ -24,16 +24,16 @@ router = APIRouter(tags=["Health"])
 #: Upper bounds of the request histogram, s: from a submission's to a long task's that is waited for.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
-# A label's values come from closed sets: what a client or a worker makes up would each be a series, kept for ever.
-#: Nodes told apart, and ways to measure energy.
-MOST_NODES = 1000
+# A label's values come from closed sets: each value that a client or a worker made up would be a series kept for ever.
+#: Nodes and methods of measuring energy that have series of their own.
+MAX_NODES = 1000
 ENERGY_METHODS = frozenset(("nvml", "rapl", "cpu-model", "remote-price", "emulated"))
 #: What the ledger counts.
 TOTALS = ("submitted", "forgotten", *(str(state) for state in State if state.final))
 
 
 class LedgerMetrics(Collector):
-    """Read from the ledger at every scrape: any process behind the door says the same. Raises Unreachable."""
+    """Read from the ledger at every scrape: every API process gives the same. Raises Unreachable."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -62,7 +62,7 @@ def _of_nodes(nodes: list[tuple[NodeInfo, Heartbeat | None, bool]], now: float) 
     joules = CounterMetricFamily(
         "perllm_node_energy_joules", "Energy since it started, idle included.", labels=[*labels, "method", "estimated"]
     )
-    for info, beat, drains in nodes[:MOST_NODES]:
+    for info, beat, drains in nodes[:MAX_NODES]:
         of, counters = [info.name, info.tier], beat.counters if beat else Counters()
         slots.add_metric(of, info.slots)
         active.add_metric(of, counters.active)

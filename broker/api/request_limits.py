@@ -1,5 +1,5 @@
-"""What no request and no connection may do: send more than it may, take for ever to send it or to read its answer,
-or be one of too many."""
+"""Bounds on requests and connections: on the bytes of each body and of all together, on the time a request may take to
+come in and its answer to be read, and on the number of connections."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from perllm.broker.api.errors import ApiError, document
-from perllm.broker.settings import Settings
+from perllm.broker.api.errors import ApiError, error_body
+from perllm.broker.api.settings import ApiSettings
 
-#: Bytes a second a body must come at, beyond the patience with each request.
-SLOWEST = 100_000
+#: Bytes a second at which a body must come, beyond PERLLM_API_PATIENCE seconds that each request has.
+MIN_BODY_RATE = 100_000
 #: Bytes a multipart body may have beyond its file.
-ENVELOPE = 64 << 10
+MULTIPART_OVERHEAD = 64 << 10
 #: Most bytes of a request's head.
 MAX_HEAD = 32 << 10
 #: Methods there are; a request with another is answered at once, and counted as one of "other".
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
-#: Part of the memory for bodies that one caller may take.
-SHARE = 4
-#: Seconds a connection stays after an answer that was given before its request was whole, so that the client can read
-#: it; and seconds a client may leave what is sent to it unread.
-LINGER = 2.0
-UNREAD = 60.0
-#: Where `core` notes who asks, for the guard to count by.
+#: One caller may take one part in so many of the memory for bodies.
+MEMORY_SHARES = 4
+#: Seconds a connection stays open after an answer that was given before its request was whole, so that the client can
+#: read it.
+LINGER_TIME = 2.0
+#: Seconds a client may leave what is sent to it unread.
+UNREAD_TIMEOUT = 60.0
+#: The key of the ASGI scope under which the caller's name is written, once it is known, for bodies to be counted by.
 CALLER = "perllm.caller"
 
 
@@ -41,10 +42,10 @@ class RequestLimits:
     """ASGI middleware: bounds each body's size, the time it takes to come in, and the memory of all bodies that are
     being read or worked on, together and by caller."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app, self._settings = app, settings
         self._held: Counter[str] = Counter()  # bytes, by caller
-        self._all = 0
+        self._total = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,22 +55,22 @@ class RequestLimits:
         if scope["method"] not in METHODS:
             await _refuse(send, 405, "no such method")
             return
-        if s.api_open and (stranger := _stranger(scope, s.api_cors)):
-            await _refuse(send, 403, stranger)
+        if s.api_open and (reason := _foreign_page(scope, s.api_cors)):
+            await _refuse(send, 403, reason)
             return
         upload = scope["method"] == "POST" and scope["path"] == "/v1/files"
-        most = s.api_max_file + ENVELOPE if upload else s.api_max_body
+        most = s.api_max_file + MULTIPART_OVERHEAD if upload else s.api_max_body
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if int(length) > most:
             await _refuse(send, 413, f"the body has more than {most} bytes")
             return
-        began, seen, held, whole, who = time.monotonic(), 0, 0, False, ""
+        began, seen, held, whole, caller = time.monotonic(), 0, 0, False, ""
 
-        async def guarded() -> Message:
-            nonlocal seen, held, whole, who
-            if whole:  # from here on it is only to hear that the client has gone
+        async def limited() -> Message:
+            nonlocal seen, held, whole, caller
+            if whole:  # all that may follow is that the client has disconnected
                 return await receive()
-            left = began + s.api_patience + seen / SLOWEST - time.monotonic()
+            left = began + s.api_patience + seen / MIN_BODY_RATE - time.monotonic()
             try:
                 async with asyncio.timeout(left):
                     message = await receive()
@@ -80,30 +81,31 @@ class RequestLimits:
             if seen > most:
                 raise ApiError(413, f"the body has more than {most} bytes", headers={"Connection": "close"})
             if not upload:  # which goes to the disk
-                who = scope.get(CALLER, who)
-                self._hold(who, len(message.get("body", b"")))
+                caller = scope.get(CALLER, caller)
+                self._hold(caller, len(message.get("body", b"")))
                 held += len(message.get("body", b""))
             return message
 
         try:
-            await self._app(scope, guarded, send)
+            await self._app(scope, limited, send)
         finally:
-            self._all -= held
-            self._held[who] -= held
-            if self._held[who] <= 0:
-                del self._held[who]
+            self._total -= held
+            self._held[caller] -= held
+            if self._held[caller] <= 0:
+                del self._held[caller]
 
-    def _hold(self, who: str, size: int) -> None:
+    def _hold(self, caller: str, size: int) -> None:
         """Count bytes in. Raises ApiError where there is no room for them."""
         most = self._settings.api_body_memory
-        if self._all + size > most or self._held[who] + size > max(most // SHARE, self._settings.api_max_body):
+        most_of_one = max(most // MEMORY_SHARES, self._settings.api_max_body)
+        if self._total + size > most or self._held[caller] + size > most_of_one:
             retry = {"Retry-After": "1", "Connection": "close"}
             raise ApiError(503, "too much is being received now: try again", code="unavailable", headers=retry)
-        self._all += size
-        self._held[who] += size
+        self._total += size
+        self._held[caller] += size
 
 
-def _stranger(scope: Scope, origins: Sequence[str]) -> str | None:
+def _foreign_page(scope: Scope, origins: Sequence[str]) -> str | None:
     """Why a request cannot come from this machine's user, where no key says so: some page in a browser may send it, or
     have its own name resolve to 127.0.0.1 (DNS rebinding)."""
     headers = dict(scope["headers"])
@@ -118,7 +120,7 @@ def _stranger(scope: Scope, origins: Sequence[str]) -> str | None:
 
 
 async def _refuse(send: Send, status: int, message: str) -> None:
-    body = json.dumps(document(status, message)).encode()
+    body = json.dumps(error_body(status, message)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
@@ -128,14 +130,14 @@ async def _refuse(send: Send, status: int, message: str) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-class Protocol(H11Protocol):
+class LimitedProtocol(H11Protocol):
     """Uvicorn's HTTP protocol with bounds on connections: how many there are, in all and from one address; how long
     the head of a request takes to come; how long the rest of a request takes that was answered early, and how long
     answers stay unread."""
 
-    patience = 20.0
-    most = 4096
-    most_of_one = 1024
+    head_timeout = 20.0
+    max_connections = 4096
+    max_connections_per_address = 1024
     _open: ClassVar[Counter[str]] = Counter()  # connections by address
     _head_due: asyncio.TimerHandle | None = None
     _linger: asyncio.TimerHandle | None = None
@@ -145,7 +147,7 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         address = self.client[0] if self.client else ""
-        if len(self.connections) > self.most or self._open[address] >= self.most_of_one:
+        if len(self.connections) > self.max_connections or self._open[address] >= self.max_connections_per_address:
             self.connections.discard(self)
             transport.write(_TOO_MANY)
             transport.close()
@@ -153,13 +155,13 @@ class Protocol(H11Protocol):
             return
         self._address = address
         self._open[address] += 1
-        self._watch()
+        self._watch_head()
 
     def data_received(self, data: bytes) -> None:
-        if self._address is None or self._linger is not None:  # nobody reads it any more
+        if self._address is None or self._linger is not None:  # it is read no longer
             return
         super().data_received(data)
-        self._watch()
+        self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head_due, self._linger, self._unread):
@@ -175,17 +177,17 @@ class Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        # A request answered before it was whole: what is still to come of it is for nobody, and may come for ever.
+        # A request answered before it was whole: the rest of it is not read, and may come for ever.
         if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
             self._unset_keepalive_if_required()
-            self._linger = self.loop.call_later(LINGER, self.transport.abort)
+            self._linger = self.loop.call_later(LINGER_TIME, self.transport.abort)
             with suppress(OSError, RuntimeError):
                 self.transport.write_eof()  # after the answer
 
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._unread is None:
-            self._unread = self.loop.call_later(UNREAD, self.transport.abort)
+            self._unread = self.loop.call_later(UNREAD_TIMEOUT, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -199,21 +201,21 @@ class Protocol(H11Protocol):
 
     def _await_end(self, transport: asyncio.Transport) -> None:
         """Closing waits until the answer is sent, which the client may never read."""
-        self._linger = self.loop.call_later(LINGER, transport.abort)
+        self._linger = self.loop.call_later(LINGER_TIME, transport.abort)
 
-    def _watch(self) -> None:
-        """The clock runs while a head is awaited: on a new connection, and once one has begun on an old one."""
+    def _watch_head(self) -> None:
+        """The time-out runs while a head is awaited: on a new connection, and once one has begun on an old one."""
         if self.conn.their_state is not h11.IDLE:
-            self._unwatch()
+            self._unwatch_head()
         elif self._head_due is None:
-            self._head_due = self.loop.call_later(self.patience, self._give_up)
+            self._head_due = self.loop.call_later(self.head_timeout, self._close_without_head)
 
-    def _unwatch(self) -> None:
+    def _unwatch_head(self) -> None:
         if self._head_due is not None:
             self._head_due.cancel()
             self._head_due = None
 
-    def _give_up(self) -> None:
+    def _close_without_head(self) -> None:
         self._head_due = None
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             self.transport.close()
@@ -221,7 +223,7 @@ class Protocol(H11Protocol):
 
 
 def _too_many() -> bytes:
-    body = json.dumps(document(503, "too many connections: try again later", code="unavailable")).encode()
+    body = json.dumps(error_body(503, "too many connections: try again later", code="unavailable")).encode()
     head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
     return head.encode() + b"retry-after: 5\r\nconnection: close\r\n\r\n" + body
 

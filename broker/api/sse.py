@@ -10,8 +10,8 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-#: A line for proxies and time-outs, which no client takes for an event.
-STILL_HERE = ": still here\n\n"
+#: A comment: it keeps proxies from closing a silent connection, and no client takes it for an event.
+HEARTBEAT = ": still here\n\n"
 DONE = "data: [DONE]\n\n"
 
 
@@ -21,19 +21,19 @@ def event(data: Any, name: str | None = None) -> str:
     return f"event: {name}\ndata: {text}\n\n" if name else f"data: {text}\n\n"
 
 
-def answer(events: AsyncIterator[str], seat: ExitStack) -> StreamingResponse:
-    """The events as a response; the seat is given back when it is over, however it ends."""
+def answer(events: AsyncIterator[str], slot: ExitStack) -> StreamingResponse:
+    """The events as a response; the slot is released when it is over, however it ends."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return _Events(events, seat, headers)
+    return _Events(events, slot, headers)
 
 
 class _Events(StreamingResponse):
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], seat: ExitStack, headers: dict[str, str]) -> None:
+    def __init__(self, events: AsyncIterator[str], slot: ExitStack, headers: dict[str, str]) -> None:
         super().__init__(events, headers=headers)
-        self._events, self._seat = events, seat
+        self._events, self._slot = events, slot
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._seat:
+        with self._slot:
             await super().__call__(scope, receive, send)

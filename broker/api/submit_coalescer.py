@@ -1,4 +1,4 @@
-"""Submissions of many requests in few calls, within each tenant's quota."""
+"""Stores the tasks of many requests in few calls to the ledger, within each tenant's quota."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import NamedTuple
 import structlog
 
 from perllm.broker.api.errors import ApiError, over_quota
+from perllm.broker.api.settings import ApiSettings
 from perllm.broker.errors import InvalidTask, Unreachable
 from perllm.broker.ledger import Entry, Ledger, entry
 from perllm.broker.messages import TaskSpec
-from perllm.broker.settings import Settings
 
 #: Tasks, and bytes of text, that go together, about.
 GROUP_TASKS, GROUP_BYTES = 1000, 4 << 20
@@ -38,10 +38,10 @@ class SubmitCoalescer:
     large calls, an idle one answers at once. Tenants take turns. What is wrong with one request's tasks is no other's
     concern."""
 
-    def __init__(self, settings: Settings, ledger: Ledger) -> None:
+    def __init__(self, settings: ApiSettings, ledger: Ledger) -> None:
         self._settings, self._ledger = settings, ledger
         self._waiting: OrderedDict[str, deque[_Request]] = OrderedDict()  # by tenant, in the order of their turns
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="perllm-intake")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="perllm-submit")
         self._sender: asyncio.Task[None] | None = None
 
     async def submit(self, tenant: str, tasks: _Tasks) -> list[str]:

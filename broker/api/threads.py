@@ -1,7 +1,7 @@
 """Threads for blocking calls, shared fairly between tenants.
 
-Nothing in this process uses asyncio's default executor: whoever blocks all threads of one pool stops that kind of
-call only, and no tenant can take all threads of a pool while another one waits.
+Nothing in this process uses asyncio's default executor: calls that block all threads of one pool stop that kind of call
+only, and no tenant can take all threads of a pool while another one waits.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from perllm.broker.api.errors import ApiError
 T = TypeVar("T")
 
 
-class Pool:
-    """At most `threads` calls at once, `each` of one tenant; the waiting take turns by tenant, at most `waiting` of one
-    tenant. Who waits longer than `patience` s for a thread, or for the call itself, is told so (503)."""
+class TenantThreadPool:
+    """At most `threads` calls at once, `per_tenant` of one tenant; beyond that calls wait, at most `max_waiting` of one
+    tenant, and free threads go to the tenants in turn. A call that takes longer than `timeout` s, its wait included, is
+    answered with an error (503)."""
 
-    def __init__(self, name: str, *, threads: int, each: int, waiting: int, patience: float) -> None:
+    def __init__(self, name: str, *, threads: int, per_tenant: int, max_waiting: int, timeout: float) -> None:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=f"perllm-{name}")
-        self._free, self._each, self._most, self._patience = threads, each, waiting, patience
+        self._free, self._per_tenant, self._max_waiting, self._timeout = threads, per_tenant, max_waiting, timeout
         self._running: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # in the order of their turns
 
@@ -31,38 +32,38 @@ class Pool:
         """What the call returns. Raises what it raises, and ApiError where it cannot be made in time. A call given up
         goes on, and holds its thread, to its end."""
         try:
-            async with asyncio.timeout(self._patience):
-                await self._turn(tenant)
+            async with asyncio.timeout(self._timeout):
+                await self._acquire(tenant)
                 done = asyncio.get_running_loop().run_in_executor(self._executor, call, *arguments)
-                done.add_done_callback(lambda _: self._end(tenant))
+                done.add_done_callback(lambda _: self._release(tenant))
                 return await asyncio.shield(done)
         except TimeoutError:
             raise ApiError(
                 503, "this took too long: try again later", code="unavailable", headers={"Retry-After": "5"}
             ) from None
 
-    async def _turn(self, tenant: str) -> None:
-        """Return holding one of the tenant's places and a thread."""
-        if self._free and self._running[tenant] < self._each:  # then nobody waits who could go instead
+    async def _acquire(self, tenant: str) -> None:
+        """Wait for a thread."""
+        if self._free and self._running[tenant] < self._per_tenant:  # then no call waits that could go instead
             self._take(tenant)
             return
         queue = self._waiting.setdefault(tenant, deque())
-        if len(queue) >= self._most:
+        if len(queue) >= self._max_waiting:
             raise ApiError(
                 429,
                 "too many such requests at once: wait for their answers",
                 code="too_many_requests",
                 headers={"Retry-After": "1"},
             )
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.append(turn)
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.append(granted)
         try:
-            await turn
+            await granted
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it was given just then
-                self._end(tenant)
-            elif turn in queue:
-                queue.remove(turn)
+            if granted.done() and not granted.cancelled():  # granted just then
+                self._release(tenant)
+            elif granted in queue:
+                queue.remove(granted)
                 if not queue:
                     self._waiting.pop(tenant, None)
             raise
@@ -71,7 +72,7 @@ class Pool:
         self._free -= 1
         self._running[tenant] += 1
 
-    def _end(self, tenant: str) -> None:
+    def _release(self, tenant: str) -> None:
         self._free += 1
         self._running[tenant] -= 1
         if not self._running[tenant]:
@@ -82,7 +83,7 @@ class Pool:
             queue = self._waiting[following]
             while queue and queue[0].done():
                 queue.popleft()
-            if queue and self._running[following] < self._each:
+            if queue and self._running[following] < self._per_tenant:
                 self._take(following)
                 queue.popleft().set_result(None)
                 self._waiting.move_to_end(following)

@@ -20,6 +20,7 @@ from typing import Self
 
 import structlog
 
+from perllm.broker.api.settings import ApiSettings
 from perllm.broker.connection import NEAR_REPLY_TIMEOUT, check
 from perllm.broker.engine.cores import available_cores
 from perllm.broker.errors import BadSetting, Unreachable
@@ -166,7 +167,9 @@ class Supervisor:
             self._server = EmbeddedServer(self.settings.data_dir, self.server_port, memory=self.settings.server_memory)
             self._server.start()
             self._restarts["server"] = _Restarts()
-        self.settings = load_settings(redis_url=self.url, data_dir=self.settings.data_dir)
+        given = {"redis_url": self.url, "data_dir": self.settings.data_dir}
+        self.settings = load_settings(**given)
+        api_settings = load_settings(ApiSettings, **given)
         check(self.settings)
         self._make_folders()
         celery = [sys.executable, "-m", "celery", "-A"]
@@ -181,8 +184,9 @@ class Supervisor:
                 self._launch(f"{tier}.{name}", command, **own, **self.node_environment.get(name, {}))
         if self.api_port is not None:
             here = {"PERLLM_API_HOST": "127.0.0.1", "PERLLM_API_PORT": str(self.api_port), "PERLLM_API_OPEN": "true"}
+            here = {**api_settings.environment(), **here}
             self._launch("api", [sys.executable, "-m", "perllm.broker.api"], **here)
-            self._launch("webhooks", [*celery, "perllm.broker.api", "worker", "-n", "webhooks@perllm", *quiet])
+            self._launch("webhooks", [*celery, "perllm.broker.api", "worker", "-n", "webhooks@perllm", *quiet], **here)
         if self.flower_port is not None:
             where = ["--address=127.0.0.1", f"--port={self.flower_port}"]
             self._launch(

@@ -15,6 +15,14 @@ from typing import Any
 
 from perllm.broker.errors import InvalidTask
 from perllm.broker.messages import Result, State, TaskSpec
+from perllm.broker.openai.requests import (
+    ChatRequest,
+    CompletionRequest,
+    NoEffect,
+    Only,
+    ResponseRequest,
+    marked,
+)
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES)
@@ -22,29 +30,24 @@ ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES)
 EXTENSIONS = ("deadline", "value", "service", "expected_tokens")
 #: A model's name that means any, for clients that must give one.
 ANY_MODEL = "auto"
-#: Body fields that mean the same here under the same name.
-_SAME = (
-    "prompt", "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
-    "frequency_penalty", "repeat_penalty", "seed", "metadata", "grammar",
-)  # fmt: skip
-#: Body fields that change nothing here and are accepted so that existing programs and files work.
-_IGNORED = (
-    "user", "stream", "stream_options", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "parallel_tool_calls", "background",
-)  # fmt: skip
-#: Body fields that are accepted only where they ask for nothing beyond the usual.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "modalities": (["text"],),
-    "truncation": ("disabled",),
-    "include": ([],),
+
+_COMPLETION_FIELDS = frozenset((*ChatRequest.model_fields, *CompletionRequest.model_fields))
+#: What a request of each endpoint may carry. A batch's line may give a prompt to the one, messages to the other.
+_FIELDS = {
+    CHAT: _COMPLETION_FIELDS,
+    COMPLETIONS: _COMPLETION_FIELDS,
+    RESPONSES: frozenset(ResponseRequest.model_fields),
 }
+#: Fields that are a task's under another name or in another form.
+_TRANSLATED = frozenset((
+    "model", "messages", "max_completion_tokens", "stop", "logprobs", "top_logprobs", "response_format",
+    "input", "instructions", "text", "max_output_tokens", "previous_response_id",
+))  # fmt: skip
+#: Fields that say how to answer, or nothing: no part of the task.
+_NO_PART = frozenset((
+    "stream", "stream_options", "background", *(name for name, _ in marked(NoEffect)),
+))  # fmt: skip
+_ONLY = {name: marker.values for name, marker in marked(Only)}
 
 
 # --- requests
@@ -52,20 +55,20 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 def task_fields(body: Mapping[str, Any], url: str = CHAT) -> dict[str, Any]:
     """A TaskSpec's fields from a request's body. Raises InvalidTask for a field that is neither OpenAI's nor ours, or
-    asks for what is not to be had; other values are checked later, by the door."""
+    asks for what is not supported; other values are checked with the task."""
     fields: dict[str, Any] = {}
     for name, value in body.items():
-        if value is None or name in _IGNORED:
+        if value is None or name in _NO_PART:
             continue
+        if name not in _FIELDS[url]:
+            raise InvalidTask(f"{name}: not a field of this request")
         if name in _ONLY:
             if not any(value == usual and type(value) is type(usual) for usual in _ONLY[name]):
                 raise InvalidTask(f"{name}: only {' or '.join(map(repr, _ONLY[name]))} is supported")
-        elif url == RESPONSES and name in ("input", "instructions", "text", "max_output_tokens"):
-            continue
-        elif name in EXTENSIONS or (name in _SAME and not (url == RESPONSES and name in ("prompt", "max_tokens"))):
-            fields[name] = value
-        else:
+        elif name in _TRANSLATED:
             fields.update(_translated(name, value))
+        else:
+            fields[name] = value
     if isinstance(fields.get("prompt"), list) and len(fields["prompt"]) == 1:
         fields["prompt"] = fields["prompt"][0]
     if url == RESPONSES:
@@ -89,11 +92,13 @@ def _translated(name: str, value: Any) -> dict[str, Any]:
             return {"logprobs": value}
         case "response_format":
             return _format(name, value)
+        case "input" | "instructions" | "text" | "max_output_tokens":  # of a response: see _from_response_request
+            return {}
     raise InvalidTask(f"{name}: not a field of this request")
 
 
 def _from_response_request(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What the Responses API says in its own way."""
+    """What is said otherwise in the Responses API."""
     given = body.get("input")
     turns = [{"role": "user", "content": given}] if isinstance(given, str) else messages(given, "input")
     if (instructions := body.get("instructions")) is not None:

@@ -62,8 +62,8 @@ class SchedulerCore:
 
     `queue_beyond_slots` bounds the tasks a node holds to its slots plus that many, or QUEUE_SECONDS' worth (None:
     unbounded). `edf` orders pending tasks by deadline instead of arrival. Without `explain`, decisions carry no
-    candidates, which saves time where nobody reads them. With `reject_on_error`, a task the policy fails on is rejected and
-    says so, and the others are decided; without, the failure is raised.
+    candidates, which saves time where nobody reads them. With `reject_on_error`, a task the policy fails on is rejected
+    and says so, and the others are decided; without, the failure is raised.
     """
 
     def __init__(

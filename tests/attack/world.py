@@ -25,6 +25,7 @@ from support.wait import eventually
 
 from attack import hostile, neighbour, system
 from perllm.broker.api.keys import Keys
+from perllm.broker.api.store import ApiStore
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import Ledger
 from perllm.broker.local.process import spawn
@@ -66,7 +67,7 @@ class World:
         self.canary = Canary()
         self.api_port, self.flower_port = free_port(), free_port()
         self.url, self.flower = f"http://127.0.0.1:{self.api_port}", f"http://127.0.0.1:{self.flower_port}"
-        keys = Keys(self.settings, self.ledger)
+        keys = Keys(ApiStore(self.settings), self.ledger)
         self.keys = {tenant: keys.make(tenant, "attack", *limits)[1] for tenant, limits in LIMITS.items()}
         self.crashes: list[tuple[float, str]] = []
         self._preload = build_names(folder)

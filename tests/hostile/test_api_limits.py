@@ -24,6 +24,8 @@ from perllm.broker.api.batches.runner import BatchRunner
 from perllm.broker.api.batches.store import BatchDocument, Batches
 from perllm.broker.api.files.store import FileDocument, Files
 from perllm.broker.api.keys import Keys
+from perllm.broker.api.settings import ApiSettings
+from perllm.broker.api.store import ApiStore
 from perllm.broker.errors import BadSetting, Unreachable
 from perllm.broker.ledger import Ledger
 from perllm.broker.local.server import EmbeddedServer
@@ -287,7 +289,7 @@ def test_files_have_a_quota_and_are_nobody_elses(api: ApiProcess, tmp_path: Path
     assert upload(http, b"x" * 9_000).status_code == 200
     for file in http.get("/v1/files").json()["data"]:
         http.delete(f"/v1/files/{file['id']}")
-    assert api.ledger.client.hget(f"{api.ledger.prefix}api:file-bytes", "small") == b"0"
+    assert api.store.client.hget(api.store.key("file-bytes"), "small") == b"0"
 
 
 def test_unfinished_batches_have_a_quota(api: ApiProcess) -> None:
@@ -337,8 +339,8 @@ def ledger(server: EmbeddedServer) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def settings(server: EmbeddedServer, tmp_path: Path) -> Settings:
-    return Settings.model_validate({"redis_url": server.url, "cell": "alone", "data_dir": tmp_path})
+def settings(server: EmbeddedServer, tmp_path: Path) -> ApiSettings:
+    return ApiSettings.model_validate({"redis_url": server.url, "cell": "alone", "data_dir": tmp_path})
 
 
 class Broken(BytesIO):
@@ -348,16 +350,16 @@ class Broken(BytesIO):
         return super().read(101)
 
 
-def test_a_failed_upload_leaves_nothing(ledger: Ledger, settings: Settings) -> None:
-    files = Files(settings, ledger)
+def test_a_failed_upload_leaves_nothing(ledger: Ledger, settings: ApiSettings, store: ApiStore) -> None:
+    files = Files(settings, store)
     with pytest.raises(OSError, match="No space"):
         files.keep("t", "a", "batch", iter([Broken(b"x" * 1000)]))
     assert [path for path in (settings.data_dir / "api").rglob("*") if path.is_file()] == []
     assert ledger.client.keys(f"{ledger.prefix}*") == []
 
 
-def test_what_a_killed_process_left_is_swept(ledger: Ledger, settings: Settings) -> None:
-    files = Files(settings, ledger)
+def test_what_a_killed_process_left_is_swept(ledger: Ledger, settings: ApiSettings, store: ApiStore) -> None:
+    files = Files(settings, store)
     kept = files.keep("t", "a", "batch", iter([BytesIO(b"x")]))
     folder = settings.data_dir / "api" / "files" / "t"
     old = ("file-orphan", "batch_gone.out.1", "batch_here.out.1", "something-else", kept.id)
@@ -369,11 +371,11 @@ def test_what_a_killed_process_left_is_swept(ledger: Ledger, settings: Settings)
     assert {path.name for path in folder.iterdir()} == {"file-young", *old[2:]}
 
 
-def test_links_are_not_followed(ledger: Ledger, settings: Settings, tmp_path: Path) -> None:
+def test_links_are_not_followed(settings: ApiSettings, store: ApiStore, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "file-x").write_text("secret")
-    files = Files(settings, ledger)
+    files = Files(settings, store)
     root = settings.data_dir / "api" / "files"
     (root / "t").symlink_to(secret)
     stolen = FileDocument(id="file-x", tenant="t", created=0, filename="x", bytes=6, purpose="batch", expires=1e12)
@@ -391,20 +393,21 @@ def test_links_are_not_followed(ledger: Ledger, settings: Settings, tmp_path: Pa
     root.rename(root.with_name("elsewhere"))
     root.symlink_to(root.with_name("elsewhere"))
     with pytest.raises(BadSetting, match="is a link"):
-        Files(settings, ledger)
+        Files(settings, store)
 
 
 # --- batches
 
 
 class Bench:
-    def __init__(self, ledger: Ledger, settings: Settings) -> None:
+    def __init__(self, ledger: Ledger, settings: ApiSettings) -> None:
         self.ledger = ledger
-        self.files, self.batches = Files(settings, ledger), Batches(settings, ledger)
-        self.keys = Keys(settings, ledger)
+        store = ApiStore(settings)
+        self.files, self.batches = Files(settings, store), Batches(store)
+        self.keys = Keys(store, ledger)
         self.ended: list[str] = []
         note = lambda batch: self.ended.append(batch.id)  # noqa: E731
-        self.runner = BatchRunner(settings, ledger, self.files, self.batches, note)
+        self.runner = BatchRunner(settings, store, ledger, self.files, self.batches, self.keys, note)
 
     def batch(self, name: str, tenant: str, lines: bytes, key: str | None = None) -> None:
         file = self.files.keep(tenant, "in", "batch", iter([BytesIO(lines)]))
@@ -422,12 +425,13 @@ class Bench:
         self.batches.add(batch)
 
     def get(self, name: str) -> BatchDocument:
-        batch = self.batches.shelf.get(f"batch_{name}")
+        batch = self.batches.documents.get(f"batch_{name}")
         assert batch is not None
         return batch
 
     def round(self) -> None:
-        self.runner._due.clear()
+        for progress in self.runner._progress.values():
+            progress.due = 0.0
         self.runner.round()
 
 
@@ -437,7 +441,7 @@ def good(count: int, size: int = 10) -> bytes:
 
 
 @pytest.fixture
-def bench(ledger: Ledger, settings: Settings) -> Bench:
+def bench(ledger: Ledger, settings: ApiSettings) -> Bench:
     narrow = settings.api_quota.model_copy(update={"task_bytes": 60_000})
     return Bench(ledger, settings.model_copy(update={"api_quotas": {"narrow": narrow}}))
 
@@ -502,12 +506,12 @@ def test_a_small_batch_does_not_wait_for_large_ones_of_others(bench: Bench) -> N
 def test_one_unreadable_batch_does_not_stop_the_others(bench: Bench, ledger: Ledger) -> None:
     bench.batch("broken", "hostile", good(5))
     bench.batch("light", "light", good(5))
-    ledger.client.set(f"{ledger.prefix}api:batch:batch_broken", b'{"id": 5}')
+    bench.batches._client.set(bench.batches.documents.key("batch_broken"), b'{"id": 5}')
     bench.round()
     assert bench.get("light").status == "in_progress"
 
 
-def test_a_store_that_fails_one_tenant_fails_only_him(bench: Bench, settings: Settings) -> None:
+def test_a_store_that_fails_one_tenant_fails_only_that_one(bench: Bench, settings: ApiSettings) -> None:
     bench.batch("linked", "hostile", good(5))
     bench.batch("light", "light", good(5))
     folder = settings.data_dir / "api" / "files" / "hostile"

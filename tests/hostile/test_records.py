@@ -26,6 +26,8 @@ from typer.testing import CliRunner
 
 from perllm.broker.api import cli as api_cli
 from perllm.broker.api.batches.store import BatchDocument, Batches
+from perllm.broker.api.settings import ApiSettings
+from perllm.broker.api.store import ApiStore
 from perllm.broker.api.submit_coalescer import SubmitCoalescer
 from perllm.broker.api.webhooks.store import Webhooks
 from perllm.broker.client import Client
@@ -177,11 +179,13 @@ def test_nesting_is_bounded_at_the_door(how: str, levels: int, taken: bool) -> N
 
 
 def unchecked(**fields: Any) -> TaskSpec:
-    """A task as no door lets it in."""
+    """A task as no check lets it in."""
     return TaskSpec(prompt="x").model_copy(update=fields)
 
 
-def test_one_task_that_cannot_be_written_fails_alone_in_a_group_of_requests(ledger: Ledger) -> None:
+def test_one_task_that_cannot_be_written_fails_alone_in_a_group_of_requests(
+    ledger: Ledger, settings: ApiSettings
+) -> None:
     class Unready(Ledger):
         """Fails as a whole while the group is together, as one whose script call fails would."""
 
@@ -192,10 +196,10 @@ def test_one_task_that_cannot_be_written_fails_alone_in_a_group_of_requests(ledg
             return super().store(together)
 
     async def all_at_once(one: Ledger, bad: TaskSpec) -> list[Any]:
-        coalescer = SubmitCoalescer(one._settings, one)
+        coalescer = SubmitCoalescer(settings, one)
         specs = [TaskSpec(prompt="hi")] * 5 + [bad] + [TaskSpec(prompt="hi")] * 5
         # the first call is under way while the rest gathers to one group
-        calls = [coalescer.submit("default", [(new_id(), spec)]) for spec in specs]
+        calls = [coalescer.submit(spec.tenant, [(new_id(), spec)]) for spec in specs]
         return list(await asyncio.gather(*calls, return_exceptions=True))
 
     for one, bad in ((ledger, unchecked(json_schema=nested(300))), (ledger, unchecked(prompt="\ud800"))):
@@ -313,16 +317,16 @@ def test_a_result_that_cannot_be_read_is_one_that_says_so(ledger: Ledger) -> Non
         assert {r.id for r in client.wait([bad, good], timeout=30)} == {bad, good}
 
 
-def test_documents_that_cannot_be_read_are_passed_over(ledger: Ledger) -> None:
-    batches = Batches(ledger._settings, ledger)
+def test_documents_that_cannot_be_read_are_passed_over(ledger: Ledger, store: ApiStore) -> None:
+    batches = Batches(store)
     common = {"tenant": "t", "endpoint": "/v1/completions", "input_file_id": "f", "window": "1h", "expires": 1.0}
     for n in range(3):
         batches.add(BatchDocument(id=f"b{n}", created=n, **common))
-    ledger.client.set(f"{ledger.prefix}api:batch:b1", json.dumps({"id": "b1", "tenant": "t"}))
-    assert [b.id for b in batches.shelf.page("t", after=None, limit=10)[0]] == ["b2", "b0"]
+    store.client.set(batches.documents.key("b1"), json.dumps({"id": "b1", "tenant": "t"}))
+    assert [b.id for b in batches.documents.page("t", after=None, limit=10)[0]] == ["b2", "b0"]
     assert {b.id for b in batches.open()} == {"b0", "b2"}
-    assert batches.shelf.get("b1") is None
-    assert batches.shelf.change("b1", lambda b: b) is None
+    assert batches.documents.get("b1") is None
+    assert batches.documents.change("b1", lambda b: b) is None
 
 
 def test_ids_that_are_no_text_are_ids_of_nothing(ledger: Ledger) -> None:
@@ -393,7 +397,7 @@ def test_a_deep_schema_is_refused_by_name_and_harms_nobody(api: ApiProcess, leve
 
 def test_a_record_that_cannot_be_read_stops_no_webhook_and_no_list(api: ApiProcess) -> None:
     http, other = api.http("spoilt"), api.http("victim")
-    hooks = Webhooks(api.settings, api.ledger)
+    hooks = Webhooks(api.store, api.ledger)
     mine = {t: hooks.make(t, "https://example.com/", ["task.cancelled"]) for t in ("spoilt", "victim")}
     # of a model that nobody serves, so that they wait
     bad, good, theirs = api.ledger.submit(

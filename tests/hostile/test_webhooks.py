@@ -23,15 +23,16 @@ from support.api import ApiProcess, Sink
 from support.receivers import NameServer, Receiver, accept, tarpit
 from support.wait import eventually
 
+from perllm.broker.api.store import ApiStore
 from perllm.broker.api.webhooks import post as webhook_post
 from perllm.broker.api.webhooks import store as webhook_store
-from perllm.broker.api.webhooks.address import LOOKUP
-from perllm.broker.api.webhooks.health import FAILURES, Health
-from perllm.broker.api.webhooks.post import MOST_ANSWER, connections, post
-from perllm.broker.api.webhooks.store import MOST_HOOKS, TURNS, DeliveryDocument, WebhookDocument, Webhooks
+from perllm.broker.api.webhooks.address import LOOKUP_TIMEOUT
+from perllm.broker.api.webhooks.health import MAX_FAILURES, Health
+from perllm.broker.api.webhooks.leases import MAX_LEASES
+from perllm.broker.api.webhooks.post import MAX_ANSWER, connections, post
+from perllm.broker.api.webhooks.store import MAX_WEBHOOKS, DeliveryDocument, WebhookDocument, Webhooks
 from perllm.broker.ledger import Ledger
 from perllm.broker.local.server import EmbeddedServer
-from perllm.broker.settings import Settings
 
 SECRET = "whsec_" + "c2VjcmV0" * 4
 #: Where receivers are allowed; 127.0.0.1, where they must never be reached, is not.
@@ -81,7 +82,7 @@ def test_a_webhook_whose_name_is_turned_inside_after_its_check(running: ApiProce
         url = inside.url.replace("127.0.0.1", "turned.example")
         hook = make_hook(http, url)
         names.say["turned.example"] = ["127.0.0.1"]
-        announce(running, "rebinder", 1)
+        succeed(running, "rebinder", 1)
         attempts = eventually(lambda: logged(http, hook), "it is tried")
         assert "not allowed" in attempts[0]["error"]
         assert inside.received == []
@@ -161,8 +162,8 @@ ENDLESS = {
 
 @pytest.mark.parametrize("what", ENDLESS)
 def test_an_answer_without_an_end_takes_neither_time_nor_memory(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook_post, "PATIENCE", 1.0)
-    monkeypatch.setattr(webhook_post, "BODY", 0.2)
+    monkeypatch.setattr(webhook_post, "ATTEMPT_TIMEOUT", 1.0)
+    monkeypatch.setattr(webhook_post, "BODY_TIMEOUT", 0.2)
     serve, status = ENDLESS[what]
     with Receiver(serve) as flood:
         attempt(flood.url)  # so that what is loaded once is not counted
@@ -174,7 +175,7 @@ def test_an_answer_without_an_end_takes_neither_time_nor_memory(what: str, monke
     assert noted["status"] == status  # one that came before the flood counts
     assert (noted["error"] is None) is (status == 200)
     assert took < 10
-    assert most < 10 * MOST_ANSWER
+    assert most < 10 * MAX_ANSWER
 
 
 # --- many of them: the whole system
@@ -217,12 +218,12 @@ def make_hook(http: httpx.Client, url: str) -> dict[str, Any]:
 _numbers = count()
 
 
-def announce(api: ApiProcess, tenant: str, number: int) -> None:
+def succeed(api: ApiProcess, tenant: str, number: int) -> None:
     """So many tasks of this tenant's have succeeded."""
-    hooks = Webhooks(api.settings, api.ledger)
+    hooks = Webhooks(api.store, api.ledger)
     for _ in range(number):
         subject = f"task-{next(_numbers)}"
-        hooks.announce(tenant, "task.succeeded", subject, {"id": subject})
+        hooks.add_event(tenant, "task.succeeded", subject, {"id": subject})
 
 
 def logged(http: httpx.Client, hook: dict[str, Any]) -> list[dict[str, Any]]:
@@ -251,8 +252,8 @@ def test_silent_name_servers_keep_nobody_else_waiting(running: ApiProcess) -> No
         worst = max(worst, time.monotonic() - asked)
     assert set(statuses) <= {400, 429}
     assert statuses.count(400) >= 4
-    assert time.monotonic() - began < LOOKUP + 15
-    assert worst < LOOKUP / 2  # what waits for a lookup waits for all of it
+    assert time.monotonic() - began < LOOKUP_TIMEOUT + 15
+    assert worst < LOOKUP_TIMEOUT / 2  # what waits for a lookup waits for all of it
 
 
 def test_a_receiver_that_hangs_delays_nobody_else(running: ApiProcess) -> None:
@@ -261,16 +262,16 @@ def test_a_receiver_that_hangs_delays_nobody_else(running: ApiProcess) -> None:
     with Receiver(tarpit) as tar, Sink("127.0.0.2", 204) as sink:
         hooks = [make_hook(hostile, f"{tar.url}/{n}") for n in range(6)]
         good = make_hook(other, sink.url)
-        announce(running, "tar", 100)
+        succeed(running, "tar", 100)
         eventually(lambda: len(tar.heads) >= 6, "the tarpits have their requests")
         waited = []
         for n in range(1, 11):
-            announce(running, "prompt", 1)
+            succeed(running, "prompt", 1)
             told = time.monotonic()
             eventually(lambda n=n: len(sink.received) == n, "the neighbour is told")  # type: ignore[misc]
             waited.append(time.monotonic() - told)
         assert sorted(waited)[5] < 3  # typically a quarter of a second
-        assert len(running.ledger.client.keys("webhooks")) == 0  # nothing waits in the queue
+        assert len(running.store.client.keys("webhooks")) == 0  # nothing waits in the queue
         assert [Webhook(good["secret"]).verify(body, headers)["type"] for headers, body in sink.received]
         for hook in hooks:
             eventually(lambda hook=hook: state(hostile, hook) == "open", "its circuit is open")  # type: ignore[misc]
@@ -281,7 +282,7 @@ def test_a_receiver_that_hangs_delays_nobody_else(running: ApiProcess) -> None:
         assert len(tar.ids()) == len(tar.heads) <= 5 * 6  # of 600: two at once, then a probe at a time
         for hook in hooks:
             hostile.delete(f"/v1/webhooks/{hook['id']}")
-        assert not any(running.ledger.client.keys(f"*api:deliveries-due:{hook['id']}") for hook in hooks)
+        assert not any(running.store.client.keys(f"*api:deliveries-due:{hook['id']}") for hook in hooks)
 
 
 def state(http: httpx.Client, hook: dict[str, Any]) -> str:
@@ -292,7 +293,7 @@ def test_a_receiver_that_comes_back_gets_all_that_waited_once(running: ApiProces
     http = running.http("mended")
     with Sink("127.0.0.2", *[500] * 6, 204) as sink:
         hook = make_hook(http, sink.url)
-        announce(running, "mended", 50)
+        succeed(running, "mended", 50)
         eventually(lambda: state(http, hook) == "open", "it has failed too often")
         assert len(sink.received) == 6  # two at once
         assert http.get(f"/v1/webhooks/{hook['id']}").json()["reason"] == "HTTP 500"
@@ -306,29 +307,29 @@ def test_a_receiver_that_comes_back_gets_all_that_waited_once(running: ApiProces
         assert state(http, hook) == "closed"
 
 
-def test_messages_of_turns_that_nobody_reads_do_not_pile_up(valkey: EmbeddedServer, tmp_path: Path) -> None:
-    """Without a worker that delivers, the queue has the first turns' messages, and nothing is added to them."""
+def test_messages_of_leases_that_nobody_reads_do_not_pile_up(valkey: EmbeddedServer, tmp_path: Path) -> None:
+    """Without a worker that delivers, the queue has the first leases' messages, and nothing is added to them."""
     with ApiProcess(valkey.url, tmp_path, webhook_allow='["127.0.0.2/32"]') as api:
-        hooks = Webhooks(api.settings, api.ledger)
-        api.ledger.client.flushall()
-        for tenant in range(3 * TURNS):
+        hooks = Webhooks(api.store, api.ledger)
+        api.store.client.flushall()
+        for tenant in range(3 * MAX_LEASES):
             assert hooks.make(f"t{tenant}", "http://127.0.0.2:9/", ["task.succeeded"])
-            hooks.announce(f"t{tenant}", "task.succeeded", "x", {})
-        eventually(lambda: api.ledger.client.llen("webhooks") == TURNS, "as many as may have their turn")
-        turns = f"{api.ledger.prefix}api:webhook-turns"
+            hooks.add_event(f"t{tenant}", "task.succeeded", "x", {})
+        eventually(lambda: api.store.client.llen("webhooks") == MAX_LEASES, "as many as may have a lease")
+        leases = api.store.key("webhook-leases")
         for _ in range(3):
             with suppress(ValueError):
-                api.ledger.client.delete(turns)  # their time is over
-            assert hooks.give_turns() == []
-        assert api.ledger.client.llen("webhooks") == TURNS
+                api.store.client.delete(leases)  # their time is over
+            assert hooks.grant_leases() == []
+        assert api.store.client.llen("webhooks") == MAX_LEASES
 
 
 # --- what is kept is bounded, and comes back
 
 
 @pytest.fixture
-def hooks(ledger: Ledger, settings: Settings) -> Webhooks:
-    return Webhooks(settings, ledger)
+def hooks(ledger: Ledger, store: ApiStore) -> Webhooks:
+    return Webhooks(store, ledger)
 
 
 def made(hooks: Webhooks, tenant: str = "t") -> WebhookDocument:
@@ -337,38 +338,38 @@ def made(hooks: Webhooks, tenant: str = "t") -> WebhookDocument:
     return hook
 
 
-def noted(error: str | None, took: float = 0.1) -> dict[str, Any]:
+def attempted(error: str | None, took: float = 0.1) -> dict[str, Any]:
     return {"at": 0.0, "status": None, "error": error, "took": took}
 
 
 def all_keys(hooks: Webhooks, pattern: str) -> list[bytes]:
-    return list(hooks.shelf.client.keys(f"*{pattern}"))
+    return list(hooks._client.keys(f"*{pattern}"))
 
 
 def test_pending_and_final_deliveries_are_bounded(hooks: Webhooks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook_store, "MOST_PENDING", 20)
-    monkeypatch.setattr(webhook_store, "MOST_DELIVERIES", 5)
+    monkeypatch.setattr(webhook_store, "MAX_PENDING", 20)
+    monkeypatch.setattr(webhook_store, "MAX_FINAL", 5)
     hook, second = made(hooks), made(hooks)
     for n in range(30):
-        hooks.announce("t", "task.failed", f"task-{n}", {"id": n})
+        hooks.add_event("t", "task.failed", f"task-{n}", {"id": n})
     assert len(all_keys(hooks, "api:delivery:*")) == 20
     assert hooks.dropped([hook, second]) == [20, 20]
-    hooks.announce("t", "task.failed", "task-1", {"id": 1})  # it was told already
+    hooks.add_event("t", "task.failed", "task-1", {"id": 1})  # it was told already
     assert hooks.dropped([hook]) == [20]
-    turn = next(t for t in hooks.give_turns() if t.hook == hook.id)
-    while found := hooks.next_due(turn, 3):
+    lease = next(t for t in hooks.grant_leases() if t.webhook == hook.id)
+    while found := hooks.next_due(lease, 3):
         for delivery in found[1]:
-            hooks.settle(hook, delivery, noted(None), again=None)
+            hooks.record_attempt(hook, delivery, attempted(None), retry_in=None)
     assert len(all_keys(hooks, "api:delivery:*")) == 10 + 5
     assert len(hooks.deliveries.page(hook.id, after=None, limit=100)[0]) == 5
     for each in (hook, second):
         hooks.remove(each)
-    assert all_keys(hooks, "api:deliver*") in ([], [f"{hooks._ledger.prefix}api:deliveries-done:t".encode()])
+    assert all_keys(hooks, "api:deliver*") in ([], [hooks._final_key("t").encode()])
 
 
 def test_a_payload_is_bounded_and_says_what_it_lacks(hooks: Webhooks) -> None:
     hook = made(hooks)
-    hooks.announce("t", "task.failed", "a", {"id": "a", "metadata": {"k": "ö" * 50_000}, "reason": "half \ud800"})
+    hooks.add_event("t", "task.failed", "a", {"id": "a", "metadata": {"k": "ö" * 50_000}, "reason": "half \ud800"})
     ((delivery,), _) = hooks.deliveries.page(hook.id, after=None, limit=1)
     told = json.loads(delivery.payload)["data"]
     assert told == {"id": "a", "reason": "half ?", "omitted": ["metadata"]}
@@ -380,64 +381,64 @@ def test_no_more_webhooks_than_allowed_however_many_are_made_at_once(hooks: Webh
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(all_keys(hooks, "api:webhook:*")) <= MOST_HOOKS
+    assert len(all_keys(hooks, "api:webhook:*")) <= MAX_WEBHOOKS
 
 
-def test_a_turn_is_had_once_and_comes_again_when_it_was_lost(hooks: Webhooks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_is_held_once_and_granted_again_when_lost(hooks: Webhooks, monkeypatch: pytest.MonkeyPatch) -> None:
     hook = made(hooks)
     for n in range(3):
-        hooks.announce("t", "task.failed", f"task-{n}", {})
-    monkeypatch.setattr(webhook_store, "LEASE", 1.0)
-    (lost,) = hooks.give_turns()
-    assert hooks.give_turns() == []
-    (turn,) = eventually(hooks.give_turns, "whoever had it is taken for dead")
-    assert not hooks.in_turn(lost, 0)  # its message, read late, is void
-    assert hooks.in_turn(turn, 0)
-    hooks.end_turn(lost)
-    assert hooks.in_turn(turn, 0)
-    found = hooks.next_due(turn, 10)
+        hooks.add_event("t", "task.failed", f"task-{n}", {})
+    monkeypatch.setattr(webhook_store, "LEASE_TIME", 1.0)
+    (lost,) = hooks.grant_leases()
+    assert hooks.grant_leases() == []
+    (lease,) = eventually(hooks.grant_leases, "whoever had it is taken for dead")
+    assert not hooks.holds(lost, 0)  # its message, read late, is void
+    assert hooks.holds(lease, 0)
+    hooks.release(lost)
+    assert hooks.holds(lease, 0)
+    found = hooks.next_due(lease, 10)
     assert found is not None
     assert len(found[1]) == 3
-    hooks.end_turn(turn)
-    assert [t.hook for t in hooks.give_turns()] == [hook.id]  # there is more
+    hooks.release(lease)
+    assert [t.webhook for t in hooks.grant_leases()] == [hook.id]  # there is more
 
 
 def test_an_unreadable_record_keeps_nothing_else_from_being_delivered(hooks: Webhooks) -> None:
     hook, broken = made(hooks), made(hooks, "another")
     for n in range(3):
-        hooks.announce("t", "task.failed", f"task-{n}", {})
-    hooks.announce("another", "task.failed", "x", {})
-    client = hooks.shelf.client
-    client.set(hooks.shelf.key(broken.id), b"{")
+        hooks.add_event("t", "task.failed", f"task-{n}", {})
+    hooks.add_event("another", "task.failed", "x", {})
+    client = hooks._client
+    client.set(hooks.documents.key(broken.id), b"{")
     client.set(all_keys(hooks, "api:delivery:*")[0], b'{"id": 1}')
-    for turn in hooks.give_turns():
-        found = hooks.next_due(turn, 10)
-        assert (found is None) is (turn.hook == broken.id)
-        hooks.end_turn(turn)
+    for lease in hooks.grant_leases():
+        found = hooks.next_due(lease, 10)
+        assert (found is None) is (lease.webhook == broken.id)
+        hooks.release(lease)
     assert client.zrange(hooks._due, 0, -1) == [f"{hook.id} t".encode()]
 
 
 def test_a_webhook_that_failed_for_days_is_disabled_until_it_is_enabled(hooks: Webhooks) -> None:
     hook = made(hooks)
-    hooks.announce("t", "task.failed", "a", {})
-    (turn,) = hooks.give_turns()
-    found = hooks.next_due(turn, 1)
+    hooks.add_event("t", "task.failed", "a", {})
+    (lease,) = hooks.grant_leases()
+    found = hooks.next_due(lease, 1)
     assert found is not None
-    long_ago = Health(failures=FAILURES, since=1.0, pauses=3, until=1.0, reason="HTTP 500")
-    hooks.shelf.change(hook.id, lambda h: h.model_copy(update={"health": long_ago}))
-    failing = hooks.shelf.get(hook.id)
+    long_ago = Health(failures=MAX_FAILURES, since=1.0, pauses=3, until=1.0, reason="HTTP 500")
+    hooks.documents.change(hook.id, lambda h: h.model_copy(update={"health": long_ago}))
+    failing = hooks.documents.get(hook.id)
     assert failing is not None
-    hooks.settle(failing, found[1][0], noted("HTTP 500"), again=0.0)
-    assert hooks.next_due(turn, 1) is None
-    hooks.end_turn(turn)
-    disabled = hooks.shelf.get(hook.id)
+    hooks.record_attempt(failing, found[1][0], attempted("HTTP 500"), retry_in=0.0)
+    assert hooks.next_due(lease, 1) is None
+    hooks.release(lease)
+    disabled = hooks.documents.get(hook.id)
     assert disabled is not None
     assert disabled.health.disabled
     assert "HTTP 500" in str(disabled.health.reason)
-    hooks.announce("t", "task.failed", "b", {})
-    assert hooks.give_turns() == []
+    hooks.add_event("t", "task.failed", "b", {})
+    assert hooks.grant_leases() == []
     hooks.enable(disabled)
-    (turn,) = hooks.give_turns()
-    found = hooks.next_due(turn, 10)
+    (lease,) = hooks.grant_leases()
+    found = hooks.next_due(lease, 10)
     assert found is not None
     assert len(found[1]) == 1  # what had waited, and not what happened meanwhile

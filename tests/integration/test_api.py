@@ -508,7 +508,7 @@ def test_a_revoked_key_is_refused(api: ApiProcess) -> None:
     listed = {row["id"]: row for row in keys("list")}
     assert listed[made["id"]]["tenant"] == "short"
     assert made["key"] not in json.dumps(listed)
-    stored = b"".join(api.ledger.client.get(k) or b"" for k in api.ledger.client.keys("*api:key:*"))
+    stored = b"".join(api.store.client.get(k) or b"" for k in api.store.client.keys("*api:key:*"))
     assert made["key"].split("_", 2)[2].encode() not in stored
     assert keys("revoke", made["id"])["revoked"]
 

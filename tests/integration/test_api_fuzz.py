@@ -14,8 +14,8 @@ from support.api import ApiProcess
 from support.cluster import Cluster
 
 from perllm.broker.api.app import make_app
+from perllm.broker.api.settings import ApiSettings
 from perllm.broker.local.server import EmbeddedServer
-from perllm.broker.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiProcess]:
             yield running
 
 
-schema = schemathesis.openapi.from_dict(make_app(Settings()).openapi())
+schema = schemathesis.openapi.from_dict(make_app(ApiSettings()).openapi())
 
 
 @schema.parametrize()

@@ -16,11 +16,13 @@ from support.wait import eventually
 from perllm.broker.api.batches.runner import BatchRunner
 from perllm.broker.api.batches.store import BatchDocument, Batches
 from perllm.broker.api.files.store import Files
-from perllm.broker.api.leased_worker import Deposed
+from perllm.broker.api.keys import Keys
+from perllm.broker.api.leased_worker import LeaseLost
+from perllm.broker.api.settings import ApiSettings
+from perllm.broker.api.store import ApiStore
 from perllm.broker.ledger import Dispatch, Ledger
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import State
-from perllm.broker.settings import Settings
 
 LINES = 25
 BAD = {7, 19}
@@ -41,19 +43,19 @@ class Fragile(BatchRunner):
     def burn(self) -> None:
         self._fuse[0] -= 1
         if self._fuse[0] == 0:
-            raise Deposed
+            raise LeaseLost
 
-    def hold(self) -> None:
+    def renew(self) -> None:
         self.burn()
 
 
 class Bench:
     """Files, batches and a ledger, and runners on them."""
 
-    def __init__(self, ledger: Ledger, settings: Settings, url: str) -> None:
+    def __init__(self, ledger: Ledger, settings: ApiSettings, url: str) -> None:
         self.settings = settings.model_copy(update={"api_files": url})
-        self.ledger = ledger
-        self.told: list[str] = []
+        self.ledger, self.store = ledger, ApiStore(self.settings)
+        self.ended: list[str] = []
         self.fuse = [0]
         bench = self
 
@@ -72,15 +74,18 @@ class Bench:
                 bench.runner.burn()
                 super().close(batch)
 
-        self.files = BurningFiles(self.settings, ledger)
-        self.batches = BurningBatches(self.settings, ledger)
+        self.files = BurningFiles(self.settings, self.store)
+        self.batches = BurningBatches(self.store)
         self.runner = self.restart()
 
     def restart(self) -> Fragile:
-        self.runner = Fragile(
-            self.fuse, self.settings, self.ledger, self.files, self.batches, lambda b: self.told.append(b.status)
-        )
+        self.runner = Fragile(self.fuse, *self.parts(), lambda b: self.ended.append(b.status))
         return self.runner
+
+    def parts(self) -> tuple[Any, ...]:
+        """What a runner is made of."""
+        keys = Keys(self.store, self.ledger)
+        return self.settings, self.store, self.ledger, self.files, self.batches, keys
 
     def batch(self, lines: bytes, window: float = 600.0) -> str:
         file = self.files.keep("t", "in.jsonl", "batch", iter([BytesIO(lines)]))
@@ -96,9 +101,14 @@ class Bench:
         """A round of the runner; killed in it, another one takes its place."""
         try:
             self.runner.round()
-        except Deposed:
+        except LeaseLost:
             self.restart()
-        self.runner._due.clear()
+        self.look_at_all()
+
+    def look_at_all(self) -> None:
+        """No batch waits any longer until it is looked at."""
+        for progress in self.runner._progress.values():
+            progress.due = 0.0
 
     def complete(self, most: int) -> None:
         """End some of the tasks that wait, every fifth as failed."""
@@ -116,13 +126,13 @@ class Bench:
     def entries(self, file_id: str | None) -> list[dict[str, Any]]:
         if file_id is None:
             return []
-        file = self.files.shelf.get(file_id, "t")
+        file = self.files.documents.get(file_id, "t")
         assert file is not None
         with self.files.read(file) as found:
             return [json.loads(line) for line in found.read().splitlines()]
 
     def get(self) -> BatchDocument:
-        batch = self.batches.shelf.get("batch_1")
+        batch = self.batches.documents.get("batch_1")
         assert batch is not None
         return batch
 
@@ -130,7 +140,7 @@ class Bench:
 @pytest.fixture(params=["file", "memory"])
 def bench(request: pytest.FixtureRequest, valkey: EmbeddedServer, tmp_path: Path) -> Iterator[Bench]:
     """On the local disk, and on a store that fsspec reaches otherwise."""
-    settings = Settings.model_validate({"redis_url": valkey.url, "lease": 300, "heartbeat": 60})
+    settings = ApiSettings.model_validate({"redis_url": valkey.url, "lease": 300, "heartbeat": 60})
     ledger = Ledger(settings)
     ledger.client.flushall()
     yield Bench(ledger, settings, tmp_path.as_uri() if request.param == "file" else f"memory://{tmp_path}")
@@ -156,7 +166,7 @@ def check(bench: Bench) -> None:
         text = entry["response"]["body"]["choices"][0]["text"]
         assert int(text[-5:]) == int(entry["custom_id"][1:])
     assert (batch.total, batch.completed, batch.failed) == (LINES, len(good), len(bad))
-    assert set(bench.told) == {"completed"}
+    assert set(bench.ended) == {"completed"}
     left = bench.files._fs.find(bench.files.path("t", ""))
     assert not [path for path in left if ".out." in path or ".err." in path]
 
@@ -169,7 +179,7 @@ def test_killed_anywhere_no_line_is_lost_or_doubled(
     monkeypatch.setattr("perllm.broker.api.batches.runner.FETCH", 5)
     for steps in range(1, 200):
         bench.ledger.client.flushall()
-        bench.told.clear()
+        bench.ended.clear()
         bench.fuse[0] = 0
         bench.batch(content())
         bench.restart()
@@ -245,25 +255,23 @@ def test_a_line_too_long_and_one_that_is_no_text_are_named(bench: Bench, monkeyp
 
 
 def test_only_one_process_runs_batches_and_another_takes_over_at_once(bench: Bench) -> None:
-    one, another = (
-        BatchRunner(bench.settings, bench.ledger, bench.files, bench.batches, lambda _: None) for _ in range(2)
-    )
+    one, another = (BatchRunner(*bench.parts(), lambda _: None) for _ in range(2))
     one.start()
-    eventually(lambda: bench.ledger.client.exists(one._lease), "one has the duty")
-    with pytest.raises(Deposed):
-        another.hold()
+    eventually(lambda: bench.store.client.exists(one._lease), "one has the lease")
+    with pytest.raises(LeaseLost):
+        another.renew()
     one.close()
-    another.hold()
+    another.renew()
 
 
 def test_a_bug_does_not_keep_a_batch_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(bench.runner, "_judge", broken)
+    monkeypatch.setattr(bench.runner._submitter, "check", broken)
     bench.batch(content())
     for _ in range(3):
         bench.runner.round()
-        bench.runner._due.clear()
+        bench.look_at_all()
     assert bench.get().status == "failed"
     assert bench.batches.open() == []

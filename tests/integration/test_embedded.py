@@ -111,7 +111,8 @@ def test_a_folder_in_use(tmp_path: Path, second_port: bool) -> None:
 
 
 def test_the_folder_is_free_again_when_the_server_was_killed_and_not_before(tmp_path: Path) -> None:
-    code = "import sys, pathlib, perllm.broker.local.server as e; s = e.EmbeddedServer(pathlib.Path(sys.argv[1])); s.start()"
+    code = "import sys, pathlib; from perllm.broker.local.server import EmbeddedServer"
+    code += "; s = EmbeddedServer(pathlib.Path(sys.argv[1])); s.start()"
     wait = "; print(s.pid, flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code + wait, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -14,9 +14,10 @@ import httpx
 from openai import OpenAI
 
 from perllm.broker.api.keys import Keys
+from perllm.broker.api.settings import ApiSettings
+from perllm.broker.api.store import ApiStore
 from perllm.broker.ledger import Ledger
 from perllm.broker.local.process import spawn
-from perllm.broker.settings import Settings
 from support.ports import free_port
 from support.wait import eventually
 
@@ -31,9 +32,10 @@ class ApiProcess:
         self.log = folder / f"api-{self.port}.log"
         given: dict[str, object] = {"redis_url": url, "data_dir": folder, "api_port": self.port, **settings}
         variables = {f"PERLLM_{k.upper()}": str(v) for k, v in given.items()}
-        self.settings = Settings.model_validate({"redis_url": url, "data_dir": folder})
+        self.settings = ApiSettings.model_validate({"redis_url": url, "data_dir": folder})
         self.ledger = Ledger(self.settings)
-        self.keys = Keys(self.settings, self.ledger)
+        self.store = ApiStore(self.settings)
+        self.keys = Keys(self.store, self.ledger)
         environment = {**os.environ, **variables}
         self.process = spawn([sys.executable, "-m", "perllm.broker.api"], self.log, environment=environment)
         deliverer = [
@@ -96,6 +98,7 @@ class ApiProcess:
             if process is not None:
                 process.wait()
         self.ledger.client.close()
+        self.store.close()
 
 
 class Sink:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from perllm.broker.api.settings import ApiSettings
 from perllm.broker.connection import connect
 from perllm.broker.errors import BadSetting
 from perllm.broker.settings import Settings, environment, load_settings, models
@@ -104,25 +105,32 @@ def test_a_data_folder_may_be_relative_and_hold_any_character(monkeypatch: pytes
 
 @pytest.mark.parametrize("server", ["10.0.0.53", "10.0.0.53:5353", "[fd00::53]", "[fd00::53]:53"])
 def test_a_name_server_is_an_address(server: str) -> None:
-    assert load_settings(webhook_dns=[server]).webhook_dns == (server,)
+    assert load_settings(ApiSettings, webhook_dns=[server]).webhook_dns == (server,)
 
 
 @pytest.mark.parametrize("server", ["", "dns.example", "10.0.0.53:x", "10.0.0.53:99999", "fd00::53", "a@10.0.0.53"])
 def test_a_name_server_that_is_no_address_is_named(server: str) -> None:
     with pytest.raises(BadSetting, match="PERLLM_WEBHOOK_DNS"):
-        load_settings(webhook_dns=[server])
+        load_settings(ApiSettings, webhook_dns=[server])
 
 
 def test_paths_and_all_else_that_was_set_hold_in_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / ".env").write_text("PERLLM_LOG_JSON=1\nPERLLM_MODEL=some/name\nPERLLM_WEBHOOK_ALLOW='[\"10.0.0.0/8\"]'")
+    lines = (
+        "PERLLM_LOG_JSON=1",
+        "PERLLM_MODEL=some/name",
+        "PERLLM_WEBHOOK_ALLOW='[\"10.0.0.0/8\"]'",
+        "PERLLM_API_QUOTA='{\"files\": 5}'",
+        'PERLLM_API_QUOTAS=\'{"acme": {"files": 10}}\'',
+    )
+    (tmp_path / ".env").write_text("\n".join(lines))
     monkeypatch.setenv("PERLLM_MODEL_CACHE", "cache")
     monkeypatch.setenv("PERLLM_ADAPTERS", '{"a": "b"}')
     given = {"redis_url": "rediss://u:p%40@h?ssl_ca_certs=c%20a.pem"}
     here = [load_settings(one, **given) for one in models().values()]
-    variables = environment(here[0])
+    variables = environment(load_settings(**given))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for variable, value in variables.items():

@@ -1,4 +1,4 @@
-"""What is kept of batches."""
+"""Batches as they are stored, and as the API shows them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Any, Literal, cast
 from pydantic import Field
 
 from perllm.broker.api.document_store import Document, DocumentStore
+from perllm.broker.api.store import ApiStore
 from perllm.broker.connection import reaching
-from perllm.broker.ledger import Ledger
-from perllm.broker.settings import Settings
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
-
 
 #: Statuses a batch does not leave.
 ENDED = ("failed", "completed", "expired", "cancelled")
@@ -40,7 +38,7 @@ class BatchDocument(Document):
     output_file_id: str | None = None
     error_file_id: str | None = None
 
-    def entered(self, status: Status, at: float, **changes: Any) -> BatchDocument:
+    def with_status(self, status: Status, at: float, **changes: Any) -> BatchDocument:
         """The same in another status."""
         return self.model_copy(update={"status": status, "times": {**self.times, status: at}, **changes})
 
@@ -48,24 +46,23 @@ class BatchDocument(Document):
 class Batches:
     """Every tenant's batches.
 
-    api:batches-open        set     those that have not ended; with :<tenant>, a tenant's
-    api:batch-marks:<id>    string  a byte per line of its input: what became of it (`batch_runner`)
+    api:batches-open         set     those that have not ended; with :<tenant>, a tenant's
+    api:batch-marks:<batch>  string  a byte per line of its input: what became of it (`lines.Mark`)
     """
 
-    def __init__(self, settings: Settings, ledger: Ledger) -> None:
-        self._settings, self._ledger = settings, ledger
-        self.shelf: DocumentStore[BatchDocument] = DocumentStore(settings, ledger, "batch", BatchDocument)
-        self._open = f"{ledger.prefix}api:batches-open"
-        self.marks_key = f"{ledger.prefix}api:batch-marks:"
+    def __init__(self, store: ApiStore) -> None:
+        self._store, self._client, self._settings = store, store.client, store.settings
+        self.documents: DocumentStore[BatchDocument] = DocumentStore(store, "batch", BatchDocument)
+        self._open = store.key("batches-open")
 
     def open(self) -> list[BatchDocument]:
         """The batches that have not ended. One that is gone, or cannot be read, is no longer looked for."""
         with reaching(self._settings):
-            ids = [i.decode(errors="replace") for i in cast("set[bytes]", self._ledger.client.smembers(self._open))]
-        found = self.shelf.many(ids)
+            ids = [i.decode(errors="replace") for i in cast("set[bytes]", self._client.smembers(self._open))]
+        found = self.documents.many(ids)
         if gone := set(ids) - {batch.id for batch in found}:
             with reaching(self._settings):
-                self._ledger.client.srem(self._open, *gone)
+                self._client.srem(self._open, *gone)
         return found
 
     def inputs_in_use(self) -> set[str]:
@@ -75,39 +72,52 @@ class Batches:
     def count_open(self, tenant: str) -> int:
         """How many of a tenant's batches have not ended."""
         with reaching(self._settings):
-            return self._ledger.client.scard(f"{self._open}:{tenant}")
+            return self._client.scard(f"{self._open}:{tenant}")
 
     def add(self, batch: BatchDocument) -> None:
         """A new batch, to be run."""
-        self.shelf.add(batch)
+        self.documents.add(batch)
         with reaching(self._settings):
-            pipe = self._ledger.client.pipeline()
+            pipe = self._client.pipeline()
             pipe.sadd(self._open, batch.id)
             pipe.sadd(f"{self._open}:{batch.tenant}", batch.id)
             pipe.execute()
 
     def close(self, batch: BatchDocument) -> None:
-        """A batch has ended."""
+        """Look for a batch no longer: it has ended."""
         with reaching(self._settings):
-            pipe = self._ledger.client.pipeline()
+            pipe = self._client.pipeline()
             pipe.srem(self._open, batch.id)
             pipe.srem(f"{self._open}:{batch.tenant}", batch.id)
-            pipe.delete(f"{self.marks_key}{batch.id}")
+            pipe.delete(self._marks_key(batch))
             pipe.execute()
+
+    def marks(self, batch: BatchDocument) -> bytearray:
+        """What became of each of its lines, as last saved; empty before the first time."""
+        with reaching(self._settings):
+            return bytearray(cast("bytes | None", self._client.get(self._marks_key(batch))) or b"")
+
+    def save_marks(self, batch: BatchDocument, marks: bytearray) -> None:
+        """Replace them."""
+        with reaching(self._settings):
+            self._client.set(self._marks_key(batch), bytes(marks))
+
+    def _marks_key(self, batch: BatchDocument) -> str:
+        return self._store.key("batch-marks", batch.id)
 
     def cancel(self, identity: str, tenant: str) -> BatchDocument | None:
         """Ask for an end; one that is ending or has ended stays as it is."""
-        now = self._ledger.now()
+        now = self._store.now()
 
-        def ask(batch: BatchDocument) -> BatchDocument | None:
+        def cancelling(batch: BatchDocument) -> BatchDocument | None:
             running = batch.tenant == tenant and batch.status in ("validating", "in_progress")
-            return batch.entered("cancelling", now) if running else None
+            return batch.with_status("cancelling", now) if running else None
 
-        batch = self.shelf.change(identity, ask)
+        batch = self.documents.change(identity, cancelling)
         return batch if batch is not None and batch.tenant == tenant else None
 
 
-def shown(batch: BatchDocument) -> dict[str, Any]:
+def batch_object(batch: BatchDocument) -> dict[str, Any]:
     """The batch as the API shows it."""
 
     def at(status: str) -> int | None:

@@ -18,15 +18,16 @@ from fsspec.implementations.local import LocalFileSystem
 
 from perllm.broker.api.document_store import Document, DocumentStore
 from perllm.broker.api.errors import ApiError, over_quota
+from perllm.broker.api.settings import ApiSettings
+from perllm.broker.api.store import ApiStore
 from perllm.broker.connection import reaching
 from perllm.broker.errors import BadSetting
-from perllm.broker.ledger import Ledger
 from perllm.broker.private_files import Drawers, private_folder
-from perllm.broker.settings import Settings
 
-_PIECE = 1 << 20
-#: Seconds after which content without a document is nobody's.
-ORPHANED = 3600.0
+#: Bytes copied at once.
+_CHUNK = 1 << 20
+#: Seconds after which content without a document is an orphan.
+ORPHAN_AGE = 3600.0
 
 
 class FileDocument(Document):
@@ -45,11 +46,11 @@ class Files:
     api:file-bytes       hash   tenant → bytes of its files
     """
 
-    def __init__(self, settings: Settings, ledger: Ledger) -> None:
-        self._settings, self._ledger = settings, ledger
-        self.shelf: DocumentStore[FileDocument] = DocumentStore(settings, ledger, "file", FileDocument)
-        self._expiring = f"{ledger.prefix}api:files-expiring"
-        self._held = f"{ledger.prefix}api:file-bytes"
+    def __init__(self, settings: ApiSettings, store: ApiStore) -> None:
+        self._settings, self._store = settings, store
+        self.documents: DocumentStore[FileDocument] = DocumentStore(store, "file", FileDocument)
+        self._expiring = store.key("files-expiring")
+        self._bytes = store.key("file-bytes")
         if settings.api_files is None:
             private_folder(settings.data_dir, given=True)
             private_folder(settings.data_dir / "api")
@@ -59,9 +60,9 @@ class Files:
             self._fs, self._root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise BadSetting(f"PERLLM_API_FILES: {url}: {error}") from None
-        self._here: Drawers | None = None
+        self._local: Drawers | None = None
         if isinstance(self._fs, LocalFileSystem):
-            self._here = Drawers(private_folder(Path(self._root), given=settings.api_files is not None))
+            self._local = Drawers(private_folder(Path(self._root), given=settings.api_files is not None))
 
     def path(self, tenant: str, name: str) -> str:
         """Where something of a tenant's lies."""
@@ -69,20 +70,20 @@ class Files:
 
     def open(self, path: str, mode: str = "rb") -> IO[bytes]:
         """A file's content, by its path."""
-        if self._here is not None:
-            return self._here.open(*_place(path), mode)
+        if self._local is not None:
+            return self._local.open(*_folder_and_name(path), mode)
         return cast("IO[bytes]", self._fs.open(path, mode))
 
     def exists(self, path: str) -> bool:
         """Whether there is content."""
-        if self._here is not None:
-            return self._here.exists(*_place(path))
+        if self._local is not None:
+            return self._local.exists(*_folder_and_name(path))
         return bool(self._fs.exists(path))
 
     def discard(self, path: str) -> None:
         """Remove content, if it is there."""
-        if self._here is not None:
-            self._here.discard(*_place(path))
+        if self._local is not None:
+            self._local.discard(*_folder_and_name(path))
         elif self._fs.exists(path):
             self._fs.rm(path)
 
@@ -91,7 +92,7 @@ class Files:
         try:
             with self.open(path, "wb") as target:
                 for content in contents:
-                    shutil.copyfileobj(content, target, _PIECE)
+                    shutil.copyfileobj(content, target, _CHUNK)
                 return target.tell()
         except BaseException:
             with suppress(Exception):  # the store may be what failed; `sweep_orphans` comes later
@@ -101,17 +102,16 @@ class Files:
     def check_room(self, tenant: str, size: int = 0) -> None:
         """Raises ApiError where one more file, of that many bytes, is more than the tenant may have."""
         quota = self._settings.quota(tenant)
-        way_out = "delete some (DELETE /v1/files/ID), or wait until they expire"
+        hint = "delete some (DELETE /v1/files/ID), or wait until they expire"
+        count = self.documents.count(tenant)
         with reaching(self._settings):
-            client = self._ledger.client
-            count = client.zcard(self.shelf._index(tenant))
-            held = int(cast("bytes | None", client.hget(self._held, tenant)) or 0)
+            held = int(cast("bytes | None", self._store.client.hget(self._bytes, tenant)) or 0)
         if count >= quota.files:
-            raise over_quota(f"this tenant may have {quota.files} files, and has {count}: {way_out}")
+            raise over_quota(f"this tenant may have {quota.files} files, and has {count}: {hint}")
         if held + size > quota.file_bytes or held >= quota.file_bytes:
             raise over_quota(
                 f"the files of this tenant may have {quota.file_bytes} bytes, and have {held}; this one has {size}: "
-                f"{way_out}"
+                f"{hint}"
             )
 
     def read(self, file: FileDocument) -> IO[bytes]:
@@ -134,7 +134,7 @@ class Files:
         identity = identity or f"file-{uuid4().hex}"
         path = self.path(tenant, identity)
         size = self.write(path, contents)
-        now = self._ledger.now()
+        now = self._store.now()
         file = FileDocument(
             id=identity,
             tenant=tenant,
@@ -145,66 +145,66 @@ class Files:
             expires=now + (lasts or self._settings.api_file_retention),
         )
         try:
-            self._enter(file, within_quota)
+            self._add(file, within_quota)
         except ApiError:
             self.discard(path)
             raise
         return file
 
-    def _enter(self, file: FileDocument, within_quota: bool) -> None:
+    def _add(self, file: FileDocument, within_quota: bool) -> None:
         """The document, its index and the bytes held, in one step."""
-        index = self.shelf._index(file.tenant)
+        index = self.documents.index_key(file.tenant)
 
-        def enter(pipe: redis.client.Pipeline) -> None:
-            before = cast("bytes | None", pipe.get(self.shelf._key(file.id)))
+        def write(pipe: redis.client.Pipeline) -> None:
+            before = cast("bytes | None", pipe.get(self.documents.key(file.id)))
             if within_quota:
                 self.check_room(file.tenant, file.bytes)
             pipe.multi()
-            pipe.set(self.shelf._key(file.id), file.model_dump_json())
+            pipe.set(self.documents.key(file.id), file.model_dump_json())
             pipe.zadd(index, {file.id: file.created})
             pipe.zadd(self._expiring, {file.id: file.expires})
             old = FileDocument.model_validate_json(before).bytes if before else 0
-            pipe.hincrby(self._held, file.tenant, file.bytes - old)
+            pipe.hincrby(self._bytes, file.tenant, file.bytes - old)
 
         with reaching(self._settings):
-            self._ledger.client.transaction(enter, self.shelf._key(file.id), index)
+            self._store.client.transaction(write, self.documents.key(file.id), index)
 
     def remove(self, file: FileDocument) -> None:
         """Forget a file."""
 
-        def leave(pipe: redis.client.Pipeline) -> None:
-            there = pipe.exists(self.shelf._key(file.id))
+        def delete(pipe: redis.client.Pipeline) -> None:
+            exists = pipe.exists(self.documents.key(file.id))
             pipe.multi()
-            pipe.delete(self.shelf._key(file.id))
-            pipe.zrem(self.shelf._index(file.tenant), file.id)
+            pipe.delete(self.documents.key(file.id))
+            pipe.zrem(self.documents.index_key(file.tenant), file.id)
             pipe.zrem(self._expiring, file.id)
-            pipe.hincrby(self._held, file.tenant, -file.bytes if there else 0)
+            pipe.hincrby(self._bytes, file.tenant, -file.bytes if exists else 0)
 
         with reaching(self._settings):
-            self._ledger.client.transaction(leave, self.shelf._key(file.id))
+            self._store.client.transaction(delete, self.documents.key(file.id))
         self.discard(self.path(file.tenant, file.id))
 
     def sweep(self, in_use: set[str]) -> None:
-        """Forget the files whose time is over."""
+        """Forget the files that have expired, but for those of which the ids are `in_use`."""
         with reaching(self._settings):
-            due = self._ledger.client.zrangebyscore(self._expiring, "-inf", self._ledger.now(), 0, 1000)
+            due = self._store.client.zrangebyscore(self._expiring, "-inf", self._store.now(), 0, 1000)
         for identity in (i.decode() for i in cast("list[bytes]", due)):
             if identity in in_use:
                 continue
-            if (file := self.shelf.get(identity)) is not None:
+            if (file := self.documents.get(identity)) is not None:
                 self.remove(file)
             else:
-                self._ledger.client.zrem(self._expiring, identity)
+                self._store.client.zrem(self._expiring, identity)
 
     def sweep_orphans(self, batches_open: set[str]) -> Iterator[None]:
-        """Remove what was written long ago and belongs to nothing: a process was killed between a file's content and
-        its document. Pauses after every thousand."""
-        long_ago = datetime.now(UTC) - timedelta(seconds=ORPHANED)
+        """Remove content that was written long ago and belongs to no document and no unfinished batch: what a process
+        leaves that is killed between the two. Yields after every thousand."""
+        long_ago = datetime.now(UTC) - timedelta(seconds=ORPHAN_AGE)
         paths = iter(self._fs.find(self._root))
         while some := list(islice(paths, 1000)):
             names = [path.rpartition("/")[2] for path in some]
             with reaching(self._settings):
-                known = cast("list[bytes | None]", self._ledger.client.mget([self.shelf._key(n) for n in names]))
+                known = cast("list[bytes | None]", self._store.client.mget([self.documents.key(n) for n in names]))
             for path, name, document in zip(some, names, known, strict=True):
                 ours = name.startswith(("file-", "batch_"))  # the folder may be another's too
                 if document is not None or not ours or name.partition(".")[0] in batches_open:
@@ -215,6 +215,6 @@ class Files:
             yield
 
 
-def _place(path: str) -> tuple[str, str]:
+def _folder_and_name(path: str) -> tuple[str, str]:
     folder, _, name = path.rpartition("/")
     return folder.rpartition("/")[2], name

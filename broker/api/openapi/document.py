@@ -1,13 +1,18 @@
-"""What the OpenAPI document says of bodies and answers. Bodies are checked by the one door all producers use, so the
-models of requests are here to be read, not run."""
+"""What the OpenAPI document says of bodies and answers.
+
+Bodies are checked where they become tasks, as everywhere else, so the models of requests are read here and not run.
+`tests/integration/test_api_document.py` holds that the document and the API agree.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from types import UnionType
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -43,9 +48,10 @@ def _header(name: str, about: str, example: Any, **schema: Any) -> dict[str, Any
     return {"name": name, "in": "header", "description": about, "schema": schema, "example": example}
 
 
-#: Headers of the endpoints that make tasks, for clients that cannot add fields to a body; a body's field goes first.
-EXTENSION_HEADERS = [
-    _header(
+#: The headers of endpoints that make tasks, by the field each gives, for clients that cannot add fields to a body; a
+#: body's field goes first.
+TASK_HEADERS = {
+    "idempotency_key": _header(
         "Idempotency-Key",
         "A request repeated under the same key gives the first one's task instead of another.",
         "order-4711",
@@ -53,31 +59,33 @@ EXTENSION_HEADERS = [
         minLength=1,
         maxLength=256,
     ),
-    _header(
+    "deadline": _header(
         "X-PerLLM-Deadline",
         "Seconds from now, or a time (RFC 3339), by which the answer is needed.",
         "30",
         type="string",
         maxLength=64,
     ),
-    _header("X-PerLLM-Value", "The task's weight when not all can be on time, up to the key's.", 1.0, type="number"),
-    _header(
+    "value": _header(
+        "X-PerLLM-Value", "The task's weight when not all can be on time, up to the key's.", 1.0, type="number"
+    ),
+    "service": _header(
         "X-PerLLM-Service",
         "The class whose lengths and rewards are learned together.",
         "chat",
         type="string",
         maxLength=128,
     ),
-]
+}
 
 
 def takes_task(model: type[BaseModel], **examples: Mapping[str, Any]) -> dict[str, Any]:
     """`takes` for an endpoint that makes tasks."""
-    return {**takes(model, **examples), "parameters": EXTENSION_HEADERS}
+    return {**takes(model, **examples), "parameters": list(TASK_HEADERS.values())}
 
 
 def answers(
-    model: type[BaseModel] | None, example: Mapping[str, Any], *failures: int, events: str | None = None
+    model: type[BaseModel] | UnionType | None, example: Mapping[str, Any], *failures: int, events: str | None = None
 ) -> dict[int | str, dict[str, Any]]:
     """`responses` of an endpoint: what it answers, the failures beside those any request can meet, and what it streams
     if asked to."""
@@ -99,18 +107,18 @@ def _failure(status: int) -> dict[str, Any]:
     }
 
 
-def install(app: FastAPI) -> None:
-    """Have the app describe itself with these."""
+def install(app: FastAPI, routers: Iterable[APIRouter]) -> None:
+    """Have the app describe itself, and these routers' endpoints, with these."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app)
+            app.openapi_schema = _document(app, routers)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
     )
@@ -124,4 +132,16 @@ def _document(app: FastAPI) -> dict[str, Any]:
                 del operation["responses"]["422"]
     for name in ("HTTPValidationError", "ValidationError"):
         known.pop(name, None)
+    _restore_examples(routers, document)
     return document
+
+
+def _restore_examples(routers: Iterable[APIRouter], document: dict[str, Any]) -> None:
+    """FastAPI leaves fields out of examples that are null."""
+    for route in (route for router in routers for route in router.routes if isinstance(route, APIRoute)):
+        for method in route.methods or ():
+            described = document["paths"][route.path_format][method.lower()]["responses"]
+            for status, answer in route.responses.items():
+                for kind, content in answer.get("content", {}).items():
+                    if "example" in content and str(status) in described:
+                        described[str(status)]["content"][kind]["example"] = content["example"]

@@ -8,7 +8,12 @@ TASK_ID = "0b8f3a52-5a53-4d0e-9a1c-3d6f8f0f4c11"
 MODEL = "smollm2-135m-instruct"
 ENERGY = {"transfer": 0.0, "inference": 3.2, "idle": 1.1, "method": "cpu-model", "estimated": True, "total": 4.3}
 RECEIPT = {"energy": ENERGY, "node": "e1", "on_time": True, "latency": 0.84}
-USAGE = {"prompt_tokens": 36, "completion_tokens": 12, "total_tokens": 48}
+USAGE = {
+    "prompt_tokens": 36,
+    "completion_tokens": 12,
+    "total_tokens": 48,
+    "prompt_tokens_details": {"cached_tokens": 32},
+}
 TEXT = "Because air scatters blue light the most."
 
 CHAT_REQUEST = {
@@ -23,7 +28,12 @@ CHAT = {
     "created": 1795161600,
     "model": MODEL,
     "choices": [
-        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": TEXT}, "logprobs": None}
+        {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": TEXT, "refusal": None},
+            "logprobs": None,
+        }
     ],
     "usage": USAGE,
     **RECEIPT,
@@ -37,15 +47,27 @@ COMPLETION = {
     "object": "text_completion",
     "choices": [{"index": 0, "finish_reason": "stop", "text": TEXT, "logprobs": None}],
 }
+COMPLETION_STREAM = 'data: {"object":"text_completion","choices":[{"index":0,"text":"Because"}]}\n\ndata: [DONE]\n\n'
 RESPONSE_REQUEST = {"model": MODEL, "input": "Why is the sky blue?", "max_output_tokens": 64}
 BACKGROUND_REQUEST = {**RESPONSE_REQUEST, "background": True, "deadline": "2026-12-01T06:00:00Z"}
 RESPONSE: dict[str, Any] = {
     "id": TASK_ID,
     "object": "response",
     "created_at": 1795161600,
+    "completed_at": 1795161601,
     "status": "completed",
     "background": True,
     "model": MODEL,
+    "instructions": None,
+    "max_output_tokens": 64,
+    "metadata": {},
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tools": [],
+    "tool_choice": "none",
+    "parallel_tool_calls": False,
+    "truncation": "disabled",
     "output": [
         {
             "type": "message",
@@ -57,7 +79,13 @@ RESPONSE: dict[str, Any] = {
     ],
     "error": None,
     "incomplete_details": None,
-    "usage": {"input_tokens": 36, "output_tokens": 12, "total_tokens": 48},
+    "usage": {
+        "input_tokens": 36,
+        "input_tokens_details": {"cached_tokens": 32},
+        "output_tokens": 12,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 48,
+    },
     **RECEIPT,
 }
 RESPONSE_STREAM = (
@@ -97,6 +125,8 @@ NODE = {
     "slots": 8,
     "active": 2,
     "waiting": 0,
+    "generated": 48211,
+    "energy": {"joules": 5310.4, "method": "cpu-model", "estimated": True},
     "draining": False,
     "models": [MODEL],
 }
@@ -108,7 +138,19 @@ EXPLANATION = {
     "action": "dispatch",
     "sentence": "e1 has the highest index of the nodes that can be on time.",
     "node": "e1",
-    "candidates": [{"node": "e1", "index": 1.4, "feasible": True, "finish": 0.9}],
+    "candidates": [
+        {
+            "node": "e1",
+            "index": 1.4,
+            "feasible": True,
+            "finish": 0.9,
+            "p_on_time": 0.99,
+            "marginal_energy": 3.1,
+            "slacks": {"deadline": 0.95},
+            "confidence": 0.2,
+            "note": "",
+        }
+    ],
 }
 FILE = {
     "id": "file-3f2a",
@@ -119,6 +161,7 @@ FILE = {
     "filename": "nightly.jsonl",
     "purpose": "batch",
     "status": "processed",
+    "status_details": None,
 }
 DELETED = {"id": "file-3f2a", "object": "file", "deleted": True}
 BATCH_REQUEST = {"input_file_id": "file-3f2a", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
@@ -128,8 +171,14 @@ BATCH: dict[str, Any] = {
     **BATCH_REQUEST,
     "status": "in_progress",
     "created_at": 1795161600,
-    "expires_at": 1795248000,
     "in_progress_at": 1795161601,
+    "expires_at": 1795248000,
+    "finalizing_at": None,
+    "completed_at": None,
+    "failed_at": None,
+    "expired_at": None,
+    "cancelling_at": None,
+    "cancelled_at": None,
     "request_counts": {"total": 100, "completed": 42, "failed": 1},
     "output_file_id": None,
     "error_file_id": None,
@@ -158,11 +207,15 @@ DELIVERY: dict[str, Any] = {
 }
 
 
+def whole_list(item: dict[str, Any]) -> dict[str, Any]:
+    """A list with this one item."""
+    return {"object": "list", "data": [item]}
+
+
 def page(item: dict[str, Any]) -> dict[str, Any]:
-    """A list with this one thing."""
+    """A page of a list with this one item."""
     return {
-        "object": "list",
-        "data": [item],
+        **whole_list(item),
         "has_more": False,
         "first_id": item.get("id"),
         "last_id": item.get("id"),

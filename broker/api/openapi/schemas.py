@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from perllm.broker.messages import MAX_DEADLINE, Sampling, State
+from perllm.broker.api.batches.store import Status
+from perllm.broker.messages import Sampling, State
+from perllm.broker.openai.requests import (
+    ChatMessage,
+    Deadline,
+    ExpectedTokens,
+    Metadata,
+    ModelName,
+    Service,
+    Tokens,
+    Value,
+)
 
 
 class Shape(BaseModel):
@@ -27,96 +38,28 @@ class ErrorDocument(Shape):
     error: ErrorBody
 
 
-# --- requests
-
-Deadline = Annotated[
-    Annotated[float, Field(gt=0, le=MAX_DEADLINE)] | str,
-    Field(description="Ours: seconds from now, or a time (RFC 3339), by which the answer is needed.", examples=[30]),
-]
-Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-]
+# --- requests: those of the OpenAI endpoints are the translation's (`perllm.broker.openai.requests`)
 
 
-class _Asked(Sampling):
-    """What every request may say."""
+class TaskRequest(Sampling):
+    """A task: exactly one of `prompt` and `messages`. Its fields are `TaskSpec`'s, but for the key's tenant."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: Annotated[
-        str | None, Field(description="A model on offer (`/v1/models`); `auto`, or none: any.", max_length=128)
-    ] = None
-    deadline: Deadline | None = None
-    value: Annotated[float, Field(gt=0, le=1e6, description="Ours: the weight when not all can be on time.")] = 1.0
-    service: Annotated[
-        str, Field(max_length=128, description="Ours: the class whose lengths and rewards are learned together.")
-    ] = "default"
-    expected_tokens: Annotated[
-        int | None, Field(ge=1, le=1_000_000, description="Ours: a guess of the output's length.")
-    ] = None
-    metadata: Metadata = Field(default_factory=dict)
-
-
-class TextPart(Shape):
-    type: Literal["text", "input_text", "output_text"]
-    text: str
-
-
-class ChatMessage(Shape):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
-
-
-class StreamOptions(Shape):
-    include_usage: bool = False
-
-
-class ChatRequest(_Asked):
-    """A chat completion. Tools, audio and several choices are not supported and are refused by name."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    stop: str | list[str] | None = None  # type: ignore[assignment]
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    response_format: dict[str, Any] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-
-
-class CompletionRequest(_Asked):
-    """A completion. The prompt is one user turn of the model's chat template."""
-
-    prompt: Annotated[str, Field(min_length=1)]
-    max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-
-
-class ResponseRequest(_Asked):
-    """A response. With `background` the answer comes at once and the response is to be retrieved."""
-
-    input: Annotated[str, Field(min_length=1)] | list[ChatMessage]
-    instructions: str | None = None
-    max_output_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    previous_response_id: Annotated[str | None, Field(max_length=256)] = None
-    background: bool = False
-    stream: bool = False
-    text: dict[str, Any] | None = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    user: str | None = None
-
-
-class TaskRequest(_Asked):
-    """A task: exactly one of `prompt` and `messages`."""
-
     prompt: Annotated[str | None, Field(min_length=1)] = None
     messages: list[ChatMessage] | None = None
-    max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
+    deadline: Deadline | None = None
+    value: Value = 1.0
+    max_tokens: Tokens | None = None
+    model: ModelName | None = None
+    service: Service = "default"
+    expected_tokens: ExpectedTokens | None = None
     idempotency_key: Annotated[str | None, Field(min_length=1, max_length=256)] = None
+    stream: Annotated[
+        bool, Field(description="Publish the text while it is generated: its response can be streamed.")
+    ] = False
+    metadata: Metadata = Field(default_factory=dict)
+    stop: str | list[str] | None = None  # type: ignore[assignment]
 
 
 class TasksRequest(TaskRequest):
@@ -144,14 +87,11 @@ class BatchRequest(Shape):
     output_expires_after: OutputExpiry | None = None
 
 
-EVENTS = (
-    "task.succeeded", "task.failed", "task.expired", "task.rejected", "task.cancelled",
-    "batch.completed", "batch.failed", "batch.expired", "batch.cancelled",
-)  # fmt: skip
 EventName = Literal[
     "task.succeeded", "task.failed", "task.expired", "task.rejected", "task.cancelled",
     "batch.completed", "batch.failed", "batch.expired", "batch.cancelled",
 ]  # fmt: skip
+EVENTS: tuple[EventName, ...] = get_args(EventName)
 
 
 class WebhookRequest(Shape):
@@ -160,7 +100,7 @@ class WebhookRequest(Shape):
     model_config = ConfigDict(extra="forbid")
 
     url: Annotated[str, Field(max_length=2048, pattern=r"^https?://")]
-    events: Annotated[list[EventName], Field(min_length=1)] = list(EVENTS)  # type: ignore[arg-type]
+    events: Annotated[list[EventName], Field(min_length=1)] = list(EVENTS)
 
 
 # --- answers
@@ -177,53 +117,72 @@ class EnergyReceipt(Shape):
     estimated: bool
 
 
-class Received(Shape):
+class ReceiptFields(Shape):
     """Our part of every answer."""
 
-    energy: EnergyReceipt | None = None
-    node: str | None = None
-    on_time: bool | None = None
-    latency: Annotated[float | None, Field(description="s, from submission to the end")] = None
+    energy: EnergyReceipt | None
+    node: str | None
+    on_time: bool | None
+    latency: Annotated[float | None, Field(description="s, from submission to the end")]
 
 
 class Usage(Shape):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: dict[str, int]
 
 
-class Choice(Shape):
+class ChatChoice(Shape):
     index: int
     finish_reason: str | None
-    message: dict[str, Any] | None = None
-    text: str | None = None
-    logprobs: dict[str, Any] | None = None
+    message: dict[str, Any]
+    logprobs: dict[str, Any] | None
 
 
-class ChatCompletion(Received):
+class ChatCompletion(ReceiptFields):
     id: str
     object: Literal["chat.completion"]
     created: int
     model: str
-    choices: list[Choice]
+    choices: list[ChatChoice]
     usage: Usage
 
 
-class Completion(Received):
+class TextChoice(Shape):
+    index: int
+    finish_reason: str | None
+    text: str
+    logprobs: dict[str, Any] | None
+
+
+class Completion(ReceiptFields):
     id: str
     object: Literal["text_completion"]
     created: int
     model: str
-    choices: list[Choice]
+    choices: list[TextChoice]
     usage: Usage
 
 
-class ResponseObject(Received):
+class ResponseObject(ReceiptFields):
     id: str
     object: Literal["response"]
     created_at: int
+    completed_at: int | None
     status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+    background: bool
     model: str
+    instructions: str | None
+    max_output_tokens: int
+    metadata: dict[str, str]
+    temperature: float
+    top_p: float
+    text: dict[str, Any]
+    tools: list[Any]
+    tool_choice: str
+    parallel_tool_calls: bool
+    truncation: str
     output: list[dict[str, Any]]
     error: dict[str, Any] | None
     incomplete_details: dict[str, Any] | None
@@ -235,7 +194,7 @@ class ModelObject(Shape):
     object: Literal["model"]
     created: int
     owned_by: str
-    context: int
+    context: Annotated[int, Field(description="tokens, prompt and output together, of the node that takes most")]
     nodes: list[str]
 
 
@@ -248,39 +207,74 @@ class TaskObject(Shape):
     id: str
     object: Literal["task"]
     state: State
-    submitted: float
-    deadline: float
+    submitted: Annotated[float, Field(description="s since the epoch")]
+    deadline: Annotated[float, Field(description="s since the epoch")]
     node: str | None
     model: str | None
     attempt: int
+    strikes: Annotated[int, Field(description="attempts that ended without a result")]
+    service: str
+    value: float
+    metadata: dict[str, str]
+    prompt: Annotated[str, Field(description="the start of it")]
     result: dict[str, Any] | None
 
 
-class TaskPage(Shape):
+class Page(Shape):
+    """What pages of lists have beside their `data`."""
+
     object: Literal["list"]
-    data: list[TaskObject]
     has_more: bool
     first_id: str | None
-    last_id: str | None
+    last_id: Annotated[str | None, Field(description="`after` for the next page")]
+
+
+class TaskPage(Page):
+    data: list[TaskObject]
+
+
+class SubmittedTask(Shape):
+    id: str
+    object: Literal["task"]
+    state: Literal["pending"]
+    repeated: Annotated[bool, Field(description="It was there before, under the same idempotency key.")]
 
 
 class SubmittedTasks(Shape):
-    object: Literal["list", "task"]
+    object: Literal["list"]
+    data: list[SubmittedTask]
 
 
 class ExplanationObject(Shape):
+    """Why a task was placed or refused. The fields with a default are there once that is decided."""
+
     id: str
     object: Literal["explanation"]
     decided: bool
+    policy: str | None = None
+    action: Literal["dispatch", "reject", "expire"] | None = None
+    sentence: str | None = None
+    node: str | None = None
+    candidates: list[dict[str, Any]] | None = None
+
+
+class NodeEnergy(Shape):
+    """J since the node started, idle included, how they were obtained, and whether that is an estimate."""
+
+    joules: float
+    method: str
+    estimated: bool
 
 
 class NodeObject(Shape):
     name: str
-    tier: str
+    tier: Literal["edge", "cloud"]
     engine: str
-    slots: int
+    slots: Annotated[int, Field(description="tasks it runs at once")]
     active: int
     waiting: int
+    generated: Annotated[int, Field(description="tokens since it started")]
+    energy: NodeEnergy
     draining: bool
     models: list[str]
 
@@ -295,18 +289,15 @@ class FileObject(Shape):
     object: Literal["file"]
     bytes: int
     created_at: int
-    expires_at: int | None
+    expires_at: int
     filename: str
     purpose: str
-    status: str
+    status: Literal["processed"]
+    status_details: None
 
 
-class FilePage(Shape):
-    object: Literal["list"]
+class FilePage(Page):
     data: list[FileObject]
-    has_more: bool
-    first_id: str | None
-    last_id: str | None
 
 
 class Deleted(Shape):
@@ -315,59 +306,85 @@ class Deleted(Shape):
     deleted: bool
 
 
+class RequestCounts(Shape):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchErrors(Shape):
+    """The first of its bad lines; all are in the error file."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+
+
 class BatchObject(Shape):
     id: str
     object: Literal["batch"]
     endpoint: str
+    errors: BatchErrors | None
     input_file_id: str
     completion_window: str
-    status: Literal[
-        "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
-    ]
-    created_at: int
-    request_counts: dict[str, int]
+    status: Status
     output_file_id: str | None
     error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    metadata: dict[str, str] | None
 
 
-class BatchPage(Shape):
-    object: Literal["list"]
+class BatchPage(Page):
     data: list[BatchObject]
-    has_more: bool
-    first_id: str | None
-    last_id: str | None
 
 
 class WebhookObject(Shape):
     id: str
     object: Literal["webhook"]
     url: str
-    events: list[str]
+    events: list[EventName]
     created_at: int
     health: Literal["closed", "open", "half-open", "disabled"]
     reason: str | None
-    next_probe: float | None
+    next_probe: Annotated[float | None, Field(description="s since the epoch")]
     dropped: int
 
 
-class WebhookPage(Shape):
-    object: Literal["list"]
+class CreatedWebhook(WebhookObject):
+    secret: Annotated[str, Field(description="Signs every delivery. It is in this answer and in no other.")]
+
+
+class WebhookPage(Page):
     data: list[WebhookObject]
-    has_more: bool
+
+
+class DeliveryAttempt(Shape):
+    at: Annotated[float, Field(description="s since the epoch")]
+    status: int | None
+    error: str | None
+    took: Annotated[float, Field(description="s")]
 
 
 class DeliveryObject(Shape):
     id: str
     object: Literal["webhook.delivery"]
-    event: str
+    event: EventName
+    event_id: str
     state: Literal["pending", "delivered", "failed"]
-    attempts: list[dict[str, Any]]
+    attempts: list[DeliveryAttempt]
+    next_attempt: Annotated[float | None, Field(description="s since the epoch")]
 
 
-class DeliveryPage(Shape):
-    object: Literal["list"]
+class DeliveryPage(Page):
     data: list[DeliveryObject]
-    has_more: bool
 
 
 class Health(Shape):

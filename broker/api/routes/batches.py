@@ -1,4 +1,4 @@
-"""Batches: `/v1/batches`. `batch_runner` does the work."""
+"""Batches: `/v1/batches`. `batches/runner.py` does the work."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from uuid import uuid4
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from perllm.broker.api.batches.store import BatchDocument, shown
+from perllm.broker.api.batches.store import BatchDocument, batch_object
+from perllm.broker.api.dependencies import TheApi, TheCaller
 from perllm.broker.api.errors import ApiError, not_found, over_quota
 from perllm.broker.api.openapi import examples
 from perllm.broker.api.openapi.document import answers, takes
 from perllm.broker.api.openapi.schemas import BatchObject, BatchPage, BatchRequest
 from perllm.broker.api.paging import After, Limit, page
-from perllm.broker.api.requests import TheApi, TheCaller, read_json
+from perllm.broker.api.request_body import read_json, refuse_unknown
+from perllm.broker.api.submission import MAX_ID
 from perllm.broker.messages import MAX_DEADLINE
 from perllm.broker.openai.translation import ENDPOINTS
 
@@ -35,25 +37,24 @@ async def create_batch(request: Request, api: TheApi, caller: TheCaller) -> Resp
     """Run a file's requests. Good lines run even if others are bad: those are in the error file. A line may carry a
     `deadline` of its own."""
     body = await read_json(request)
-    if unknown := set(body) - {"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"}:
-        raise ApiError(400, f"{min(unknown)}: not a field of this request", param=min(unknown))
+    refuse_unknown(body, BatchRequest.model_fields)
     endpoint, identity = body.get("endpoint"), body.get("input_file_id")
     if endpoint not in ENDPOINTS:
         raise ApiError(400, f"endpoint: one of {', '.join(ENDPOINTS)} is required", param="endpoint")
-    seconds = _seconds(body.get("completion_window"))
+    seconds = _window_seconds(body.get("completion_window"))
     metadata = _metadata(body.get("metadata"))
-    lasts = _lasts(body.get("output_expires_after"))
-    if not isinstance(identity, str) or len(identity) > 256:
+    lasts = _output_lasts(body.get("output_expires_after"))
+    if not isinstance(identity, str) or len(identity) > MAX_ID:
         raise ApiError(400, "input_file_id: a file's id is required", param="input_file_id")
 
     def create() -> BatchDocument | None:
-        if api.files.shelf.get(identity, caller.tenant) is None:
+        if api.files.documents.get(identity, caller.tenant) is None:
             return None
         most = api.settings.quota(caller.tenant).batches
         api.files.check_room(caller.tenant)  # for what comes of it
         if api.batches.count_open(caller.tenant) >= most:
             raise over_quota(f"this tenant may have {most} unfinished batches: wait for one to end, or cancel one")
-        now = api.ledger.now()
+        now = api.store.now()
         batch = BatchDocument(
             id=f"batch_{uuid4().hex}",
             tenant=caller.tenant,
@@ -73,11 +74,11 @@ async def create_batch(request: Request, api: TheApi, caller: TheCaller) -> Resp
     batch = await api.quick.run(caller.tenant, create)
     if batch is None:
         raise ApiError(404, f"input_file_id: no file {identity[:80]!r}", param="input_file_id", code="not_found")
-    api.runner.wake()
-    return JSONResponse(shown(batch))
+    api.batch_runner.wake()
+    return JSONResponse(batch_object(batch))
 
 
-def _seconds(window: Any) -> float:
+def _window_seconds(window: Any) -> float:
     form = _WINDOW.fullmatch(window) if isinstance(window, str) else None
     seconds = int(form[1]) * _UNITS[form[2]] if form else 0
     if not 0 < seconds <= MAX_DEADLINE:
@@ -86,7 +87,7 @@ def _seconds(window: Any) -> float:
     return float(seconds)
 
 
-def _lasts(given: Any) -> float | None:
+def _output_lasts(given: Any) -> float | None:
     match given:
         case None:
             return None
@@ -110,18 +111,18 @@ def _metadata(given: Any) -> dict[str, str] | None:
 async def list_batches(api: TheApi, caller: TheCaller, limit: Limit = 20, after: After = None) -> Response:
     """The tenant's batches, newest first."""
     found, more = await api.slow.run(
-        caller.tenant, partial(api.batches.shelf.page, caller.tenant, after=after, limit=limit)
+        caller.tenant, partial(api.batches.documents.page, caller.tenant, after=after, limit=limit)
     )
-    return JSONResponse(page([shown(batch) for batch in found], more))
+    return JSONResponse(page([batch_object(batch) for batch in found], more))
 
 
 @router.get("/v1/batches/{id}", responses=answers(BatchObject, examples.BATCH, 404))
 async def get_batch(id: str, api: TheApi, caller: TheCaller) -> Response:
     """A batch as it is now, its counts live."""
-    batch = await api.quick.run(caller.tenant, api.batches.shelf.get, id, caller.tenant)
+    batch = await api.quick.run(caller.tenant, api.batches.documents.get, id, caller.tenant)
     if batch is None:
         raise not_found("batch", id)
-    return JSONResponse(shown(batch))
+    return JSONResponse(batch_object(batch))
 
 
 @router.post("/v1/batches/{id}/cancel", responses=answers(BatchObject, examples.BATCH, 404))
@@ -130,5 +131,5 @@ async def cancel_batch(id: str, api: TheApi, caller: TheCaller) -> Response:
     batch = await api.quick.run(caller.tenant, api.batches.cancel, id, caller.tenant)
     if batch is None:
         raise not_found("batch", id)
-    api.runner.look_at(id)
-    return JSONResponse(shown(batch))
+    api.batch_runner.look_at(id)
+    return JSONResponse(batch_object(batch))

@@ -9,13 +9,19 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from perllm.broker.api import sse
-from perllm.broker.api.errors import ApiError, document
+from perllm.broker.api.callers import Caller
+from perllm.broker.api.dependencies import HeaderFields, TheApi, TheCaller
+from perllm.broker.api.errors import ApiError, error_body
 from perllm.broker.api.openapi import examples
 from perllm.broker.api.openapi.document import answers, takes_task
-from perllm.broker.api.openapi.schemas import ChatCompletion, ChatRequest, Completion, CompletionRequest
-from perllm.broker.api.requests import Accepted, Api, Caller, Extensions, TheApi, TheCaller, read_json, with_pauses
+from perllm.broker.api.openapi.schemas import ChatCompletion, Completion
+from perllm.broker.api.request_body import flag, read_json
+from perllm.broker.api.state import Api
+from perllm.broker.api.submission import Accepted
+from perllm.broker.api.waiting import with_heartbeats
 from perllm.broker.errors import PerLLMError
 from perllm.broker.messages import Result, State
+from perllm.broker.openai.requests import ChatRequest, CompletionRequest
 from perllm.broker.openai.translation import (
     ANY_MODEL,
     CHAT,
@@ -34,23 +40,23 @@ router = APIRouter(tags=["Completions"])
     openapi_extra=takes_task(ChatRequest, plain=examples.CHAT_REQUEST),
     responses=answers(ChatCompletion, examples.CHAT, 404, 408, 413, 422, events=examples.CHAT_STREAM),
 )
-async def chat_completion(request: Request, api: TheApi, caller: TheCaller, extensions: Extensions) -> Response:
+async def chat_completion(request: Request, api: TheApi, caller: TheCaller, headers: HeaderFields) -> Response:
     """Complete a chat. When the client goes away before the end, the task is cancelled, unless it has an idempotency
     key."""
-    return await _complete(CHAT, request, api, caller, extensions)
+    return await _complete(CHAT, request, api, caller, headers)
 
 
 @router.post(
     COMPLETIONS,
     openapi_extra=takes_task(CompletionRequest, plain=examples.COMPLETION_REQUEST),
-    responses=answers(Completion, examples.COMPLETION, 404, 408, 413, 422, events=examples.CHAT_STREAM),
+    responses=answers(Completion, examples.COMPLETION, 404, 408, 413, 422, events=examples.COMPLETION_STREAM),
 )
-async def completion(request: Request, api: TheApi, caller: TheCaller, extensions: Extensions) -> Response:
+async def completion(request: Request, api: TheApi, caller: TheCaller, headers: HeaderFields) -> Response:
     """Complete a prompt, which becomes one user turn of the model's chat template."""
-    return await _complete(COMPLETIONS, request, api, caller, extensions)
+    return await _complete(COMPLETIONS, request, api, caller, headers)
 
 
-async def _complete(url: str, request: Request, api: Api, caller: Caller, extensions: dict[str, Any]) -> Response:
+async def _complete(url: str, request: Request, api: Api, caller: Caller, headers: dict[str, Any]) -> Response:
     body = await read_json(request)
     stream = flag(body, "stream")
     required = "messages" if url == CHAT else "prompt"
@@ -60,23 +66,15 @@ async def _complete(url: str, request: Request, api: Api, caller: Caller, extens
         wrong = "prompt" if url == CHAT else "messages"
         raise ApiError(400, f"{wrong}: not a field of this request", param=wrong)
     with_usage = _with_usage(body) if stream else False
-    spec = await api.accept(caller, {**extensions, **task_fields(body, url), "stream": stream})
-    with api.seat(caller) as seat:
-        (accepted,) = await api.submit(caller, [spec])
+    spec = await api.tasks.accept(caller, {**headers, **task_fields(body, url), "stream": stream})
+    with api.waits.slot(caller) as slot:
+        (accepted,) = await api.tasks.submit(caller, [spec])
         if stream:
-            return sse.answer(_events(url, api, accepted, with_usage), seat.pop_all())
-        result = await api.result(accepted, request)
+            return sse.answer(_events(url, api, accepted, with_usage), slot.pop_all())
+        result = await api.results.wait(accepted, request)
     if result.state is not State.SUCCEEDED:
         raise no_result(result)
     return JSONResponse(response_body(url, result, accepted.spec, accepted.submitted))
-
-
-def flag(body: dict[str, Any], name: str) -> bool:
-    """A yes or no of a body; no unless given. Raises ApiError."""
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise ApiError(400, f"{name}: true or false is required", param=name)
-    return bool(value)
 
 
 def _with_usage(body: dict[str, Any]) -> bool:
@@ -119,22 +117,22 @@ async def _events(url: str, api: Api, accepted: Accepted, with_usage: bool) -> A
         if url == CHAT:
             first = {"index": 0, "finish_reason": None, "delta": {"role": "assistant", "content": ""}}
             yield sse.event({**common, "choices": [first]})
-        said = ""
-        async for piece in with_pauses(api.client.stream(accepted.id)):
+        sent = ""
+        async for piece in with_heartbeats(api.client.stream(accepted.id)):
             if piece is None:
-                yield sse.STILL_HERE
+                yield sse.HEARTBEAT
             elif isinstance(piece, str):
-                said += piece
+                sent += piece
                 if piece:
                     yield chunk(piece)
             else:
                 done = True
-                if (failure := failed(piece, said)) is not None:
+                if (failure := stream_error(piece, sent)) is not None:
                     yield sse.event(failure)
                     return
                 assert piece.output is not None
                 assert piece.receipt is not None
-                if rest := piece.text[len(said) :]:
+                if rest := piece.text[len(sent) :]:
                     yield chunk(rest)
                 common["model"] = piece.receipt.model
                 yield chunk(None, piece.output.finish_reason, **receipt_fields(piece))
@@ -143,19 +141,19 @@ async def _events(url: str, api: Api, accepted: Accepted, with_usage: bool) -> A
         yield sse.DONE
     except PerLLMError as error:  # too late for a status
         done = True
-        yield sse.event(document(503, f"the stream ends here: {error}", code="unavailable", task_id=accepted.id))
+        yield sse.event(error_body(503, f"the stream ends here: {error}", code="unavailable", task_id=accepted.id))
     finally:
         if not done:
-            api.abandon(accepted)
+            api.results.abandon(accepted)
 
 
-def failed(result: Result, said: str) -> dict[str, Any] | None:
+def stream_error(result: Result, sent: str) -> dict[str, Any] | None:
     """The error a stream ends with, where it does: the task ended without an answer, or the answer is not what was
-    streamed (an attempt was lost half-way, and the next one said something else)."""
+    streamed (an attempt was lost half-way, and the next one sent something else)."""
     if result.state is not State.SUCCEEDED:
         error = no_result(result)
-        return document(422, str(error.detail), code=error.code, **error.more)
-    if not result.text.startswith(said):
+        return error_body(422, str(error.detail), code=error.code, **error.more)
+    if not result.text.startswith(sent):
         message = f"a node was lost and the text began anew: GET /v1/tasks/{result.id} has it whole"
-        return document(422, message, code="restarted", task_id=result.id)
+        return error_body(422, message, code="restarted", task_id=result.id)
     return None

@@ -13,24 +13,29 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 
+from perllm.broker.api.callers import Caller
+from perllm.broker.api.dependencies import TheApi, TheCaller
 from perllm.broker.api.errors import ApiError, not_found
 from perllm.broker.api.files.store import FileDocument
 from perllm.broker.api.openapi import examples
 from perllm.broker.api.openapi.document import answers
 from perllm.broker.api.openapi.schemas import Deleted, FileObject, FilePage
 from perllm.broker.api.paging import After, Order, page
-from perllm.broker.api.requests import MAX_ID, Api, Caller, TheApi, TheCaller
+from perllm.broker.api.request_body import refuse_unknown
+from perllm.broker.api.state import Api
+from perllm.broker.api.submission import MAX_ID
 
 router = APIRouter(tags=["Files"])
 
 PURPOSES = ("batch", "user_data")
-_PIECE = 1 << 20
-#: Thousands of files looked at for one page.
-_LOOKS = 12
+#: Bytes of a file sent at once.
+_CHUNK = 1 << 20
+#: Most reads, of a thousand files each, for one page.
+_MAX_READS = 12
 _BAD_NAME = re.compile(r"[\x00-\x1f\x7f/\\]|^\.{0,2}$")
 
 
-def shown(file: FileDocument) -> dict[str, Any]:
+def file_object(file: FileDocument) -> dict[str, Any]:
     return {
         "id": file.id,
         "object": "file",
@@ -44,21 +49,18 @@ def shown(file: FileDocument) -> dict[str, Any]:
     }
 
 
+_FORM: dict[str, dict[str, Any]] = {
+    "file": {"type": "string", "format": "binary"},
+    "purpose": {"type": "string", "enum": list(PURPOSES)},
+    "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+    "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+}
 _UPLOAD = {
     "requestBody": {
         "required": True,
         "content": {
             "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": list(PURPOSES)},
-                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
-                    },
-                },
+                "schema": {"type": "object", "required": ["file", "purpose"], "properties": _FORM},
                 "example": {"purpose": "batch", "file": '{"custom_id": "1", "body": {"prompt": "Hi"}}'},
             }
         },
@@ -72,15 +74,17 @@ async def upload_file(request: Request, api: TheApi, caller: TheCaller) -> Respo
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data":  # any other form would be read into memory
         raise ApiError(400, "the body must be multipart/form-data", param="file")
-    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):  # some take for ever, or give no text
+    # Others may take very long to decode.
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
         raise ApiError(400, "the form's charset must be UTF-8", param="file")
-    with api.upload(caller):
-        return JSONResponse(shown(await _kept(request, api, caller)))
+    with api.uploads.slot(caller):
+        return JSONResponse(file_object(await _store_upload(request, api, caller)))
 
 
-async def _kept(request: Request, api: Api, caller: Caller) -> FileDocument:
+async def _store_upload(request: Request, api: Api, caller: Caller) -> FileDocument:
     await api.disk.run(caller.tenant, api.files.check_room, caller.tenant)
     async with request.form(max_files=1, max_fields=8, max_part_size=64 << 10) as form:
+        refuse_unknown(form, _FORM)
         upload = form.get("file")
         if not isinstance(upload, UploadFile):
             raise ApiError(400, "file: a file is required, whole, as multipart/form-data", param="file")
@@ -100,6 +104,9 @@ async def _kept(request: Request, api: Api, caller: Caller) -> FileDocument:
 
 
 def _lasts(form: FormData, most: float) -> float | None:
+    if form.get("expires_after[anchor]", "created_at") != "created_at":
+        param = "expires_after[anchor]"
+        raise ApiError(400, f"{param}: only created_at is supported", param=param)
     given = form.get("expires_after[seconds]")
     if given is None:
         return None
@@ -120,25 +127,25 @@ async def list_files(
 ) -> Response:
     """The tenant's files, by the time they were made."""
 
-    def look() -> tuple[list[FileDocument], bool]:
+    def read() -> tuple[list[FileDocument], bool]:
         found: list[FileDocument] = []
         last, more = after, True
-        for _ in range(_LOOKS):
+        for _ in range(_MAX_READS):
             if not more or len(found) > limit:
                 break
-            documents, more = api.files.shelf.page(caller.tenant, after=last, limit=1000, newest=order == "desc")
+            documents, more = api.files.documents.page(caller.tenant, after=last, limit=1000, newest=order == "desc")
             found += [d for d in documents if purpose in (None, d.purpose)]
             last = documents[-1].id if documents else last
         return found[:limit], more or len(found) > limit
 
-    found, more = await api.slow.run(caller.tenant, look)
-    return JSONResponse(page([shown(file) for file in found], more))
+    found, more = await api.slow.run(caller.tenant, read)
+    return JSONResponse(page([file_object(file) for file in found], more))
 
 
 @router.get("/v1/files/{id}", responses=answers(FileObject, examples.FILE, 404))
 async def get_file(id: str, api: TheApi, caller: TheCaller) -> Response:
     """A file less its content."""
-    return JSONResponse(shown(await _file(api, caller, id)))
+    return JSONResponse(file_object(await _file(api, caller, id)))
 
 
 @router.get(
@@ -160,17 +167,17 @@ async def get_file_content(id: str, api: TheApi, caller: TheCaller) -> Response:
     except FileNotFoundError:
         raise not_found("content of file", id) from None
 
-    async def pieces() -> AsyncIterator[bytes]:
+    async def chunks() -> AsyncIterator[bytes]:
         with content:
-            while piece := await api.disk.run(caller.tenant, content.read, _PIECE):
-                yield piece
+            while chunk := await api.disk.run(caller.tenant, content.read, _CHUNK):
+                yield chunk
 
     headers = {
         "Content-Length": str(file.bytes),
         "Content-Disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
         "X-Content-Type-Options": "nosniff",
     }
-    return StreamingResponse(pieces(), media_type="application/octet-stream", headers=headers)
+    return StreamingResponse(chunks(), media_type="application/octet-stream", headers=headers)
 
 
 @router.delete(
@@ -188,7 +195,7 @@ async def delete_file(id: str, api: TheApi, caller: TheCaller) -> Response:
 async def _file(api: TheApi, caller: TheCaller, identity: str) -> FileDocument:
     file = None
     if len(identity) <= MAX_ID:
-        file = await api.quick.run(caller.tenant, api.files.shelf.get, identity, caller.tenant)
+        file = await api.quick.run(caller.tenant, api.files.documents.get, identity, caller.tenant)
     if file is None:
         raise not_found("file", identity)
     return file

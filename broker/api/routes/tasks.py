@@ -1,4 +1,4 @@
-"""The native endpoints: `/v1/tasks`, `/v1/nodes`, `/v1/models`, and whether the door is open."""
+"""Tasks: `/v1/tasks`, PerLLM's own way in."""
 
 from __future__ import annotations
 
@@ -7,38 +7,34 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from perllm.broker.api.errors import ApiError, not_found
+from perllm.broker.api.dependencies import HeaderFields, TheApi, TheCaller
+from perllm.broker.api.errors import ApiError
 from perllm.broker.api.openapi import examples
 from perllm.broker.api.openapi.document import answers, takes_task
 from perllm.broker.api.openapi.schemas import (
     Deleted,
     ExplanationObject,
-    Health,
-    ModelList,
-    ModelObject,
-    NodeList,
+    SubmittedTask,
     SubmittedTasks,
     TaskObject,
     TaskPage,
     TasksRequest,
 )
 from perllm.broker.api.paging import After, Limit, Order, page
-from perllm.broker.api.requests import Api, Caller, Extensions, TheApi, TheCaller, read_json
+from perllm.broker.api.request_body import read_json
+from perllm.broker.api.submission import Accepted
 from perllm.broker.errors import InvalidTask
 from perllm.broker.ledger import TaskRecord
 from perllm.broker.ledger.ledger import Glance
-from perllm.broker.messages import Counters, State
+from perllm.broker.messages import State
 from perllm.broker.openai.translation import messages
 
 router = APIRouter(tags=["Tasks"])
-catalogue = APIRouter(tags=["Models"])
-health = APIRouter(tags=["Health"])
 
 #: Most tasks of one request.
-MANY = 1000
-#: Tasks looked at for one page of a filtered list, and at once.
-_LOOK_AT = 2000
-_PIECE = 500
+MAX_TASKS = 1000
+#: Most tasks read for one page of a filtered list, and those read at once.
+_MAX_READ, _READ = 2000, 500
 #: Bytes of tasks read for one page, about; what is longer comes on the next.
 _PAGE_BYTES = 16 << 20
 
@@ -48,38 +44,41 @@ _PAGE_BYTES = 16 << 20
     openapi_extra=takes_task(
         TasksRequest, one=examples.TASK_REQUEST, many={"tasks": [examples.TASK_REQUEST, {"prompt": "And the sea?"}]}
     ),
-    responses=answers(SubmittedTasks, examples.SUBMITTED, 404, 408, 413, 422),
+    responses=answers(SubmittedTask | SubmittedTasks, examples.SUBMITTED, 404, 408, 413, 422),
 )
-async def submit_tasks(request: Request, api: TheApi, caller: TheCaller, extensions: Extensions) -> Response:
+async def submit_tasks(request: Request, api: TheApi, caller: TheCaller, headers: HeaderFields) -> Response:
     """Submit one task, or up to 1,000. If one of many is wrong, none is submitted."""
     body = await read_json(request)
     if "tasks" not in body:
-        spec = await api.accept(caller, {**extensions, **_fields(body)})
-        (accepted,) = await api.submit(caller, [spec])
-        return JSONResponse({"id": accepted.id, "object": "task", "state": "pending", "repeated": accepted.repeated})
+        spec = await api.tasks.accept(caller, {**headers, **_task_fields(body)})
+        (accepted,) = await api.tasks.submit(caller, [spec])
+        return JSONResponse(_submitted_task(accepted))
     many = body["tasks"]
     if len(body) > 1:
         other = next(name for name in body if name != "tasks")
         raise ApiError(400, f"{other}: not a field beside 'tasks'; put it into each task", param=other)
-    if not isinstance(many, list) or not 1 <= len(many) <= MANY:
-        raise ApiError(400, f"tasks: a list of 1 to {MANY} tasks is required", param="tasks")
-    extensions.pop("idempotency_key", None)  # one key cannot stand for many tasks
+    if not isinstance(many, list) or not 1 <= len(many) <= MAX_TASKS:
+        raise ApiError(400, f"tasks: a list of 1 to {MAX_TASKS} tasks is required", param="tasks")
+    headers.pop("idempotency_key", None)  # one key cannot stand for many tasks
     specs = []
     for number, fields in enumerate(many):
         try:
             if not isinstance(fields, dict):
                 raise InvalidTask("task: an object is required")
-            specs.append(await api.accept(caller, {**extensions, **_fields(fields)}))
+            specs.append(await api.tasks.accept(caller, {**headers, **_task_fields(fields)}))
         except InvalidTask as error:
             raise type(error)(f"tasks.{number}.{error}") from None
         except ApiError as error:
             raise ApiError(error.status_code, f"tasks.{number}: {error.detail}", param=f"tasks.{number}") from None
-    accepted_all = await api.submit(caller, specs)
-    data = [{"id": a.id, "object": "task", "state": "pending", "repeated": a.repeated} for a in accepted_all]
-    return JSONResponse({"object": "list", "data": data})
+    accepted_all = await api.tasks.submit(caller, specs)
+    return JSONResponse({"object": "list", "data": [_submitted_task(accepted) for accepted in accepted_all]})
 
 
-def _fields(body: dict[str, Any]) -> dict[str, Any]:
+def _submitted_task(accepted: Accepted) -> dict[str, Any]:
+    return {"id": accepted.id, "object": "task", "state": "pending", "repeated": accepted.repeated}
+
+
+def _task_fields(body: dict[str, Any]) -> dict[str, Any]:
     fields = {name: value for name, value in body.items() if value is not None}
     if "tenant" in fields:
         raise InvalidTask("tenant: it is the key's; not a field of this request")
@@ -103,18 +102,18 @@ async def list_tasks(
     after: After = None,
     order: Order = "desc",
 ) -> Response:
-    """The tenant's tasks, whichever door they came by, by the time of their submission. A page may have fewer than
+    """The tenant's tasks, however they were submitted, by the time of their submission. A page may have fewer than
     `limit`, of a filtered list none: go on after its `last_id` while there is more."""
 
-    def look() -> tuple[list[TaskRecord], str | None, bool]:
+    def read() -> tuple[list[TaskRecord], str | None, bool]:
         wanted: list[str] = []
         last, seen, size, more = after, 0, 0, True
         full = False
-        while more and not full and seen < _LOOK_AT:
-            ids = api.ledger.tasks_of(caller.tenant, after=last, limit=_PIECE, newest=order == "desc")
-            more = len(ids) == _PIECE
+        while more and not full and seen < _MAX_READ:
+            ids = api.ledger.tasks_of(caller.tenant, after=last, limit=_READ, newest=order == "desc")
+            more = len(ids) == _READ
             for task_id, glance in zip(ids, api.ledger.glances(ids), strict=True):
-                if glance is not None and _wanted(glance, state, service, model):
+                if glance is not None and _matches(glance, state, service, model):
                     full = len(wanted) == limit or (bool(wanted) and size + glance.size > _PAGE_BYTES)
                     if full:
                         break
@@ -124,27 +123,25 @@ async def list_tasks(
             seen += len(ids)
         return api.ledger.legible(wanted), last, more or full
 
-    found, last, more = await api.slow.run(caller.tenant, look)
-    data = [_shown(record, whole=False) for record in found]
+    found, last, more = await api.slow.run(caller.tenant, read)
+    data = [_task_object(record, whole=False) for record in found]
     return JSONResponse(page(data, more, last))
 
 
-def _wanted(task: Glance, state: State | None, service: str | None, model: str | None) -> bool:
+def _matches(task: Glance, state: State | None, service: str | None, model: str | None) -> bool:
     return state in (None, task.state) and service in (None, task.service) and model in (None, task.model)
 
 
 @router.get("/v1/tasks/{id}", responses=answers(TaskObject, examples.TASK, 404))
 async def get_task(id: str, api: TheApi, caller: TheCaller) -> Response:
     """A task as it is now, with its result once it has one."""
-    return JSONResponse(_shown(await api.record(caller, id), whole=True))
+    return JSONResponse(_task_object(await api.tasks.record(caller, id), whole=True))
 
 
 @router.post("/v1/tasks/{id}/cancel", responses=answers(TaskObject, examples.TASK, 404))
 async def cancel_task(id: str, api: TheApi, caller: TheCaller) -> Response:
     """Cancel a task, a running one too. One that has ended stays as it is."""
-    await api.record(caller, id)
-    await api.client.cancel(id)
-    return JSONResponse(_shown(await api.record(caller, id), whole=True))
+    return JSONResponse(_task_object(await api.tasks.cancel(caller, id), whole=True))
 
 
 @router.delete(
@@ -152,20 +149,19 @@ async def cancel_task(id: str, api: TheApi, caller: TheCaller) -> Response:
 )
 async def delete_task(id: str, api: TheApi, caller: TheCaller) -> Response:
     """Forget a task, its prompt, text and result, for good. One that goes on is cancelled first."""
-    await api.record(caller, id)
-    await api.quick.run(caller.tenant, api.ledger.forget, id)
+    await api.tasks.forget(caller, id)
     return JSONResponse({"id": id, "object": "task", "deleted": True})
 
 
 @router.get("/v1/tasks/{id}/explain", responses=answers(ExplanationObject, examples.EXPLANATION, 404))
 async def explain_task(id: str, api: TheApi, caller: TheCaller) -> Response:
     """Why a task was placed where it was, or refused."""
-    record = await api.record(caller, id)
+    record = await api.tasks.record(caller, id)
     why = record.why.model_dump(mode="json") if record.why else {}
     return JSONResponse({"id": id, "object": "explanation", "decided": record.why is not None, **why})
 
 
-def _shown(record: TaskRecord, *, whole: bool) -> dict[str, Any]:
+def _task_object(record: TaskRecord, *, whole: bool) -> dict[str, Any]:
     spec, result = record.spec, record.result
     return {
         "id": record.id,
@@ -183,83 +179,3 @@ def _shown(record: TaskRecord, *, whole: bool) -> dict[str, Any]:
         "prompt": spec.preview(200),
         "result": result.model_dump(mode="json", exclude=None if whole else {"output"}) if result else None,
     }
-
-
-# --- what there is
-
-
-@router.get("/v1/nodes", responses=answers(NodeList, examples.page(examples.NODE)))
-async def list_nodes(api: TheApi, caller: TheCaller) -> Response:
-    """The live nodes and what they last said of themselves."""
-    data = []
-    for info, beat, draining in await api.slow.run(caller.tenant, api.ledger.nodes):
-        counters = beat.counters if beat else Counters()
-        data.append(
-            {
-                "name": info.name,
-                "tier": info.tier,
-                "engine": info.engine,
-                "slots": info.slots,
-                "active": counters.active,
-                "waiting": counters.waiting,
-                "generated": counters.generated,
-                "energy": {
-                    "joules": counters.energy,
-                    "method": info.power.method,
-                    "estimated": info.power.estimated,
-                },
-                "draining": draining,
-                "models": [offer.name for offer in info.models],
-            }
-        )
-    return JSONResponse({"object": "list", "data": data})
-
-
-@catalogue.get("/v1/models", responses=answers(ModelList, examples.page(examples.MODEL_OBJECT)))
-async def list_models(api: TheApi, caller: TheCaller) -> Response:
-    """The models live nodes offer."""
-    return JSONResponse({"object": "list", "data": list((await _models(api, caller)).values())})
-
-
-@catalogue.get("/v1/models/{id:path}", responses=answers(ModelObject, examples.MODEL_OBJECT, 404))
-async def get_model(id: str, api: TheApi, caller: TheCaller) -> Response:
-    """A model live nodes offer."""
-    if (found := (await _models(api, caller)).get(id)) is None:
-        raise not_found("model on any live node:", id)
-    return JSONResponse(found)
-
-
-async def _models(api: Api, caller: Caller) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for info, _, _ in await api.slow.run(caller.tenant, api.ledger.nodes):
-        for offer in info.models:
-            shown = found.setdefault(
-                offer.name,
-                {"id": offer.name, "object": "model", "created": 0, "owned_by": "perllm", "context": 0, "nodes": []},
-            )
-            shown["context"] = max(shown["context"], offer.context)
-            shown["nodes"].append(info.name)
-    return found
-
-
-# --- health
-
-
-def _says(status: str) -> dict[str, Any]:
-    content = {"application/json": {"example": {"status": status}}}
-    return {"model": Health, "description": status.capitalize() + ".", "content": content}
-
-
-@health.get("/health", responses={200: _says("ok")})
-async def alive() -> Response:
-    """Whether this process answers. Needs no key."""
-    return JSONResponse({"status": "ok"})
-
-
-@health.get("/ready", responses={200: _says("ready"), 503: _says("no scheduler and no node")})
-async def ready(api: TheApi) -> Response:
-    """Whether tasks can be taken and done: the ledger answers, a scheduler leads, a node is live. Needs no key."""
-    lacking = await api.readiness()
-    if lacking:
-        return JSONResponse({"status": f"no {' and no '.join(lacking)}"}, 503)
-    return JSONResponse({"status": "ready"})

@@ -1,4 +1,4 @@
-"""`/v1/webhooks`: who is to be told of what, what was delivered, and again."""
+"""`/v1/webhooks`: which events are posted where, what was delivered, and deliveries again."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from urllib.parse import urlsplit
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from perllm.broker.api.callers import Caller
+from perllm.broker.api.dependencies import TheApi, TheCaller
 from perllm.broker.api.errors import ApiError, not_found
 from perllm.broker.api.openapi import examples
 from perllm.broker.api.openapi.document import answers, takes
 from perllm.broker.api.openapi.schemas import (
     EVENTS,
+    CreatedWebhook,
     Deleted,
     DeliveryObject,
     DeliveryPage,
@@ -24,49 +27,51 @@ from perllm.broker.api.openapi.schemas import (
     WebhookRequest,
 )
 from perllm.broker.api.paging import After, Limit, page
-from perllm.broker.api.requests import Api, Caller, TheApi, TheCaller, read_json
+from perllm.broker.api.request_body import read_json, refuse_unknown
+from perllm.broker.api.state import Api
 from perllm.broker.api.webhooks.address import Forbidden, check_url, resolve
-from perllm.broker.api.webhooks.store import MOST_HOOKS, DeliveryDocument, WebhookDocument
+from perllm.broker.api.webhooks.store import MAX_WEBHOOKS, DeliveryDocument, WebhookDocument
 
 router = APIRouter(tags=["Webhooks"])
 
-#: Seconds the check of an address may take, and checks of one tenant's at once: each asks a DNS server.
-CHECK, CHECKS = 6.0, 4
+#: Seconds the check of an address may take: it asks a DNS server.
+ADDRESS_TIMEOUT = 6.0
+#: Checks of addresses at once, of one tenant.
+MAX_ADDRESS_CHECKS = 4
 
 
 @router.post(
     "/v1/webhooks",
     openapi_extra=takes(WebhookRequest, some=examples.WEBHOOK_REQUEST),
-    responses=answers(WebhookObject, {**examples.WEBHOOK, "secret": "whsec_..."}, 408, 413),
+    responses=answers(CreatedWebhook, {**examples.WEBHOOK, "secret": "whsec_..."}, 408, 413),
 )
 async def create_webhook(request: Request, api: TheApi, caller: TheCaller) -> Response:
     """Have events posted to an address, signed as Standard Webhooks says. The secret is in this answer and in no
     other."""
     body = await read_json(request)
-    if unknown := set(body) - {"url", "events"}:
-        raise ApiError(400, f"{min(unknown)}: not a field of this request", param=min(unknown))
+    refuse_unknown(body, WebhookRequest.model_fields)
     events = body.get("events", list(EVENTS))
     if not isinstance(events, list) or not events or not all(isinstance(e, str) and e in EVENTS for e in events):
         raise ApiError(400, f"events: a list of some of {', '.join(EVENTS)} is required", param="events")
-    url = await _checked(api, caller.tenant, body.get("url"))
-    hook = await api.quick.run(caller.tenant, api.webhooks.make, caller.tenant, url, list(dict.fromkeys(events)))
-    if hook is None:
-        raise ApiError(400, f"url: there are {MOST_HOOKS} webhooks already; delete one", param="url")
-    return JSONResponse({**(await _shown(api, caller, [hook]))[0], "secret": hook.secret})
+    url = await _checked_url(api, caller.tenant, body.get("url"))
+    webhook = await api.quick.run(caller.tenant, api.webhooks.make, caller.tenant, url, list(dict.fromkeys(events)))
+    if webhook is None:
+        raise ApiError(400, f"url: there are {MAX_WEBHOOKS} webhooks already; delete one", param="url")
+    return JSONResponse({**(await _webhook_objects(api, caller, [webhook]))[0], "secret": webhook.secret})
 
 
-async def _checked(api: Api, tenant: str, url: Any) -> str:
+async def _checked_url(api: Api, tenant: str, url: Any) -> str:
     if not isinstance(url, str) or len(url) > 2048:
         raise ApiError(400, "url: an address of at most 2048 characters is required", param="url")
     checks: Counter[str] = api.address_checks
-    if checks[tenant] >= CHECKS:
-        message = f"url: {CHECKS} addresses are being looked up for this tenant; try again when one is done"
+    if checks[tenant] >= MAX_ADDRESS_CHECKS:
+        message = f"url: {MAX_ADDRESS_CHECKS} addresses are being looked up for this tenant; try again when one is done"
         raise ApiError(429, message, param="url", code="too_many_lookups", headers={"Retry-After": "1"})
     checks[tenant] += 1
     try:
         check_url(url)
         parts = urlsplit(url)
-        async with asyncio.timeout(CHECK):
+        async with asyncio.timeout(ADDRESS_TIMEOUT):
             port = parts.port or (443 if parts.scheme == "https" else 80)
             await resolve(parts.hostname or "", port, api.settings.webhook_allow, api.settings.webhook_dns)
     except Forbidden as refused:
@@ -75,52 +80,52 @@ async def _checked(api: Api, tenant: str, url: Any) -> str:
         raise ApiError(400, "url: its name was not resolved in time", param="url") from None
     finally:
         checks[tenant] -= 1
-        checks += Counter()  # forgets who has none
+        checks += Counter()  # forgets tenants without any
     return url
 
 
 @router.get("/v1/webhooks", responses=answers(WebhookPage, examples.page(examples.WEBHOOK)))
 async def list_webhooks(api: TheApi, caller: TheCaller) -> Response:
     """The tenant's webhooks, newest first."""
-    hooks = await api.quick.run(caller.tenant, api.webhooks.of, caller.tenant)
-    return JSONResponse(page(await _shown(api, caller, hooks), False))
+    webhooks = await api.quick.run(caller.tenant, api.webhooks.of, caller.tenant)
+    return JSONResponse(page(await _webhook_objects(api, caller, webhooks), False))
 
 
 @router.get("/v1/webhooks/{id}", responses=answers(WebhookObject, examples.WEBHOOK, 404))
 async def get_webhook(id: str, api: TheApi, caller: TheCaller) -> Response:
     """A webhook less its secret. Its `health` is `closed` while its deliveries go out. After failures in a row it is
     `open`: what is to be delivered waits until `next_probe`, then is `half-open` and one delivery is tried. After three
-    days without a success it is `disabled`. `reason` is the last failure, `dropped` counts the events it was not told
-    of since too much was waiting."""
-    return JSONResponse((await _shown(api, caller, [await _hook(api, caller, id)]))[0])
+    days without a success it is `disabled`. `reason` is the last failure, `dropped` counts the events that were
+    not delivered since too many deliveries were pending."""
+    return JSONResponse((await _webhook_objects(api, caller, [await _find(api, caller, id)]))[0])
 
 
 @router.post("/v1/webhooks/{id}/enable", responses=answers(WebhookObject, examples.WEBHOOK, 404))
 async def enable_webhook(id: str, api: TheApi, caller: TheCaller) -> Response:
     """Post to a webhook as if it had never failed, what waits for it first: for one that was disabled, or whose
-    receiver is mended."""
-    hook = await api.quick.run(caller.tenant, api.webhooks.enable, await _hook(api, caller, id))
-    if hook is None:
+    receiver works again."""
+    webhook = await api.quick.run(caller.tenant, api.webhooks.enable, await _find(api, caller, id))
+    if webhook is None:
         raise not_found("webhook", id)
     api.webhook_dispatcher.wake()
-    return JSONResponse((await _shown(api, caller, [hook]))[0])
+    return JSONResponse((await _webhook_objects(api, caller, [webhook]))[0])
 
 
 @router.delete("/v1/webhooks/{id}", responses=answers(Deleted, {**examples.DELETED, "object": "webhook"}, 404))
 async def delete_webhook(id: str, api: TheApi, caller: TheCaller) -> Response:
     """Delete a webhook; what is still to be delivered to it is dropped."""
-    await api.quick.run(caller.tenant, api.webhooks.remove, await _hook(api, caller, id))
+    await api.quick.run(caller.tenant, api.webhooks.remove, await _find(api, caller, id))
     return JSONResponse({"id": id, "object": "webhook", "deleted": True})
 
 
 @router.get("/v1/webhooks/{id}/deliveries", responses=answers(DeliveryPage, examples.page(examples.DELIVERY), 404))
 async def list_deliveries(id: str, api: TheApi, caller: TheCaller, limit: Limit = 20, after: After = None) -> Response:
     """What was, or is still to be, delivered to a webhook in the last week, with every attempt; newest first."""
-    hook = await _hook(api, caller, id)
+    webhook = await _find(api, caller, id)
     found, more = await api.slow.run(
-        caller.tenant, partial(api.webhooks.deliveries.page, hook.id, after=after, limit=limit)
+        caller.tenant, partial(api.webhooks.deliveries.page, webhook.id, after=after, limit=limit)
     )
-    return JSONResponse(page([_shown_delivery(delivery) for delivery in found], more))
+    return JSONResponse(page([_delivery_object(delivery) for delivery in found], more))
 
 
 @router.post(
@@ -128,43 +133,43 @@ async def list_deliveries(id: str, api: TheApi, caller: TheCaller, limit: Limit 
 )
 async def replay_delivery(id: str, delivery_id: str, api: TheApi, caller: TheCaller) -> Response:
     """Deliver something again, under the same `webhook-id`."""
-    hook = await _hook(api, caller, id)
+    webhook = await _find(api, caller, id)
     delivery = await api.quick.run(caller.tenant, api.webhooks.deliveries.get, delivery_id, caller.tenant)
-    if delivery is None or delivery.webhook != hook.id:
+    if delivery is None or delivery.webhook != webhook.id:
         raise not_found("delivery", delivery_id)
-    if hook.health.disabled:
+    if webhook.health.disabled:
         raise ApiError(409, "the webhook is disabled: enable it first", code="webhook_disabled")
-    again = await api.quick.run(caller.tenant, api.webhooks.replay, hook, delivery)
+    again = await api.quick.run(caller.tenant, api.webhooks.replay, webhook, delivery)
     api.webhook_dispatcher.wake()
-    return JSONResponse(_shown_delivery(again or delivery))
+    return JSONResponse(_delivery_object(again or delivery))
 
 
-async def _hook(api: Api, caller: Caller, identity: str) -> WebhookDocument:
-    hook = await api.quick.run(caller.tenant, api.webhooks.shelf.get, identity, caller.tenant)
-    if hook is None:
+async def _find(api: Api, caller: Caller, identity: str) -> WebhookDocument:
+    webhook = await api.quick.run(caller.tenant, api.webhooks.documents.get, identity, caller.tenant)
+    if webhook is None:
         raise not_found("webhook", identity)
-    return hook
+    return webhook
 
 
-async def _shown(api: Api, caller: Caller, hooks: list[WebhookDocument]) -> list[dict[str, Any]]:
-    now, dropped = await api.quick.run(caller.tenant, lambda: (api.ledger.now(), api.webhooks.dropped(hooks)))
+async def _webhook_objects(api: Api, caller: Caller, webhooks: list[WebhookDocument]) -> list[dict[str, Any]]:
+    now, dropped = await api.quick.run(caller.tenant, lambda: (api.ledger.now(), api.webhooks.dropped(webhooks)))
     return [
         {
-            "id": hook.id,
+            "id": webhook.id,
             "object": "webhook",
-            "url": hook.url,
-            "events": hook.events,
-            "created_at": int(hook.created),
-            "health": (state := hook.health.state(now)),
-            "reason": hook.health.reason,
-            "next_probe": hook.health.until if state == "open" else None,
+            "url": webhook.url,
+            "events": webhook.events,
+            "created_at": int(webhook.created),
+            "health": (state := webhook.health.state(now)),
+            "reason": webhook.health.reason,
+            "next_probe": webhook.health.until if state == "open" else None,
             "dropped": count,
         }
-        for hook, count in zip(hooks, dropped, strict=True)
+        for webhook, count in zip(webhooks, dropped, strict=True)
     ]
 
 
-def _shown_delivery(delivery: DeliveryDocument) -> dict[str, Any]:
+def _delivery_object(delivery: DeliveryDocument) -> dict[str, Any]:
     return {
         "id": delivery.id,
         "object": "webhook.delivery",

@@ -18,12 +18,12 @@ import dns.exception
 import dns.nameserver
 import dns.resolver
 
-from perllm.broker.settings import address_and_port
+from perllm.broker.api.settings import address_and_port
 
 #: Seconds a name's lookup may take in all.
-LOOKUP = 5.0
+LOOKUP_TIMEOUT = 5.0
 #: Addresses of one name that are looked at.
-MOST_ADDRESSES = 16
+MAX_ADDRESSES = 16
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -47,7 +47,7 @@ _SPECIAL_6 = [
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 #: The middle of an ISATAP interface identifier (RFC 5214), less its universal bit; an IPv4 address follows.
 _ISATAP = 0x00005EFE
-#: Where clouds hand credentials to whoever asks from inside. Not even an allowed network opens these.
+#: Metadata services, by which clouds give credentials to their machines. Not even an allowed network opens these.
 _METADATA = {
     ipaddress.ip_address(address)
     for address in (
@@ -105,7 +105,7 @@ async def resolve(host: str, port: int, allowed: Sequence[str], servers: Sequenc
     addresses = _literal(host, port) or _hosts_file(host) or await _look_up(host, servers)
     if not addresses:
         raise Forbidden(f"{host} does not resolve")
-    good = [address for address in addresses[:MOST_ADDRESSES] if permitted(address, allowed)]
+    good = [address for address in addresses[:MAX_ADDRESSES] if permitted(address, allowed)]
     if not good:  # which they are is not said: that would tell strangers of the names inside
         raise Forbidden(f"{host} is no public address: private, loopback and other special ones are not allowed")
     return good
@@ -145,7 +145,7 @@ async def _look_up(host: str, servers: Sequence[str]) -> list[str]:
             resolver.nameservers = [dns.nameserver.Do53Nameserver(*address_and_port(server)) for server in servers]
         found = await asyncio.gather(
             *(
-                resolver.resolve(host, kind, search=True, lifetime=LOOKUP, raise_on_no_answer=False)
+                resolver.resolve(host, kind, search=True, lifetime=LOOKUP_TIMEOUT, raise_on_no_answer=False)
                 for kind in ("A", "AAAA")
             ),
             return_exceptions=True,

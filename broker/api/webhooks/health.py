@@ -1,5 +1,4 @@
-"""Whether a webhook's receiver can be relied on: a circuit breaker per webhook. Pure: what was known and what happened
-give what is known now."""
+"""Whether a webhook's receiver can be relied on: a circuit breaker per webhook. Pure."""
 
 from __future__ import annotations
 
@@ -7,11 +6,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-#: Failures in a row that open the circuit. One that took as long as `SLOW`, s, counts as three: it is their time that
-#: keeps others waiting.
-FAILURES, SLOW, SLOW_COUNTS = 5, 3.0, 3
+#: Failures in a row that open the circuit.
+MAX_FAILURES = 5
+#: Seconds from which on an attempt is slow, and how many failures a slow one counts as: it takes others' time.
+SLOW_ATTEMPT, SLOW_WEIGHT = 3.0, 3
 #: Seconds of the first pause, each further one being twice as long, and of the longest.
-PAUSE, LONGEST_PAUSE = 15.0, 600.0
+FIRST_PAUSE, MAX_PAUSE = 15.0, 600.0
 #: Seconds without one success after which a webhook is disabled.
 DISABLE_AFTER = 3 * 86_400.0
 
@@ -23,7 +23,7 @@ class Health(BaseModel):
 
     `closed`: deliveries go out. `open`: none does before `until`. `half-open`: one goes out, as a probe; its success
     closes the circuit, its failure opens it again for twice as long. `disabled`: none goes out, and no further is made,
-    until somebody enables the webhook again.
+    until the webhook is enabled again.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -48,13 +48,15 @@ class Health(BaseModel):
             return Health()
         if self.state(now) in ("open", "disabled"):  # begun before that was known
             return self
-        failures = min(FAILURES, self.failures + (SLOW_COUNTS if took >= SLOW else 1))
+        failures = min(MAX_FAILURES, self.failures + (SLOW_WEIGHT if took >= SLOW_ATTEMPT else 1))
         since = now if self.since is None else self.since
-        noted = self.model_copy(update={"failures": failures, "since": since, "reason": error})
-        if failures < FAILURES:
-            return noted
+        updated = self.model_copy(update={"failures": failures, "since": since, "reason": error})
+        if failures < MAX_FAILURES:
+            return updated
         if now - since >= DISABLE_AFTER:
             days = int((now - since) / 86_400)
-            return noted.model_copy(update={"disabled": True, "reason": f"nothing delivered for {days} days: {error}"})
-        pause = min(LONGEST_PAUSE, PAUSE * 2.0**self.pauses)
-        return noted.model_copy(update={"pauses": min(self.pauses + 1, 10), "until": now + pause})
+            return updated.model_copy(
+                update={"disabled": True, "reason": f"nothing delivered for {days} days: {error}"}
+            )
+        pause = min(MAX_PAUSE, FIRST_PAUSE * 2.0**self.pauses)
+        return updated.model_copy(update={"pauses": min(self.pauses + 1, 10), "until": now + pause})

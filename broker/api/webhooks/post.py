@@ -23,31 +23,36 @@ from perllm.broker.api.webhooks.address import Forbidden, check_url, resolve
 from perllm.broker.api.webhooks.store import DeliveryDocument, WebhookDocument
 
 #: Seconds one attempt may take in all, and those of them that connecting to one of several addresses may take.
-PATIENCE, CONNECT = 15.0, 5.0
-#: Bytes an answer may have; and seconds its body, in which nobody is interested, may take for the connection to be
-#: used again.
-MOST_ANSWER, BODY = 128 << 10, 1.0
+ATTEMPT_TIMEOUT, CONNECT_TIMEOUT = 15.0, 5.0
+#: Bytes an answer may have.
+MAX_ANSWER = 128 << 10
+#: Seconds an answer's body, which is read only so that the connection can be used again, may take.
+BODY_TIMEOUT = 1.0
+#: Seconds an idle connection is kept for the next attempt.
+KEEPALIVE = 1.0
+#: Seconds an idle connection is kept for the next attempt.
+KEEPALIVE = 1.0
 
 
-class TooMuch(Exception):
+class AnswerTooLong(Exception):
     """The answer is longer than any answer needs to be."""
 
 
-class _Bounded(httpcore.AsyncNetworkStream):
-    """A connection that ends when more than `MOST_ANSWER` bytes come in answer to one request."""
+class _BoundedStream(httpcore.AsyncNetworkStream):
+    """A connection that ends when more than `MAX_ANSWER` bytes come in answer to one request."""
 
     def __init__(self, real: httpcore.AsyncNetworkStream) -> None:
-        self._real, self._left = real, MOST_ANSWER
+        self._real, self._remaining = real, MAX_ANSWER
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        if self._left <= 0:
-            raise TooMuch(f"the answer is longer than {MOST_ANSWER} bytes")
-        data = await self._real.read(min(max_bytes, self._left), timeout)
-        self._left -= len(data)
+        if self._remaining <= 0:
+            raise AnswerTooLong(f"the answer is longer than {MAX_ANSWER} bytes")
+        data = await self._real.read(min(max_bytes, self._remaining), timeout)
+        self._remaining -= len(data)
         return data
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._left = MOST_ANSWER
+        self._remaining = MAX_ANSWER
         await self._real.write(buffer, timeout)
 
     async def aclose(self) -> None:
@@ -56,13 +61,13 @@ class _Bounded(httpcore.AsyncNetworkStream):
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.AsyncNetworkStream:
-        return _Bounded(await self._real.start_tls(ssl_context, server_hostname, timeout))
+        return _BoundedStream(await self._real.start_tls(ssl_context, server_hostname, timeout))
 
     def get_extra_info(self, info: str) -> Any:
         return self._real.get_extra_info(info)
 
 
-class _Checked(httpcore.AsyncNetworkBackend):
+class _CheckedBackend(httpcore.AsyncNetworkBackend):
     """Connects to permitted addresses only."""
 
     def __init__(self, allowed: Sequence[str], servers: Sequence[str]) -> None:
@@ -80,7 +85,9 @@ class _Checked(httpcore.AsyncNetworkBackend):
         failure: Exception | None = None
         for address in await resolve(host, port, self._allowed, self._servers):
             try:
-                return _Bounded(await self._real.connect_tcp(address, port, CONNECT, local_address, socket_options))
+                return _BoundedStream(
+                    await self._real.connect_tcp(address, port, CONNECT_TIMEOUT, local_address, socket_options)
+                )
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         assert failure is not None
@@ -101,19 +108,23 @@ def _tls() -> ssl.SSLContext:
 def connections(allowed: Sequence[str], servers: Sequence[str] = ()) -> httpcore.AsyncConnectionPool:
     """Connections to public addresses and `allowed` networks, their names looked up at these DNS servers (none: the
     system's). To be used in one event loop, with `async with`."""
-    return httpcore.AsyncConnectionPool(_tls(), network_backend=_Checked(allowed, servers), keepalive_expiry=BODY)
+    return httpcore.AsyncConnectionPool(
+        _tls(), network_backend=_CheckedBackend(allowed, servers), keepalive_expiry=KEEPALIVE
+    )
 
 
-async def post(pool: httpcore.AsyncConnectionPool, hook: WebhookDocument, delivery: DeliveryDocument) -> dict[str, Any]:
-    """Make one attempt. Returns what is to be noted of it: `error` is None where it was accepted (2xx)."""
+async def post(
+    pool: httpcore.AsyncConnectionPool, webhook: WebhookDocument, delivery: DeliveryDocument
+) -> dict[str, Any]:
+    """Make one attempt. Returns what is to be recorded of it: `error` is None where it was accepted (2xx)."""
     began = time.monotonic()
     status: int | None = None
     try:
-        async with asyncio.timeout(PATIENCE):
-            status = await _post(pool, hook, delivery)
+        async with asyncio.timeout(ATTEMPT_TIMEOUT):
+            status = await _post(pool, webhook, delivery)
         error = None if 200 <= status < 300 else f"HTTP {status}"
     except TimeoutError:
-        error = f"no answer in {PATIENCE:g} s"
+        error = f"no answer in {ATTEMPT_TIMEOUT:g} s"
     except Forbidden as refused:
         error = str(refused)
     except Exception as failure:  # whatever the other side does, the attempt has failed
@@ -121,20 +132,20 @@ async def post(pool: httpcore.AsyncConnectionPool, hook: WebhookDocument, delive
     return {"at": time.time(), "status": status, "error": error, "took": round(time.monotonic() - began, 3)}
 
 
-async def _post(pool: httpcore.AsyncConnectionPool, hook: WebhookDocument, delivery: DeliveryDocument) -> int:
-    check_url(hook.url)
+async def _post(pool: httpcore.AsyncConnectionPool, webhook: WebhookDocument, delivery: DeliveryDocument) -> int:
+    check_url(webhook.url)
     now = datetime.now(UTC)
     headers: dict[bytes | str, bytes | str] = {
-        "Host": urlsplit(hook.url).netloc,
+        "Host": urlsplit(webhook.url).netloc,
         "Content-Type": "application/json",
         "User-Agent": "PerLLM",
         "webhook-id": delivery.event_id,
         "webhook-timestamp": str(int(now.timestamp())),
-        "webhook-signature": Webhook(hook.secret).sign(delivery.event_id, now, delivery.payload),
+        "webhook-signature": Webhook(webhook.secret).sign(delivery.event_id, now, delivery.payload),
     }
-    async with pool.stream("POST", hook.url, headers=headers, content=delivery.payload.encode()) as answer:
-        with suppress(TimeoutError, TooMuch, httpcore.NetworkError, httpcore.ProtocolError):
-            async with asyncio.timeout(BODY):  # what it says beyond its status nobody wants to know
+    async with pool.stream("POST", webhook.url, headers=headers, content=delivery.payload.encode()) as answer:
+        with suppress(TimeoutError, AnswerTooLong, httpcore.NetworkError, httpcore.ProtocolError):
+            async with asyncio.timeout(BODY_TIMEOUT):  # only the status matters
                 async for _ in answer.aiter_stream():
                     pass
         return answer.status

@@ -1,4 +1,4 @@
-"""Who gets in: the door without keys, its settings, and limits that are counted."""
+"""Who may use the API: with and without keys, its settings, the limits that keys have."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from support.api import ApiProcess
 from support.ports import free_port
 
 from perllm.broker.api.keys import Keys
-from perllm.broker.api.webhooks.store import BACKOFF, MOST_HOOKS, DeliveryDocument, Turn, Webhooks
+from perllm.broker.api.store import ApiStore
 from perllm.broker.ledger import Ledger
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import TaskSpec
-from perllm.broker.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +101,22 @@ def test_a_mistake_in_the_settings_is_one_line(valkey: EmbeddedServer, opened: A
     assert "perllm api keys list" in api(url, "keys", "revoke", "nobody").stderr
 
 
+def test_a_webhook_worker_says_a_mistake_in_one_line_and_its_module_can_be_imported(tmp_path: Path) -> None:
+    celery = [sys.executable, "-W", "ignore", "-m", "celery", "-A", "perllm.broker.api", "worker"]
+    for wrong, named in (
+        ({"PERLLM_WEBHOOK_ALLOW": '["10.0.0.0/99"]'}, "PERLLM_WEBHOOK_ALLOW"),
+        ({"PERLLM_REDIS_URL": f"unix://{tmp_path}/none.sock"}, "none.sock"),
+    ):
+        environment = {**os.environ, **wrong}
+        done = subprocess.run(celery, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 2
+        (line,) = [line for line in done.stderr.splitlines() if line]
+        assert line.startswith("error: ")
+        assert named in line
+        imported = [sys.executable, "-c", "import perllm.broker.api.celery"]
+        subprocess.run(imported, env=environment, check=True, timeout=60)
+
+
 def test_a_server_that_is_away_is_said_to_be(tmp_path: Path) -> None:
     with EmbeddedServer(tmp_path) as server, ApiProcess(server.url, tmp_path) as running:
         http = running.http()
@@ -118,8 +133,8 @@ def test_a_server_that_is_away_is_said_to_be(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def keys(ledger: Ledger, settings: Settings) -> Keys:
-    return Keys(settings, ledger)
+def keys(ledger: Ledger, store: ApiStore) -> Keys:
+    return Keys(store, ledger)
 
 
 def test_a_rate_lets_a_burst_of_a_second_through_and_then_says_how_long_to_wait(keys: Keys) -> None:
@@ -156,72 +171,3 @@ def test_a_secret_is_not_kept(keys: Keys, ledger: Ledger) -> None:
     keys.revoke(key.id)
     assert keys.find(secret) is None
     assert [k.revoked is not None for k in keys.list()] == [True]
-
-
-# --- deliveries
-
-
-@pytest.fixture
-def hooks(ledger: Ledger, settings: Settings) -> Webhooks:
-    return Webhooks(settings, ledger)
-
-
-def failed(error: str | None = "HTTP 500") -> dict[str, object]:
-    return {"at": 0.0, "status": 500, "error": error, "took": 0.1}
-
-
-def test_an_event_is_delivered_once_however_often_it_is_told(hooks: Webhooks) -> None:
-    hook = hooks.make("t", "http://example.com", ["task.failed"])
-    assert hook is not None
-    for event, subject in (("task.failed", "a"), ("task.failed", "a"), ("task.succeeded", "a"), ("task.failed", "b")):
-        hooks.announce("t", event, subject, {"id": subject})
-    hooks.announce("another", "task.failed", "a", {})
-    found, _ = hooks.deliveries.page(hook.id, after=None, limit=10)
-    assert sorted((d.event, '"id": "a"' in d.payload) for d in found) == [("task.failed", False), ("task.failed", True)]
-    (turn,) = hooks.give_turns()
-    assert sorted(d.id for d in due(hooks, turn)) == sorted(d.id for d in found)
-    assert hooks.give_turns() == []  # it has its turn; were that lost, there would be another in a minute
-
-
-def due(hooks: Webhooks, turn: Turn) -> list[DeliveryDocument]:
-    found = hooks.next_due(turn, 10)
-    return found[1] if found else []
-
-
-def test_a_delivery_is_tried_again_given_up_and_replayed(hooks: Webhooks) -> None:
-    hook = hooks.make("t", "http://example.com", ["task.failed"])
-    assert hook is not None
-    hooks.announce("t", "task.failed", "a", {})
-    ((delivery,), _) = hooks.deliveries.page(hook.id, after=None, limit=10)
-
-    def now() -> DeliveryDocument:
-        found = hooks.deliveries.get(delivery.id)
-        assert found is not None
-        return found
-
-    for tries, pause in enumerate(BACKOFF, start=1):
-        hooks.settle(hook, now(), failed(), again=pause)
-        assert (now().state, now().tries) == ("pending", tries)
-        assert now().next == pytest.approx(hooks._ledger.now() + pause, abs=5)
-    assert sum(BACKOFF) > 8 * 3600
-    hooks.settle(hook, now(), failed(), again=None)
-    assert now().state == "failed"
-    assert len(now().attempts) == len(BACKOFF) + 1
-    hooks.replay(hook, now())
-    assert (now().state, now().tries) == ("pending", 0)
-    hooks.enable(hook)
-    (turn,) = hooks.give_turns()
-    assert [d.id for d in due(hooks, turn)] == [delivery.id]
-    hooks.settle(hook, now(), failed(None), again=5)
-    assert now().state == "delivered"
-
-
-def test_a_tenant_has_so_many_webhooks_and_no_more(hooks: Webhooks) -> None:
-    for _ in range(MOST_HOOKS):
-        assert hooks.make("t", "http://example.com", ["task.failed"]) is not None
-    assert hooks.make("t", "http://example.com", ["task.failed"]) is None
-    assert hooks.tenants() == {"t"}
-    for hook in hooks.of("t"):
-        assert hook.secret not in repr(hook)
-        hooks.remove(hook)
-    assert hooks.tenants() == set()

@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perllm.broker.api.webhooks.health import DISABLE_AFTER, FAILURES, LONGEST_PAUSE, PAUSE, SLOW, Health
-from perllm.broker.api.webhooks.store import share
+from perllm.broker.api.webhooks.health import DISABLE_AFTER, FIRST_PAUSE, MAX_FAILURES, MAX_PAUSE, SLOW_ATTEMPT, Health
+from perllm.broker.api.webhooks.leases import share
 
 
 def failed(health: Health, now: float, took: float = 0.1) -> Health:
@@ -17,43 +17,43 @@ def failed(health: Health, now: float, took: float = 0.1) -> Health:
 
 def test_so_many_failures_in_a_row_open_the_circuit() -> None:
     health = Health()
-    for n in range(FAILURES):
+    for n in range(MAX_FAILURES):
         assert health.state(n) == "closed"
         health = failed(health, n)
-    assert health.state(FAILURES) == "open"
+    assert health.state(MAX_FAILURES) == "open"
     assert health.reason == "HTTP 500"
-    assert health.until == FAILURES - 1 + PAUSE
+    assert health.until == MAX_FAILURES - 1 + FIRST_PAUSE
 
 
 def test_failures_that_take_long_open_it_sooner() -> None:
-    assert failed(failed(Health(), 0, SLOW), 1, SLOW).state(2) == "open"
+    assert failed(failed(Health(), 0, SLOW_ATTEMPT), 1, SLOW_ATTEMPT).state(2) == "open"
 
 
 def test_a_success_between_begins_anew() -> None:
     health = Health()
     for n in range(100):
-        health = failed(health, n) if n % FAILURES else health.after(None, 0.1, n)
+        health = failed(health, n) if n % MAX_FAILURES else health.after(None, 0.1, n)
         assert health.state(n) == "closed"
     assert health.after(None, 0.1, 100) == Health()
 
 
 def test_probes_that_fail_come_at_growing_pauses_and_one_that_does_not_closes_it() -> None:
     health, now, pauses = Health(), 0.0, list[float]()
-    for _ in range(FAILURES + 9):
+    for _ in range(MAX_FAILURES + 9):
         health = failed(health, now)
         if health.until:
             pauses.append(health.until - now)
             assert health.state(health.until - 0.1) == "open"
             assert health.state(health.until) == "half-open"
             now = health.until
-    assert pauses[:3] == [PAUSE, 2 * PAUSE, 4 * PAUSE]
-    assert pauses[-1] == LONGEST_PAUSE
+    assert pauses[:3] == [FIRST_PAUSE, 2 * FIRST_PAUSE, 4 * FIRST_PAUSE]
+    assert pauses[-1] == MAX_PAUSE
     assert health.after(None, 0.1, now) == Health()
 
 
 def test_what_was_on_its_way_when_it_opened_changes_nothing() -> None:
     health = Health()
-    for _ in range(FAILURES):
+    for _ in range(MAX_FAILURES):
         health = failed(health, 0)
     assert failed(health, 1) == health
 
@@ -63,7 +63,7 @@ def test_after_days_without_a_success_it_is_disabled() -> None:
     while not health.disabled:
         health = failed(health, now)
         now = max(now + 1, health.until)
-    assert DISABLE_AFTER <= now <= DISABLE_AFTER + 2 * LONGEST_PAUSE
+    assert DISABLE_AFTER <= now <= DISABLE_AFTER + 2 * MAX_PAUSE
     assert health.reason == "nothing delivered for 3 days: HTTP 500"
     assert health.state(now + 1e9) == "disabled"
 

@@ -13,7 +13,8 @@ from support import make
 from perllm.broker.errors import InvalidTask
 from perllm.broker.messages import Result, State, TaskSpec
 from perllm.broker.openai import batch_file as batch
-from perllm.broker.openai import translation as dialect
+from perllm.broker.openai import translation
+from perllm.broker.openai.translation import CHAT, RESPONSES
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
@@ -128,14 +129,12 @@ def test_anything_else_is_an_error_with_its_reason(state: State) -> None:
 
 
 def asked(url: str, **body: object) -> TaskSpec:
-    return TaskSpec.model_validate(dialect.task_fields(body, url))
+    return TaskSpec.model_validate(translation.task_fields(body, url))
 
 
 def test_content_in_parts_and_the_developers_role() -> None:
     parts = [{"type": "text", "text": "Why is "}, {"type": "text", "text": "the sky blue?"}]
-    spec = asked(
-        dialect.CHAT, messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
-    )
+    spec = asked(CHAT, messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}])
     assert [(m.role, m.content) for m in spec.messages or ()] == [
         ("system", "Be brief."),
         ("user", "Why is the sky blue?"),
@@ -144,7 +143,7 @@ def test_content_in_parts_and_the_developers_role() -> None:
 
 def test_a_response_request_becomes_a_task() -> None:
     spec = asked(
-        dialect.RESPONSES,
+        RESPONSES,
         model="auto",
         instructions="Be brief.",
         input=[
@@ -167,24 +166,32 @@ def test_a_response_request_becomes_a_task() -> None:
 @pytest.mark.parametrize(
     ("url", "body", "named"),
     [
-        (dialect.CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
-        (dialect.CHAT, {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages.0.tool_calls"),
-        (dialect.CHAT, {"messages": "x"}, "messages"),
-        (dialect.CHAT, {"n": 2}, "n"),
-        (dialect.CHAT, {"n": True}, "n"),
-        (dialect.CHAT, {"input": "x"}, "input"),
-        (dialect.RESPONSES, {"input": "x", "prompt": "y"}, "prompt"),
-        (dialect.RESPONSES, {"input": "x", "max_tokens": 5}, "max_tokens"),
-        (dialect.RESPONSES, {"input": "x", "text": {"format": {"type": "xml"}}}, "text.format"),
-        (dialect.RESPONSES, {"input": "x", "text": 5}, "text"),
-        (dialect.RESPONSES, {"input": "x", "instructions": ["y"]}, "instructions"),
-        (dialect.RESPONSES, {"input": [{"type": "function_call_output"}]}, "input.0"),
-        (dialect.RESPONSES, {"input": 5}, "input"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content.0",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
+            "messages.0.tool_calls",
+        ),
+        (CHAT, {"messages": "x"}, "messages"),
+        (CHAT, {"n": 2}, "n"),
+        (CHAT, {"n": True}, "n"),
+        (CHAT, {"input": "x"}, "input"),
+        (RESPONSES, {"input": "x", "prompt": "y"}, "prompt"),
+        (RESPONSES, {"input": "x", "max_tokens": 5}, "max_tokens"),
+        (RESPONSES, {"input": "x", "text": {"format": {"type": "xml"}}}, "text.format"),
+        (RESPONSES, {"input": "x", "text": 5}, "text"),
+        (RESPONSES, {"input": "x", "instructions": ["y"]}, "instructions"),
+        (RESPONSES, {"input": [{"type": "function_call_output"}]}, "input.0"),
+        (RESPONSES, {"input": 5}, "input"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(url: str, body: dict[str, object], named: str) -> None:
     with pytest.raises(InvalidTask) as caught:
-        dialect.task_fields(body, url)
+        translation.task_fields(body, url)
     assert str(caught.value).startswith(f"{named}: ")
 
 
@@ -193,25 +200,25 @@ def test_what_is_not_supported_is_refused_by_name(url: str, body: dict[str, obje
     [("30", 30.0), ("1.5", 1.5), ("1970-01-01T00:01:40Z", 90.0), ("1970-01-01T01:01:40+01:00", 90.0)],
 )
 def test_a_deadline_given_as_text(deadline: str, left: float) -> None:
-    assert dialect.seconds_left(deadline, 10.0) == left
+    assert translation.seconds_left(deadline, 10.0) == left
 
 
 @pytest.mark.parametrize("deadline", ["", "soon", "-5", "1e9", "nan", "1970-01-01T00:00:05Z", "1970-01-01T00:01:40"])
 def test_a_deadline_that_has_passed_or_is_none(deadline: str) -> None:
     with pytest.raises(InvalidTask, match="deadline"):
-        dialect.seconds_left(deadline, 10.0)
+        translation.seconds_left(deadline, 10.0)
 
 
 @given(st.text(max_size=40))
 def test_any_text_is_a_deadline_or_an_error(deadline: str) -> None:
     with suppress(InvalidTask):
-        assert dialect.seconds_left(deadline, 0.0) >= 0
+        assert translation.seconds_left(deadline, 0.0) >= 0
 
 
 @pytest.mark.parametrize("state", list(State))
 def test_every_state_is_shown_as_a_response(state: State) -> None:
     final = state.final
-    shown = dialect.response_object("id", TaskSpec(prompt="hi"), 1.0, state, result(state) if final else None)
+    shown = translation.response_object("id", TaskSpec(prompt="hi"), 1.0, state, result(state) if final else None)
     assert shown["status"] in ("queued", "in_progress", "completed", "incomplete", "failed", "cancelled")
     assert (shown["error"] is not None) == (shown["status"] == "failed")
     assert (shown["incomplete_details"] is not None) == (shown["status"] == "incomplete")

@@ -157,7 +157,7 @@ def test_names_inside_are_not_given_away() -> None:
 
 def test_one_kind_of_address_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
     """There are servers that never answer when asked for the other."""
-    monkeypatch.setattr(webhook_address, "LOOKUP", 1.0)
+    monkeypatch.setattr(webhook_address, "LOOKUP_TIMEOUT", 1.0)
     with NameServer(lambda name, kind: ["93.184.215.14"] if kind == "A" else None) as server:
         assert look_up("four.example", (), server) == ["93.184.215.14"]
 
@@ -198,7 +198,7 @@ def test_only_a_2xx_is_a_delivery(status: int, good: bool) -> None:
 
 
 def test_a_receiver_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook_post, "PATIENCE", 0.3)
+    monkeypatch.setattr(webhook_post, "ATTEMPT_TIMEOUT", 0.3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

@@ -1,0 +1,41 @@
+"""Nodes: `/v1/nodes`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+
+from perllm.broker.api.dependencies import TheApi, TheCaller
+from perllm.broker.api.openapi import examples
+from perllm.broker.api.openapi.document import answers
+from perllm.broker.api.openapi.schemas import NodeList
+from perllm.broker.messages import Counters
+
+router = APIRouter(tags=["Nodes"])
+
+
+@router.get("/v1/nodes", responses=answers(NodeList, examples.whole_list(examples.NODE)))
+async def list_nodes(api: TheApi, caller: TheCaller) -> Response:
+    """The live nodes and what their last heartbeats reported."""
+    data = []
+    for info, beat, draining in await api.slow.run(caller.tenant, api.ledger.nodes):
+        counters = beat.counters if beat else Counters()
+        data.append(
+            {
+                "name": info.name,
+                "tier": info.tier,
+                "engine": info.engine,
+                "slots": info.slots,
+                "active": counters.active,
+                "waiting": counters.waiting,
+                "generated": counters.generated,
+                "energy": {
+                    "joules": counters.energy,
+                    "method": info.power.method,
+                    "estimated": info.power.estimated,
+                },
+                "draining": draining,
+                "models": [offer.name for offer in info.models],
+            }
+        )
+    return JSONResponse({"object": "list", "data": data})
