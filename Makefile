@@ -32,10 +32,17 @@ test-fast: env ## the unit tests only
 	$(BIN)/pytest tests/unit
 
 .PHONY: lint
-lint: env ## ruff and mypy
+lint: env ## ruff, the import contract, mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+.PHONY: docs
+docs: env ## the documentation as a site in .build/site, its reference pages made anew
+	@$(BIN)/perllm settings --markdown >docs/settings.md
+	@$(BIN)/perllm policies --markdown >docs/policies.md
+	$(BIN)/mkdocs build --strict
 
 .PHONY: chaos
 chaos: env ## kills at random moments under load, then a check of every task (ARGS="--quick", ARGS="--seed 3")
@@ -66,10 +73,10 @@ SOURCE := --no-emit-package llama-cpp-python
 
 .PHONY: lock
 lock: $(UV) ## bring requirements/*.txt up to date with pyproject.toml (UPGRADE=1 for newer versions)
-	$(COMPILE) $(EVERYWHERE) $(SOURCE) --extra edge --extra api --extra simulate --extra dev pyproject.toml \
+	$(COMPILE) $(EVERYWHERE) $(SOURCE) --extra all --extra dev --extra docs pyproject.toml \
 		-o requirements/lock.txt
 	$(COMPILE) $(EVERYWHERE) -c requirements/lock.txt --extra bench pyproject.toml -o requirements/bench.txt
-	$(COMPILE) $(EVERYWHERE) -c requirements/lock.txt $(SOURCE) --extra edge --extra api pyproject.toml \
+	$(COMPILE) $(EVERYWHERE) -c requirements/lock.txt $(SOURCE) --extra server --extra scheduler --extra edge --extra remote --extra api pyproject.toml \
 		-o requirements/runtime.txt
 	$(COMPILE) --python-platform linux --python-version 3.12 --extra cloud pyproject.toml -o requirements/cloud.txt
 	$(COMPILE) $(EVERYWHERE) --no-deps requirements/source.in -o requirements/source.txt

@@ -1,7 +1,8 @@
 """`make bench-decision`: what one decision of `cs-ucb` costs, beside MABWiser's LinUCB in the same run.
 
-- One decision: the `Submitted` event in, `SchedulerCore.decide` with its explanation out, on 6 and on 1,000 nodes with 32 tasks
-  in flight each. Before each, a task somewhere ends and another is claimed, so that nodes change as they do in service.
+- One decision: the `Submitted` event in, `SchedulerCore.decide` with its explanation out, on 6 and on 1,000 nodes with
+  32 tasks in flight each. Before each, a task somewhere ends and another is claimed, so that nodes change as they do in
+  service.
 - The peer: LinUCB's `predict` and `partial_fit` for as many arms, with eight context features.
 - The backlog: the same with a thousand and with a million long-deadline tasks pending; memory of the million.
 """
@@ -24,22 +25,18 @@ import psutil
 from benchmarks.common import emit, median_and_spread
 from perllm.broker.messages import (
     Claimed,
-    Completed,
     Counters,
     Dispatched,
-    Energy,
     Heartbeat,
-    ModelOffer,
     NodeInfo,
     NodeUp,
     Power,
-    Receipt,
-    State,
     StepCost,
     Submitted,
 )
 from perllm.scheduler.core.scheduler import SchedulerCore
 from perllm.scheduler.csucb.policy import CsUcb
+from perllm.scheduler.examples import completed, node_info
 
 IN_FLIGHT = 32
 SLOTS = 40  # of a node: room for a few more
@@ -67,16 +64,13 @@ class World:
 
     def info(self, name: str) -> NodeInfo:
         speed = self.rng.uniform(0.7, 1.4)
-        cal = StepCost(step=0.008 * speed, sequence=2e-4 * speed, prefill=1e-4 * speed, context=2e-7 * speed)
-        return NodeInfo(
-            name=name,
+        return node_info(
+            name,
             tier="cloud",
-            boot=f"{name}.1",
             slots=SLOTS,
-            models=(ModelOffer(name="m", context=4096, kv_tokens=65_536, calibration=cal),),
+            step_cost=StepCost(step=0.008 * speed, sequence=2e-4 * speed, prefill=1e-4 * speed, context=2e-7 * speed),
             power=Power(idle=100, active=400, method="emulated", estimated=True),
             bandwidth=1e8,
-            engine="none",
         )
 
     def task(self, patience: float = 10.0) -> Submitted:
@@ -130,28 +124,18 @@ class World:
         name = node.name
         task = next(iter(node.in_flight.values()))
         self.step(name)
-        receipt = Receipt(
-            node=name,
-            model="m",
-            attempt=task.attempt,
-            payload_bytes=task.payload_bytes,
-            transfer=task.payload_bytes / 1e8,
-            prompt_tokens=task.prompt_tokens,
-            completion_tokens=self.rng.randrange(5, 300),
-            energy=Energy(inference=60.0, method="emulated", estimated=True),
-            after=self.counters[name],
-        )
         self.core.handle(
-            Completed(
-                id=task.id,
-                node=name,
-                attempt=task.attempt,
+            completed(
+                task.id,
+                name,
                 at=self.now,
-                state=State.SUCCEEDED,
-                on_time=True,
-                latency=1.0,
-                queued=0.1,
-                receipt=receipt,
+                attempt=task.attempt,
+                joules=60.0,
+                payload_bytes=task.payload_bytes,
+                transfer=task.payload_bytes / 1e8,
+                prompt_tokens=task.prompt_tokens,
+                completion_tokens=self.rng.randrange(5, 300),
+                after=self.counters[name],
             )
         )
 

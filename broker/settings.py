@@ -7,7 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, overload
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
@@ -237,10 +237,17 @@ def _as_variable(value: object) -> str:
     return json.dumps(value, default=str) if isinstance(value, bool | dict | tuple) else str(value)
 
 
-def load_settings(**overrides: object) -> Settings:
-    """The settings in force. Raises BadSetting naming the variable and what is wrong with it."""
+S = TypeVar("S", bound=Settings)
+
+
+@overload
+def load_settings(**overrides: object) -> Settings: ...
+@overload
+def load_settings(kind: type[S], /, **overrides: object) -> S: ...
+def load_settings(kind: type[Settings] = Settings, /, **overrides: object) -> Settings:
+    """The settings in force, of a package's class. Raises BadSetting naming the variable and what is wrong with it."""
     try:
-        return Settings(**overrides)  # type: ignore[arg-type]
+        return kind(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
         raise BadSetting(field_errors(error, name=lambda field: f"PERLLM_{field.upper()}")) from None
     except SettingsError as error:

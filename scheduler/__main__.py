@@ -10,13 +10,13 @@ from perllm.broker.errors import PerLLMError
 from perllm.broker.ledger import Ledger
 from perllm.broker.settings import load_settings
 from perllm.scheduler.core.scheduler import SchedulerCore
-from perllm.scheduler.policies import make_policy
+from perllm.scheduler.policies import core_options, make_policy
 from perllm.scheduler.service import Service
 from perllm.scheduler.warm_up import warm_up
 
 
 def main() -> int:
-    """Run it. Status 2, and one line, for a wrong setting or an unusable server."""
+    """Run it. Status 2, and one line on stderr, for a wrong setting or an unusable server."""
     try:
         settings = load_settings()
         logs.configure(settings)
@@ -24,9 +24,9 @@ def main() -> int:
 
         def make_core() -> SchedulerCore:
             policy = make_policy(settings.policy)
-            return SchedulerCore(policy, queue_beyond_slots=settings.queue_beyond_slots, forgiving=True)
+            return SchedulerCore(policy, reject_on_error=True, **core_options(settings.queue_beyond_slots))
 
-        warm_up(make_core())  # an unknown policy is an error now, and the first real task finds all compiled
+        warm_up(make_core())  # an unknown policy is an error now, and the first real task finds everything compiled
     except PerLLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,10 +1,11 @@
-"""Every policy by name, for the live service and the simulator."""
+"""Every policy by name, and what `+mech` adds: one place for the live service, the simulator, the CLI and the docs."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 from perllm.broker.errors import BadSetting
 from perllm.scheduler.baselines.admission import WithAdmission
@@ -22,6 +23,7 @@ from perllm.scheduler.csucb.policy import CsUcb
 
 
 def _agod(seed: int = 0, **options: Any) -> Policy:
+    """AGOD: diffusion soft actor-critic over the nodes, trained as it goes; needs torch."""
     try:
         from perllm.scheduler.baselines.agod import Agod  # noqa: PLC0415  torch is large and optional
     except ImportError:
@@ -48,16 +50,54 @@ _BASELINES: dict[str, Callable[..., Policy]] = {
     "agod": _agod,
 }
 
-#: Ends the name of a baseline that runs with the mechanisms CS-UCB has: EDF, short node queues, dropping late tasks,
-#: abort at the deadline, admission. In the live service all but admission are always there.
+#: Ends the name of a baseline that runs with CS-UCB's mechanisms.
 MECHANISMS = "+mech"
+#: What that adds, live and simulated alike. The ledger's leases count on the first three, so a live scheduler has them
+#: under any name; a simulation of a plain name is of the baseline as published, without any of them.
+MECHANISMS_ADDED = (
+    "earliest deadline first",
+    "short node queues",
+    "late tasks dropped and stopped at their deadline",
+    "admission (a task is placed once some node is forecast to finish it in time)",
+)
 #: Policies that always run with them.
 _ALWAYS = ("cs-ucb", "informed", "clairvoyant")
 
 
+class CoreOptions(TypedDict):
+    """The keywords of `SchedulerCore` that the mechanisms decide."""
+
+    queue_beyond_slots: int | None
+    edf: bool
+
+
+class PolicyDescription(NamedTuple):
+    """A policy for users: its name, and what it does in a sentence."""
+
+    name: str
+    sentence: str
+
+
 def has_mechanisms(name: str) -> bool:
-    """Whether a simulation of this policy gives it the mechanisms."""
+    """Whether a simulation runs this policy with the mechanisms."""
     return name.endswith(MECHANISMS) or name in _ALWAYS
+
+
+def core_options(queue_beyond_slots: int, *, mechanisms: bool = True) -> CoreOptions:
+    """With the mechanisms EDF, and node queues of at most `queue_beyond_slots` tasks; without, FIFO and unbounded."""
+    return CoreOptions(queue_beyond_slots=queue_beyond_slots if mechanisms else None, edf=mechanisms)
+
+
+def describe_policy(name: str) -> str:
+    """What a policy does, in a sentence: the first of its class's docstring. Raises BadSetting for an unknown name."""
+    text = inspect.cleandoc(_maker(name).__doc__ or "").split("\n\n")[0]
+    sentence = re.split(r"(?<=\.)\s(?=[A-Z`])", " ".join(text.split()), maxsplit=1)[0].replace("`", "")
+    return sentence if not name.endswith(MECHANISMS) else f"{sentence} With {', '.join(MECHANISMS_ADDED)}."
+
+
+def describe_policies() -> list[PolicyDescription]:
+    """Every policy `make_policy` knows, those with MECHANISMS left out, the default first."""
+    return [PolicyDescription(name, describe_policy(name)) for name in (CsUcb.name, *_BASELINES)]
 
 
 def policy_names() -> tuple[str, ...]:
@@ -70,13 +110,17 @@ def make_policy(name: str, seed: int = 0, **options: Any) -> Policy:
 
     Raises BadSetting for an unknown name (listing those there are) or option.
     """
-    plain = name.removesuffix(MECHANISMS)
-    maker = CsUcb if name == CsUcb.name else _BASELINES.get(plain)
-    if maker is None:
-        raise BadSetting(f"policy: there is no {name!r}; choose one of {', '.join(policy_names())}")
+    maker = _maker(name)
     try:
         inspect.signature(maker).bind(seed, **options)
     except TypeError as error:
         raise BadSetting(f"policy {name!r}: {error}") from None
     policy = maker(seed, **options)
-    return policy if plain == name else WithAdmission(policy)
+    return WithAdmission(policy) if name.endswith(MECHANISMS) else policy
+
+
+def _maker(name: str) -> Callable[..., Policy]:
+    maker = CsUcb if name == CsUcb.name else _BASELINES.get(name.removesuffix(MECHANISMS))
+    if maker is None:
+        raise BadSetting(f"policy: there is no {name!r}; choose one of {', '.join(policy_names())}")
+    return maker

@@ -1,8 +1,8 @@
-"""The live scheduler: the event stream in, the pure core in the middle, dispatch out.
+"""The live scheduler: the event stream in, the `SchedulerCore` in the middle, dispatch out.
 
-One process leads, under a fencing number that the ledger checks with every decision; others stand by and take over when
-the leader's lease lapses. A new leader restores what was learned from the snapshot, replays the stream after it, and
-takes the tasks and nodes as the ledger has them: there is nothing to repair by hand.
+One process leads, under an epoch (a fencing token) that the ledger checks with every decision; others stand by and take
+over when the leader's lease lapses. A new leader restores what was learned from the snapshot, replays the stream after
+it, and takes the tasks and nodes as the ledger has them: there is nothing to repair by hand.
 """
 
 from __future__ import annotations
@@ -17,40 +17,43 @@ from uuid import uuid4
 import structlog
 
 from perllm.broker.errors import Unreachable
-from perllm.broker.ledger import Dispatch, End, Ledger
+from perllm.broker.ledger import Dispatch, End, Leader, Ledger
 from perllm.broker.ledger.ledger import SWEEP_LIMIT
 from perllm.broker.messages import Ended, Event, Explanation, Heartbeat, NodeDown, NodeUp, Submitted
 from perllm.broker.queues.app import node_message
 from perllm.broker.settings import Settings
 from perllm.scheduler.core.scheduler import Decision, SchedulerCore
+from perllm.scheduler.policies import describe_policy
 
 #: Seconds between sweeps of lapsed leases and deadlines, and the longest wait for an event.
 SWEEP_EVERY = 0.25
 #: Seconds in which events may gather while tasks wait for room: a step costs two round trips however little happened,
 #: and the nodes have their next 50 ms of work already.
-GATHER = 0.003
+GATHER_EVENTS = 0.003
 #: Tasks whose features are fetched per round trip while taking over.
-FETCH = 1000
+FETCH_TASKS = 1000
 
 log = structlog.get_logger(__name__)
 
 
-class _Deposed(Exception):
+class _NotLeader(Exception):
     """Another scheduler leads now."""
 
 
-class _Outdated(Exception):
-    """The server was started again, and may have forgotten what this reign has seen."""
+class _ServerRestarted(Exception):
+    """The server was started again, and may have forgotten what this leader session has seen."""
 
 
 class Service:
-    """Runs a `SchedulerCore` against the ledger until `stop`. `make_core` builds an empty core, anew at every takeover."""
+    """Runs a `SchedulerCore` against the ledger until `stop`. `make_core` builds an empty one, anew at every
+    takeover."""
 
     def __init__(self, settings: Settings, ledger: Ledger, make_core: Callable[[], SchedulerCore]) -> None:
         self._settings = settings
         self._ledger = ledger
         self._make_core = make_core
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        self._policy = (settings.policy, describe_policy(settings.policy))
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -59,66 +62,84 @@ class Service:
 
     def run(self) -> None:
         """Lead, or stand by to lead, until `stop`. A server that does not answer is waited for."""
+        lease: _LeaderLease | None = None
         while not self._stopping.is_set():
             try:
-                epoch = self._ledger.lead(self._holder, self._settings.leader_ttl)
-                if epoch is None:
-                    self._stopping.wait(self._settings.leader_ttl / 4)
+                if lease is None:
+                    lease = self._new_lease()
+                if lease.acquire():
+                    self._lead(lease)
                 else:
-                    self._lead(epoch)
-            except _Deposed:
-                log.warning("deposed")
-            except _Outdated:
+                    self._stopping.wait(self._settings.leader_ttl / 4)
+                lease = None
+            except _NotLeader:
+                log.warning("not_leader")
+                lease = None
+            except _ServerRestarted:
                 log.warning("server_restarted")
             except Unreachable as error:
                 log.warning("server_unreachable", reason=str(error))
                 self._stopping.wait(1.0)
             except Exception:  # a bug: begin anew from what the ledger says, rather than leave everybody's work
-                log.exception("reign_failed")
+                log.exception("leader_session_failed")
                 self._stopping.wait(1.0)
 
-    def _lead(self, epoch: int) -> None:
-        log.info("leading", epoch=epoch, policy=self._settings.policy)
-        tenure = _Tenure(self._ledger, self._holder, self._settings.leader_ttl, epoch)
-        reign = _Reign(self._ledger, self._make_core(), tenure)
-        reign.take_over()
+    def _new_lease(self) -> _LeaderLease:
+        leader = Leader(self._holder, self._ledger.now(), *self._policy)
+        return _LeaderLease(self._ledger, leader, self._settings.leader_ttl)
+
+    def _lead(self, lease: _LeaderLease) -> None:
+        log.info("leading", epoch=lease.epoch, policy=self._settings.policy)
+        session = _LeaderSession(self._ledger, self._make_core(), lease)
+        session.take_over()
         save = _Every(self._settings.snapshot_every)
         sweep = _Every(SWEEP_EVERY)
         more_to_sweep = False
         while not self._stopping.is_set():
             if sweep.due() or more_to_sweep:
-                more_to_sweep = reign.sweep()
+                more_to_sweep = session.sweep()
             if save.due():
-                reign.save()
-            if reign.step(block=SWEEP_EVERY):
-                self._stopping.wait(GATHER)
-        reign.save()
-        self._ledger.resign(self._holder)
+                session.save()
+            if session.step(block=SWEEP_EVERY):
+                self._stopping.wait(GATHER_EVENTS)
+        session.save()
+        lease.release()
 
 
-class _Tenure:
-    """Leadership under one epoch, to be renewed by whoever does something long."""
+class _LeaderLease:
+    """The right to lead for `ttl` s from each renewal on, under one epoch. `leader` is what others are told."""
 
-    def __init__(self, ledger: Ledger, holder: str, ttl: float, epoch: int) -> None:
-        self.epoch = epoch
+    def __init__(self, ledger: Ledger, leader: Leader, ttl: float) -> None:
+        self.epoch = -1  # none yet
         self._ledger = ledger
-        self._holder = holder
+        self._holder = leader.dump()
         self._ttl = ttl
         self._every = _Every(ttl / 4)
 
+    def acquire(self) -> bool:
+        """Whether it leads now. May be repeated after a lost reply."""
+        epoch = self._ledger.lead(self._holder, self._ttl)
+        if epoch is not None:
+            self.epoch = epoch
+        return epoch is not None
+
     def renew(self) -> None:
-        """Stay leader, if it is time to say so. Raises _Deposed when somebody else has become it."""
+        """Stay leader, if it is time to say so. Raises _NotLeader when another has become it."""
         if self._every.due() and self._ledger.lead(self._holder, self._ttl) != self.epoch:
-            raise _Deposed
+            raise _NotLeader
+
+    def release(self) -> None:
+        """Stop leading, so that a standby takes over at once."""
+        self._ledger.resign(self._holder)
 
 
-class _Reign:
-    """One leader's work under one epoch."""
+class _LeaderSession:
+    """One leader's work under one epoch: take over once, then `step`, `sweep` and `save` in turn."""
 
-    def __init__(self, ledger: Ledger, core: SchedulerCore, tenure: _Tenure) -> None:
-        self._any_ledger = ledger
+    def __init__(self, ledger: Ledger, core: SchedulerCore, lease: _LeaderLease) -> None:
+        self._bare_ledger = ledger
         self._core = core
-        self._tenure = tenure
+        self._lease = lease
         self._position = "0-0"
         self._clock_offset = 0.0
         self._incarnation = ledger.incarnation()
@@ -126,9 +147,9 @@ class _Reign:
 
     @property
     def _ledger(self) -> Ledger:
-        """The ledger, for who still leads: over a slow line a few calls take as long as leadership lasts."""
-        self._tenure.renew()
-        return self._any_ledger
+        """The ledger, the lease renewed before each use: over a slow line a few calls take as long as it lasts."""
+        self._lease.renew()
+        return self._bare_ledger
 
     # --- taking over
 
@@ -147,15 +168,17 @@ class _Reign:
         log.info("took_over", pending=len(self._core.pending), nodes=len(self._core.cluster.nodes))
 
     def _restore(self, oldest: str) -> None:
-        """Take what was learned from the snapshot, and the place in the stream to go on from."""
+        """Take what was learned from the snapshot, and the position in the stream to go on from. One that cannot be
+        read, or of another release, is passed over: what the stream still holds is learned again."""
         try:
             saved = self._ledger.load_snapshot()
             if saved is None:
                 return
             position = saved["position"]
-            if _later(oldest, position):
-                log.warning("stream_gap", snapshot=position, oldest=oldest)
+            gap = _later(oldest, position)
             self._core.restore(saved["core"])
+            if gap:
+                log.warning("stream_gap", snapshot=position, oldest=oldest)
             self._position = position
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             log.warning("snapshot_unusable", reason=f"{type(error).__name__}: {error}")
@@ -175,8 +198,8 @@ class _Reign:
         """Make the core's tasks those of the ledger, wherever the stream was too short to tell."""
         unfinished = [task_id for _, task_id in self._ledger.unfinished()]
         self._core.keep_only(set(unfinished))
-        for start in range(0, len(unfinished), FETCH):
-            self._load(unfinished[start : start + FETCH])
+        for start in range(0, len(unfinished), FETCH_TASKS):
+            self._load(unfinished[start : start + FETCH_TASKS])
 
     def _load(self, task_ids: list[str]) -> None:
         placements = self._ledger.features(task_ids)
@@ -193,7 +216,7 @@ class _Reign:
         why = Explanation(
             policy=self._core.policy.name, action="reject", sentence="what is stored of it cannot be read"
         )
-        self._ledger.end(self._tenure.epoch, [End(task_id, "rejected", why) for task_id in task_ids])
+        self._ledger.end(self._lease.epoch, [End(task_id, "rejected", why) for task_id in task_ids])
 
     def _handle(self, event: Event) -> None:
         """Let the core know. An event it cannot take is passed over: the ledger mends in time what it was about."""
@@ -214,23 +237,23 @@ class _Reign:
         return len(self._core.pending) > 0
 
     def sweep(self) -> bool:
-        """Let the ledger mend what time has broken, and look at its clock. Returns whether there may be more. Raises
-        _Outdated when the server was started again: taking over anew finds what is true now."""
+        """Let the ledger mend what time has broken, and read its clock. Returns whether there may be more to mend.
+        Raises _ServerRestarted when the server was started again: taking over anew finds what is true now."""
         if self._ledger.incarnation() != self._incarnation:
-            raise _Outdated
+            raise _ServerRestarted
         self._sync_clock()
         return self._ledger.sweep() >= SWEEP_LIMIT
 
     def save(self) -> None:
-        """Keep what was learned, with the place in the stream it stands for."""
+        """Keep what was learned, with the position in the stream it stands for."""
         if not self._ledger.save_snapshot(
-            self._tenure.epoch, {"core": self._core.snapshot(), "position": self._position}
+            self._lease.epoch, {"core": self._core.snapshot(), "position": self._position}
         ):
-            raise _Deposed
+            raise _NotLeader
 
     def _read(self, block: float | None) -> int:
         entries = self._ledger.events(self._position, block=block)
-        self._load(_strangers((e for _, e in entries), self._core))
+        self._load(_unknown_tasks((e for _, e in entries), self._core))
         for position, event in entries:
             self._handle(event)
             self._position = position
@@ -238,22 +261,22 @@ class _Reign:
 
     def _dispatch(self, decisions: list[Decision]) -> None:
         dispatches = [_dispatch(d) for d in decisions]
-        for decision, ruling in zip(decisions, self._ledger.dispatch(self._tenure.epoch, dispatches), strict=True):
-            self._obey(decision, ruling)
+        for decision, ruling in zip(decisions, self._ledger.dispatch(self._lease.epoch, dispatches), strict=True):
+            self._apply_ruling(decision, ruling)
 
     def _end(self, decisions: list[Decision]) -> None:
         ends = [_end(d) for d in decisions]
-        for decision, ruling in zip(decisions, self._ledger.end(self._tenure.epoch, ends), strict=True):
-            self._obey(decision, ruling)
+        for decision, ruling in zip(decisions, self._ledger.end(self._lease.epoch, ends), strict=True):
+            self._apply_ruling(decision, ruling)
 
-    def _obey(self, decision: Decision, ruling: str) -> None:
+    def _apply_ruling(self, decision: Decision, ruling: str) -> None:
         if decision.failure:
             log.error("decision_failed", task_id=decision.task.id, reason=decision.explanation.sentence)
         log.debug(
             "decided", task_id=decision.task.id, action=decision.action, node=decision.explanation.node, ruling=ruling
         )
         if ruling == "not_leader":
-            raise _Deposed
+            raise _NotLeader
         if ruling == "node_gone":
             self._core.take_back(decision.task)
         elif ruling == "refused":
@@ -296,18 +319,18 @@ def _end(decision: Decision) -> End:
     return End(decision.task.id, "rejected" if decision.action == "reject" else "expired", decision.explanation)
 
 
-def _strangers(events: Iterable[Event], core: SchedulerCore) -> list[str]:
-    """Ids of tasks these events are about that neither the core nor an earlier one of them has introduced."""
+def _unknown_tasks(events: Iterable[Event], core: SchedulerCore) -> list[str]:
+    """Ids of tasks these events are about that neither the core knows nor an earlier one of them introduces."""
     introduced: set[str] = set()
-    strangers: dict[str, None] = {}
+    unknown: dict[str, None] = {}
     for event in events:
         if isinstance(event, NodeUp | NodeDown | Heartbeat | Ended):
             continue  # nothing to learn from about a task not known
         if isinstance(event, Submitted):
             introduced.add(event.id)
         elif event.id not in introduced and core.find(event.id) is None:
-            strangers[event.id] = None
-    return list(strangers)
+            unknown[event.id] = None
+    return list(unknown)
 
 
 def _later(a: str, b: str) -> bool:

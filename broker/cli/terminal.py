@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -15,6 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from perllm.broker.messages import Counters, Explanation, Heartbeat, NodeInfo, Result, State
+
+out = Console()
+err = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 #: Seconds between progress lines where there is no terminal to draw on.
 _LINE_EVERY = 5.0
@@ -171,3 +178,8 @@ def nodes(rows: Sequence[tuple[NodeInfo, Heartbeat | None, bool]]) -> Table:
 
 def _number(x: float | None) -> str:
     return "-" if x is None else f"{x:.3g}"
+
+
+def print_json(data: Any) -> None:
+    """For programs: one line on standard output."""
+    print(json.dumps(data, ensure_ascii=False))

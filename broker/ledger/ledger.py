@@ -94,6 +94,27 @@ class End(NamedTuple):
     why: Explanation
 
 
+class Leader(NamedTuple):
+    """The scheduler that leads: what it writes under the key `leader` and everybody may read."""
+
+    holder: str  # of the lease; one per process and leader session
+    since: float  # when it asked for the lease, s, the server's clock
+    policy: str  # its name
+    sentence: str  # what that does
+
+    def dump(self) -> str:
+        """As it is written, always the same text for the same leader."""
+        return json.dumps(self._asdict())
+
+    @classmethod
+    def parse(cls, text: str) -> Leader:
+        """From what `dump` wrote. Of another release's only the holder is known."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return cls(text, 0.0, "", "")
+
+
 class Claim(NamedTuple):
     """What a worker gets for a claimed attempt. `deadline` is in s from now."""
 
@@ -359,10 +380,17 @@ class Ledger:
         with reaching(self._settings):
             return bool(self.client.exists(f"{self.prefix}leader"))
 
+    def leader(self) -> Leader | None:
+        """Which scheduler leads, since when, under which policy; None while none does."""
+        with reaching(self._settings):
+            raw = cast("bytes | None", self.client.get(f"{self.prefix}leader"))
+        return Leader.parse(raw.decode()) if raw else None
+
     # --- scheduler
 
     def lead(self, holder: str, ttl: float) -> int | None:
-        """Become or stay leader for `ttl` s. Returns the epoch to dispatch under, None while another leads."""
+        """Become or stay leader for `ttl` s. Returns the epoch to dispatch under, None while another leads. `holder` is
+        the same text as long as it leads: a `Leader.dump()`, so that others see who it is."""
         reply = self._call("lead", holder, ttl)
         return int(reply) if reply else None
 

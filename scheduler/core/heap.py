@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from perllm.scheduler.csucb.compiled import compiled
+from perllm.scheduler.core.compiled import compiled
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -13,7 +13,7 @@ Ints = NDArray[np.int64]
 
 @compiled
 def _up(keys: Floats, items: Ints, i: int) -> None:
-    """Move entry `i` up to where it belongs."""
+    """Sift entry `i` up."""
     key, item = keys[i], items[i]
     while i > 0:
         parent = (i - 1) >> 1
@@ -26,7 +26,7 @@ def _up(keys: Floats, items: Ints, i: int) -> None:
 
 @compiled
 def _down(keys: Floats, items: Ints, size: int, i: int) -> None:
-    """Move entry `i` down to where it belongs."""
+    """Sift entry `i` down."""
     key, item = keys[i], items[i]
     while True:
         child = 2 * i + 1

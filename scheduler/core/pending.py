@@ -1,12 +1,12 @@
 """The pending pool: unfinished tasks that are on no node, in order of urgency, in about 280 bytes each.
 
-A task's fields rest in a row of a numpy record array and become a `Task` when it is looked at. Tasks that any node with
-room for a model may take stand in one lane per model, so that work for a model that is full (or nowhere) never stands
-before work that could run. In its lane a task is `fresh`, to be looked at in the next round, or `parked`: it was looked
-at, nothing good enough was free, and it rests until a time comes or its turn in a sweep. A sweep goes through the
-parked in order of how near they were to being placed, a few in each round; it begins anew when room appears (`stir`),
-and goes on when something may have changed (`resume`). So a round costs what there is to decide, however many
-tasks wait, and no task rests for long beside a node that would take it.
+A task's fields are kept in a row of a structured array and become a `Task` when it is decided about. There is one lane
+per model (and one for tasks that take any), so that work for a model that is full (or nowhere) never stands before work
+that could run. In its lane a task is `fresh`, to be decided about in the next round, or `parked`: nothing good enough
+was free, and it waits until its wake-up time or its turn in a scan. A scan goes through the parked in order of how near
+they were to being placed, a few in each round; it begins anew when room appears (`rescan`), goes on when something may
+have changed (`continue_scan`), and stops with the round (`end_scan`). So a round costs what there is to decide, however
+many tasks wait, and no task waits for long beside a node that would take it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ROW = np.dtype(
         ("model", "O"),
         ("deadline", "f8"),
         ("submitted", "f8"),
-        ("alarm", "f8"),  # when it is looked at again or expires, s
+        ("wake_at", "f8"),  # when it is fresh again or expires, s
         ("value", "f8"),
         ("payload_bytes", "u4"),
         ("prompt_tokens", "u4"),
@@ -44,33 +44,33 @@ _ROW = np.dtype(
     ]
 )
 _FRESH, _PARKED, _OUT = 1, 2, 3
-#: By what the entries of a lane's heaps know that they are alive.
+#: The field that must still be what a heap's entry of a task in this state says, or the entry is dead.
 _MARK = {_FRESH: "serial", _PARKED: "ticket"}
-_MOST = 2**32 - 1
-_FEW = 16  # so many times smaller is a heap pushed into another one entry by entry
+_UINT32_MAX = 2**32 - 1
+_PUSH_RATIO = 16  # a heap so many times smaller is pushed into another entry by entry, not merged
 
 
 class _Lane:
     """The pending tasks of one model (or of any), in order of urgency."""
 
-    __slots__ = ("fresh", "live", "open", "parked", "tried")
+    __slots__ = ("fresh", "live", "parked", "scanned", "scanning")
 
     def __init__(self) -> None:
         self.fresh, self.parked = Heap(), Heap()
-        self.tried = Heap()  # the parked that were looked at since the sweep began
+        self.scanned = Heap()  # the parked that were decided about since the scan began
         self.live = 0
-        self.open = False  # the parked may be taken
+        self.scanning = False  # the parked may be taken
 
-    def sweep(self) -> None:
-        """Begin with the first of the parked."""
-        if len(self.tried) * _FEW < len(self.parked):
-            while len(self.tried):
-                self.parked.push(*self.tried.pop())
+    def restart_scan(self) -> None:
+        """The scan begins anew with the first of the parked."""
+        if len(self.scanned) * _PUSH_RATIO < len(self.parked):
+            while len(self.scanned):
+                self.parked.push(*self.scanned.pop())
             return
-        entries = zip(self.parked.entries(), self.tried.entries(), strict=True)
+        entries = zip(self.parked.entries(), self.scanned.entries(), strict=True)
         keys, items = (np.concatenate(pair) for pair in entries)
         self.parked.replace(keys, items)
-        self.tried = Heap()
+        self.scanned = Heap()
 
 
 class Pending:
@@ -89,7 +89,7 @@ class Pending:
         self._serial = self._ticket = 0
         self._avoid: dict[int, Mapping[str, float]] = {}  # row → nodes; most tasks avoid none
         self._lanes: dict[str | None, _Lane] = {}
-        self._alarms = Heap()
+        self._wakeups = Heap()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -108,11 +108,11 @@ class Pending:
     # --- in
 
     def add(self, task: Task) -> None:
-        """Take in a task, fresh. A task that is here stays as it is."""
+        """Add a task, fresh. A task that is here stays as it is."""
         if task.id in self._index:
             return
         row = self._free.pop() if self._free else self._grow()
-        self._serial = serial = self._serial % _MOST + 1
+        self._serial = serial = self._serial % _UINT32_MAX + 1
         self._chunks[row // _CHUNK][row % _CHUNK] = (
             task.id,
             intern(task.service),
@@ -122,9 +122,9 @@ class Pending:
             task.submitted,
             task.deadline,
             task.value,
-            min(task.payload_bytes, _MOST),
-            min(task.prompt_tokens, _MOST),
-            min(task.max_tokens, _MOST),
+            min(task.payload_bytes, _UINT32_MAX),
+            min(task.prompt_tokens, _UINT32_MAX),
+            min(task.max_tokens, _UINT32_MAX),
             task.expected_tokens or 0,
             task.attempt,
             serial,
@@ -141,34 +141,33 @@ class Pending:
         lane.live += 1
         item = serial << 32 | row
         lane.fresh.push(self._key(task), item)
-        self._alarms.push(task.deadline, item)
+        self._wakeups.push(task.deadline, item)
 
     def park(self, task: Task, until: float, rank: float = 0.0) -> None:
-        """A taken task rests until `until` (s), or until the next sweep of its lane, where higher ranks are tried
-        first."""
+        """A taken task waits until `until` (s), or until the next scan of its lane, where higher ranks come first."""
         self._return(task, _PARKED, min(until, task.deadline), -rank)
 
     def put_back(self, task: Task) -> None:
         """A taken task is fresh again."""
         self._return(task, _FRESH, task.deadline, self._key(task))
 
-    def _return(self, task: Task, state: int, alarm: float, key: float) -> None:
+    def _return(self, task: Task, state: int, wake_at: float, key: float) -> None:
         row = self._index[task.id]
         record = self._record(row)
         item = int(record["serial"]) << 32 | row
         lane = self._lanes[task.model]
         if state == _PARKED:
-            record["ticket"] = self._ticket = self._ticket % _MOST + 1
-            heap = lane.tried
+            record["ticket"] = self._ticket = self._ticket % _UINT32_MAX + 1
+            heap = lane.scanned
             heap.push(key, self._ticket << 32 | row)
         else:
             heap = lane.fresh
             heap.push(key, item)
-        if record["alarm"] != alarm:
-            record["alarm"] = alarm
-            self._alarms.push(alarm, item)
-            if len(self._alarms) > 4 * len(self._index) + 64:
-                self._tidy_alarms()
+        if record["wake_at"] != wake_at:
+            record["wake_at"] = wake_at
+            self._wakeups.push(wake_at, item)
+            if len(self._wakeups) > 4 * len(self._index) + 64:
+                self._tidy_wakeups()
         record["state"] = state
         if len(heap) > 2 * lane.live + 64:
             self._tidy(heap, state)
@@ -189,12 +188,12 @@ class Pending:
         self._avoid.pop(row, None)
         self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, *(0,) * 13)
         self._free.append(row)
-        if len(self._alarms) > 4 * len(self._index) + 64:
-            self._tidy_alarms()
+        if len(self._wakeups) > 4 * len(self._index) + 64:
+            self._tidy_wakeups()
 
     def take(self, fresh: Iterable[str | None], parked: Iterable[str | None] = ()) -> tuple[Task, bool] | None:
-        """Take in hand the most urgent fresh task of the models `fresh` or, when there is none, the next one in the
-        sweeps of those in `parked`. Returns it and whether it was parked, or None.
+        """Take the most urgent fresh task of the models `fresh` or, when there is none, the next one in the scans of
+        those in `parked`. Returns it and whether it was parked, or None.
 
         It stays in the pool until `remove`; until `park` or `put_back` it is not taken again.
         """
@@ -213,50 +212,50 @@ class Pending:
         best: Heap | None = None
         first = (0.0, 0)
         for model in models:
-            if (lane := self._lanes.get(model)) is not None and (state == _FRESH or lane.open):
+            if (lane := self._lanes.get(model)) is not None and (state == _FRESH or lane.scanning):
                 heap = lane.fresh if state == _FRESH else lane.parked
                 head = self._head(heap, state)
                 if head is not None and (best is None or head < first):
                     best, first = heap, head
         return None if best is None else (best, first[1] & 0xFFFFFFFF)
 
-    def stir(self, models: Iterable[str | None]) -> None:
-        """Room appeared for these models: their parked tasks are looked at from the first one on, until `settle`."""
+    def rescan(self, models: Iterable[str | None]) -> None:
+        """Room appeared for these models: their parked tasks are scanned from the first one on, until `end_scan`."""
         for model in models:
             if (lane := self._lanes.get(model)) is not None:
-                self._sweep(lane)
-                lane.open = True
+                self._restart_scan(lane)
+                lane.scanning = True
 
-    def resume(self, models: Iterable[str | None]) -> None:
-        """Something may have changed for these models: the sweep goes on, or begins anew, until `settle`."""
+    def continue_scan(self, models: Iterable[str | None]) -> None:
+        """Something may have changed for these models: the scan goes on, or begins anew, until `end_scan`."""
         for model in models:
             if (lane := self._lanes.get(model)) is not None:
                 if self._head(lane.parked, _PARKED) is None:
-                    self._sweep(lane)
-                lane.open = True
+                    self._restart_scan(lane)
+                lane.scanning = True
 
-    def settle(self, models: Iterable[str | None]) -> None:
-        """A round has looked at enough of these models' tasks: the parked rest again."""
+    def end_scan(self, models: Iterable[str | None]) -> None:
+        """A round has decided about enough of these models' tasks: no more of the parked are taken."""
         for model in models:
             if (lane := self._lanes.get(model)) is not None:
-                lane.open = False
+                lane.scanning = False
 
-    def _sweep(self, lane: _Lane) -> None:
-        lane.sweep()
+    def _restart_scan(self, lane: _Lane) -> None:
+        lane.restart_scan()
         if len(lane.parked) > 2 * lane.live + 64:
             self._tidy(lane.parked, _PARKED)
 
-    def ring(self, now: float) -> list[Task]:
-        """Parked tasks whose time has come are fresh again. Returns those whose deadline has passed, taken in hand."""
+    def wake_due(self, now: float) -> list[Task]:
+        """Parked tasks whose wake-up time has come are fresh again. Returns those whose deadline has passed, taken."""
         late = []
-        alarms = self._alarms
-        while len(alarms) and alarms.peek()[0] <= now:
-            when, item = alarms.pop()
+        wakeups = self._wakeups
+        while len(wakeups) and wakeups.peek()[0] <= now:
+            when, item = wakeups.pop()
             row = item & 0xFFFFFFFF
             record = self._record(row)
-            if record["serial"] != item >> 32 or record["alarm"] != when:
+            if record["serial"] != item >> 32 or record["wake_at"] != when:
                 continue
-            record["alarm"] = -np.inf  # set anew when it returns
+            record["wake_at"] = -np.inf  # set anew when it returns
             if record["state"] == _OUT:
                 continue
             task = self._task(row)
@@ -325,13 +324,13 @@ class Pending:
         keep &= self._column(_MARK[state], items) == items >> 32
         heap.replace(keys[first][keep], items[keep])
 
-    def _tidy_alarms(self) -> None:
-        keys, items = self._alarms.entries()
-        keep = self._column("alarm", items) == keys
+    def _tidy_wakeups(self) -> None:
+        keys, items = self._wakeups.entries()
+        keep = self._column("wake_at", items) == keys
         keep &= self._column("serial", items) == items >> 32
         keys, items = keys[keep], items[keep]
         items, first = np.unique(items, return_index=True)
-        self._alarms.replace(keys[first], items)
+        self._wakeups.replace(keys[first], items)
 
     def _column(self, name: str, items: Ints) -> NDArray[np.float64]:
         """One column of the rows of heap entries."""

@@ -1,4 +1,4 @@
-"""What a placement policy is: CS-UCB and every baseline stand behind this, in service and simulator alike."""
+"""The interface of a placement policy: CS-UCB and every baseline implement it, for service and simulator alike."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ Choice = Place | Wait | Reject
 class Policy(Protocol):
     """Chooses a node per task and learns from what happened.
 
+    The first line of a policy's docstring describes it to users (`scheduler.policies.describe_policies`).
+
     Deterministic: the same calls in the same order give the same choices (randomness is seeded and part of the
     snapshot). No I/O and no clock; `now` is the server's clock in s.
     """
@@ -56,7 +58,7 @@ class Policy(Protocol):
         was, or None."""
 
     def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
-        """How each candidate looks for this task now. Called right after `choose` with the same arguments; changes
+        """Each candidate's score for this task. Called right after `choose` with the same arguments; changes
         nothing."""
 
     def snapshot(self) -> dict[str, Any]:

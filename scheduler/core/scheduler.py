@@ -1,4 +1,4 @@
-"""The scheduler's core: events and a time in, decisions out.
+"""The scheduler without its I/O: events and a time in, decisions out.
 
 No I/O, no clock, no Redis, no Celery. The live service and the simulator drive this same class, so what the simulator
 shows is what the service does.
@@ -28,18 +28,21 @@ from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.pending import Pending
 from perllm.scheduler.core.policy import Place, Policy, Reject, Wait
 
-#: Tasks of one model a round may leave waiting before it goes on to others; of those that can rest for REST seconds or
-#: more, RESTING are enough, since they make way for the next in the round after; of those parked before, RETRIES, the
-#: most promising first. All bound a round's cost however long the backlog is.
-LOOKAHEAD, RESTING, RETRIES = 32, 2, 2
-REST = 1.0
-#: A node that finishes tasks quickly may hold this many seconds' worth beyond its slots, up to MOST_BEYOND, so that it
+#: Tasks of one model a round may leave waiting before it goes on to others (as the look-ahead of a backfilling
+#: scheduler); of those that can wait for LONG_WAIT seconds or more, MAX_LONG_WAITS are enough, since they make way for
+#: the next in the round after; of those parked before, MAX_RETRIES, the most promising first. All bound a round's cost
+#: however long the backlog is.
+LOOKAHEAD, MAX_LONG_WAITS, MAX_RETRIES = 32, 2, 2
+LONG_WAIT = 1.0
+#: A node that finishes tasks quickly may hold this many seconds' worth beyond its slots, up to MAX_QUEUE, so that it
 #: never idles for as long as a decision takes to reach it.
-FEED = 0.05
-MOST_BEYOND = 64
-#: A task keeps away from a node that lost it for so long, s, while others serve it: long enough that a node which fails
-#: all it is given takes few tasks' strikes, short enough not to leave one idle that has recovered.
-AVOID = 15.0
+QUEUE_SECONDS = 0.05
+MAX_QUEUE = 64
+#: Version of what `SchedulerCore.snapshot` returns, with the policies' parts: to be raised when a field changes.
+SNAPSHOT_FORMAT = 2
+#: A task avoids a node that lost it for so long, s, while others serve it: long enough that a node which fails all it
+#: is given takes few tasks' strikes, short enough not to leave one idle that has recovered.
+AVOID_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,9 @@ class Decision:
 class SchedulerCore:
     """Holds what is known of nodes and tasks and asks the policy where each pending task goes.
 
-    `queue_beyond_slots` bounds the tasks a node holds to its slots plus that many, or FEED seconds' worth (None:
+    `queue_beyond_slots` bounds the tasks a node holds to its slots plus that many, or QUEUE_SECONDS' worth (None:
     unbounded). `edf` orders pending tasks by deadline instead of arrival. Without `explain`, decisions carry no
-    candidates, which saves time where nobody reads them. With `forgiving`, a task the policy fails on is rejected and
+    candidates, which saves time where nobody reads them. With `reject_on_error`, a task the policy fails on is rejected and
     says so, and the others are decided; without, the failure is raised.
     """
 
@@ -70,14 +73,14 @@ class SchedulerCore:
         queue_beyond_slots: int | None = 2,
         edf: bool = True,
         explain: bool = True,
-        forgiving: bool = False,
+        reject_on_error: bool = False,
     ) -> None:
         self.policy = policy
         self.cluster = Cluster()
         self.pending = Pending(edf=edf)
         self._placed: dict[str, Task] = {}
         self._queue_beyond_slots = queue_beyond_slots
-        self._explain, self._forgiving = explain, forgiving
+        self._explain, self._reject_on_error = explain, reject_on_error
         self._with_room: dict[str | None, tuple[Node, ...]] = {}  # those with room now; missing: not worked out
         self._least_context: dict[str | None, int] = {}  # smallest context offered for the model, tokens
 
@@ -135,13 +138,13 @@ class SchedulerCore:
 
     def _finished(self, task: Task, event: Completed) -> None:
         if node := self.cluster.nodes.get(event.node):
-            node.finish(event.at)
+            node.completed(event.at)
         self._take_out(task, event.at)
 
     def _put_back(self, task: Task, event: Returned) -> None:
         self._take_out(task, event.at)
         if event.cause != "handed_back":
-            task.avoid = {**task.avoid, event.node: event.at + AVOID}
+            task.avoid = {**task.avoid, event.node: event.at + AVOID_SECONDS}
         task.node = task.dispatched = task.claimed = None
         task.generated, task.strikes = 0, event.strikes
         self.pending.add(task)
@@ -154,7 +157,7 @@ class SchedulerCore:
         if node.in_flight.pop(task.id, None) is not None:
             node.touch(at)
             self._note_room(node)
-            self.pending.stir(_models(node))
+            self.pending.rescan(_models(node))
 
     # --- nodes
 
@@ -164,12 +167,12 @@ class SchedulerCore:
         self._note_room(node)
         self.cluster.nodes[node.name] = node
         self._find_serving()
-        self.pending.stir(_models(node))
+        self.pending.rescan(_models(node))
 
     def _node_down(self, name: str) -> None:
         if self.cluster.nodes.pop(name, None) is not None:
             self._find_serving()
-            self.pending.stir(self.cluster.serving)  # a task may now go where it avoided to go
+            self.pending.rescan(self.cluster.serving)  # a task may now go where it avoided to go
 
     def _heartbeat(self, event: Heartbeat) -> None:
         node = self.cluster.nodes.get(event.node)
@@ -177,11 +180,11 @@ class SchedulerCore:
             return
         node.counters, node.heard = event.counters, event.at
         for task_id, generated in event.progress.items():
-            if flight := node.in_flight.get(task_id):
-                flight.generated = generated
+            if task := node.in_flight.get(task_id):
+                task.generated = generated
         node.touch(event.at)
-        if not node.in_flight:  # idle: what waits beside it is looked at again, as prices and expectations fade
-            self.pending.resume(_models(node))
+        if not node.in_flight:  # idle: what waits beside it is tried again, as slot prices and expected arrivals fade
+            self.pending.continue_scan(_models(node))
 
     def _find_serving(self) -> None:
         serving: dict[str | None, list[Node]] = {None: []}
@@ -200,7 +203,7 @@ class SchedulerCore:
         """Its tasks have changed: it may be full now, or no longer."""
         beyond = self._queue_beyond_slots
         if beyond is not None:
-            beyond = max(beyond, min(MOST_BEYOND, int(node.pace * FEED)))
+            beyond = max(beyond, min(MAX_QUEUE, int(node.completion_rate * QUEUE_SECONDS)))
         has_room = beyond is None or len(node.in_flight) < node.info.slots + beyond
         if has_room != node.has_room:
             node.has_room = has_room
@@ -222,7 +225,7 @@ class SchedulerCore:
         placed there at once; the stream's `Dispatched` event confirms it, `forget` or `take_back` undo it."""
         decisions = []
         self.cluster.waiting = len(self.pending)
-        for late in self.pending.ring(now):
+        for late in self.pending.wake_due(now):
             self.pending.remove(late.id)
             decisions.append(self._end(late, "expire", "the deadline passed before a node could take it"))
         waiting: list[tuple[Task, Wait]] = []
@@ -231,7 +234,7 @@ class SchedulerCore:
             models = [m for m in self.cluster.serving if self._room_for(m)]
             taken = self.pending.take(
                 [m for m in models if waits.get((m, False), 0) < LOOKAHEAD],
-                [m for m in models if waits.get((m, True), 0) < RETRIES],
+                [m for m in models if waits.get((m, True), 0) < MAX_RETRIES],
             )
             if taken is None:
                 break
@@ -239,7 +242,7 @@ class SchedulerCore:
             try:
                 decided = self._decide(task, now)
             except Exception as error:
-                if not self._forgiving:
+                if not self._reject_on_error:
                     raise
                 self._take_out(task, now)
                 reason = f"the policy failed on it: {type(error).__name__}: {error}"
@@ -250,15 +253,15 @@ class SchedulerCore:
                 decisions.append(decided)
             else:
                 waiting.append((task, decided))
-                rests = decided.until is not None and decided.until - now >= REST
-                cost = LOOKAHEAD / RESTING if rests and not was_parked else 1
+                waits_long = decided.until is not None and decided.until - now >= LONG_WAIT
+                cost = LOOKAHEAD / MAX_LONG_WAITS if waits_long and not was_parked else 1
                 waits[task.model, was_parked] = waits.get((task.model, was_parked), 0) + cost
         for task, wait in waiting:
             if wait.until is None:
                 self.pending.put_back(task)
             else:
                 self.pending.park(task, wait.until, wait.rank)
-        self.pending.settle(models)
+        self.pending.end_scan(models)
         return decisions
 
     def forget(self, task: Task) -> None:
@@ -290,18 +293,18 @@ class SchedulerCore:
             choice = self.policy.choose(task, candidates, self.cluster, now)
         if isinstance(choice, Wait):
             return choice
-        looks = self.policy.explain(task, candidates, self.cluster, now) if self._explain else ()
+        scores = self.policy.explain(task, candidates, self.cluster, now) if self._explain else ()
         match choice:
             case Reject(reason):
-                return self._end(task, "reject", reason, looks)
+                return self._end(task, "reject", reason, scores)
             case Place(name):
                 node = self.cluster.nodes[name]
                 offer = node.info.offer(task.model)
                 assert offer is not None  # only nodes that offer the model are candidates
                 self._place(task, name, task.attempt + 1, now)
-                sentence = self._sentence(task, name, looks, len(candidates), now)
+                sentence = self._sentence(task, name, scores, len(candidates), now)
                 explanation = Explanation(
-                    policy=self.policy.name, action="dispatch", sentence=sentence, node=name, candidates=looks
+                    policy=self.policy.name, action="dispatch", sentence=sentence, node=name, candidates=scores
                 )
                 return Decision(task, "dispatch", explanation, node, offer.name)
             case _:
@@ -338,15 +341,15 @@ class SchedulerCore:
         )
 
     def _end(
-        self, task: Task, action: Literal["reject", "expire"], reason: str, looks: tuple[Candidate, ...] = ()
+        self, task: Task, action: Literal["reject", "expire"], reason: str, scores: tuple[Candidate, ...] = ()
     ) -> Decision:
         return Decision(
-            task, action, Explanation(policy=self.policy.name, action=action, sentence=reason, candidates=looks)
+            task, action, Explanation(policy=self.policy.name, action=action, sentence=reason, candidates=scores)
         )
 
-    def _sentence(self, task: Task, chosen: str, looks: tuple[Candidate, ...], count: int, now: float) -> str:
+    def _sentence(self, task: Task, chosen: str, scores: tuple[Candidate, ...], count: int, now: float) -> str:
         sentence = f"{chosen} was the best of {count} candidate node{'s' if count != 1 else ''}"
-        mine = next((c for c in looks if c.node == chosen), None)
+        mine = next((c for c in scores if c.node == chosen), None)
         if mine is None:
             return sentence
         if mine.note:
@@ -363,10 +366,13 @@ class SchedulerCore:
 
     def snapshot(self) -> dict[str, Any]:
         """What was learned, as JSON-able data. Tasks and nodes are not in it: the ledger knows them."""
-        return {"policy": self.policy.name, "state": self.policy.snapshot()}
+        return {"format": SNAPSHOT_FORMAT, "policy": self.policy.name, "state": self.policy.snapshot()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over a snapshot of the same policy. Raises ValueError for another policy's."""
+        """Take over a snapshot of the same policy. Raises ValueError for another policy's or another release's, and
+        whatever the policy raises for one that it cannot read; nothing has changed then."""
+        if state.get("format") != SNAPSHOT_FORMAT:
+            raise ValueError(f"the snapshot has format {state.get('format')}, this release reads {SNAPSHOT_FORMAT}")
         if state.get("policy") != self.policy.name:
             raise ValueError(f"the snapshot is of policy {state.get('policy')!r}, not {self.policy.name!r}")
         self.policy.restore(state["state"])

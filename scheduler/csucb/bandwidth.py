@@ -10,10 +10,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-#: Weight of a new sample.
-WEIGHT = 0.3
+#: Weight of a new sample in the mean.
+SAMPLE_WEIGHT = 0.3
 #: Payloads of fewer bytes tell of the latency alone.
-SMALL = 16_384
+SMALL_PAYLOAD = 16_384
 
 
 @dataclass(slots=True)
@@ -35,15 +35,11 @@ class Bandwidth:
 
     def learn(self, size: int, seconds: float) -> None:
         """A payload of `size` bytes took `seconds`."""
-        if size < SMALL:
-            self.latency += WEIGHT * (max(seconds - size / self.rate, 0.0) - self.latency)
+        if size < SMALL_PAYLOAD:
+            self.latency += SAMPLE_WEIGHT * (max(seconds - size / self.rate, 0.0) - self.latency)
         elif seconds > 0:
             net = max(seconds - self.latency, 0.1 * seconds)
-            self.log_rate += WEIGHT * (math.log(size / net) - self.log_rate)
-
-    def transfer(self, size: float) -> float:
-        """Predicted time of a transfer, s."""
-        return self.latency + size / self.rate
+            self.log_rate += SAMPLE_WEIGHT * (math.log(size / net) - self.log_rate)
 
     def snapshot(self) -> dict[str, Any]:
         return asdict(self)

@@ -6,7 +6,7 @@ expected finish.
 
 from __future__ import annotations
 
-from perllm.scheduler.csucb.compiled import compiled
+from perllm.scheduler.core.compiled import compiled
 
 
 @compiled

@@ -1,16 +1,17 @@
-"""What a node's near future looks like, and what one more task would change in it: the compiled heart of the core.
+"""A node's near future, and what one more task would change in it.
 
 Continuous batching gives every active sequence one token per step, so the number of steps taken from now on is the one
-clock all of a node's work shares. `predict` walks along it in the bins of the token grid. In each bin every task on the
-node is expected to be there with probability P(L > tokens by then | L > tokens so far), unless its deadline has passed;
-tasks that travel or queue join on the way; the expected batch gives the time of a step (θ of the speed model). What
-results is a map from steps to time, with the expected occupancy of the slots and the chance that nobody is active.
+clock all of a node's work shares. `forecast_nodes` walks along it in the bins of `csucb.token_bins`. In each bin every
+task on the node is there with probability P(L > tokens by then | L > tokens so far), unless its deadline has passed;
+tasks whose payload travels or that queue join on the way; the expected batch gives the time of a step (θ of the
+step-cost model). The result, its outlook, maps steps to time, expected occupancy of the slots and the chance that no
+sequence is active.
 
-`weigh` and `harm` then ask what one more task would do, without walking again: its own steps stretch the map by a known
-amount, so its tokens by its deadline, the busy time it adds, and the delay of everybody else follow from the map and
-from running integrals of its length distribution.
+`forecast_task` and `harm` then ask what one more task would do, without walking again: its own steps stretch the map by
+a known amount, so its tokens by its deadline, the busy time it adds and the delay of everybody else follow from the map
+and from running integrals of its length distribution.
 
-Arrays are plain float64 with a named column each; times s, sizes tokens and bytes.
+All of it is compiled; what is read and written is declared in `csucb.rows`. Times s, sizes tokens and bytes.
 """
 
 from __future__ import annotations
@@ -18,47 +19,41 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
-from perllm.scheduler.csucb.compiled import compiled
-from perllm.scheduler.csucb.output_lengths import MEAN, MOMENT, TAIL
+from perllm.scheduler.core.compiled import compiled
+from perllm.scheduler.csucb.rows import (
+    ArmRow,
+    ClusterRows,
+    InFlightRow,
+    Ints,
+    LengthsRow,
+    NodeRow,
+    OutlookRow,
+    Records,
+    ScoreRow,
+    TaskRow,
+)
 from perllm.scheduler.csucb.token_bins import BINS, EDGES, Floats, at, position
-
-Matrix = NDArray[np.float64]
-Cube = NDArray[np.float64]
-
-#: Columns of `nodes` (one row per node): where its in_flight are in `in_flight` and how many; its slots; when it was last
-#: heard of and last changed; W while it steps, beyond idle; J/byte, bytes/s and s of its link; s from a decision to
-#: its queue; 1 if it stands still; its first row in `arms`; tasks/s that usually come, and their mean prompt and
-#: output; price of a second in a slot; tasks/s its slots can finish. `predict` fills the fixed time of its steps and
-#: the bytes that travel to it.
-FIRST, COUNT, SLOTS, HEARD, ANCHOR, WATTS, JOULES_PER_BYTE, RATE, LATENCY, HOP, STILL, ARM_ROW = range(12)
-INFLOW, IN_PROMPT, IN_TOKENS, TOLL, PACE, FIXED, COMING, NODE_COLUMNS = range(12, 20)
-#: Columns of `in_flight` (one row per task on a node), in order of dispatch. Given are: when it was sent and claimed (0:
-#: not yet), tokens generated as of the last heartbeat, …, the row of its length distribution, its arm. `predict`
-#: fills: when its payload is there, prompt tokens left to prefill, the step at which it starts to decode (−1: not in
-#: the batch yet), its tokens at that step, 1 / P(L > those), the step and the time of a step at its deadline, and
-#: P(on time).
-SENT, CLAIMED, GENERATED, PROMPT, BYTES, DEADLINE, MOST, VALUE, LENGTH, ARM = range(10)
-READY, LEFT, START, TOKENS, WEIGHT, LAST, STEP, P, FLIGHT_COLUMNS = range(10, 19)
-#: Columns of `arms` (one row per model on a node): the cost of a step (see `perllm.scheduler.csucb.step_cost`), its σ as a share of
-#: it, the tokens its KV cache holds, and those its tasks will probably need (filled by `predict`).
-A, B, C, D, SPREAD, KV, KV_USED, ARM_COLUMNS = range(8)
-#: Planes of `maps` (planes, nodes, BINS + 1): time (s) at which so many steps are done; expected slots taken or queued
-#: for, and chance that nobody is active, in the bin that begins there.
-TIME, TAKEN, ALONE = range(3)
 
 #: A queued task gets its slot about when the expected number taken has fallen by this much below full.
 _SLOT_MARGIN = 0.7
 #: Tokens of a task when it is ready to be prefilled: it waits half a step, and has its first token a step later.
 _BEFORE_FIRST = -0.5
-#: Below this chance a task is as good as over.
-_LITTLE = 1e-3
+#: Below this probability of still being there a task counts as over.
+_NEGLIGIBLE = 1e-3
 #: No step is believed to be shorter, s: the whole map must reach well beyond the moment a new task could arrive.
-_FASTEST = 5e-5
+_SHORTEST_STEP = 5e-5
 #: Bins walked one by one; after them, two at a time.
-_FINE = 8
+_SINGLE_BINS = 8
 _NEVER = 1e18
+
+
+@compiled
+def in_flight_on(cluster: ClusterRows, n: int) -> Records:
+    """The tasks on the node in row `n`."""
+    node: NodeRow = cluster.nodes[n]
+    tasks: Records = cluster.in_flight[node.first : node.first + node.count]
+    return tasks
 
 
 @compiled
@@ -81,269 +76,341 @@ def steps_at(times: Floats, time: float) -> float:
 
 
 @compiled
-def _catch_up(node: Floats, arms: Matrix, in_flight: Matrix) -> None:
-    """Bring the in_flight from the node's last heartbeat to its last change: fills READY, LEFT, START and TOKENS."""
-    heard, anchor = node[HEARD], node[ANCHOR]
-    fixed, rest = max(node[FIXED], _FASTEST), 0.0  # of the time of a step
-    for i in range(len(in_flight)):
-        flight = in_flight[i]
-        arm = arms[int(flight[ARM])]
-        fixed = max(fixed, arm[A])
-        if flight[GENERATED] >= 1:
-            rest += arm[B] + arm[D] * (flight[PROMPT] + flight[GENERATED])
-    node[FIXED] = fixed
-    # Prefills since the heartbeat, one after the other. LAST holds, for now, the time they had taken when it began.
-    cursor, spent = heard, 0.0
-    for i in range(len(in_flight)):
-        flight = in_flight[i]
-        flight[READY], flight[LEFT], flight[LAST] = heard, 0.0, 0.0
-        if flight[GENERATED] >= 1:
-            flight[START], flight[TOKENS] = 0.0, flight[GENERATED]
-            continue
-        flight[READY], flight[LEFT] = _NEVER, flight[PROMPT]
-        flight[START], flight[TOKENS] = -1.0, _BEFORE_FIRST
-        cost = max(arms[int(flight[ARM]), C], 1e-12)
-        if flight[CLAIMED] <= 0:
-            continue
-        flight[READY] = flight[CLAIMED] + _travel(node, flight[BYTES])
-        if flight[READY] < heard:  # it had been in the engine at the heartbeat, still without a token
-            flight[LEFT] = max(0.1 * flight[LEFT], flight[LEFT] - (heard - flight[READY]) / cost)
-        begun = max(cursor, flight[READY])
-        if begun < anchor:
-            cursor = begun + flight[LEFT] * cost
-            if cursor <= anchor:
-                spent += flight[LEFT] * cost
-                flight[START], flight[LEFT], flight[READY], flight[LAST] = 0.0, 0.0, cursor, spent
-            else:
-                spent += anchor - begun
-                flight[LEFT] = (cursor - anchor) / cost
-    for i in range(len(in_flight)):
-        flight = in_flight[i]
-        if flight[START] == 0.0:
-            decoding = anchor - flight[READY] - (spent - flight[LAST])
-            flight[TOKENS] += max(0.0, decoding) / (fixed + rest)
-
-
-@compiled
-def _travel(node: Floats, size: float) -> float:
+def _transfer(node: NodeRow, size: float) -> float:
     """Seconds from a claim until the payload is there."""
-    return float(node[LATENCY] + size / node[RATE])
+    return float(node.latency + size / node.bandwidth)
+
+
+# --- a node with the tasks it holds
 
 
 @compiled
-def predict(  # noqa: PLR0915 (one walk along one node's future)
-    n: int, nodes: Matrix, arms: Matrix, all_flights: Matrix, table: Cube, maps: Cube
-) -> None:
-    """Fill node `n`'s map from steps to time, counted from its last change, and its in_flight' outlook."""
-    node = nodes[n]
-    first, count = int(node[FIRST]), int(node[COUNT])
-    in_flight = all_flights[first : first + count]
-    times, taken, alone = maps[TIME, n], maps[TAKEN, n], maps[ALONE, n]
-    _catch_up(node, arms, in_flight)
-    fixed = node[FIXED]
+def forecast_nodes(rows: Ints, cluster: ClusterRows) -> None:
+    """Fill the outlooks of the nodes in `rows`, counted from their last change, and those of the tasks on them."""
+    for n in rows:
+        node: NodeRow = cluster.nodes[n]
+        outlook, in_flight = cluster.outlooks[n], in_flight_on(cluster, n)
+        _catch_up(node, cluster.arms, in_flight)
+        _condition_on_progress(in_flight, cluster.lengths)
+        _walk(node, cluster.arms, in_flight, cluster.lengths, outlook)
+        _sum_up_arms(node, cluster.arms, in_flight, cluster.lengths)
+        for i in range(len(in_flight)):
+            _forecast_end(node, in_flight[i], cluster.lengths, outlook)
 
-    for i in range(count):
-        flight = in_flight[i]
-        if flight[START] == 0.0:
-            flight[TOKENS] = min(flight[TOKENS], flight[MOST] - 0.5)
-            flight[WEIGHT] = 1.0 / max(at(table[int(flight[LENGTH]), TAIL], flight[TOKENS]), 1e-9)
 
-    arm = arms[int(node[ARM_ROW])]
-    crowd = 0.0  # tasks that have yet to arrive, by then in the batch
-    each = arm[B] + arm[D] * (node[IN_PROMPT] + node[IN_TOKENS] / 2)
-    pure = max(0.2, 1.0 - node[INFLOW] * node[IN_PROMPT] * arm[C])  # the share of time their prefills leave
-    now, step, k = float(node[ANCHOR]), float(fixed), 0
-    live, left = np.arange(count), count  # in_flight that may still be there, in order
+@compiled
+def _catch_up(node: NodeRow, arms: Records, in_flight: Records) -> None:
+    """Bring the tasks from the node's last heartbeat to its last change: fills `ready`, `prefill_left`, `start` and
+    `tokens`."""
+    step_time = _decode_step(node, arms, in_flight)
+    prefilled = _catch_up_prefills(node, arms, in_flight)
+    for i in range(len(in_flight)):
+        placed: InFlightRow = in_flight[i]
+        if placed.start == 0.0:
+            decoding = node.changed - placed.ready - (prefilled - placed.prefill_end)
+            placed.tokens += max(0.0, decoding) / step_time
+
+
+@compiled
+def _decode_step(node: NodeRow, arms: Records, in_flight: Records) -> float:
+    """Time of a step with those that decode, s; fills the node's `step_floor`."""
+    floor, rest = max(node.step_floor, _SHORTEST_STEP), 0.0
+    for i in range(len(in_flight)):
+        placed: InFlightRow = in_flight[i]
+        arm: ArmRow = arms[placed.arm]
+        floor = max(floor, arm.step)
+        if placed.generated >= 1:
+            rest += arm.sequence + arm.context * (placed.prompt_tokens + placed.generated)
+    node.step_floor = floor
+    return floor + rest
+
+
+@compiled
+def _catch_up_prefills(node: NodeRow, arms: Records, in_flight: Records) -> float:
+    """Prefills since the heartbeat, one after the other; returns the time they took, s."""
+    cursor, spent = node.heard, 0.0
+    for i in range(len(in_flight)):
+        placed: InFlightRow = in_flight[i]
+        placed.ready, placed.prefill_left, placed.prefill_end = node.heard, 0.0, 0.0
+        if placed.generated >= 1:
+            placed.start, placed.tokens = 0.0, placed.generated
+            continue
+        placed.ready, placed.prefill_left = _NEVER, placed.prompt_tokens
+        placed.start, placed.tokens = -1.0, _BEFORE_FIRST
+        arm: ArmRow = arms[placed.arm]
+        cost = max(arm.prefill, 1e-12)
+        if placed.claimed <= 0:
+            continue
+        placed.ready = placed.claimed + _transfer(node, placed.payload_bytes)
+        if placed.ready < node.heard:  # it had been in the engine at the heartbeat, still without a token
+            done = (node.heard - placed.ready) / cost
+            placed.prefill_left = max(0.1 * placed.prefill_left, placed.prefill_left - done)
+        begun = max(cursor, placed.ready)
+        if begun < node.changed:
+            cursor = begun + placed.prefill_left * cost
+            if cursor <= node.changed:
+                spent += placed.prefill_left * cost
+                placed.start, placed.prefill_left, placed.ready, placed.prefill_end = 0.0, 0.0, cursor, spent
+            else:
+                spent += node.changed - begun
+                placed.prefill_left = (cursor - node.changed) / cost
+    return spent
+
+
+@compiled
+def _condition_on_progress(in_flight: Records, lengths: Records) -> None:
+    """Fill `survival` of those that decode: what P(L > x) must be multiplied by, given the tokens they have."""
+    for i in range(len(in_flight)):
+        placed: InFlightRow = in_flight[i]
+        if placed.start == 0.0:
+            placed.tokens = min(placed.tokens, placed.max_tokens - 0.5)
+            placed.survival = 1.0 / max(at(lengths[placed.lengths].tail, placed.tokens), 1e-9)
+
+
+@compiled
+def _walk(node: NodeRow, arms: Records, in_flight: Records, lengths: Records, outlook: OutlookRow) -> None:
+    """Fill the outlook, stretch by stretch of steps, and `start` of the tasks that join on the way."""
+    arm: ArmRow = arms[node.first_arm]
+    expected = 0.0  # tasks that have yet to arrive, by then in the batch
+    each = arm.sequence + arm.context * (node.arrival_prompt + node.arrival_output / 2)
+    # The share of time that the prefills of those leave
+    decoding = max(0.2, 1.0 - node.arrival_rate * node.arrival_prompt * arm.prefill)
+    now, step, k = float(node.changed), float(node.step_floor), 0
+    live, count = np.arange(len(in_flight)), len(in_flight)  # those that may still be there, in order
     while k < BINS:
-        last = k + 1 if k < _FINE else k + 2
+        last = k + 1 if k < _SINGLE_BINS else k + 2
         lo, hi = EDGES[k], EDGES[last]
         width = hi - lo
-        span = step * width  # about the time this stretch takes
-        per_span, per_width = 1.0 / span, 1.0 / width
-        held, nobody, prefill, rest = 0.0, 1.0, 0.0, 0.0
-        kept = 0
-        for j in range(left):
-            flight = in_flight[live[j]]
-            if flight[DEADLINE] <= now:  # over, one way or another
-                if flight[START] < 0:
-                    flight[START] = _NEVER
-                continue
-            arm = arms[int(flight[ARM])]
-            begin = lo
-            if flight[START] < 0:
-                if flight[READY] >= _NEVER and held <= node[SLOTS] - _SLOT_MARGIN:
-                    flight[READY] = max(now, flight[SENT] + node[HOP]) + _travel(node, flight[BYTES])
-                if flight[READY] >= now + span:
-                    held += 1.0
-                    live[kept], kept = live[j], kept + 1
-                    continue
-                begin = min(hi, lo + max(0.0, flight[READY] - now) / step)
-                prefill += flight[LEFT] * arm[C]
-                flight[START], flight[WEIGHT] = begin, 1.0
-            tokens = flight[TOKENS] + (begin + hi) / 2 - flight[START]
-            alive = at(table[int(flight[LENGTH]), TAIL], tokens) * flight[WEIGHT] if tokens < flight[MOST] else 0.0
-            if alive < _LITTLE:
-                continue
-            live[kept], kept = live[j], kept + 1
-            held += alive
-            # The part of the stretch it is there
-            alive *= (hi - begin) * per_width * min(1.0, (flight[DEADLINE] - now) * per_span)
-            nobody *= 1.0 - alive
-            rest += alive * (arm[B] + arm[D] * (flight[PROMPT] + tokens))
-        left = kept
-        step = fixed + rest + crowd * each
-        spent = (prefill + step * width) / pure
+        count, held, idle, prefill, rest = _batch(node, arms, in_flight, lengths, live, count, now, lo, hi, step)
+        step = node.step_floor + rest + expected * each
+        spent = (prefill + step * width) / decoding
         for e in range(k, last):
-            times[e] = now + spent * ((EDGES[e] - lo) / width)
-            taken[e], alone[e] = held, nobody * math.exp(-crowd)
+            outlook.times[e] = now + spent * ((EDGES[e] - lo) / width)
+            outlook.taken[e], outlook.idle[e] = held, idle * math.exp(-expected)
         now += spent
-        stay = math.exp(-width / node[IN_TOKENS])
-        crowd = crowd * stay + node[INFLOW] * spent / width * node[IN_TOKENS] * (1.0 - stay)
-        crowd = min(crowd, max(0.0, node[SLOTS] - held))
+        stay = math.exp(-width / node.arrival_output)
+        expected = expected * stay + node.arrival_rate * spent / width * node.arrival_output * (1.0 - stay)
+        expected = min(expected, max(0.0, node.slots - held))
         k = last
-    times[BINS] = now
-
-    node[COMING] = 0.0
-    for i in range(count):
-        arms[int(in_flight[i, ARM]), KV_USED] = 0.0
-    for i in range(count):
-        flight = in_flight[i]
-        if flight[START] != 0.0:
-            node[COMING] += flight[BYTES]
-        expected = at(table[int(flight[LENGTH]), MEAN], flight[MOST])
-        arms[int(flight[ARM]), KV_USED] += flight[PROMPT] + max(expected, flight[TOKENS])
-        flight[P] = 0.0
-        if flight[START] < 0 or flight[START] >= _NEVER:
-            continue
-        end = steps_at(times, flight[DEADLINE] - node[HOP])
-        k, _ = position(end)
-        flight[LAST] = end
-        flight[STEP] = max((times[k + 1] - times[k]) / (EDGES[k + 1] - EDGES[k]), 1e-12)
-        flight[P] = _done(table, flight, end - flight[START])
+    outlook.times[BINS] = now
 
 
 @compiled
-def _done(table: Cube, flight: Floats, steps: float) -> float:
-    """P(a flight is done after `steps` steps from its START)."""
+def _batch(
+    node: NodeRow,
+    arms: Records,
+    in_flight: Records,
+    lengths: Records,
+    live: Ints,
+    count: int,
+    now: float,
+    lo: float,
+    hi: float,
+    step: float,
+) -> tuple[int, float, float, float, float]:
+    """The expected batch from step `lo` to `hi`, which begins at `now` with steps of about `step` s.
+
+    Returns how many of the first `count` in `live` may still be there afterwards (moved to the front), slots taken,
+    P(no sequence active), s of prefill, and s that sequences and their context add to each step.
+    """
+    span = step * (hi - lo)  # about the time this stretch takes
+    per_span, per_width = 1.0 / span, 1.0 / (hi - lo)
+    held, idle, prefill, rest = 0.0, 1.0, 0.0, 0.0
+    kept = 0
+    for j in range(count):
+        placed: InFlightRow = in_flight[live[j]]
+        if placed.deadline <= now:  # over, one way or another
+            if placed.start < 0:
+                placed.start = _NEVER
+            continue
+        arm: ArmRow = arms[placed.arm]
+        begin = lo
+        if placed.start < 0:
+            if placed.ready >= _NEVER and held <= node.slots - _SLOT_MARGIN:
+                claim = max(now, placed.dispatched + node.dispatch_delay)
+                placed.ready = claim + _transfer(node, placed.payload_bytes)
+            if placed.ready >= now + span:
+                held += 1.0
+                live[kept], kept = live[j], kept + 1
+                continue
+            begin = min(hi, lo + max(0.0, placed.ready - now) / step)
+            prefill += placed.prefill_left * arm.prefill
+            placed.start, placed.survival = begin, 1.0
+        tokens = placed.tokens + (begin + hi) / 2 - placed.start
+        alive = 0.0
+        if tokens < placed.max_tokens:
+            alive = at(lengths[placed.lengths].tail, tokens) * placed.survival
+        if alive < _NEGLIGIBLE:
+            continue
+        live[kept], kept = live[j], kept + 1
+        held += alive
+        # The part of the stretch it is there
+        alive *= (hi - begin) * per_width * min(1.0, (placed.deadline - now) * per_span)
+        idle *= 1.0 - alive
+        rest += alive * (arm.sequence + arm.context * (placed.prompt_tokens + tokens))
+    return kept, held, idle, prefill, rest
+
+
+@compiled
+def _sum_up_arms(node: NodeRow, arms: Records, in_flight: Records, lengths: Records) -> None:
+    """Fill `bytes_coming` of the node and `kv_used` of its arms."""
+    node.bytes_coming = 0.0
+    for i in range(len(in_flight)):
+        arms[in_flight[i].arm].kv_used = 0.0
+    for i in range(len(in_flight)):
+        placed: InFlightRow = in_flight[i]
+        if placed.start != 0.0:
+            node.bytes_coming += placed.payload_bytes
+        expected = at(lengths[placed.lengths].mean, placed.max_tokens)
+        arms[placed.arm].kv_used += placed.prompt_tokens + max(expected, placed.tokens)
+
+
+@compiled
+def _forecast_end(node: NodeRow, placed: InFlightRow, lengths: Records, outlook: OutlookRow) -> None:
+    """Fill `end_step`, `end_step_time` and `p_on_time` of a task on the node."""
+    placed.p_on_time = 0.0
+    if placed.start < 0 or placed.start >= _NEVER:
+        return
+    end = steps_at(outlook.times, placed.deadline - node.dispatch_delay)
+    k, _ = position(end)
+    step_time = (outlook.times[k + 1] - outlook.times[k]) / (EDGES[k + 1] - EDGES[k])
+    placed.end_step, placed.end_step_time = end, max(step_time, 1e-12)
+    placed.p_on_time = _p_done(placed, lengths, end - placed.start)
+
+
+@compiled
+def _p_done(placed: InFlightRow, lengths: Records, steps: float) -> float:
+    """P(a task is done so many steps after its `start`)."""
     if steps <= 0:
         return 0.0
-    tokens = flight[TOKENS] + steps
-    if tokens >= flight[MOST]:
+    tokens = placed.tokens + steps
+    if tokens >= placed.max_tokens:
         return 1.0
-    return float(max(0.0, 1.0 - at(table[int(flight[LENGTH]), TAIL], tokens) * flight[WEIGHT]))
+    return float(max(0.0, 1.0 - at(lengths[placed.lengths].tail, tokens) * placed.survival))
 
 
-#: What `weigh` fills in for one node: s from now until the task is probably done, P(on time), busy seconds and joules
-#: it adds, s it is in a slot. Whoever asks fills what that costs, on-time value other tasks lose, the index, and the
-#: slack of each constraint.
-FINISH, CHANCE, BUSY, JOULES, STAY, TOLL_PAID, HARM, INDEX = range(8)
-C_DEADLINE, C_COMPUTE, C_MEMORY, C_BANDWIDTH, LOOK_COLUMNS = range(8, 13)
-#: A task before it is placed: prompt tokens, payload bytes, deadline (s), most tokens, value, row of its lengths.
-T_PROMPT, T_BYTES, T_DEADLINE, T_MOST, T_VALUE, T_LENGTH, TASK_COLUMNS = range(7)
+# --- one more task
 
 
 @compiled
-def weigh(
-    node: Floats,
-    arm: Floats,
-    task: Floats,
-    now: float,
-    table: Cube,
-    times: Floats,
-    taken: Floats,
-    alone: Floats,
-    look: Floats,
+def forecast_task(
+    node: NodeRow, arm: ArmRow, outlook: OutlookRow, task: TaskRow, now: float, lengths: Records, score: ScoreRow
 ) -> None:
-    """What a node would make of one more task on one of its arms: fills FINISH, CHANCE, BUSY and JOULES of `look`."""
-    row = table[int(task[T_LENGTH])]
-    prompt, most = task[T_PROMPT], task[T_MOST]
-    late = _idle_for(node, times, now)
-    joined, arrives = _joins(node, times, taken, now - late, task[T_BYTES])
-    end = task[T_DEADLINE] - node[HOP] - late
-    per_step, growth, prefill = _own_cost(node, arm, prompt)
+    """What a node would make of one more task on one of its arms: fills `finish`, `p_on_time`, `busy`, `joules` and
+    `stay` of `score`."""
+    length: LengthsRow = lengths[task.lengths]
+    late = _idle_for(node, outlook, now)
+    joined, arrives = _joins(node, outlook, now - late, task.payload_bytes)
+    end = task.deadline - node.dispatch_delay - late
+    per_step, growth, prefill = _own_cost(node, arm, task.prompt_tokens)
 
-    steps = _steps_by(times, joined, arrives, prefill, per_step, growth, end)
+    steps = _steps_by(outlook.times, joined, arrives, prefill, per_step, growth, end)
     chance = 0.0
     if steps >= 0:
         tokens = steps + _BEFORE_FIRST
-        chance = 1.0 if tokens >= most else 1.0 - at(row[TAIL], tokens)
-    usual = at(row[MEAN], most) - _BEFORE_FIRST
-    done = arrives + prefill + at(times, joined + usual) - at(times, joined) + (per_step + growth * usual) * usual
+        chance = 1.0 if tokens >= task.max_tokens else 1.0 - at(length.tail, tokens)
+    usual = at(length.mean, task.max_tokens) - _BEFORE_FIRST
+    done = arrives + prefill + at(outlook.times, joined + usual) - at(outlook.times, joined)
+    done += (per_step + growth * usual) * usual
 
-    # Busy time added: its prefill, its part of each step, and the whole step where it would be alone
-    spent = min(max(steps, 0.0), most)
-    busy = min(prefill, max(0.0, end - arrives))
-    busy += (arm[B] + arm[D] * prompt) * at(row[MEAN], spent) + arm[D] * at(row[MOMENT], spent)
+    spent = min(max(steps, 0.0), task.max_tokens)
+    busy = _busy_added(arm, outlook, task, joined, spent, min(prefill, max(0.0, end - arrives)), length)
+    score.stay = max(0.0, min(done, end) - arrives + _transfer(node, task.payload_bytes))
+    score.finish, score.p_on_time = max(0.0, done - now + late), max(0.0, chance)
+    score.busy, score.joules = busy, busy * node.watts + task.payload_bytes * node.joules_per_byte
+
+
+@compiled
+def _busy_added(
+    arm: ArmRow, outlook: OutlookRow, task: TaskRow, joined: float, spent: float, prefill: float, length: LengthsRow
+) -> float:
+    """Busy time a task adds, s: its `prefill` s and, of the `spent` steps it takes from step `joined` on, its part of
+    each, and the whole step where no other sequence is active."""
+    per_step = arm.sequence + arm.context * task.prompt_tokens
+    busy = prefill
+    busy += per_step * at(length.mean, spent) + arm.context * at(length.moment, spent)
     k, _ = position(joined)
     u, before = 0.0, 0.0
     while u < spent:
         u = min(spent, EDGES[k + 1] - joined) if k < BINS - 1 else spent
-        after = at(row[MEAN], u)
-        busy += arm[A] * alone[k] * (after - before)
+        after = at(length.mean, u)
+        busy += arm.step * outlook.idle[k] * (after - before)
         before, k = after, k + 1
-    look[STAY] = max(0.0, min(done, end) - arrives + _travel(node, task[T_BYTES]))
-    look[FINISH], look[CHANCE] = max(0.0, done - now + late), max(0.0, chance)
-    look[BUSY], look[JOULES] = busy, busy * node[WATTS] + task[T_BYTES] * node[JOULES_PER_BYTE]
+    return float(busy)
 
 
 @compiled
 def harm(
-    node: Floats, arm: Floats, task: Floats, now: float, in_flight: Matrix, table: Cube, times: Floats, taken: Floats
+    node: NodeRow,
+    arm: ArmRow,
+    outlook: OutlookRow,
+    task: TaskRow,
+    now: float,
+    in_flight: Records,
+    lengths: Records,
 ) -> float:
-    """Expected on-time value that the `in_flight` on a node lose to one more task."""
+    """Expected on-time value that the tasks `in_flight` on a node lose to one more."""
     if len(in_flight) == 0:
         return 0.0
-    row = table[int(task[T_LENGTH])]
-    joined, _ = _joins(node, times, taken, now, task[T_BYTES])
-    per_step, _, prefill = _own_cost(node, arm, task[T_PROMPT])
+    length: LengthsRow = lengths[task.lengths]
+    joined, _ = _joins(node, outlook, now, task.payload_bytes)
+    per_step, _, prefill = _own_cost(node, arm, task.prompt_tokens)
     lost = 0.0
     for i in range(len(in_flight)):
-        flight = in_flight[i]
-        if flight[P] <= 0.0 or flight[LAST] <= joined:
+        placed: InFlightRow = in_flight[i]
+        if placed.p_on_time <= 0.0 or placed.end_step <= joined:
             continue
-        together = min(flight[LAST] - joined, task[T_MOST])
-        delay = prefill + per_step * at(row[MEAN], together) + arm[D] * at(row[MOMENT], together)
-        left = _done(table, flight, flight[LAST] - flight[START] - delay / flight[STEP])
-        lost += flight[VALUE] * max(0.0, flight[P] - left)
+        together = min(placed.end_step - joined, task.max_tokens)
+        delay = prefill + per_step * at(length.mean, together) + arm.context * at(length.moment, together)
+        left = _p_done(placed, lengths, placed.end_step - placed.start - delay / placed.end_step_time)
+        lost += placed.value * max(0.0, placed.p_on_time - left)
     return lost
 
 
 @compiled
-def chance_alone(node: Floats, arm: Floats, task: Floats, now: float, table: Cube) -> float:
+def p_on_time_alone(node: NodeRow, arm: ArmRow, task: TaskRow, now: float, lengths: Records) -> float:
     """P(on time) if the node had nothing else to do."""
-    per_step = arm[A] + arm[B] + arm[D] * task[T_PROMPT]
-    left = task[T_DEADLINE] - now - 2 * node[HOP] - _travel(node, task[T_BYTES]) - arm[C] * task[T_PROMPT]
+    per_step = arm.step + arm.sequence + arm.context * task.prompt_tokens
+    left = task.deadline - now - 2 * node.dispatch_delay - _transfer(node, task.payload_bytes)
+    left -= arm.prefill * task.prompt_tokens
     if left <= 0:
         return 0.0
-    # per_step·u + D/2·u² = left
-    steps = 2 * left / (per_step + math.sqrt(per_step * per_step + 2 * arm[D] * left))
+    # per_step·u + context/2·u² = left
+    steps = 2 * left / (per_step + math.sqrt(per_step * per_step + 2 * arm.context * left))
     tokens = steps + _BEFORE_FIRST
-    return 1.0 if tokens >= task[T_MOST] else 1.0 - at(table[int(task[T_LENGTH]), TAIL], tokens)
+    return 1.0 if tokens >= task.max_tokens else 1.0 - at(lengths[task.lengths].tail, tokens)
 
 
 @compiled
-def _own_cost(node: Floats, arm: Floats, prompt: float) -> tuple[float, float, float]:
+def kv_needed(task: TaskRow, lengths: Records) -> float:
+    """Tokens of KV cache the task will probably hold."""
+    return float(task.prompt_tokens + at(lengths[task.lengths].mean, task.max_tokens))
+
+
+@compiled
+def _own_cost(node: NodeRow, arm: ArmRow, prompt: float) -> tuple[float, float, float]:
     """What a task adds to every step it is in, by how much that grows per step (halved), and its prefill, s."""
-    return arm[B] + max(0.0, arm[A] - node[FIXED]) + arm[D] * prompt, arm[D] / 2, arm[C] * prompt
+    per_step = arm.sequence + max(0.0, arm.step - node.step_floor) + arm.context * prompt
+    return per_step, arm.context / 2, arm.prefill * prompt
 
 
 @compiled
-def _idle_for(node: Floats, times: Floats, now: float) -> float:
-    """Seconds an empty node has idled since its map was made: its clock waits, so the map still holds, shifted."""
-    return max(0.0, now - times[0]) if node[COUNT] == 0 else 0.0
+def _idle_for(node: NodeRow, outlook: OutlookRow, now: float) -> float:
+    """Seconds an empty node has idled since its outlook was made: its clock waits, so the map still holds, shifted."""
+    return max(0.0, now - outlook.times[0]) if node.count == 0 else 0.0
 
 
 @compiled
-def _joins(node: Floats, times: Floats, taken: Floats, now: float, size: float) -> tuple[float, float]:
+def _joins(node: NodeRow, outlook: OutlookRow, now: float, size: float) -> tuple[float, float]:
     """After how many steps, and when, a task decided now would be ready to be prefilled."""
-    claim = now + node[HOP]
-    if node[COUNT] >= node[SLOTS]:
-        k, _ = position(steps_at(times, claim))
-        while k < BINS - 1 and taken[k] > node[SLOTS] - _SLOT_MARGIN:
+    claim = now + node.dispatch_delay
+    if node.count >= node.slots:
+        k, _ = position(steps_at(outlook.times, claim))
+        while k < BINS - 1 and outlook.taken[k] > node.slots - _SLOT_MARGIN:
             k += 1
-        claim = max(claim, times[k])
-    arrives = claim + _travel(node, size)
-    return steps_at(times, arrives), arrives
+        claim = max(claim, outlook.times[k])
+    arrives = claim + _transfer(node, size)
+    return steps_at(outlook.times, arrives), arrives
 
 
 @compiled

@@ -5,25 +5,25 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from perllm.scheduler.csucb.compiled import compiled
+from perllm.scheduler.core.compiled import compiled
 
 #: The harm a task does counts this many times: once for the tasks that are there, and once for those that come while it
 #: is there. In a steady state a task meets as many of the latter as of the former.
-HARM_COUNTS = 2.0
+HARM_FACTOR = 2.0
 #: E₀ in mean energies of a finished task: with V = 4, an on-time task is worth the energy of eight.
-SCALE_COUNTS = 2.0
+SCALE_FACTOR = 2.0
 #: Weight of a finished task's energy in their mean.
-WEIGHT = 0.02
+TASK_ENERGY_WEIGHT = 0.02
 
 
 @compiled
-def index(weight: float, gained: float, lost: float, joules: float, scale: float, toll: float) -> float:
-    """V·ΔS − ΔE/E₀ − price·Δslot (DESIGN section 5).
+def index(weight: float, gained: float, lost: float, joules: float, scale: float, slot_cost: float) -> float:
+    """V·ΔS − ΔE/E₀ − price·Δslot (docs/architecture.md, "The index").
 
     ΔS is the on-time value `gained` less what others lose: `weight` V, `lost` as `forecast.harm` has it for the tasks
-    there now; `joules` ΔE, marginal; `scale` E₀ (J); `toll` what its time in a slot costs.
+    there now; `joules` ΔE, marginal; `scale` E₀ (J); `slot_cost` what its time in a slot costs.
     """
-    return weight * (gained - lost) - joules / scale - toll
+    return weight * (gained - lost) - joules / scale - slot_cost
 
 
 @dataclass(slots=True)
@@ -39,12 +39,12 @@ class EnergyScale:
 
     def observe(self, joules: float) -> None:
         """A task finished and cost so much."""
-        self.mean = self.mean + WEIGHT * (joules - self.mean) if self.mean > 0 else joules
+        self.mean = self.mean + TASK_ENERGY_WEIGHT * (joules - self.mean) if self.mean > 0 else joules
 
     @property
     def joules(self) -> float:
         """E₀, J; where energy is unknown, so much that it does not count."""
-        return SCALE_COUNTS * self.mean if self.mean > 1e-9 else 1e18
+        return SCALE_FACTOR * self.mean if self.mean > 1e-9 else 1e18
 
     def snapshot(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,7 +1,7 @@
-"""What was learned of each node from its heartbeats and receipts: speed per model, link, power, dispatch delay.
+"""What was learned of each node from its heartbeats and receipts: step cost per arm, link, power, dispatch delay.
 
-The engine's totals are read wherever an event brings them, and each stretch between two readings is one sample of the
-speed model, so that no step counts twice however many tasks shared it. A stretch that overlaps a stall is dropped.
+The engine's totals are read wherever an event brings them, and each interval between two readings is one sample of
+the step-cost model, so that no step counts twice however many tasks shared it. An interval with a stall is dropped.
 """
 
 from __future__ import annotations
@@ -23,149 +23,155 @@ from perllm.broker.messages import (
 )
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.csucb.bandwidth import Bandwidth
-from perllm.scheduler.csucb.cluster_arrays import Learned
+from perllm.scheduler.csucb.cluster_arrays import ArmEstimate, NodeEstimate
 from perllm.scheduler.csucb.slot_price import SlotPrice
 from perllm.scheduler.csucb.step_cost import StepCostModel, sample_between, stalled
 
-#: Samples until which a node is seen with optimism, and from which on with caution.
-PROVEN = 15.0
-#: Weight of a new reading of the power and of the dispatch delay.
-WEIGHT = 0.1
+#: Samples below which an arm is taken at its optimistic confidence bound, and from which on at the pessimistic one.
+PROVEN_SAMPLES = 15.0
+#: Weight in its mean of a new reading of the power, and of a new dispatch delay.
+POWER_READING_WEIGHT, DISPATCH_DELAY_WEIGHT = 0.1, 0.1
+#: Weight of one more task in the mean task's value, and in its prompt and output.
+MEAN_VALUE_WEIGHT, MEAN_TOKENS_WEIGHT = 0.02, 0.05
 #: Dispatch delay assumed before any was seen, s.
-FIRST_HOP = 0.005
-#: Time over which a node's inflow is averaged, s.
-INFLOW_MEMORY = 8.0
+PRIOR_DISPATCH_DELAY = 0.005
+#: Time over which a node's arrival rate is averaged, s.
+ARRIVAL_WINDOW = 8.0
 #: A task is patient while it has more than this many mean stays to its deadline.
-PATIENCE = 10.0
+PATIENT_STAYS = 10.0
 
 
 @dataclass(slots=True)
-class Inflow:
+class Arrivals:
     """Tasks that come to a node: decayed counts of all and of urgent ones, and the mean of what they are."""
 
-    recent: float = 0.0  # tasks of the last `INFLOW_MEMORY` s, as of `at`
-    urgent: float = 0.0
+    recent: float = 0.0  # tasks of the last `ARRIVAL_WINDOW` s, as of `at`
+    urgent: float = 0.0  # those of them with little time
     at: float = 0.0  # s
-    prompt: float = 128.0  # tokens
-    tokens: float = 64.0
+    prompt_tokens: float = 128.0  # of the mean task
+    output_tokens: float = 64.0
 
-    def came(self, now: float, *, urgent: bool) -> None:
-        keep = math.exp(-max(now - self.at, 0.0) / INFLOW_MEMORY)
+    def arrived(self, now: float, *, urgent: bool) -> None:
+        """A task was sent here."""
+        keep = math.exp(-max(now - self.at, 0.0) / ARRIVAL_WINDOW)
         self.recent, self.urgent = self.recent * keep + 1.0, self.urgent * keep + urgent
         self.at = max(now, self.at)
 
     def ended(self, prompt: int, tokens: int) -> None:
-        self.prompt += 0.05 * (prompt - self.prompt)
-        self.tokens += 0.05 * (max(tokens, 1) - self.tokens)
+        """A task ended here, with so many tokens."""
+        self.prompt_tokens += MEAN_TOKENS_WEIGHT * (prompt - self.prompt_tokens)
+        self.output_tokens += MEAN_TOKENS_WEIGHT * (max(tokens, 1) - self.output_tokens)
 
     def rates(self, now: float) -> tuple[float, float]:
         """Tasks/s, and urgent tasks/s."""
-        keep = math.exp(-max(now - self.at, 0.0) / INFLOW_MEMORY) / INFLOW_MEMORY
+        keep = math.exp(-max(now - self.at, 0.0) / ARRIVAL_WINDOW) / ARRIVAL_WINDOW
         return self.recent * keep, self.urgent * keep
 
 
 @dataclass(slots=True)
 class NodeModel:
-    """One node."""
+    """What was learned of one node."""
 
     boot: str
-    speeds: dict[str, StepCostModel]
+    step_costs: dict[str, StepCostModel]
     link: Bandwidth
     watts: float  # beyond idle, while it steps
-    dispatch_delay: float = FIRST_HOP
+    dispatch_delay: float = PRIOR_DISPATCH_DELAY
     read: Counters = field(default_factory=Counters)  # the last reading …
     read_at: float = 0.0  # … and when, s
-    models: frozenset[str] = frozenset()  # that worked since then
-    spoiled: bool = False  # a stall fell into the stretch since then
-    longest: float = 0.0  # s, of the steps that were no stall
-    stall_seen: float = -math.inf  # s
-    still: bool = False
-    inflow: Inflow = field(default_factory=Inflow)
-    toll: SlotPrice = field(default_factory=SlotPrice)
+    active_models: frozenset[str] = frozenset()  # that worked since then
+    stall_since_read: bool = False
+    longest_step: float = 0.0  # s, of the steps that were no stall
+    stall_seen: float = -math.inf  # when the last one was noticed, s
+    stalled: bool = False  # now
+    arrivals: Arrivals = field(default_factory=Arrivals)
+    slot_price: SlotPrice = field(default_factory=SlotPrice)
 
     @classmethod
     def registered(cls, info: NodeInfo, at: float) -> NodeModel:
-        speeds = {m.name: StepCostModel.calibrated(m.calibration, at) for m in info.models}
-        return cls(info.boot, speeds, Bandwidth.prior(info.bandwidth), info.power.active, read_at=at)
+        step_costs = {m.name: StepCostModel.calibrated(m.calibration, at) for m in info.models}
+        return cls(info.boot, step_costs, Bandwidth.prior(info.bandwidth), info.power.active, read_at=at)
 
     def restarted(self, info: NodeInfo, at: float) -> None:
         """The node is up again: the machine is the same, the engine's totals begin anew."""
         for offer in info.models:
-            if offer.name in self.speeds:
-                self.speeds[offer.name].rebase(offer.calibration, at)
+            if offer.name in self.step_costs:
+                self.step_costs[offer.name].rebase(offer.calibration, at)
             else:
-                self.speeds[offer.name] = StepCostModel.calibrated(offer.calibration, at)
+                self.step_costs[offer.name] = StepCostModel.calibrated(offer.calibration, at)
         self.boot, self.read, self.read_at = info.boot, Counters(), at
-        self.models, self.spoiled, self.longest, self.still = frozenset(), False, 0.0, False
+        self.active_models, self.stall_since_read, self.longest_step, self.stalled = frozenset(), False, 0.0, False
 
     # --- readings
 
-    def look(self, now: Counters, at: float, node: Node, *, model: str | None = None) -> None:
-        """Take a reading of the totals; `model` worked since the last one, and whatever is on the node."""
+    def read_counters(self, now: Counters, at: float, node: Node, *, model: str | None = None) -> None:
+        """Learn from a reading of the engine's totals. `model` worked since the last one, and those of tasks here."""
         if len(node.info.models) == 1:
-            self.models = frozenset({node.info.models[0].name})
+            self.active_models = frozenset({node.info.models[0].name})
         else:
-            self.models |= {o.name for t in node.in_flight.values() if t.claimed and (o := node.info.offer(t.model))}
+            claimed = [t for t in node.in_flight.values() if t.claimed]
+            self.active_models |= {o.name for t in claimed if (o := node.info.offer(t.model))}
             if model is not None:
-                self.models |= {model}
+                self.active_models |= {model}
         if now.steps < self.read.steps or now.busy < self.read.busy:
-            self._begin(now, at)  # totals of another life
+            self._begin_interval(now, at)  # the engine was started again
             return
         self.watch_for_stall(now, at)
         sample = sample_between(self.read, now)
         if sample is None:
             return
-        if not self.spoiled and len(self.models) == 1:
-            speed = self.speeds.get(next(iter(self.models)))
-            if speed is not None:
-                speed.learn(sample, at)
+        if not self.stall_since_read and len(self.active_models) == 1:
+            step_cost = self.step_costs.get(next(iter(self.active_models)))
+            if step_cost is not None:
+                step_cost.learn(sample, at)
         self._learn_power(now, at, node.info)
-        self._begin(now, at)
+        self._begin_interval(now, at)
 
-    def _begin(self, now: Counters, at: float) -> None:
-        """A new stretch begins here."""
+    def _begin_interval(self, now: Counters, at: float) -> None:
+        """The next interval begins with this reading."""
         self.read, self.read_at = now, at
-        self.models, self.spoiled = frozenset(), False
+        self.active_models, self.stall_since_read = frozenset(), False
 
     def watch_for_stall(self, now: Counters, at: float) -> None:
-        longest = self.longest or now.longest_step
-        self.still = stalled(now, longest)
+        """Note whether the engine stands still, or a step since the last reading was too long to be one."""
+        longest = self.longest_step or now.longest_step
+        self.stalled = stalled(now, longest)
         jumped = now.longest_step > 3 * longest + 0.2
-        if self.still or (jumped and now.longest_step > self.read.longest_step):
-            self.spoiled, self.stall_seen = True, at
-        # What looked like a stall may be how it steps now: believe it by and by.
-        self.longest = min(max(now.longest_step, 0.98 * longest), 1.1 * longest) if longest else now.longest_step
+        if self.stalled or (jumped and now.longest_step > self.read.longest_step):
+            self.stall_since_read, self.stall_seen = True, at
+        # What seems a stall may be how long its steps are now: adapt slowly.
+        self.longest_step = min(max(now.longest_step, 0.98 * longest), 1.1 * longest) if longest else now.longest_step
 
     def stall_reported(self, claimed: float, at: float) -> None:
         """A receipt says that a stall overlapped its attempt: news only if none was seen since the attempt began."""
         if self.stall_seen < claimed:
-            self.spoiled, self.stall_seen = True, at
+            self.stall_since_read, self.stall_seen = True, at
 
     def _learn_power(self, now: Counters, at: float, info: NodeInfo) -> None:
         busy, joules = now.busy - self.read.busy, now.energy - self.read.energy
         if joules > 0 and info.power.active > 0:
             watts = (joules - info.power.idle * (at - self.read_at)) / busy
             watts = min(max(watts, 0.2 * info.power.active), 5 * info.power.active)
-            self.watts += WEIGHT * (watts - self.watts)
+            self.watts += POWER_READING_WEIGHT * (watts - self.watts)
 
     # --- kept over a restart
 
     def snapshot(self) -> dict[str, Any]:
         return {
             "boot": self.boot,
-            "speeds": {model: speed.snapshot() for model, speed in self.speeds.items()},
+            "step_costs": {model: step_cost.snapshot() for model, step_cost in self.step_costs.items()},
             "link": self.link.snapshot(),
             "watts": self.watts,
             "dispatch_delay": self.dispatch_delay,
             "read": self.read.model_dump(),
             "read_at": self.read_at,
-            "models": sorted(self.models),
-            "spoiled": self.spoiled,
-            "longest": self.longest,
+            "active_models": sorted(self.active_models),
+            "stall_since_read": self.stall_since_read,
+            "longest_step": self.longest_step,
             "stall_seen": None if math.isinf(self.stall_seen) else self.stall_seen,
-            "still": self.still,
-            "inflow": asdict(self.inflow),
-            "toll": self.toll.snapshot(),
+            "stalled": self.stalled,
+            "arrivals": asdict(self.arrivals),
+            "slot_price": self.slot_price.snapshot(),
         }
 
     @classmethod
@@ -173,29 +179,30 @@ class NodeModel:
         seen = state["stall_seen"]
         return cls(
             boot=state["boot"],
-            speeds={model: StepCostModel.restored(s) for model, s in state["speeds"].items()},
+            step_costs={model: StepCostModel.restored(s) for model, s in state["step_costs"].items()},
             link=Bandwidth(**state["link"]),
             watts=state["watts"],
             dispatch_delay=state["dispatch_delay"],
             read=Counters(**state["read"]),
             read_at=state["read_at"],
-            models=frozenset(state["models"]),
-            spoiled=state["spoiled"],
-            longest=state["longest"],
+            active_models=frozenset(state["active_models"]),
+            stall_since_read=state["stall_since_read"],
+            longest_step=state["longest_step"],
             stall_seen=-math.inf if seen is None else seen,
-            still=state["still"],
-            inflow=Inflow(**state["inflow"]),
-            toll=SlotPrice(**state["toll"]),
+            stalled=state["stalled"],
+            arrivals=Arrivals(**state["arrivals"]),
+            slot_price=SlotPrice(**state["slot_price"]),
         )
 
 
 class NodeModels:
-    """All nodes by name. With `learning` off, the registrations are believed for ever; without `foresight`, nobody is
-    expected to come; without `price`, slots cost nothing. `weight` is the policy's V."""
+    """All nodes by name. Without `learning`, the registrations are believed for ever; without `optimism`, new arms are
+    taken at their pessimistic bound; without `foresight`, no arrivals are expected; without `price`, slots cost
+    nothing. `value_weight` is the policy's V."""
 
     def __init__(
         self,
-        weight: float,
+        value_weight: float,
         *,
         learning: bool = True,
         optimism: bool = True,
@@ -203,9 +210,9 @@ class NodeModels:
         price: bool = True,
     ) -> None:
         self._learning, self._optimism, self._foresight, self._price = learning, optimism, foresight, price
-        self._weight = weight
+        self._value_weight = value_weight
         self._nodes: dict[str, NodeModel] = {}
-        self._value = 1.0  # of the mean task
+        self._mean_value = 1.0  # of a task
 
     def of(self, node: Node) -> NodeModel:
         """What is known of a node."""
@@ -220,7 +227,7 @@ class NodeModels:
             self._node_up(event)
             return
         if isinstance(event, Submitted):
-            self._value += 0.02 * (event.value - self._value)
+            self._mean_value += MEAN_VALUE_WEIGHT * (event.value - self._mean_value)
             return
         node = None if event.node is None else cluster.nodes.get(event.node)
         if node is None:
@@ -230,20 +237,20 @@ class NodeModels:
         match event:
             case Heartbeat() if node.info.boot == event.boot:
                 if self._learning:
-                    known.look(event.counters, event.at, node)
+                    known.read_counters(event.counters, event.at, node)
                 else:
                     known.watch_for_stall(event.counters, event.at)
             case Dispatched() if task is not None:
-                patience = PATIENCE * known.toll.stay
-                known.inflow.came(event.at, urgent=patience <= 0 or task.deadline - event.at < patience)
+                patient_from = PATIENT_STAYS * known.slot_price.stay
+                known.arrivals.arrived(event.at, urgent=patient_from <= 0 or task.deadline - event.at < patient_from)
             case Claimed() if task is not None and task.node == event.node:
                 self._claimed(event, task, node, known)
             case Completed() if task is not None and task.node == event.node:
                 self._completed(event, task, node, known)
 
     def _watch_slots(self, known: NodeModel, node: Node, now: float) -> None:
-        urgent = known.inflow.rates(now)[1] * known.toll.stay / node.info.slots
-        known.toll.watch(now, len(node.in_flight) / node.info.slots, urgent)
+        urgent = known.arrivals.rates(now)[1] * known.slot_price.stay / node.info.slots
+        known.slot_price.watch(now, len(node.in_flight) / node.info.slots, urgent)
 
     def _node_up(self, event: NodeUp) -> None:
         info = event.info
@@ -257,55 +264,61 @@ class NodeModels:
         claimed = sum(1 for t in node.in_flight.values() if t.claimed)
         if task.dispatched is not None and len(node.in_flight) <= node.info.slots and claimed < node.info.slots:
             # It did not wait for a slot
-            known.dispatch_delay += WEIGHT * (min(max(event.at - task.dispatched, 0.0), 1.0) - known.dispatch_delay)
+            delay = min(max(event.at - task.dispatched, 0.0), 1.0)
+            known.dispatch_delay += DISPATCH_DELAY_WEIGHT * (delay - known.dispatch_delay)
 
     def _completed(self, event: Completed, task: Task, node: Node, known: NodeModel) -> None:
         receipt = event.receipt
-        known.inflow.ended(task.prompt_tokens, receipt.completion_tokens)
+        known.arrivals.ended(task.prompt_tokens, receipt.completion_tokens)
         if task.claimed is not None:
-            known.toll.stayed(event.at - task.claimed)
+            known.slot_price.stayed(event.at - task.claimed)
         if not self._learning:
             return
         if receipt.prompt_tokens > 0:  # else the transfer was cut
             known.link.learn(receipt.payload_bytes, receipt.transfer)
         if receipt.stalled:
             known.stall_reported(task.claimed or event.at, event.at)
-        known.look(receipt.after, event.at, node, model=receipt.model)
+        known.read_counters(receipt.after, event.at, node, model=receipt.model)
 
-    def learned(self, node: Node) -> Learned:
-        """A node as the forecast sees it, its speed at the confidence bound that fits what is known of it."""
+    def estimate(self, node: Node) -> NodeEstimate:
+        """A node as the forecast takes it: its step costs at the confidence bound that fits what is known of them."""
         known = self.of(node)
         now = max(node.changed, node.heard)
-        rate = known.inflow.rates(now)[0] if self._foresight else 0.0
+        rate = known.arrivals.rates(now)[0] if self._foresight else 0.0
         taken = len(node.in_flight) / node.info.slots
-        return Learned(
-            steps=tuple(self._steps(known.speeds[o.name], now) for o in node.info.models),
+        stay = known.slot_price.stay
+        price = known.slot_price.per_second(self._value_weight * self._mean_value, taken) if self._price else 0.0
+        return NodeEstimate(
+            arms=tuple(self._arm(known.step_costs[o.name], now) for o in node.info.models),
             watts=known.watts,
-            rate=known.link.rate,
+            bandwidth=known.link.rate,
             latency=known.link.latency,
             dispatch_delay=known.dispatch_delay,
-            still=known.still,
-            inflow=(rate, known.inflow.prompt, known.inflow.tokens),
-            toll=known.toll.per_second(self._weight * self._value, taken) if self._price else 0.0,
-            pace=node.info.slots / known.toll.stay if known.toll.stay > 0 else 0.0,
+            stalled=known.stalled,
+            arrival_rate=rate,
+            arrival_prompt=known.arrivals.prompt_tokens,
+            arrival_output=known.arrivals.output_tokens,
+            slot_price=price,
+            throughput=node.info.slots / stay if stay > 0 else 0.0,
         )
 
-    def _steps(self, speed: StepCostModel, now: float) -> tuple[float, float, float, float, float]:
-        theta, spread, count = speed.at_time(now)
+    def _arm(self, step_cost: StepCostModel, now: float) -> ArmEstimate:
+        theta, spread, count = step_cost.at_time(now)
         if not self._learning:
-            return *theta, spread
-        optimistic = self._optimism and count < PROVEN
+            return ArmEstimate(*theta, spread)
+        optimistic = self._optimism and count < PROVEN_SAMPLES
         factor = math.exp(-spread if optimistic else spread)
-        return theta[0] * factor, theta[1] * factor, theta[2] * factor, theta[3] * factor, spread
+        return ArmEstimate(theta[0] * factor, theta[1] * factor, theta[2] * factor, theta[3] * factor, spread)
 
     def proven(self, node: Node, model: str | None, now: float) -> bool:
         """Whether enough was seen of a model on a node to believe that it is too slow."""
         offer = node.info.offer(model)
-        return offer is not None and self.of(node).speeds[offer.name].at_time(now)[2] >= PROVEN
+        return offer is not None and self.of(node).step_costs[offer.name].at_time(now)[2] >= PROVEN_SAMPLES
 
     def snapshot(self) -> dict[str, Any]:
-        return {"value": self._value, "nodes": {name: known.snapshot() for name, known in self._nodes.items()}}
+        nodes = {name: known.snapshot() for name, known in self._nodes.items()}
+        return {"mean_value": self._mean_value, "nodes": nodes}
 
     def restore(self, state: dict[str, Any]) -> None:
         nodes = {name: NodeModel.restored(known) for name, known in state["nodes"].items()}
-        self._value, self._nodes = float(state["value"]), nodes
+        self._mean_value, self._nodes = float(state["mean_value"]), nodes

@@ -15,28 +15,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from perllm.scheduler.core.compiled import compiled
 from perllm.scheduler.core.service_classes import Classes
-from perllm.scheduler.csucb.compiled import compiled
+from perllm.scheduler.csucb.rows import LENGTHS, Ints, LengthsRow, Records
 from perllm.scheduler.csucb.token_bins import BINS, EDGES, Floats, bin_of, position
 
 #: Observations after which an old one counts 1/e: in a cell, in a class.
 CELL_MEMORY, CLASS_MEMORY = 400.0, 1600.0
 #: What the next broader level counts for, in observations.
-CELL_LEANS, CLASS_LEANS = 16.0, 4.0
+CELL_PRIOR, CLASS_PRIOR = 16.0, 4.0
 #: Median and σ of the logarithm of the lognormal prior, tokens.
 PRIOR_MEDIAN, PRIOR_SIGMA = 64.0, 1.3
 #: Rows of the table that one tenant's tasks, and all, may take until the rows are dropped; beyond, a task has the
 #: prior's. (A row is 2.7 kB.)
-TENANT_ROWS, MOST_ROWS = 8192, 32_768
-#: What has been seen since a class was tabulated, as a share of its cells, before it is tabulated again.
-NEWS = 0.05
+MAX_TENANT_ROWS, MAX_ROWS = 8192, 32_768
+#: A class is tabulated again once its cells have grown by this share.
+REFRESH_SHARE = 0.05
 #: Hints are told apart by quarter octaves.
 _HINTS_PER_OCTAVE = 4
-
-# A row of a table: functions of tokens, by their values at the grid's edges.
-TAIL, MEAN, MOMENT = 0, 1, 2  # P(L > x), ∫₀ˣ P(L > u) du, ∫₀ˣ u·P(L > u) du
 
 _MIDDLES = (EDGES[:-1] + EDGES[1:]) / 2
 
@@ -53,26 +50,28 @@ PRIOR: Floats = _prior()
 
 
 @compiled
-def _tabulate(mass: Floats, row: Floats) -> None:
-    """Fill a table's row (3, BINS + 1) from the probabilities (BINS,) of a distribution."""
+def _tabulate(mass: Floats, row: LengthsRow) -> None:
+    """Fill a row from the probabilities (BINS,) of a distribution."""
+    tail, mean, moment = row.tail, row.mean, row.moment
     total = 0.0
     for i in range(BINS):
         total += mass[i]
     left = 1.0
-    row[TAIL, 0], row[MEAN, 0], row[MOMENT, 0] = 1.0, 0.0, 0.0
+    tail[0], mean[0], moment[0] = 1.0, 0.0, 0.0
     for i in range(BINS):
         before = left
         left = max(0.0, left - mass[i] / total) if i < BINS - 1 else 0.0
         lo, hi = EDGES[i], EDGES[i + 1]
         width, middle = hi - lo, (before + left) / 2
-        row[TAIL, i + 1] = left
-        row[MEAN, i + 1] = row[MEAN, i] + width * middle
-        row[MOMENT, i + 1] = row[MOMENT, i] + width / 6 * (lo * before + 2 * (lo + hi) * middle + hi * left)
+        tail[i + 1] = left
+        mean[i + 1] = mean[i] + width * middle
+        moment[i + 1] = moment[i] + width / 6 * (lo * before + 2 * (lo + hi) * middle + hi * left)
 
 
 @compiled
 def _fill(
-    table: NDArray[np.float64],
+    table: Records,
+    rows: Ints,
     cells: Floats,
     weights: Floats,
     of_class: Floats,
@@ -80,25 +79,25 @@ def _fill(
     log_hints: Floats,
     hint_fit: Floats,
 ) -> None:
-    """Fill rows (n, 3, BINS + 1): `cells` (n, BINS) and `weights` (n,) lean on the class, the class on the prior.
+    """Fill n rows of the table: `cells` (n, BINS) and `weights` (n,) lean on the class, the class on the prior.
 
     `log_hints` (n,) is nan without a hint; `hint_fit` is (intercept, slope, σ) of log hint on log length.
     """
     mass = np.empty(BINS)
-    for r in range(len(table)):
+    for r in range(len(rows)):
         for i in range(BINS):
-            broad = (of_class[i] + CLASS_LEANS * PRIOR[i]) / (class_weight + CLASS_LEANS)
-            mass[i] = (cells[r, i] + CELL_LEANS * broad) / (weights[r] + CELL_LEANS)
+            broad = (of_class[i] + CLASS_PRIOR * PRIOR[i]) / (class_weight + CLASS_PRIOR)
+            mass[i] = (cells[r, i] + CELL_PRIOR * broad) / (weights[r] + CELL_PRIOR)
         if not math.isnan(log_hints[r]):
             for i in range(BINS):
                 off = (log_hints[r] - hint_fit[0] - hint_fit[1] * math.log(_MIDDLES[i])) / hint_fit[2]
                 mass[i] = (mass[i] + 1e-12) * math.exp(-0.5 * min(off * off, 200.0))
-        _tabulate(mass, table[r])
+        _tabulate(mass, table[rows[r]])
 
 
 @dataclass(slots=True)
 class Histogram:
-    """Decayed counts per bin of the token grid."""
+    """Decayed counts per token bin."""
 
     memory: float  # observations
     counts: Floats = field(default_factory=lambda: np.zeros(BINS))
@@ -112,7 +111,7 @@ class Histogram:
         self.weight = self.weight * keep + 1.0
 
 
-def _made_up_pairs(n: float = 4.0, slope: float = 0.8, sigma: float = 0.7) -> list[float]:
+def _prior_pairs(n: float = 4.0, slope: float = 0.8, sigma: float = 0.7) -> list[float]:
     mean = math.log(PRIOR_MEDIAN)
     vx, vy = PRIOR_SIGMA**2, slope**2 * PRIOR_SIGMA**2 + sigma**2
     return [n, n * mean, n * mean, n * (vx + mean**2), n * (slope * vx + mean**2), n * (vy + mean**2)]
@@ -120,10 +119,10 @@ def _made_up_pairs(n: float = 4.0, slope: float = 0.8, sigma: float = 0.7) -> li
 
 @dataclass(slots=True)
 class HintFit:
-    """Decayed regression of log hint on log length, begun with a few made-up pairs of a middling producer."""
+    """Decayed regression of log hint on log length, begun with the sums of a few pairs of an average producer."""
 
     memory: float = 200.0  # pairs
-    sums: list[float] = field(default_factory=_made_up_pairs)  # n, Σx, Σy, Σx², Σxy, Σy²
+    sums: list[float] = field(default_factory=_prior_pairs)  # n, Σx, Σy, Σx², Σxy, Σy²
 
     def add(self, hint: float, length: float) -> None:
         x, y = math.log(length), math.log(hint)
@@ -147,11 +146,11 @@ class _Class:
     cells: dict[int, Histogram] = field(default_factory=dict)  # by prompt size
     hints: HintFit = field(default_factory=HintFit)
     rows: dict[tuple[int, int], int] = field(default_factory=dict)  # (prompt size, hint or −1) → row
-    news: float = 0.0  # observations since its rows were filled, each as a share of its cell
+    growth: float = 0.0  # observations since its rows were filled, each as a share of its cell
 
 
 class Lengths:
-    """Output-length distributions as rows of `table` (rows, 3, BINS + 1), for compiled code to read.
+    """Output-length distributions as rows of `table`, for compiled code to read.
 
     `by_size` tells prompt sizes apart, `use_hints` heeds hints; `spread` False keeps the mean alone (for ablation).
     """
@@ -159,11 +158,11 @@ class Lengths:
     def __init__(self, *, by_size: bool = True, use_hints: bool = True, spread: bool = True) -> None:
         self._by_size, self._use_hints, self._spread = by_size, use_hints, spread
         self._classes = Classes(_Class)
-        self._nobody = _Class()  # of whom nothing is known
+        self._unknown = _Class()  # the prior's alone
         self._count = 0
-        self._taken: dict[str, int] = {}  # rows, by tenant
+        self._tenant_rows: dict[str, int] = {}
         self._stale: dict[_Class, None] = {}  # classes whose rows are out of date, in order
-        self.table: NDArray[np.float64] = np.zeros((16, 3, BINS + 1))
+        self.table: Records = np.zeros(16, LENGTHS)
 
     # --- learning
 
@@ -180,8 +179,8 @@ class Lengths:
         cell.add(shares)
         if ended and hint is not None:
             known.hints.add(float(hint), float(max(tokens, 1)))
-        known.news += 1.0 / cell.weight
-        if known.news >= NEWS:
+        known.growth += 1.0 / cell.weight
+        if known.growth >= REFRESH_SHARE:
             self._stale[known] = None
 
     def _beyond(self, known: _Class, cell: Histogram, tokens: float) -> Floats:
@@ -207,12 +206,12 @@ class Lengths:
         return self._new_row(known, size, hinted, tenant) if row is None else row
 
     def _new_row(self, known: _Class, size: int, hinted: int, tenant: str) -> int:
-        taken = self._taken.get(tenant, 0)
-        if taken >= TENANT_ROWS or self._count >= MOST_ROWS:
-            known, size, hinted = self._nobody, 0, -1
+        taken = self._tenant_rows.get(tenant, 0)
+        if taken >= MAX_TENANT_ROWS or self._count >= MAX_ROWS:
+            known, size, hinted = self._unknown, 0, -1
             if (row := known.rows.get((size, hinted))) is not None:
                 return row
-        self._taken[tenant] = taken + 1
+        self._tenant_rows[tenant] = taken + 1
         row = known.rows[size, hinted] = self._count
         self._count += 1
         if self._count > len(self.table):
@@ -221,22 +220,22 @@ class Lengths:
         return row
 
     def refresh(self) -> None:
-        """Bring the rows of classes with news up to date."""
+        """Bring the rows of stale classes up to date."""
         for known in self._stale:
             self._refresh(known)
         self._stale.clear()
 
     def forget(self) -> None:
         """Drop the rows; they are made from the counts when asked for again."""
-        for known in (self._nobody, *(each for _, _, each in self._classes)):
+        for known in (self._unknown, *(each for _, _, each in self._classes)):
             known.rows.clear()
-            known.news = 0.0
+            known.growth = 0.0
         self._count = 0
-        self._taken.clear()
+        self._tenant_rows.clear()
         self._stale.clear()
 
     def _refresh(self, known: _Class) -> None:
-        known.news = 0.0
+        known.growth = 0.0
         if not known.rows:
             return  # nobody has asked yet, as after a restart
         nothing = np.zeros(BINS)
@@ -246,12 +245,10 @@ class Lengths:
         weights = np.array([c.weight if c else 0.0 for c in cells])
         hints = np.array([math.nan if h < 0 else h / _HINTS_PER_OCTAVE * math.log(2) for _, h in keys])
         rows = np.fromiter(known.rows.values(), np.int64, len(keys))
-        filled = np.empty((len(keys), 3, BINS + 1))
         fit = np.array(known.hints.line())
-        _fill(filled, counts, weights, known.whole.counts, known.whole.weight, hints, fit)
+        _fill(self.table, rows, counts, weights, known.whole.counts, known.whole.weight, hints, fit)
         if not self._spread:
-            _collapse(filled)
-        self.table[rows] = filled
+            _collapse(self.table, rows)
 
     def _size(self, prompt: int) -> int:
         """Prompt sizes are told apart by doublings."""
@@ -275,11 +272,10 @@ class Lengths:
             if known.whole.weight
         ]
 
-    def restore(self, state: list[Any] | dict[str, Any]) -> None:
-        """Take over what `snapshot` returned (or, as it was before tenants were told apart, a dict by class)."""
+    def restore(self, state: list[Any]) -> None:
+        """Take over what `snapshot` returned."""
         classes = Classes(_Class)
-        known = state if isinstance(state, list) else [("default", name, given) for name, given in state.items()]
-        for tenant, name, given in known:
+        for tenant, name, given in state:
             classes.put(
                 tenant,
                 name,
@@ -295,8 +291,8 @@ class Lengths:
 
 def _believed(whole: Histogram, cell: Histogram) -> Floats:
     """Probabilities (BINS,) of a cell: its own counts leaning on its class, the class leaning on the prior."""
-    broad = (whole.counts + CLASS_LEANS * PRIOR) / (whole.weight + CLASS_LEANS)
-    return (cell.counts + CELL_LEANS * broad) / (cell.weight + CELL_LEANS)
+    broad = (whole.counts + CLASS_PRIOR * PRIOR) / (whole.weight + CLASS_PRIOR)
+    return (cell.counts + CELL_PRIOR * broad) / (cell.weight + CELL_PRIOR)
 
 
 def _shares(i: int) -> Floats:
@@ -308,12 +304,13 @@ def _shares(i: int) -> Floats:
     return shares
 
 
-def _collapse(rows: NDArray[np.float64]) -> None:
-    """Replace each distribution by its mean."""
-    for row in rows:
+@compiled
+def _collapse(table: Records, rows: Ints) -> None:
+    """Replace each of these distributions by its mean."""
+    for r in rows:
         mass = np.zeros(BINS)
-        mass[bin_of(max(1.0, row[MEAN, BINS]))] = 1.0
-        _tabulate(mass, row)
+        mass[bin_of(max(1.0, table[r].mean[BINS]))] = 1.0
+        _tabulate(mass, table[r])
 
 
 def _sparse(histogram: Histogram) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""CS-UCB that knows its queues: the default policy, `cs-ucb` (DESIGN section 5)."""
+"""CS-UCB that knows its queues: the default policy, `cs-ucb` (docs/architecture.md, "The decision")."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing_extensions import override
 from perllm.broker.messages import Candidate, Completed, Event, State
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.policy import Choice, Place, Policy, Reject, Wait
-from perllm.scheduler.csucb import admission, constraints
-from perllm.scheduler.csucb import forecast as f
-from perllm.scheduler.csucb import scoring as s
+from perllm.scheduler.csucb import admission, constraints, scoring
 from perllm.scheduler.csucb.cluster_arrays import ClusterArrays
-from perllm.scheduler.csucb.index import HARM_COUNTS, EnergyScale
-from perllm.scheduler.csucb.node_models import PATIENCE, NodeModels
+from perllm.scheduler.csucb.index import HARM_FACTOR, EnergyScale
+from perllm.scheduler.csucb.node_models import PATIENT_STAYS, NodeModels
 from perllm.scheduler.csucb.output_lengths import Lengths
+from perllm.scheduler.csucb.rows import CANDIDATE, SCORE, TASK, TERMS, Records, ScoreRow, TaskRow, TermsRow, values
 
 #: Candidates an explanation names: the best ones.
 EXPLAINED = 8
@@ -36,7 +35,7 @@ class Mechanisms:
     - `price`: the congestion price.
     - `admission`: a task not worth its cost waits or is refused; without, every task goes to the best node at once.
     - `patience`: long-deadline work waits for cheap capacity.
-    - `learning`: speed, bandwidth and power are learned; without, the registrations are believed.
+    - `learning`: step costs, bandwidth and power are learned; without, the registrations are believed.
     - `optimism`: little-known nodes are seen at their better confidence bound; without, at the worse from the start.
     """
 
@@ -53,10 +52,10 @@ class Mechanisms:
 
 
 class CsUcb(Policy):
-    """Puts a task where V·Δ(on-time value) − Δenergy/E₀ − price·Δslot-time is greatest, if that is worth it.
+    """Where V·Δ(on-time value) − Δenergy/E₀ − price·Δslot-time is greatest by forecast, if that is worth it now.
 
-    `weight` is V: how much an on-time task is worth, in units of E₀. `energy_scale` fixes E₀ (J); by default it follows
-    the energy of finished tasks (see `perllm.scheduler.csucb.index`).
+    `value_weight` is V: how much an on-time task is worth, in units of E₀. `energy_scale` fixes E₀ (J); by default it
+    follows the energy of finished tasks (see `csucb.index`).
     """
 
     name = "cs-ucb"
@@ -65,22 +64,24 @@ class CsUcb(Policy):
         self,
         seed: int = 0,  # noqa: ARG002 (nothing is drawn; every policy takes one)
         *,
-        weight: float = 4.0,
+        value_weight: float = 4.0,
         energy_scale: float | None = None,
         mechanisms: Mechanisms | None = None,
     ) -> None:
         on = self._on = mechanisms or Mechanisms()
-        self._weight, self._fixed_scale = weight, energy_scale
+        self._value_weight, self._fixed_scale = value_weight, energy_scale
+        self._harm_weight = value_weight * HARM_FACTOR * on.harm
         self._lengths = Lengths(by_size=on.sizes, use_hints=on.hints, spread=on.spread)
         self._node_models = NodeModels(
-            weight, learning=on.learning, optimism=on.optimism, foresight=on.foresight, price=on.price
+            value_weight, learning=on.learning, optimism=on.optimism, foresight=on.foresight, price=on.price
         )
         self._scale = EnergyScale()
-        self._arrays = ClusterArrays(self._lengths, self._node_models.learned)
-        self._task = np.zeros(f.TASK_COLUMNS)
-        self._terms = np.zeros(s.TERMS)
-        self._looks = np.zeros((0, f.LOOK_COLUMNS))
-        self._asked: Sequence[Node] = ()  # the nodes `_looks` is of
+        self._arrays = ClusterArrays(self._lengths, self._node_models.estimate)
+        self._scored: Sequence[Node] = ()  # the nodes scored last; what follows is about them
+        self._candidates: Records = np.zeros(0, CANDIDATE)
+        self._scores: Records = np.zeros(0, SCORE)
+        self._terms: Records = np.zeros(1, TERMS)
+        self._task: Records = np.zeros(1, TASK)  # the task chosen for last
 
     # --- learning
 
@@ -106,83 +107,97 @@ class CsUcb(Policy):
 
     @override
     def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
-        best = self._survey(task, candidates, now)
+        self._task[0] = values(
+            TaskRow(
+                prompt_tokens=task.prompt_tokens,
+                payload_bytes=task.payload_bytes,
+                deadline=task.deadline,
+                max_tokens=task.max_tokens,
+                value=task.value,
+                lengths=self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens, task.tenant),
+            )
+        )
+        best = self._score(task, candidates, now)
+        scores = self._scores
         if not self._on.admission:
-            return Place(candidates[best if best >= 0 else int(np.argmax(self._looks[:, f.CHANCE]))].name)
+            return Place(candidates[best if best >= 0 else int(np.argmax(scores["p_on_time"]))].name)
         if best < 0:
             return self._without_a_chance(task, candidates, cluster, now)
-        self._scale.suggest(float(self._looks[:, f.JOULES].min()))
-        left, urgency, least = task.deadline - now, 1.0, 0.0
-        calm = PATIENCE * float(self._looks[best, f.STAY])
-        if self._on.patience and left > calm:
-            calm, pace = self._calm(task, calm, cluster)
-            if left > calm:  # it need not queue on a node
-                urgency = admission.urgency(left, calm, cluster.waiting, pace)
-                least = self._least_energy(task, cluster, now) if urgency < 1.0 else 0.0
-                best = self._survey(task, candidates, now, urgency, free=True)
+        self._scale.suggest(float(scores["joules"].min()))
+        left, urgency, least_joules = task.deadline - now, 1.0, 0.0
+        ample = PATIENT_STAYS * float(scores["stay"][best])
+        if self._on.patience and left > ample:
+            ample, throughput = self._ample_time(task, ample, cluster)
+            if left > ample:  # it need not queue on a node
+                urgency = admission.urgency(left, ample, cluster.waiting, throughput)
+                least_joules = self._least_energy(task, cluster, now) if urgency < 1.0 else 0.0
+                best = self._score(task, candidates, now, urgency, needs_slot=True)
                 if best < 0:
-                    return Wait(admission.review(now, left), rank=-self._weight * task.value)
-        worth = self._worth(task, best, urgency, least)
+                    return Wait(admission.review(now, left), rank=-self._value_weight * task.value)
+        worth = self._worth(task, best, urgency, least_joules)
         return Place(candidates[best].name) if worth > 0 else Wait(admission.review(now, left), rank=worth)
 
-    def _survey(
-        self, task: Task, nodes: Sequence[Node], now: float, urgency: float = 1.0, *, free: bool = False
+    def _score(
+        self, task: Task, nodes: Sequence[Node], now: float, urgency: float = 1.0, *, needs_slot: bool = False
     ) -> int:
-        """Look at the task on each of the nodes (with `free`: that has a free slot); returns the position of the best,
-        or −1."""
-        self._asked = nodes
-        board, given, terms = self._arrays, self._task, self._terms
-        row = self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens, task.tenant)
-        rows, arm_rows = board.rows(nodes, task.model)
-        table = self._lengths.table
-        if len(self._looks) != len(rows):
-            self._looks = np.zeros((len(rows), f.LOOK_COLUMNS))
-        given[f.T_PROMPT], given[f.T_BYTES], given[f.T_DEADLINE] = task.prompt_tokens, task.payload_bytes, task.deadline
-        given[f.T_MOST], given[f.T_VALUE], given[f.T_LENGTH] = task.max_tokens, task.value, row
-        terms[s.OWN], terms[s.OTHERS] = self._weight * urgency, self._weight * HARM_COUNTS * self._on.harm
-        terms[s.SCALE], terms[s.LEAST] = self._fixed_scale or self._scale.joules, admission.LEAST
-        terms[s.FREE] = free
-        return s.score(
-            rows, arm_rows, given, terms, now, board.nodes, board.arms, board.in_flight, table, board.maps, self._looks
+        """Score the task that `choose` is about on each of the nodes; returns the position of the best, or −1. With
+        `needs_slot`, only nodes with a free slot are feasible."""
+        self._scored, self._candidates = nodes, self._arrays.candidates(nodes, task.model)
+        if len(self._scores) != len(nodes):
+            self._scores = np.zeros(len(nodes), SCORE)
+        self._terms[0] = values(
+            TermsRow(
+                own_weight=self._value_weight * urgency,
+                harm_weight=self._harm_weight,
+                energy_scale=self._fixed_scale or self._scale.joules,
+                min_p_on_time=admission.MIN_P_ON_TIME,
+                needs_slot=needs_slot,
+            )
         )
+        return scoring.score(self._arrays.rows, self._candidates, self._task, self._terms, now, self._scores)
 
-    def _worth(self, task: Task, best: int, urgency: float, least: float) -> float:
-        look, most, scale = self._looks[best], self._weight * task.value, float(self._terms[s.SCALE])
+    def _worth(self, task: Task, best: int, urgency: float, least_joules: float) -> float:
+        own, scale = ScoreRow(*self._scores.item(best)), float(self._terms["energy_scale"][0])
+        most = self._value_weight * task.value
         return admission.worth(
-            own=most * urgency * float(look[f.CHANCE]),
-            lost=float(self._terms[s.OTHERS] * look[f.HARM]),
-            toll=float(look[f.TOLL_PAID]),
-            energy=float(look[f.JOULES]) / scale,
-            least=least / scale,
+            own=most * urgency * own.p_on_time,
+            lost=self._harm_weight * own.harm,
+            slot_cost=own.slot_cost,
+            energy=own.joules / scale,
+            least=least_joules / scale,
             urgency=urgency,
             most=most,
         )
 
-    def _calm(self, task: Task, calm: float, cluster: Cluster) -> tuple[float, float]:
-        """Time to its deadline with which a task is patient (s), at least `calm`; tasks/s all nodes can finish."""
-        rows, _ = self._arrays.rows(cluster.serving.get(task.model, ()), task.model)
-        slots, pace = self._arrays.nodes[rows][:, [f.SLOTS, f.PACE]].sum(axis=0).tolist()
-        return max(calm, PATIENCE * slots / pace) if pace > 0 else calm, pace  # the short are no more patient
+    def _ample_time(self, task: Task, ample: float, cluster: Cluster) -> tuple[float, float]:
+        """Time to its deadline with which a task is patient (s), at least `ample`; tasks/s all nodes can finish."""
+        rows = self._arrays.candidates(cluster.serving.get(task.model, ()), task.model)["node"]
+        nodes = self._arrays.nodes
+        slots, throughput = float(nodes["slots"][rows].sum()), float(nodes["throughput"][rows].sum())
+        if throughput > 0:  # tasks with short stays are no more patient than the mean one
+            ample = max(ample, PATIENT_STAYS * slots / throughput)
+        return ample, throughput
 
     def _least_energy(self, task: Task, cluster: Cluster, now: float) -> float:
         """J the task would cost on the node where it costs least, room or no room."""
         serving = cluster.serving.get(task.model, ())
-        self._survey(task, serving, now)
-        able = self._looks[:, f.CHANCE] >= admission.LEAST
+        self._score(task, serving, now)
+        scores = self._scores
+        able = scores["p_on_time"] >= admission.MIN_P_ON_TIME
         if task.avoid:
             others = able & [not task.avoids(n.name, now) for n in serving]
             able = others if others.any() else able
-        return float(self._looks[able, f.JOULES].min()) if able.any() else 0.0
+        return float(scores["joules"][able].min()) if able.any() else 0.0
 
     def _without_a_chance(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
         """No candidate gives the task a chance as things stand."""
-        knowledge, board, serving = self._node_models, self._arrays, cluster.serving.get(task.model, ())
+        models, serving = self._node_models, cluster.serving.get(task.model, ())
         for node in candidates:
-            if not node.in_flight and not knowledge.proven(node, task.model, now):
+            if not node.in_flight and not models.proven(node, task.model, now):
                 return Place(node.name)  # find out what it can do
-        rows, arm_rows = board.rows(serving, task.model)
-        alone = s.best_alone(rows, arm_rows, self._task, now, board.nodes, board.arms, self._lengths.table)
-        if alone < admission.LEAST and all(knowledge.proven(n, task.model, now) for n in serving):
+        rows = self._arrays.candidates(serving, task.model)
+        alone = scoring.best_p_on_time_alone(self._arrays.rows, rows, self._task, now)
+        if alone < admission.MIN_P_ON_TIME and all(models.proven(n, task.model, now) for n in serving):
             return Reject(
                 f"{task.deadline - now:.1f} s are left, too little for any node even if it had nothing else to do"
             )
@@ -192,57 +207,18 @@ class CsUcb(Policy):
 
     @override
     def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
-        if self._asked is not candidates:
-            self._survey(task, candidates, now)
-        board, table, looks = self._arrays, self._lengths.table, self._looks
-        rows, arm_rows = board.rows(candidates, task.model)
-        order = np.argsort(-looks[:, f.INDEX], kind="stable")[:EXPLAINED]
-        s.complete(
-            order,
-            rows,
-            arm_rows,
-            self._task,
-            self._terms,
-            now,
-            board.nodes,
-            board.arms,
-            board.in_flight,
-            table,
-            board.maps,
-            looks,
-        )
-        order = order[np.argsort(-looks[order, f.INDEX], kind="stable")]
-        spreads = board.arms[arm_rows[order], f.SPREAD].tolist()
-        still = board.nodes[rows[order], f.STILL].tolist()
+        if self._scored is not candidates:
+            self._score(task, candidates, now)
+        rows, scores, cluster_rows = self._candidates, self._scores, self._arrays.rows
+        order = np.argsort(-scores["index"], kind="stable")[:EXPLAINED]
+        scoring.complete_scores(order, cluster_rows, rows, self._task, self._terms, now, scores)
+        order = order[np.argsort(-scores["index"][order], kind="stable")]
+        spreads = cluster_rows.arms["spread"][rows["arm"][order]].tolist()
+        stalled = cluster_rows.nodes["stalled"][rows["node"][order]].tolist()
         single = constraints.single_server_slack(0 if task.node is None else 1)
         return tuple(
-            self._explained(candidates[i].info.name, look, spread, single, still=stands > 0)
-            for i, look, spread, stands in zip(order.tolist(), looks[order].tolist(), spreads, still, strict=True)
-        )
-
-    @staticmethod
-    def _explained(name: str, look: list[float], spread: float, single: float, *, still: bool) -> Candidate:
-        feasible, note = look[f.INDEX] > s.OUT, ""
-        if still:
-            note = "stands still"
-        elif not feasible:
-            note = "has no room for it now" if look[f.CHANCE] >= admission.LEAST else "would be too late"
-        return Candidate(
-            node=name,
-            index=look[f.INDEX] if feasible else None,
-            feasible=feasible,
-            finish=look[f.FINISH],
-            p_on_time=look[f.CHANCE],
-            marginal_energy=look[f.JOULES],
-            slacks={
-                "deadline": look[f.C_DEADLINE],
-                "compute": look[f.C_COMPUTE],
-                "memory": look[f.C_MEMORY],
-                "bandwidth": look[f.C_BANDWIDTH],
-                "one_server": single,
-            },
-            confidence=1.0 / (1.0 + spread),
-            note=note,
+            _candidate(candidates[i].info.name, ScoreRow(*scores.item(i)), spread, single, stalled=stands_still)
+            for i, spread, stands_still in zip(order.tolist(), spreads, stalled, strict=True)
         )
 
     # --- kept over a restart
@@ -253,7 +229,7 @@ class CsUcb(Policy):
         self._arrays.forget()
         self._lengths.forget()
         return {
-            "knowledge": self._node_models.snapshot(),
+            "node_models": self._node_models.snapshot(),
             "lengths": self._lengths.snapshot(),
             "scale": self._scale.snapshot(),
         }
@@ -261,7 +237,34 @@ class CsUcb(Policy):
     @override
     def restore(self, state: dict[str, Any]) -> None:
         scale = EnergyScale(**state["scale"])
-        self._node_models.restore(state["knowledge"])
+        self._node_models.restore(state["node_models"])
         self._lengths.restore(state["lengths"])
         self._scale = scale
         self._arrays.forget()
+
+
+def _candidate(name: str, score: ScoreRow, spread: float, single_server: float, *, stalled: bool) -> Candidate:
+    """A score as an explanation gives it."""
+    feasible, note = score.index > scoring.INFEASIBLE, ""
+    if stalled:
+        note = "stands still"
+    elif not feasible:
+        enough = score.p_on_time >= admission.MIN_P_ON_TIME
+        note = "has no room for it now" if enough else "would be too late"
+    return Candidate(
+        node=name,
+        index=score.index if feasible else None,
+        feasible=feasible,
+        finish=score.finish,
+        p_on_time=score.p_on_time,
+        marginal_energy=score.joules,
+        slacks={
+            "deadline": score.deadline_slack,
+            "compute": score.compute_slack,
+            "memory": score.memory_slack,
+            "bandwidth": score.bandwidth_slack,
+            "one_server": single_server,
+        },
+        confidence=1.0 / (1.0 + spread),
+        note=note,
+    )

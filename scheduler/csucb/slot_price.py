@@ -1,4 +1,4 @@
-"""The congestion price: what a second in one of a node's slots costs while work is more than the slots can take.
+"""The slot price: what a second in one of a node's slots costs while work is more than the slots can take.
 
 It is the dual variable of the node's slots, tuned online: it rises while more of them are taken than leaves room for
 who comes next, and falls while fewer are. A task is worth its place when its expected value per second in the slot is
@@ -16,12 +16,12 @@ from typing import Any
 TARGET = 0.8
 #: Change of the price per second and share of the slots above or below the target.
 GAIN = 0.08
-#: No price is above this many mean values per mean stay.
-MOST = 3.0
+#: No price is above this many mean task values per mean stay.
+MAX_PRICE = 3.0
 #: Urgent tasks in a node's slots at a time (as a share of them) from which on room is kept for the next.
-URGENT = 0.05
+URGENT_SHARE = 0.05
 #: Weight of a new stay in their mean.
-WEIGHT = 0.05
+STAY_WEIGHT = 0.05
 
 
 @dataclass(slots=True)
@@ -34,15 +34,15 @@ class SlotPrice:
 
     def watch(self, now: float, taken: float, urgent: float) -> None:
         """Until `now`, the share `taken` of the slots was taken or queued for, by urgent tasks `urgent` in the mean."""
-        target = 1.0 if urgent <= 0 else 1.0 - (1.0 - TARGET) * min(1.0, urgent / URGENT)
+        target = 1.0 if urgent <= 0 else 1.0 - (1.0 - TARGET) * min(1.0, urgent / URGENT_SHARE)
         # An hour without news is no hour of overload.
         since = min(max(now - self.at, 0.0), 2.0)
-        self.price = min(max(self.price + GAIN * since * (taken - target), 0.0), MOST)
+        self.price = min(max(self.price + GAIN * since * (taken - target), 0.0), MAX_PRICE)
         self.at = max(now, self.at)
 
     def stayed(self, seconds: float) -> None:
         """A task held a slot for so long."""
-        self.stay = self.stay + WEIGHT * (seconds - self.stay) if self.stay > 0 else max(seconds, 1e-3)
+        self.stay = self.stay + STAY_WEIGHT * (seconds - self.stay) if self.stay > 0 else max(seconds, 1e-3)
 
     def per_second(self, value: float, taken: float) -> float:
         """The price of a second in a slot, where `value` is the mean task's, in units of the index.

@@ -1,4 +1,4 @@
-"""The token axis: bins whose width grows with the token count, so that one short array covers 1 to 130,000 tokens.
+"""Token bins: their width grows with the token count, so that one short array covers 1 to 130,000 tokens.
 
 Bins are one token wide up to 8, two up to 24, four up to 56, and so on: eight per doubling of tokens + 8. Which bin a
 count is in, and where in it, can be read off the bits of the floating-point number, which makes a lookup cost 2 ns.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from perllm.scheduler.csucb.compiled import compiled
+from perllm.scheduler.core.compiled import compiled
 
 Floats = NDArray[np.float64]
 
@@ -45,12 +45,8 @@ def at(values: Floats, tokens: float) -> float:
     return float(low + part * (high - low))
 
 
+@compiled
 def bin_of(tokens: float) -> int:
     """The bin a whole count of tokens (≥ 1) is in; edges belong to the bin below them."""
     i, part = position(float(tokens))
     return i - 1 if part == 0.0 and i > 0 else i
-
-
-# 1
-# 3
-# 8

@@ -21,7 +21,7 @@ from perllm.broker.messages import (
 )
 from perllm.scheduler.core.policy import Policy
 from perllm.scheduler.core.scheduler import Decision, SchedulerCore
-from perllm.scheduler.policies import has_mechanisms, make_policy
+from perllm.scheduler.policies import core_options, has_mechanisms, make_policy
 from perllm.scheduler.simulator.clock import Clock
 from perllm.scheduler.simulator.node import Job, SimNode
 from perllm.scheduler.simulator.oracles import ORACLES
@@ -92,8 +92,8 @@ class Simulation:
         self._make_nodes(abort=mechanisms if abort is None else abort)
         if isinstance(policy, str):
             policy = ORACLES[policy](self) if policy in ORACLES else make_policy(policy, seed)
-        room = scenario.queue_room if mechanisms else None
-        self.core = SchedulerCore(policy, queue_beyond_slots=room, edf=mechanisms, explain=False)
+        options = core_options(scenario.queue_room, mechanisms=mechanisms)
+        self.core = SchedulerCore(policy, **options, explain=False)
         for node in self.nodes.values():
             node.boot()
         self._next = 0

@@ -14,7 +14,7 @@ from typing import Any
 
 from support import users
 
-from perllm.broker.cli import main as cli
+from perllm.broker.cli import main, system
 from perllm.broker.local.supervisor import Supervisor
 from perllm.broker.settings import Settings
 
@@ -51,5 +51,5 @@ def parts(folder: Path) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    cli.Supervisor = System  # type: ignore[misc]
-    cli.main()
+    system.Supervisor = System  # type: ignore[misc]
+    main.main()

@@ -13,21 +13,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from support.cluster import Cluster
 from support.make import node_info, output, receipt, why
 from support.wait import eventually
 
-from perllm.broker.ledger import Dispatch, Ledger
+from perllm.broker.ledger import Dispatch, Leader, Ledger
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import Completed, Dispatched, State, TaskSpec, new_id
 from perllm.broker.queues.app import node_message
 from perllm.broker.settings import Settings
 from perllm.scheduler import service as service_module
 from perllm.scheduler.core.scheduler import Decision, SchedulerCore
-from perllm.scheduler.policies import make_policy
-from perllm.scheduler.service import Service, _Deposed, _Reign, _Tenure
+from perllm.scheduler.policies import describe_policy, make_policy
+from perllm.scheduler.service import Service, _LeaderLease, _LeaderSession, _NotLeader
 
 
 class Scheduler:
@@ -183,6 +184,9 @@ def test_a_restarted_node_is_sent_work_under_its_new_name_tag(stage: Stage) -> N
         stage.complete(task_id)
 
 
+TEST_LEADER = Leader("test", 0.0, "least-loaded", "")
+
+
 class Raced(SchedulerCore):
     """A core whose decisions come too late: something else happens between them and the ledger's ruling."""
 
@@ -198,45 +202,45 @@ class Raced(SchedulerCore):
 
 
 @pytest.fixture
-def raced(stage: Stage) -> tuple[Raced, _Reign]:
-    core, epoch = Raced(), stage.ledger.lead("test", 60)
-    assert epoch is not None
-    reign = _Reign(stage.ledger, core, _Tenure(stage.ledger, "test", 60, epoch))
-    reign.take_over()
-    return core, reign
+def raced(stage: Stage) -> tuple[Raced, _LeaderSession]:
+    core, lease = Raced(), _LeaderLease(stage.ledger, TEST_LEADER, 60)
+    assert lease.acquire()
+    session = _LeaderSession(stage.ledger, core, lease)
+    session.take_over()
+    return core, session
 
 
-def test_a_task_that_somebody_else_placed_meanwhile(stage: Stage, raced: tuple[Raced, _Reign]) -> None:
+def test_a_task_that_somebody_else_placed_meanwhile(stage: Stage, raced: tuple[Raced, _LeaderSession]) -> None:
     """As when a reply was lost and the call repeated: the ledger refuses, the stream tells where the task is."""
-    core, reign = raced
+    core, session = raced
     stage.ledger.register(node_info("a"))
     (task_id,) = stage.submit()
     message = node_message(task_id, 1, "edge.a")
     first = Dispatch(task_id, 1, "a", "boot-1", "emulated", "edge.a", message, why())
     core.meanwhile.append(lambda: stage.ledger.dispatch(1, [first]))
-    reign.step(block=0.01)
+    session.step(block=0.01)
     assert core.find(task_id) is None
-    reign.step(block=0.01)
+    session.step(block=0.01)
     task = core.find(task_id)
     assert task is not None
     assert (task.node, task.attempt) == ("a", 1)
     assert set(core.cluster.nodes["a"].in_flight) == {task_id}
 
 
-def test_a_task_that_was_cancelled_meanwhile(stage: Stage, raced: tuple[Raced, _Reign]) -> None:
-    core, reign = raced
+def test_a_task_that_was_cancelled_meanwhile(stage: Stage, raced: tuple[Raced, _LeaderSession]) -> None:
+    core, session = raced
     stage.ledger.register(node_info("a"))
     (task_id,) = stage.submit()
     core.meanwhile.append(lambda: stage.ledger.cancel(task_id))
     for _ in range(2):
-        reign.step(block=0.01)
+        session.step(block=0.01)
     assert core.find(task_id) is None
     assert core.cluster.nodes["a"].in_flight == {}
 
 
 @pytest.mark.parametrize("how", ["drained", "restarted"])
-def test_a_node_that_went_meanwhile(stage: Stage, raced: tuple[Raced, _Reign], how: str) -> None:
-    core, reign = raced
+def test_a_node_that_went_meanwhile(stage: Stage, raced: tuple[Raced, _LeaderSession], how: str) -> None:
+    core, session = raced
     stage.ledger.register(node_info("a"))
     (task_id,) = stage.submit()
 
@@ -246,31 +250,31 @@ def test_a_node_that_went_meanwhile(stage: Stage, raced: tuple[Raced, _Reign], h
             stage.ledger.register(node_info("a", boot="boot-2"))
 
     core.meanwhile.append(goes)
-    reign.step(block=0.01)
+    session.step(block=0.01)
     task = core.find(task_id)
     assert task is not None
     assert (task.node, task.attempt) == (None, 0)
     if how == "drained":
         stage.ledger.register(node_info("a", boot="boot-2"))
-    reign.step(block=0.01)
+    session.step(block=0.01)
     assert stage.placed(task_id) == ("a", 1)
 
 
-def test_a_leader_that_was_deposed_meanwhile(stage: Stage, raced: tuple[Raced, _Reign]) -> None:
-    core, reign = raced
+def test_another_scheduler_leads_meanwhile(stage: Stage, raced: tuple[Raced, _LeaderSession]) -> None:
+    core, session = raced
     stage.ledger.register(node_info("a"))
     (task_id,) = stage.submit()
 
     def another_leads() -> None:
-        stage.ledger.resign("test")
+        stage.ledger.resign(TEST_LEADER.dump())
         assert stage.ledger.lead("another", 60) == 2
 
     core.meanwhile.append(another_leads)
-    with pytest.raises(_Deposed):
-        reign.step(block=0.01)
+    with pytest.raises(_NotLeader):
+        session.step(block=0.01)
     assert state(stage, task_id) == "pending"
-    with pytest.raises(_Deposed):
-        reign.save()
+    with pytest.raises(_NotLeader):
+        session.save()
 
 
 # --- taking over
@@ -341,18 +345,24 @@ def test_a_stream_too_short_to_tell(stage: Stage, kept: int) -> None:
         "not JSON",
         "[]",
         "{}",
-        '{"core": {"policy": "another", "state": {}}, "position": "0-0"}',
-        '{"core": {"policy": "least-loaded", "state": 5}, "position": "0-0"}',
-        '{"core": {"policy": "least-loaded", "state": {}}, "position": "yesterday"}',
-        '{"core": {"policy": "least-loaded", "state": {}}}',
+        '{"core": {"policy": "least-loaded", "state": {}}, "position": "0-0"}',  # of the release before formats
+        '{"core": {"format": 1000, "policy": "least-loaded", "state": {}}, "position": "0-0"}',
+        '{"core": {"format": 2, "policy": "another", "state": {}}, "position": "0-0"}',
+        '{"core": {"format": 2, "policy": "least-loaded", "state": 5}, "position": "0-0"}',
+        '{"core": {"format": 2, "policy": "least-loaded", "state": {}}, "position": "yesterday"}',
+        '{"core": {"format": 2, "policy": "least-loaded", "state": {}}}',
     ],
 )
-def test_an_unusable_snapshot_is_passed_over(stage: Stage, snapshot: str) -> None:
+def test_an_unusable_snapshot_is_passed_over(stage: Stage, snapshot: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says so, and the scheduler starts anew."""
     stage.ledger.client.set(f"{stage.ledger.prefix}snapshot", snapshot)
     stage.ledger.register(node_info("a"))
     (task_id,) = stage.submit()
+    log = Mock()
+    monkeypatch.setattr(service_module, "log", log)
     stage.start()
     assert stage.placed(task_id) == ("a", 1)
+    assert [call.args[0] for call in log.warning.call_args_list] == ["snapshot_unusable"]
 
 
 def test_nonsense_in_the_stream_and_among_the_nodes(stage: Stage) -> None:
@@ -368,7 +378,9 @@ def test_nonsense_in_the_stream_and_among_the_nodes(stage: Stage) -> None:
 
 
 def test_taking_over_longer_than_leadership_lasts(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "FETCH", 1)  # a round trip per task, as if there were a thousand times more
+    monkeypatch.setattr(
+        service_module, "FETCH_TASKS", 1
+    )  # a round trip per task, as if there were a thousand times more
     stage.submit(6000)
     stage.ledger.client.delete(f"{stage.ledger.prefix}events")
     stage.start()
@@ -395,6 +407,22 @@ def test_one_leads_and_the_other_follows(stage: Stage) -> None:
     (task_id,) = stage.submit()
     stage.ledger.register(node_info("b"))
     assert stage.placed(task_id) == ("b", 1)
+
+
+def test_everybody_can_know_who_leads_and_by_which_policy(stage: Stage) -> None:
+    assert stage.ledger.leader() is None
+    before = stage.ledger.now()
+    first = stage.start()
+    eventually(lambda: first.cores, "it leads")
+    leader = stage.ledger.leader()
+    assert leader is not None
+    assert f":{os.getpid()}:" in leader.holder
+    assert before <= leader.since <= stage.ledger.now()
+    assert (leader.policy, leader.sentence) == ("cs-ucb", describe_policy("cs-ucb"))
+    stage.stop()
+    assert stage.ledger.leader() is None
+    stage.ledger.client.set(f"{stage.ledger.prefix}leader", "box:1:f00")  # of another release
+    assert stage.ledger.leader() == ("box:1:f00", 0.0, "", "")
 
 
 def test_two_that_both_believe_they_lead_place_every_task_once(stage: Stage) -> None:
@@ -429,7 +457,7 @@ def test_two_that_both_believe_they_lead_place_every_task_once(stage: Stage) -> 
     assert stage.ledger.load_snapshot() == {"by": new}
 
 
-def test_a_leader_that_was_frozen_finds_itself_deposed(valkey: EmbeddedServer, tmp_path: Path) -> None:
+def test_a_leader_that_was_frozen_finds_that_it_leads_no_more(valkey: EmbeddedServer, tmp_path: Path) -> None:
     with Cluster(valkey.url, tmp_path) as cluster:
         cluster.ledger.client.flushall()
         first = cluster.scheduler("first")
@@ -438,7 +466,7 @@ def test_a_leader_that_was_frozen_finds_itself_deposed(valkey: EmbeddedServer, t
         cluster.watch(second, lambda: cluster.leads(second), "leads")
         cluster.ledger.register(node_info("a"))
         first.signal(signal.SIGCONT)
-        cluster.watch(first, lambda: "deposed" in first.output, "notices")
+        cluster.watch(first, lambda: "not_leader" in first.output, "notices")
         ids = cluster.submit(4)
         eventually(lambda: all(cluster.in_state(i, "dispatched") for i in ids), "all are placed")
         dispatched = Counter(e.id for _, e in cluster.ledger.events("0-0") if isinstance(e, Dispatched))

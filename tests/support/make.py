@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from perllm.broker.messages import Energy, Explanation, ModelOffer, NodeInfo, Output, Power, Receipt, StepCost
+from perllm.broker.messages import Energy, Explanation, NodeInfo, Output, Power, Receipt, StepCost
+from perllm.scheduler import examples
 
 
 def node_info(name: str, boot: str = "boot-1", slots: int = 2) -> NodeInfo:
-    return NodeInfo(
-        name=name,
-        tier="edge",
+    return examples.node_info(
+        name,
         boot=boot,
         slots=slots,
-        models=(
-            ModelOffer(
-                name="emulated",
-                context=4096,
-                kv_tokens=4096 * slots,
-                calibration=StepCost(step=0.01, sequence=0.001, prefill=0.0001),
-            ),
-        ),
+        models=("emulated",),
+        kv_tokens=4096 * slots,
+        step_cost=StepCost(step=0.01, sequence=0.001, prefill=0.0001),
         power=Power(idle=1, active=4, method="emulated", estimated=True),
-        bandwidth=1e7,
-        engine="none",
     )
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -15,6 +16,8 @@ from zipfile import ZipFile
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from perllm.broker.extras import MODULES
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -25,8 +28,14 @@ NOT_SHIPPED = {".md"}
 
 def required(*extras: str) -> list[Requirement]:
     """The project's requirements with these extras."""
-    more = [text for extra in extras for text in PROJECT["optional-dependencies"][extra]]
-    return [Requirement(text) for text in PROJECT["dependencies"] + more]
+    found, left = [Requirement(text) for text in PROJECT["dependencies"]], list(extras)
+    while left:
+        for requirement in map(Requirement, PROJECT["optional-dependencies"][left.pop()]):
+            if requirement.name == PROJECT["name"]:  # an extra made of others
+                left += requirement.extras
+            else:
+                found.append(requirement)
+    return found
 
 
 def pins(*locks: str) -> dict[str, str]:
@@ -37,8 +46,8 @@ def pins(*locks: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names of the files in the wheel built from the working tree."""
+def wheel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel built from the working tree."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -51,7 +60,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         [sys.executable, "-m", "pip", "wheel", *options, str(source)], check=False, capture_output=True, text=True
     )
     assert built.returncode == 0, built.stdout + built.stderr
-    with ZipFile(next(folder.glob("perllm-*.whl"))) as archive:
+    return next(folder.glob("perllm-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file: Path) -> set[str]:
+    """Names of the files in it."""
+    with ZipFile(wheel_file) as archive:
         return set(archive.namelist())
 
 
@@ -74,8 +89,8 @@ def test_the_wheel_holds_nothing_else(wheel: set[str]) -> None:
 @pytest.mark.parametrize(
     ("extras", "locks"),
     [
-        (("edge", "api", "simulate", "dev"), ("lock", "source")),
-        (("edge", "api"), ("runtime", "source")),
+        (("all", "dev", "docs"), ("lock", "source")),
+        (("server", "scheduler", "edge", "remote", "api"), ("runtime", "source")),
         (("cloud",), ("cloud",)),
         (("bench",), ("bench",)),
     ],
@@ -97,7 +112,7 @@ def test_locks_agree(other: str) -> None:
 
 
 def test_what_the_code_imports_is_declared() -> None:
-    declared = {canonicalize_name(r.name) for r in required("edge", "cloud", "api", "simulate", "agod")}
+    declared = {canonicalize_name(r.name) for r in required("all", "cloud", "agod")}
     providers = packages_distributions()
     undeclared = set()
     for path in (path for name in PACKAGES for path in (ROOT / name).rglob("*.py")):
@@ -113,3 +128,38 @@ def test_what_the_code_imports_is_declared() -> None:
                 if not declared & {canonicalize_name(name) for name in providers.get(top, [top])}:
                     undeclared.add(f"{path.relative_to(ROOT)}: {top}")
     assert undeclared == set()
+
+
+def test_every_extra_says_which_modules_it_brings() -> None:
+    extras = PROJECT["optional-dependencies"].keys() - {"all", "bench", "dev", "docs"}
+    assert MODULES.keys() == extras
+    providers = packages_distributions()
+    for extra in extras:
+        wanted = {canonicalize_name(r.name) for r in required(extra)}
+        for module in MODULES[extra]:
+            names = {canonicalize_name(name) for name in providers.get(module, [])}
+            assert not names or names & wanted, f"{module} is not brought by {extra}"
+
+
+def test_it_lives_beside_packages_named_broker_and_scheduler(wheel_file: Path, tmp_path: Path) -> None:
+    """Both are on PyPI, and in many an application that would use the client."""
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    packages = next((environment / "lib").glob("python3*/site-packages"))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(environment), "install"]
+    found = subprocess.run([*pip, "broker", "scheduler"], check=False, capture_output=True, text=True)
+    if found.returncode != 0:
+        pytest.skip("PyPI cannot be reached")
+    subprocess.run([*pip, "--no-deps", str(wheel_file)], check=True, capture_output=True)
+    (packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    code = (
+        "import broker, scheduler, perllm; from perllm import Client; import perllm.scheduler.service;"
+        "print(broker.__file__, scheduler.__file__, perllm.__file__, perllm.scheduler.__name__)"
+    )
+    ran = subprocess.run(
+        [environment / "bin" / "python", "-I", "-c", code], check=False, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert ran.returncode == 0, ran.stderr
+    *files, name = ran.stdout.split()
+    assert all(file.startswith(str(packages)) for file in files)
+    assert name == "perllm.scheduler"

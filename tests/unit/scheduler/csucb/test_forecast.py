@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from perllm.broker.messages import ModelOffer, NodeInfo, Power, StepCost
+from perllm.broker.messages import Power, StepCost
+from perllm.scheduler import examples
 from perllm.scheduler.core.cluster import Node, Task
 from perllm.scheduler.csucb import forecast as f
-from perllm.scheduler.csucb.cluster_arrays import ClusterArrays, Learned
+from perllm.scheduler.csucb.cluster_arrays import ArmEstimate, ClusterArrays, NodeEstimate
 from perllm.scheduler.csucb.output_lengths import Lengths
+from perllm.scheduler.csucb.rows import SCORE, TASK, TaskRow, values
 from perllm.scheduler.csucb.token_bins import EDGES
 
 THETA = (0.02, 0.002, 0.0005, 1e-6)
@@ -25,7 +27,7 @@ class Setting:
 
     in_flight: list[Task]
     slots: int = 16
-    inflow: float = 0.0
+    arrival_rate: float = 0.0
 
     def __post_init__(self) -> None:
         self.lengths = Lengths()
@@ -34,54 +36,51 @@ class Setting:
         for tokens in self.drawn[:1500].tolist():
             self.lengths.observe("chat", 100, tokens, ended=True)
         a, b, c, d = THETA
-        cal = StepCost(step=a, sequence=b, prefill=c, context=d)
-        info = NodeInfo(
-            name="n",
-            tier="edge",
-            boot="n.1",
+        info = examples.node_info(
+            "n",
             slots=self.slots,
-            models=(ModelOffer(name="m", context=4096, kv_tokens=65_536, calibration=cal),),
+            step_cost=StepCost(step=a, sequence=b, prefill=c, context=d),
             power=Power(idle=0, active=WATTS, joules_per_byte=1e-6, method="emulated", estimated=True),
-            bandwidth=1e7,
-            engine="test",
         )
         self.node = Node(info, since=0.0, heard=0.0, changed=0.0, in_flight={t.id: t for t in self.in_flight})
-        learned = Learned(
-            steps=((*THETA, 0.05),),
+        estimate = NodeEstimate(
+            arms=(ArmEstimate(*THETA, spread=0.05),),
             watts=WATTS,
-            rate=1e7,
+            bandwidth=1e7,
             latency=0.0,
             dispatch_delay=0.0,
-            still=False,
-            inflow=(self.inflow, 100.0, 60.0),
-            toll=0.0,
-            pace=0.0,
+            stalled=False,
+            arrival_rate=self.arrival_rate,
+            arrival_prompt=100.0,
+            arrival_output=60.0,
+            slot_price=0.0,
+            throughput=0.0,
         )
-        self.board = ClusterArrays(self.lengths, lambda _: learned)
-        self.board.rows((self.node,), None)
+        self.arrays = ClusterArrays(self.lengths, lambda _: estimate)
+        self.arrays.candidates((self.node,), None)
 
-    def weigh(self, task: Task, now: float = 0.0) -> tuple[np.ndarray, float]:
-        """The look at one more task, and its harm to others."""
-        given = np.array(
-            [
-                task.prompt_tokens,
-                task.payload_bytes,
-                task.deadline,
-                task.max_tokens,
-                task.value,
-                self.lengths.row(task.service, task.prompt_tokens),
-            ],
-            float,
+    def forecast(self, task: Task, now: float = 0.0) -> tuple[np.void, float]:
+        """The forecast of one more task, and its harm to others."""
+        tasks, scores = np.zeros(1, TASK), np.zeros(1, SCORE)
+        tasks[0] = values(
+            TaskRow(
+                prompt_tokens=task.prompt_tokens,
+                payload_bytes=task.payload_bytes,
+                deadline=task.deadline,
+                max_tokens=task.max_tokens,
+                value=task.value,
+                lengths=self.lengths.row(task.service, task.prompt_tokens),
+            )
         )
         self.lengths.refresh()
-        b, table, look = self.board, self.lengths.table, np.zeros(f.LOOK_COLUMNS)
-        times, taken, alone = b.maps[f.TIME, 0], b.maps[f.TAKEN, 0], b.maps[f.ALONE, 0]
-        f.weigh(b.nodes[0], b.arms[0], given, now, table, times, taken, alone, look)
-        mine = b.in_flight[: len(self.in_flight)]
-        return look, float(f.harm(b.nodes[0], b.arms[0], given, now, mine, table, times, taken))
+        rows, new, score = self.arrays.rows, tasks[0], scores[0]
+        node, arm, outlook = rows.nodes[0], rows.arms[0], rows.outlooks[0]
+        f.forecast_task(node, arm, outlook, new, now, rows.lengths, score)
+        mine = rows.in_flight[: len(self.in_flight)]
+        return score, float(f.harm(node, arm, outlook, new, now, mine, rows.lengths))
 
     def chances(self) -> list[float]:
-        return self.board.in_flight[: len(self.in_flight), f.P].tolist()
+        return self.arrays.in_flight["p_on_time"][: len(self.in_flight)].tolist()
 
     def play(self, extra: Task | None = None, runs: int = 800) -> tuple[list[float], float]:
         """P(on time) of each task (the extra one last) and mean busy seconds, by stepping."""
@@ -169,15 +168,15 @@ def test_chances_of_running_tasks(count: int) -> None:
 @pytest.mark.parametrize("left", [1.5, 3.0, 6.0])
 def test_the_chance_of_one_more(count: int, left: float) -> None:
     setting, new = Setting(running(count)), task("new", left)
-    look, _ = setting.weigh(new)
+    score, _ = setting.forecast(new)
     played, _ = setting.play(new)
-    assert look[f.CHANCE] == pytest.approx(played[-1], abs=0.09)
+    assert score["p_on_time"] == pytest.approx(played[-1], abs=0.09)
 
 
 def test_its_harm_to_the_others() -> None:
     """With a long prompt, so that there is some."""
     setting, new = Setting(running(10)), task("new", 6.0, prompt=1500)
-    _, harm = setting.weigh(new)
+    _, harm = setting.forecast(new)
     without, _ = setting.play(runs=3000)
     with_it, _ = setting.play(new, runs=3000)
     true = sum(without) - sum(with_it[:-1])
@@ -189,17 +188,17 @@ def test_its_harm_to_the_others() -> None:
 def test_the_energy_it_adds(count: int) -> None:
     """Alone it pays for whole steps; in a batch for its part of them."""
     setting, new = Setting(running(count)), task("new", 6.0)
-    look, _ = setting.weigh(new)
+    score, _ = setting.forecast(new)
     _, without = setting.play(runs=4000)
     _, with_it = setting.play(new, runs=4000)
-    assert look[f.BUSY] == pytest.approx(with_it - without, rel=0.3, abs=0.05)
-    assert look[f.JOULES] == pytest.approx(look[f.BUSY] * WATTS + 0.2)
+    assert score["busy"] == pytest.approx(with_it - without, rel=0.3, abs=0.05)
+    assert score["joules"] == pytest.approx(score["busy"] * WATTS + 0.2)
 
 
 def test_batching_makes_one_more_cheaper() -> None:
-    alone, _ = Setting([]).weigh(task("new", 6.0))
-    beside, _ = Setting(running(8)).weigh(task("new", 6.0))
-    assert beside[f.BUSY] < 0.6 * alone[f.BUSY]
+    alone, _ = Setting([]).forecast(task("new", 6.0))
+    beside, _ = Setting(running(8)).forecast(task("new", 6.0))
+    assert beside["busy"] < 0.6 * alone["busy"]
 
 
 def test_queued_tasks_wait_for_a_slot() -> None:
@@ -210,25 +209,25 @@ def test_queued_tasks_wait_for_a_slot() -> None:
     setting = Setting([*in_flight, *waiting], slots=4)
     played, _ = setting.play()
     assert setting.chances()[4:] == pytest.approx(played[4:], abs=0.15)
-    look, _ = setting.weigh(task("new", 6.0))
-    roomy, _ = Setting([*in_flight, *waiting], slots=8).weigh(task("new", 6.0))
-    assert look[f.CHANCE] < roomy[f.CHANCE]
+    score, _ = setting.forecast(task("new", 6.0))
+    roomy, _ = Setting([*in_flight, *waiting], slots=8).forecast(task("new", 6.0))
+    assert score["p_on_time"] < roomy["p_on_time"]
 
 
 def test_those_expected_to_come_slow_it_down() -> None:
     new = task("new", 3.0)
-    quiet, _ = Setting(running(2)).weigh(new)
-    busy, _ = Setting(running(2), inflow=4.0).weigh(new)
-    assert busy[f.CHANCE] < quiet[f.CHANCE] - 0.05
-    assert busy[f.FINISH] > quiet[f.FINISH]
+    quiet, _ = Setting(running(2)).forecast(new)
+    busy, _ = Setting(running(2), arrival_rate=4.0).forecast(new)
+    assert busy["p_on_time"] < quiet["p_on_time"] - 0.05
+    assert busy["finish"] > quiet["finish"]
 
 
 def test_an_idle_node_does_not_age() -> None:
     setting = Setting([])
-    fresh, _ = setting.weigh(task("new", 3.0), now=0.0)
-    later, _ = setting.weigh(task("new", 100_003.0), now=100_000.0)
-    assert later[f.CHANCE] == pytest.approx(fresh[f.CHANCE], abs=1e-6)
-    assert later[f.FINISH] == pytest.approx(fresh[f.FINISH], abs=1e-6)
+    fresh, _ = setting.forecast(task("new", 3.0), now=0.0)
+    later, _ = setting.forecast(task("new", 100_003.0), now=100_000.0)
+    assert later["p_on_time"] == pytest.approx(fresh["p_on_time"], abs=1e-6)
+    assert later["finish"] == pytest.approx(fresh["finish"], abs=1e-6)
 
 
 def test_a_heartbeat_ago_is_caught_up() -> None:
@@ -236,14 +235,14 @@ def test_a_heartbeat_ago_is_caught_up() -> None:
     tasks = [task("t", 4.0, generated=10)]
     setting = Setting(tasks)
     setting.node.changed, setting.node.version = 1.0, 1
-    setting.board.rows((setting.node,), None)
+    setting.arrays.candidates((setting.node,), None)
     step = THETA[0] + THETA[1] + THETA[3] * 110
-    assert setting.board.in_flight[0, f.TOKENS] == pytest.approx(10 + 1.0 / step, rel=0.02)
+    assert setting.arrays.in_flight["tokens"][0] == pytest.approx(10 + 1.0 / step, rel=0.02)
 
 
 def test_the_map_and_its_inverse_agree() -> None:
     setting = Setting(running(6))
-    times = setting.board.maps[f.TIME, 0]
+    times = setting.arrays.rows.outlooks["times"][0]
     assert np.all(np.diff(times) > 0)
     for steps in (0.0, 3.3, 40.0, 333.0, float(EDGES[80])):
         time = float(np.interp(steps, EDGES, times))
@@ -251,7 +250,7 @@ def test_the_map_and_its_inverse_agree() -> None:
 
 
 def test_no_time_left_is_no_chance() -> None:
-    look, harm = Setting(running(3)).weigh(task("new", 0.01))
-    assert look[f.CHANCE] == 0.0
+    score, harm = Setting(running(3)).forecast(task("new", 0.01))
+    assert score["p_on_time"] == 0.0
     assert harm >= 0.0
-    assert math.isfinite(float(look[f.FINISH]))
+    assert math.isfinite(float(score["finish"]))

@@ -1,4 +1,4 @@
-"""Rounds of the core: who is looked at, when, and that waiting costs nothing."""
+"""Rounds of the core: which tasks are decided about, when, and that waiting costs nothing."""
 
 from __future__ import annotations
 
@@ -12,37 +12,23 @@ from perllm.broker.messages import (
     Completed,
     Counters,
     Dispatched,
-    Energy,
     Event,
     Heartbeat,
-    ModelOffer,
     NodeDown,
     NodeInfo,
     NodeUp,
-    Power,
-    Receipt,
     Returned,
-    State,
-    StepCost,
     Submitted,
 )
+from perllm.scheduler import examples
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.policy import Choice, Place, Reject, Wait
-from perllm.scheduler.core.scheduler import AVOID, LOOKAHEAD, RESTING, RETRIES, SchedulerCore
+from perllm.scheduler.core.scheduler import AVOID_SECONDS, LOOKAHEAD, MAX_LONG_WAITS, MAX_RETRIES, SchedulerCore
+from perllm.scheduler.examples import node_info
 
 
 def info(name: str, slots: int = 2, models: Sequence[str] = ("m",), context: int = 4096) -> NodeInfo:
-    cal = StepCost(step=0.02, sequence=0.001, prefill=0.0001)
-    return NodeInfo(
-        name=name,
-        tier="edge",
-        boot=f"{name}.1",
-        slots=slots,
-        models=tuple(ModelOffer(name=m, context=context, kv_tokens=65536, calibration=cal) for m in models),
-        power=Power(idle=10, active=100, method="emulated", estimated=True),
-        bandwidth=1e7,
-        engine="test",
-    )
+    return node_info(name, slots=slots, models=models, context=context)
 
 
 def submitted(task_id: str, at: float = 0.0, deadline: float = 100.0, **fields: Any) -> Submitted:
@@ -50,18 +36,7 @@ def submitted(task_id: str, at: float = 0.0, deadline: float = 100.0, **fields: 
 
 
 def completed(task_id: str, node: str, at: float, attempt: int = 1) -> Completed:
-    receipt = Receipt(node=node, model="m", attempt=attempt, energy=Energy(method="emulated", estimated=True))
-    return Completed(
-        id=task_id,
-        node=node,
-        attempt=attempt,
-        at=at,
-        state=State.SUCCEEDED,
-        on_time=True,
-        latency=1,
-        queued=0,
-        receipt=receipt,
-    )
+    return examples.completed(task_id, node, at=at, attempt=attempt)
 
 
 class Scripted:
@@ -117,7 +92,7 @@ def test_beside_an_idle_node_every_parked_task_has_its_turn() -> None:
 
     policy = Ranking()
     core = core_with(policy, info("n", slots=8))
-    tasks = {f"t{i}" for i in range(3 * RETRIES)}
+    tasks = {f"t{i}" for i in range(3 * MAX_RETRIES)}
     for task_id in tasks:
         core.handle(submitted(task_id, deadline=2000.0))
     while {task_id for task_id, _ in policy.asked} < tasks:
@@ -170,7 +145,7 @@ def test_of_the_parked_the_most_promising_are_tried_and_few_in_vain() -> None:
     core.handle(completed("running", "n", 1))
     core.decide(1)
     assert [task_id for task_id, _ in policy.asked] == ["t1", "t3"]
-    assert len(policy.asked) == RETRIES
+    assert len(policy.asked) == MAX_RETRIES
 
 
 def test_parked_tasks_wake_by_themselves() -> None:
@@ -184,7 +159,7 @@ def test_parked_tasks_wake_by_themselves() -> None:
 
 
 def test_a_round_is_bounded_whatever_waits() -> None:
-    for answer, most in ((Wait(until=1e9), RESTING), (Wait(until=0.3), LOOKAHEAD), (Wait(), LOOKAHEAD)):
+    for answer, most in ((Wait(until=1e9), MAX_LONG_WAITS), (Wait(until=0.3), LOOKAHEAD), (Wait(), LOOKAHEAD)):
         policy = Scripted(answer)
         core = core_with(policy, info("n", slots=8))
         for i in range(5 * LOOKAHEAD):
@@ -247,8 +222,8 @@ def test_a_full_alternative_is_waited_for_only_so_long() -> None:
     core.handle(submitted("t"))
     assert {d.task.id: d.node.name for d in core.decide(0) if d.node}["t"] == "a"
     core.handle(Returned(id="t", node="a", attempt=1, at=1, cause="failed", strikes=1))
-    assert core.decide(1) == core.decide(AVOID) == []
-    (again,) = core.decide(1 + AVOID)
+    assert core.decide(1) == core.decide(AVOID_SECONDS) == []
+    (again,) = core.decide(1 + AVOID_SECONDS)
     assert again.node is not None
     assert (again.task.id, again.node.name) == ("t", "a")
 
@@ -328,12 +303,12 @@ def test_a_task_the_policy_fails_on_is_rejected_and_the_others_are_placed() -> N
                 raise ZeroDivisionError("of this one")
             return super().choose(task, candidates, cluster, now)
 
-    for forgiving in (True, False):
-        core = SchedulerCore(Allergic(), forgiving=forgiving)
+    for reject_on_error in (True, False):
+        core = SchedulerCore(Allergic(), reject_on_error=reject_on_error)
         core.handle(NodeUp(at=0.0, info=info("a", slots=4)))
         for task_id in ("first", "bad", "last"):
             core.handle(submitted(task_id))
-        if not forgiving:
+        if not reject_on_error:
             with pytest.raises(ZeroDivisionError):
                 core.decide(1.0)
             continue
@@ -342,3 +317,16 @@ def test_a_task_the_policy_fails_on_is_rejected_and_the_others_are_placed() -> N
         assert decisions["bad"].failure
         assert decisions["bad"].explanation.sentence == "the policy failed on it: ZeroDivisionError: of this one"
         assert core.decide(2.0) == []
+
+
+@pytest.mark.parametrize("snapshot", [{}, {"policy": "scripted", "state": {}}, {"format": -1, "policy": "scripted"}])
+def test_a_snapshot_of_another_release_is_refused(snapshot: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="format"):
+        core_with(Scripted()).restore(snapshot)
+
+
+def test_its_own_snapshot_is_taken_and_another_policys_refused() -> None:
+    core = core_with(Scripted())
+    core.restore(core.snapshot())
+    with pytest.raises(ValueError, match="of policy 'another'"):
+        core.restore(core.snapshot() | {"policy": "another"})

@@ -12,33 +12,26 @@ from perllm.broker.messages import (
     Completed,
     Counters,
     Dispatched,
-    Energy,
     Heartbeat,
-    ModelOffer,
     NodeInfo,
     NodeUp,
     Power,
-    Receipt,
     Returned,
-    State,
     StepCost,
     Submitted,
 )
 from perllm.scheduler.core.scheduler import Decision, SchedulerCore
 from perllm.scheduler.csucb.policy import CsUcb, Mechanisms
+from perllm.scheduler.examples import completed, node_info, submitted
 
 
 def info(name: str, *, step: float = 0.02, watts: float = 100.0, slots: int = 4, **fields: Any) -> NodeInfo:
-    cal = StepCost(step=step, sequence=fields.pop("sequence", step / 20), prefill=step / 100)
-    return NodeInfo(
-        name=name,
-        tier="edge",
-        boot=f"{name}.1",
+    return node_info(
+        name,
         slots=slots,
-        models=(ModelOffer(name="m", context=4096, kv_tokens=fields.pop("kv", 65_536), calibration=cal),),
+        step_cost=StepCost(step=step, sequence=fields.pop("sequence", step / 20), prefill=step / 100),
         power=Power(idle=10, active=watts, method="emulated", estimated=True),
-        bandwidth=fields.pop("bandwidth", 1e8),
-        engine="test",
+        **{"bandwidth": 1e8} | fields,
     )
 
 
@@ -50,8 +43,7 @@ def core_with(*infos: NodeInfo, **options: Any) -> SchedulerCore:
 
 
 def submit(core: SchedulerCore, task_id: str, now: float, left: float = 10.0, **fields: Any) -> list[Decision]:
-    fields = {"prompt_tokens": 50, "payload_bytes": 1000, "max_tokens": 200} | fields
-    core.handle(Submitted(id=task_id, at=now, deadline=now + left, **fields))
+    core.handle(submitted(task_id, at=now, left=left, **fields))
     return settle(core, now)
 
 
@@ -79,27 +71,18 @@ def finish(
     task = core.find(task_id)
     assert task is not None
     assert task.node is not None
-    event = Completed(
-        id=task_id,
-        node=task.node,
-        attempt=task.attempt,
+    event = completed(
+        task_id,
+        task.node,
         at=now,
-        state=State.SUCCEEDED,
-        on_time=True,
-        latency=1.0,
-        queued=0.1,
-        receipt=Receipt(
-            node=task.node,
-            model="m",
-            attempt=task.attempt,
-            payload_bytes=1000,
-            transfer=0.001,
-            prompt_tokens=50,
-            completion_tokens=tokens,
-            energy=Energy(inference=joules, method="emulated", estimated=True),
-            before=before,
-            after=after,
-        ),
+        attempt=task.attempt,
+        joules=joules,
+        payload_bytes=1000,
+        transfer=0.001,
+        prompt_tokens=50,
+        completion_tokens=tokens,
+        before=before,
+        after=after,
     )
     core.handle(event)
     return event
@@ -113,7 +96,7 @@ def where(decisions: list[Decision]) -> str | None:
 def test_of_equals_the_cheaper_and_in_need_the_faster() -> None:
     nodes = (info("dear", step=0.01, watts=900.0), info("cheap", step=0.02, watts=50.0))
     assert where(submit(core_with(*nodes), "t", 1.0, left=30.0)) == "cheap"
-    assert where(submit(core_with(*nodes, weight=6.0), "t", 1.0, left=1.2, max_tokens=60)) == "dear"
+    assert where(submit(core_with(*nodes, value_weight=6.0), "t", 1.0, left=1.2, max_tokens=60)) == "dear"
 
 
 def test_harm_to_those_already_there_counts() -> None:
@@ -146,12 +129,12 @@ def test_when_all_nodes_stand_still_tasks_wait() -> None:
     core = core_with(info("a"))
     still = Counters(steps=10, busy=0.3, active=1, since_progress=9.0, longest_step=0.1)
     core.handle(Heartbeat(at=2.0, node="a", boot="a.1", counters=still))
-    core.cluster.nodes["a"].in_flight["other"] = core.pending.get("none") or _a_flight(core)
+    core.cluster.nodes["a"].in_flight["other"] = core.pending.get("none") or _in_flight(core)
     assert submit(core, "t", 2.1) == []
     assert core.find("t") is not None
 
 
-def _a_flight(core: SchedulerCore) -> Any:
+def _in_flight(core: SchedulerCore) -> Any:
     core.handle(Submitted(id="other", at=0.0, deadline=99.0))
     task = core.pending.get("other")
     core.pending.remove("other")
@@ -259,7 +242,7 @@ def test_a_node_that_takes_no_time_at_all_takes_every_task() -> None:
 
 
 def test_memory_spoken_for_is_not_promised_again() -> None:
-    core = core_with(info("small", kv=400, watts=10.0), info("large", watts=500.0))
+    core = core_with(info("small", kv_tokens=400, watts=10.0), info("large", watts=500.0))
     assert where(submit(core, "t", 1.0, prompt_tokens=250)) == "small"
     assert where(submit(core, "u", 1.0, prompt_tokens=250)) == "large"
 
@@ -267,9 +250,9 @@ def test_memory_spoken_for_is_not_promised_again() -> None:
 def test_every_decision_is_explained() -> None:
     core = core_with(info("a", watts=50.0), info("b", watts=500.0))
     (decision,) = submit(core, "t", 1.0)
-    looks = decision.explanation.candidates
-    assert [c.node for c in looks] == ["a", "b"]
-    for c in looks:
+    scores = decision.explanation.candidates
+    assert [c.node for c in scores] == ["a", "b"]
+    for c in scores:
         assert c.finish is not None
         assert c.p_on_time is not None
         assert c.marginal_energy is not None
@@ -278,9 +261,9 @@ def test_every_decision_is_explained() -> None:
         assert set(c.slacks) == {"deadline", "compute", "memory", "bandwidth", "one_server"}
         assert c.index is not None
         assert c.note == ""
-    assert looks[0].index is not None
-    assert looks[1].index is not None
-    assert looks[0].index > looks[1].index
+    assert scores[0].index is not None
+    assert scores[1].index is not None
+    assert scores[0].index > scores[1].index
     assert decision.explanation.sentence.startswith("a was the best of 2 candidate nodes: done in about")
 
 
@@ -365,7 +348,7 @@ def _copies(core: SchedulerCore) -> tuple[Any, Any, Any]:
 def test_a_snapshot_of_another_shape_is_refused_and_nothing_changes() -> None:
     policy = CsUcb()
     before = json.dumps(policy.snapshot())
-    for bad in ({}, {"scale": {"mean": 1.0}, "knowledge": {}}):
+    for bad in ({}, {"scale": {"mean": 1.0}, "node_models": {}}):
         with pytest.raises((KeyError, ValueError)):
             policy.restore(bad)
         assert json.dumps(policy.snapshot()) == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from perllm.scheduler.csucb.index import SCALE_COUNTS, EnergyScale, index
+from perllm.scheduler.csucb.index import SCALE_FACTOR, EnergyScale, index
 
 
 def test_the_index() -> None:
@@ -15,10 +15,10 @@ def test_the_scale_follows_the_energy_of_tasks() -> None:
     scale = EnergyScale()
     scale.suggest(400.0)
     scale.suggest(9.0)  # only the first counts
-    assert scale.joules == pytest.approx(SCALE_COUNTS * 400)
+    assert scale.joules == pytest.approx(SCALE_FACTOR * 400)
     for _ in range(500):
         scale.observe(3.0)
-    assert scale.joules == pytest.approx(SCALE_COUNTS * 3.0, rel=0.01)
+    assert scale.joules == pytest.approx(SCALE_FACTOR * 3.0, rel=0.01)
 
 
 def test_without_any_energy_it_does_not_count() -> None:

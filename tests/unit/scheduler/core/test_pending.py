@@ -10,23 +10,14 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from perllm.scheduler import examples
 from perllm.scheduler.core.cluster import Task
 from perllm.scheduler.core.heap import Heap
 from perllm.scheduler.core.pending import Pending
 
 
 def task(task_id: str, deadline: float = 10.0, model: str | None = None, submitted: float = 0.0) -> Task:
-    return Task(
-        id=task_id,
-        submitted=submitted,
-        deadline=deadline,
-        value=1.0,
-        service="chat",
-        model=model,
-        prompt_tokens=5,
-        payload_bytes=20,
-        max_tokens=64,
-    )
+    return examples.task(task_id, at=submitted, left=deadline - submitted, model=model)
 
 
 @dataclass
@@ -37,7 +28,7 @@ class Entry:
     rank: float = 0.0
     out: bool = False
     ticket: int = 0  # order in which it was parked
-    due: bool = False  # to be looked at in this sweep
+    due: bool = False  # to be taken in this scan
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -107,25 +98,25 @@ class PoolMachine(RuleBasedStateMachine):
             self.open.discard(gone.task.model)  # an empty lane forgets
 
     @rule(models=st.sets(st.sampled_from(MODELS)))
-    def settle(self, models: set[str | None]) -> None:
-        self.pool.settle(models)
+    def end_scan(self, models: set[str | None]) -> None:
+        self.pool.end_scan(models)
         self.open -= models
 
-    @rule(models=st.sets(st.sampled_from(MODELS)), resume=st.booleans())
-    def sweep(self, models: set[str | None], resume: bool) -> None:
-        (self.pool.resume if resume else self.pool.stir)(models)
+    @rule(models=st.sets(st.sampled_from(MODELS)), go_on=st.booleans())
+    def scan(self, models: set[str | None], go_on: bool) -> None:
+        (self.pool.continue_scan if go_on else self.pool.rescan)(models)
         self.open |= models & {e.task.model for e in self.model.values()}
         for model in models:
             lane = [e for e in self.model.values() if e.task.model == model]
             parked = [e for e in lane if e.until is not None and not e.out]
-            if not resume or not any(e.due for e in parked):
+            if not go_on or not any(e.due for e in parked):
                 for entry in parked:
                     entry.due = True
 
     @rule(step=st.integers(0, 4))
-    def ring(self, step: int) -> None:
+    def wake_due(self, step: int) -> None:
         self.now += step
-        late = {t.id for t in self.pool.ring(self.now)}
+        late = {t.id for t in self.pool.wake_due(self.now)}
         idle = [e for e in self.model.values() if not e.out]
         assert late == {e.task.id for e in idle if e.task.deadline <= self.now}
         for entry in idle:
@@ -162,8 +153,8 @@ def test_of_the_parked_the_highest_rank_comes_first() -> None:
         got = pool.take([None])
         assert got is not None
         pool.park(got[0], until=9.0, rank=rank)
-    assert pool.take([None], [None]) is None  # not stirred
-    pool.stir([None])
+    assert pool.take([None], [None]) is None  # no scan is on
+    pool.rescan([None])
     order = [got[0].id for _ in range(3) if (got := pool.take([], [None]))]
     assert order == ["t1", "t0", "t2"]
 
@@ -182,12 +173,12 @@ def test_parking_for_ever_leaves_no_dead_entries_behind() -> None:
     for i in range(10):
         pool.add(task(f"t{i}", deadline=1e6))
     for step in range(3000):
-        pool.stir([None])
+        pool.rescan([None])
         got = pool.take([None], [None])
         assert got is not None
         pool.park(got[0], until=10.0 + step)
     lane = pool._lanes[None]
-    assert max(len(lane.parked), len(lane.fresh), len(pool._alarms)) <= 4 * 10 + 64
+    assert max(len(lane.parked), len(lane.fresh), len(pool._wakeups)) <= 4 * 10 + 64
 
 
 def test_a_row_is_used_again() -> None:
@@ -197,7 +188,7 @@ def test_a_row_is_used_again() -> None:
         if i >= 100:
             pool.remove(f"t{i - 100}")
     assert pool._rows <= 101
-    assert len(pool._alarms) <= 4 * 100 + 64 + 1
+    assert len(pool._wakeups) <= 4 * 100 + 64 + 1
 
 
 @pytest.mark.parametrize("seed", range(3))

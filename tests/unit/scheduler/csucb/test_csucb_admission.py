@@ -12,11 +12,11 @@ positive = st.floats(1e-3, 1e6)
 
 
 @given(positive, positive, st.integers(0, 10**7), st.floats(0, 1e4))
-def test_urgency_is_a_share_and_grows_as_time_runs_out(left: float, calm: float, backlog: int, pace: float) -> None:
-    now = urgency(left, calm, backlog, pace)
+def test_urgency_is_a_share_and_grows_as_time_runs_out(left: float, ample: float, backlog: int, rate: float) -> None:
+    now = urgency(left, ample, backlog, rate)
     assert 0 < now <= 1
-    assert urgency(left / 2, calm, backlog, pace) >= now
-    assert urgency(left, calm, 2 * backlog, pace) >= now
+    assert urgency(left / 2, ample, backlog, rate) >= now
+    assert urgency(left, ample, 2 * backlog, rate) >= now
 
 
 def test_a_day_leaves_patience_and_a_backlog_takes_it() -> None:
@@ -25,12 +25,12 @@ def test_a_day_leaves_patience_and_a_backlog_takes_it() -> None:
     assert urgency(4.0, 20.0, 0, 10.0) == 1.0
 
 
-PLAIN = {"own": 6.0, "lost": 0.0, "toll": 0.0, "energy": 0.5, "least": 0.0, "urgency": 1.0, "most": 6.0}
+PLAIN = {"own": 6.0, "lost": 0.0, "slot_cost": 0.0, "energy": 0.5, "least": 0.0, "urgency": 1.0, "most": 6.0}
 
 
-def test_harm_toll_and_energy_stand_against_the_value() -> None:
+def test_harm_slot_cost_and_energy_stand_against_the_value() -> None:
     assert worth(**PLAIN) == pytest.approx(5.5)
-    assert worth(**PLAIN | {"lost": 5.0, "toll": 1.0}) == pytest.approx(-0.5)
+    assert worth(**PLAIN | {"lost": 5.0, "slot_cost": 1.0}) == pytest.approx(-0.5)
 
 
 def test_energy_that_must_be_paid_anyway_counts_by_the_risk_of_waiting() -> None:

@@ -1,7 +1,7 @@
 """numba's just-in-time compiler, with a cache on disk that cannot go stale.
 
 numba keys its cache by the file a function is in, so a change in a function it calls elsewhere goes unnoticed. Here the
-cache folder is named by a digest of every source file of the core.
+cache folder is named by a digest of every source file that compiled functions are in.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ F = TypeVar("F", bound=Callable[..., object])
 def _folder() -> Path | None:
     """`$XDG_CACHE_HOME/perllm/<digest>`, or None where nothing can be written (then every start compiles anew)."""
     digest = hashlib.sha256(numba.__version__.encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
+    for package in ("core", "csucb"):
+        for source in sorted((Path(__file__).parent.parent / package).glob("*.py")):
+            digest.update(source.read_bytes())
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = base / "perllm" / digest.hexdigest()[:16]
@@ -34,7 +35,8 @@ def _folder() -> Path | None:
 
 
 def compiled(function: F) -> F:
-    """Compile `function` for the argument types it is first called with. Numbers and numpy arrays only."""
+    """Compile `function` for the argument types it is first called with: numbers, numpy arrays (structured ones too)
+    and NamedTuples of these."""
     folder, config = _folder(), cast(Any, numba).config
     before = config.CACHE_DIR
     try:

@@ -1,0 +1,259 @@
+"""What a producer does: submit tasks, wait for them, look at them, cancel them, try dead ones again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from perllm.broker.cli import submit_file, terminal
+from perllm.broker.cli.terminal import AsJson, err, out, print_json
+from perllm.broker.client import Client
+from perllm.broker.errors import BadSetting, InvalidTask, TaskNotFound, Unreadable
+from perllm.broker.ledger import TaskRecord
+from perllm.broker.messages import Result, State
+
+app = typer.Typer()
+dead = typer.Typer(help="Tasks that failed for good: look at them, or try again.", no_args_is_help=True)
+app.add_typer(dead, name="dead")
+
+TaskId = Annotated[str, typer.Argument(help="A task's id.", show_default=False)]
+
+
+@app.command()
+def submit(
+    what: Annotated[str, typer.Argument(help="A prompt, or a .jsonl file in OpenAI Batch format.")],
+    deadline: Annotated[float | None, typer.Option(help="Seconds from now; 60 unless given.")] = None,
+    value: Annotated[float | None, typer.Option(help="Weight against other tasks; 1 unless given.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest output, tokens; 128 unless given.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model on offer (`perllm nodes`); any unless given.")] = None,
+    service: Annotated[str | None, typer.Option(help="Service class the task belongs to.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the result(s).")] = False,
+    output: Annotated[Path | None, typer.Option(help="With a file and --wait: results go here.")] = None,
+    errors: Annotated[Path | None, typer.Option(help="With a file: bad lines and failures go here.")] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="With a file: a name; submitting under it again goes on, nothing runs twice.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submit one prompt, or every line of a JSONL file."""
+    given = {"deadline": deadline, "value": value, "max_tokens": max_tokens, "model": model, "service": service}
+    fields = {k: v for k, v in given.items() if v is not None}
+    with Client() as client:
+        if what.endswith(".jsonl"):
+            report = submit_file.run(client, Path(what), fields, batch, wait, output, errors, err)
+            if as_json:
+                print_json(report)
+            raise typer.Exit(0 if report["errors"] == 0 else 1)
+        if output or errors or batch:
+            raise InvalidTask("--output, --errors and --batch go with a .jsonl file")
+        handle = client.submit_many([client.accept({"prompt": what, **fields})])[0]
+        if wait:
+            _print_result(handle.result(), as_json)
+        elif as_json:
+            print_json({"id": handle.id})
+        else:
+            print(handle.id)
+
+
+@app.command()
+def result(
+    task_id: TaskId,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for it.")] = 3600.0,
+    as_json: AsJson = False,
+) -> None:
+    """Wait for a task's result and print its text (the receipt goes to standard error)."""
+    with Client() as client:
+        _print_result(client.result(task_id, timeout), as_json)
+
+
+@app.command()
+def status(
+    task_id: Annotated[str | None, typer.Argument(help="A task's id; without one, the whole system.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How many tasks are in each state, or where one task is."""
+    with Client() as client:
+        if task_id is None:
+            _show_system(client, as_json)
+        else:
+            _show_task(client, task_id, as_json)
+
+
+@app.command()
+def cancel(task_ids: Annotated[list[str], typer.Argument(help="Task ids.")], as_json: AsJson = False) -> None:
+    """Cancel tasks, running ones too."""
+    with Client() as client:
+        found = {task_id: client.cancel(task_id) for task_id in task_ids}
+    if as_json:
+        print_json(found)
+        return
+    for task_id, state in found.items():
+        print(f"{task_id}: {'already ' + state if state.final else 'cancelled (was ' + state + ')'}")
+
+
+@app.command()
+def explain(task_id: TaskId, as_json: AsJson = False) -> None:
+    """Why a task was placed where it was, or refused."""
+    with Client() as client:
+        why = client.explain(task_id)
+    if as_json:
+        print_json(why.model_dump() if why else None)
+    elif why is None:
+        print("not decided yet")
+    else:
+        out.print(terminal.explanation(task_id, why))
+
+
+@app.command()
+def nodes(as_json: AsJson = False) -> None:
+    """The live nodes and what they are doing."""
+    with Client() as client:
+        rows = client.ledger.nodes()
+    if as_json:
+        keys = ("node", "heartbeat", "draining")
+        dumped = [(i.model_dump(), b.model_dump() if b else None, d) for i, b, d in rows]
+        print_json([dict(zip(keys, row, strict=True)) for row in dumped])
+    elif rows:
+        out.print(terminal.nodes(rows))
+    else:
+        print("no live nodes")
+
+
+@app.command()
+def tasks(
+    state: Annotated[State | None, typer.Option(help="Only tasks in this state.")] = None,
+    limit: Annotated[int, typer.Option(help="At most so many of each state, newest first.", min=1)] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List tasks."""
+    with Client() as client:
+        now = client.ledger.now()
+        found = [
+            _row(r, now) for s in ([state] if state else State) for r in client.ledger.legible(_ids(client, s, limit))
+        ]
+    if as_json:
+        print_json(found)
+        return
+    table = Table()
+    table.add_column("id", no_wrap=True)
+    for name in ("state", "node", "attempt", "left s", "prompt"):
+        table.add_column(name, justify="right" if name in ("attempt", "left s") else "left")
+    for row in found:
+        left = "-" if row["deadline_in"] is None else f"{row['deadline_in']:.1f}"
+        table.add_row(row["id"], row["state"], row["node"] or "-", str(row["attempt"]), left, row["prompt"])
+    out.print(table)
+
+
+@dead.command("list")
+def dead_list(
+    limit: Annotated[int, typer.Option(help="At most so many, newest first.", min=1)] = 50, as_json: AsJson = False
+) -> None:
+    """The tasks that failed for good, and why."""
+    with Client() as client:
+        ids = _ids(client, State.FAILED, limit)
+        results = client.ledger.results(ids)
+    rows = [{"id": r.id, "reason": r.reason} for r in results if r]
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        print(f"{row['id']}  {row['reason']}")
+    if not rows:
+        print("no dead tasks")
+
+
+@dead.command("retry")
+def dead_retry(
+    task_ids: Annotated[list[str] | None, typer.Argument(help="Task ids.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit dead tasks' work again, as new tasks; the dead ones stay as they are."""
+    if bool(task_ids) == everything:
+        raise BadSetting("give task ids, or --all")
+    with Client() as client:
+        ids = client.ledger.ids(State.FAILED) if everything else task_ids or []
+        again = {}
+        for task_id in ids:
+            try:
+                again[task_id] = client.retry(task_id).id
+            except (Unreadable, TaskNotFound) as error:
+                if not everything:
+                    raise
+                err.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        print_json(again)
+        return
+    for old, new in again.items():
+        print(f"{old} → {new}")
+
+
+# --- printing
+
+
+def _print_result(outcome: Result, as_json: bool) -> None:
+    if as_json:
+        print_json(outcome.model_dump(mode="json"))
+    else:
+        print(outcome.text)
+        if outcome.reason:
+            err.print(f"{outcome.state}: {outcome.reason}", style="red", highlight=False)
+        if outcome.receipt:
+            r = outcome.receipt
+            how = "estimated" if r.energy.estimated else "measured"
+            err.print(
+                f"{r.node}, {outcome.latency:.2f} s ({'on time' if outcome.on_time else 'late'}), "
+                f"{r.completion_tokens} tokens, {r.energy.total:.2f} J {how} ({r.energy.method})",
+                style="dim",
+                highlight=False,
+            )
+    if outcome.state is not State.SUCCEEDED:
+        raise typer.Exit(1)
+
+
+def _show_system(client: Client, as_json: bool) -> None:
+    counts, totals, live = client.ledger.counts(), client.ledger.totals(), client.ledger.nodes()
+    if as_json:
+        print_json({"tasks": counts, "totals": totals, "nodes": [info.name for info, _, _ in live]})
+        return
+    out.print("  ".join(f"{state} {n}" for state, n in counts.items()), highlight=False)
+    out.print(f"{len(live)} live node(s): {', '.join(i.name for i, _, _ in live) or 'none'}", highlight=False)
+
+
+def _show_task(client: Client, task_id: str, as_json: bool) -> None:
+    record = client.status(task_id)
+    if as_json:
+        print_json(
+            {
+                "id": task_id,
+                "state": record.state,
+                "node": record.node,
+                "model": record.model,
+                "attempt": record.attempt,
+                "strikes": record.strikes,
+                "submitted": record.submitted,
+                "deadline": record.deadline,
+                "result": record.result.model_dump(mode="json") if record.result else None,
+            }
+        )
+        return
+    where = f" on {record.node} (attempt {record.attempt})" if record.node else ""
+    out.print(f"{record.state}{where}: {record.spec.preview()}", highlight=False, markup=False)
+
+
+def _ids(client: Client, state: State, limit: int) -> list[str]:
+    return client.ledger.ids(state, limit=limit, newest=state.final)
+
+
+def _row(record: TaskRecord, now: float) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "state": str(record.state),
+        "node": record.node,
+        "attempt": record.attempt,
+        "deadline_in": None if record.state.final else record.deadline - now,
+        "prompt": record.spec.preview(40),
+    }
