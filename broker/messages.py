@@ -247,8 +247,8 @@ class Energy(TolerantModel):
 class Counters(TolerantModel):
     """An engine's running totals since it started, and its present state.
 
-    One engine step costs about a + b·active + c·prefilled + d·context seconds (DESIGN section 5); the totals let the
-    scheduler fit that from the difference of two readings.
+    One engine step costs about a + b·active + c·prefilled + d·context seconds (docs/architecture.md, "The step cost");
+    the totals let the scheduler fit that from the difference of two readings.
     """
 
     steps: int = 0
