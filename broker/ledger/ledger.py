@@ -160,7 +160,7 @@ class TaskRecord:
 class Ledger:
     """Every operation on tasks and nodes, each one atomic call. Thread-safe.
 
-    Raises perllm.broker.errors.Unreachable when the server cannot be used; nothing is half-done then, and any call may be
+    Raises Unreachable when the server cannot be used; nothing is half-done then, and any call may be
     repeated. `reply_timeout` is how long the server may be silent, s.
     """
 
