@@ -73,7 +73,7 @@ class NodeWorker:
         self._handing_back = threading.Event()
         self._closed = threading.Event()
         self._out_of_service = False  # while the engine is down
-        self._draining = threading.Lock()
+        self._service_lock = threading.Lock()
         self._stuck_since: float | None = None
         self._heartbeats = threading.Thread(target=self._beat_until_closed, name="perllm-heartbeat", daemon=True)
 
@@ -251,7 +251,7 @@ class NodeWorker:
 
     @staticmethod
     def _best_effort(call: Callable[[], object]) -> None:
-        """For what is also true in time without being said: leases lapse by themselves."""
+        """For a departure: without a server, leases lapse by themselves."""
         try:
             call()
         except Unreachable as error:
@@ -295,7 +295,7 @@ class NodeWorker:
 
     def _leave_service(self, reason: str) -> None:
         """The engine is down: nothing more is to be sent here until it is back."""
-        with self._draining:
+        with self._service_lock:
             if not self._out_of_service:
                 self._out_of_service = True
                 log.warning("node_away", node=self.info.name, reason=reason)
