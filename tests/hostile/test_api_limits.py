@@ -430,7 +430,7 @@ class Bench:
         return batch
 
     def round(self) -> None:
-        for progress in self.runner._progress.values():
+        for progress in self.runner._steps._progress.values():
             progress.due = 0.0
         self.runner.round()
 

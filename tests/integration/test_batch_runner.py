@@ -107,7 +107,7 @@ class Bench:
 
     def look_at_all(self) -> None:
         """No batch waits any longer until it is looked at."""
-        for progress in self.runner._progress.values():
+        for progress in self.runner._steps._progress.values():
             progress.due = 0.0
 
     def complete(self, most: int) -> None:
@@ -175,8 +175,8 @@ def check(bench: Bench) -> None:
 def test_killed_anywhere_no_line_is_lost_or_doubled(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, collect_at: int
 ) -> None:
-    monkeypatch.setattr("perllm.broker.api.batches.runner.COLLECT_AT", collect_at)
-    monkeypatch.setattr("perllm.broker.api.batches.runner.FETCH", 5)
+    monkeypatch.setattr("perllm.broker.api.batches.steps.COLLECT_AT", collect_at)
+    monkeypatch.setattr("perllm.broker.api.batches.steps.FETCH", 5)
     for steps in range(1, 200):
         bench.ledger.client.flushall()
         bench.ended.clear()
@@ -220,7 +220,7 @@ def test_killed_while_being_fed_and_then_cancelled(bench: Bench) -> None:
 
 
 def test_without_a_scheduler_a_batch_still_ends_with_its_window(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perllm.broker.api.batches.runner.OVERTIME", -5.0)
+    monkeypatch.setattr("perllm.broker.api.batches.steps.OVERTIME", -5.0)
     bench.batch(content(), window=1.0)
     bench.round()
     bench.round()
@@ -268,7 +268,7 @@ def test_a_bug_does_not_keep_a_batch_for_ever(bench: Bench, monkeypatch: pytest.
     def broken(*_: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(bench.runner._submitter, "check", broken)
+    monkeypatch.setattr(bench.runner._steps._submitter, "check", broken)
     bench.batch(content())
     for _ in range(3):
         bench.runner.round()
