@@ -2,7 +2,7 @@
 
 Celery moves work and shows it (Flower); the ledger is what is true. Messages are acknowledged early and no result is
 stored by Celery itself: the ledger writes Celery's copy of a result in the same call that makes the task final, so
-`AsyncResult(id).get()` ends for every final state.
+`AsyncResult(id).get()` ends for every final state. Remote control can look and cancel (`broker.control`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 from uuid import uuid4
 
 from celery import Celery
+from celery.app import backends
+from celery.backends.redis import RedisBackend
 
 from broker import transport
 from broker.connection import CONNECT_TIMEOUT, NEAR_REPLY_TIMEOUT
@@ -29,10 +31,24 @@ NOTICE = {"socket_timeout": NEAR_REPLY_TIMEOUT, "health_check_interval": 5}
 RUN = "perllm.run"
 
 
+class _Results(RedisBackend):  # type: ignore[misc]
+    """Reads what the ledger wrote, for Flower. What Celery itself would write (that a message names no task, is revoked
+    or has expired) would be written over the result of whatever task has the id the message gives."""
+
+    def _store_result(self, task_id: str, result: Any, *_: Any, **__: Any) -> Any:  # noqa: ARG002
+        return result
+
+
+class _App(Celery):  # type: ignore[misc]
+    def _get_backend(self) -> _Results:
+        _, url = backends.by_url(self.conf.result_backend, self.loader)
+        return _Results(app=self, url=url)
+
+
 def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) -> Celery:
     """A Celery app (JSON only) whose workers consume `queue` with `concurrency` threads and no prefetch beyond."""
     transport.install(node=queue != INBOX)
-    app = Celery("perllm", broker=settings.celery_url, backend=settings.celery_url, set_as_current=True)
+    app = _App("perllm", broker=settings.celery_url, backend=settings.celery_url, set_as_current=True)
     app.conf.update(
         task_serializer="json",
         result_serializer="json",
@@ -44,6 +60,8 @@ def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) ->
         task_ignore_result=True,
         task_acks_late=False,
         result_expires=int(settings.retention),
+        worker_consumer="broker.control:Consumer",
+        worker_disable_rate_limits=True,
         worker_pool="threads",
         worker_concurrency=concurrency,
         worker_prefetch_multiplier=1,

@@ -11,7 +11,7 @@ from typing import Any
 import structlog
 from celery import signals
 
-from broker import connection, logs
+from broker import connection, control, logs
 from broker.api.herald import DELIVER, QUEUE
 from broker.api.webhook_post import post
 from broker.api.webhook_store import BACKOFF, Webhooks
@@ -42,6 +42,7 @@ def _log(**_: Any) -> None:
 
 @signals.worker_init.connect
 def _check(**_: Any) -> None:
+    control.restrict(None)
     try:
         connection.check(settings)
     except PerLLMError as error:

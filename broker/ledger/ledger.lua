@@ -27,6 +27,7 @@
 --   key:<tenant> <key> string  idempotency key → task id, kept for as long as the task
 --   events             stream  one field `e`: an Event, JSON; trimmed to about the length given
 --   totals             hash    submitted, succeeded, failed, expired, rejected, cancelled, forgotten: ever
+--   revoked            zset    ids revoked before they were submitted, by when that is forgotten
 --   epoch, leader      string  the scheduler's fencing number, and who leads under it (expires)
 --   snapshot           string  what the scheduler learned, JSON, with the stream position it stands for
 --   signal:<name>      channel a task id whose generation on that node must stop
@@ -80,6 +81,21 @@ local function unplace(id, node)
     redis.call('HDEL', task_key(id), 'node', 'model', 'dispatched', 'claimed')
 end
 
+-- Celery's copy of a result, and its announcement. What it says of an end without one is an exception's arguments.
+local function tell_celery(id, status, said)
+    local result = said
+    if status == 'REVOKED' then
+        result = '{"exc_type":"TaskRevokedError","exc_message":[' .. str(said) .. '],"exc_module":"celery.exceptions"}'
+    elseif status ~= 'SUCCESS' then
+        result = '{"exc_type":"' .. (EXCEPTION[status] or 'InvalidTask') .. '","exc_message":[' .. str(said) .. '],"exc_module":"broker.errors"}'
+        status = 'FAILURE'
+    end
+    local meta = '{"status":"' .. status .. '","result":' .. result .. ',"traceback":null,"children":[],"task_id":' .. str(id) .. '}'
+    local name = 'celery-task-meta-' .. id
+    redis.call('SET', name, meta, 'EX', math.ceil(config('retention')))
+    redis.call('PUBLISH', name, meta)
+end
+
 -- Enter a final state: the result document, the set, the totals, Celery's copy and the announcement.
 local function finish(id, t, state, on_time, reason, extra)
     local latency = now - tonumber(t.submitted)
@@ -91,18 +107,11 @@ local function finish(id, t, state, on_time, reason, extra)
     move(id, t.state, state, now)
     if t.node then redis.call('SREM', P .. 'node:' .. t.node .. ':tasks', id) end
     redis.call('HINCRBY', P .. 'totals', state, 1)
-    local status, result = 'SUCCESS', doc
     if state == 'cancelled' then
-        status = 'REVOKED'
-        result = '{"exc_type":"TaskRevokedError","exc_message":["cancelled"],"exc_module":"celery.exceptions"}'
-    elseif state ~= 'succeeded' then
-        status = 'FAILURE'
-        result = '{"exc_type":"' .. EXCEPTION[state] .. '","exc_message":[' .. str(reason or state) .. '],"exc_module":"broker.errors"}'
+        tell_celery(id, 'REVOKED', 'cancelled')
+    else
+        tell_celery(id, state == 'succeeded' and 'SUCCESS' or state, state == 'succeeded' and doc or reason or state)
     end
-    local meta = '{"status":"' .. status .. '","result":' .. result .. ',"traceback":null,"children":[],"task_id":' .. str(id) .. '}'
-    local name = 'celery-task-meta-' .. id
-    redis.call('SET', name, meta, 'EX', math.ceil(config('retention')))
-    redis.call('PUBLISH', name, meta)
     return latency
 end
 
@@ -170,10 +179,12 @@ local function running_under(id, attempt, token) -- the task if this attempt sti
 end
 
 local ops = {}
+local cancel
 
 -- submit (id payload features deadline key tenant)+ → the id in force for each: its own, or the one its idempotency key had
 function ops.submit()
     local out, fresh, pending, of = {}, 0, {}, {}
+    local revoked = redis.call('EXISTS', P .. 'revoked') == 1 and {} -- before they were submitted
     for i = 2, #ARGV - 2, 6 do
         local id, payload, features, window, key, tenant = unpack(ARGV, i, i + 5)
         local first = key ~= '' and redis.call('GET', P .. 'key:' .. key)
@@ -193,6 +204,10 @@ function ops.submit()
                 redis.call('HSET', task_key(id), 'key', 'key:' .. key)
             end
             event('{"at":' .. num(now) .. ',"id":' .. str(id) .. ',"deadline":' .. deadline .. ',' .. string.sub(features, 2))
+            if revoked then
+                local till = redis.call('ZSCORE', P .. 'revoked', id)
+                if till and tonumber(till) > now then revoked[#revoked + 1] = id end
+            end
         end
         out[#out + 1] = id
     end
@@ -200,6 +215,7 @@ function ops.submit()
         redis.call('ZADD', set_key('pending'), unpack(pending))
         for tenant, mine in pairs(of) do redis.call('ZADD', P .. 'of:' .. tenant, unpack(mine)) end
         redis.call('HINCRBY', P .. 'totals', 'submitted', fresh)
+        for _, id in ipairs(revoked or {}) do cancel(id) end
     end
     return out
 end
@@ -303,9 +319,7 @@ function ops.hand_back()
     return 'ok'
 end
 
--- cancel id → the state it found, or nothing for an unknown task
-function ops.cancel()
-    local id = ARGV[2]
+function cancel(id)
     local t = read(id, unpack(PLACED))
     if not t then return false end
     if not FINAL[t.state] then
@@ -315,10 +329,34 @@ function ops.cancel()
     return t.state
 end
 
+-- cancel id → the state it found, or nothing for an unknown task
+function ops.cancel() return cancel(ARGV[2]) end
+
+-- revoke keep most (id)+ → for each the state it found, or '' for one not known yet: it is cancelled when it is submitted
+-- within `keep` s. The latest `most` of these are kept.
+function ops.revoke()
+    local out, keep, most = {}, tonumber(ARGV[2]), tonumber(ARGV[3])
+    for i = 4, #ARGV - 2 do
+        out[#out + 1] = cancel(ARGV[i]) or ''
+        if out[#out] == '' then redis.call('ZADD', P .. 'revoked', num(now + keep), ARGV[i]) end
+    end
+    redis.call('ZREMRANGEBYSCORE', P .. 'revoked', '-inf', num(now))
+    redis.call('ZREMRANGEBYRANK', P .. 'revoked', 0, -(most + 1))
+    return out
+end
+
+-- refuse id REVOKED|FAILURE reason → ok        a message that becomes no task, told to Celery's producer; where the id is
+-- a task's, it is that task's result that counts
+function ops.refuse()
+    local id, status, reason = unpack(ARGV, 2, 4)
+    if redis.call('EXISTS', task_key(id)) == 0 then tell_celery(id, status, reason) end
+    return 'ok'
+end
+
 -- forget id → ok, or nothing for an unknown task        drop it at its producer's wish, cancelled first if it goes on
 function ops.forget()
     local id = ARGV[2]
-    local state = ops.cancel()
+    local state = cancel(id)
     if not state then return false end
     drop(id, FINAL[state] and state or 'cancelled')
     redis.call('UNLINK', P .. 'text:' .. id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -43,8 +44,12 @@ SUBMIT_CALLS = 3
 #: Pieces of a streamed task's text that are kept; a worker adds at most one every `SAY_EVERY` s.
 TEXT_PIECES = 20_000
 SAY_EVERY = 0.05
+#: Ids revoked before they were submitted that are kept, and s for which each is.
+REVOKED, REVOKED_FOR = 50_000, 86_400.0
 #: Things of each kind mended per call of `sweep`, for the same reason.
 SWEEP_LIMIT = 500
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,254}")
 
 Verdict = Literal["ok", "void"]
 Ruling = Literal["ok", "refused", "not_leader", "node_gone"]
@@ -174,6 +179,19 @@ class Ledger:
     def cancel_many(self, task_ids: Sequence[str]) -> list[State | None]:
         """`cancel` for many, in one round trip."""
         return [State(r.decode()) if r else None for r in self._pipeline([("cancel", i) for i in task_ids])]
+
+    def revoke(self, task_ids: Sequence[str]) -> list[State | None]:
+        """`cancel` for Celery's producers, whose message may still be on its way: an id that is not known (None) is
+        cancelled as soon as it is submitted."""
+        calls: list[tuple[Argument, ...]] = [
+            ("revoke", REVOKED_FOR, REVOKED, *task_ids[start : start + SUBMIT_TASKS])
+            for start in range(0, len(task_ids), SUBMIT_TASKS)
+        ]
+        return [State(was.decode()) if was else None for reply in self._pipeline(calls) for was in reply]
+
+    def refuse(self, task_id: str, status: Literal["FAILURE", "REVOKED"], reason: str) -> None:
+        """Tell the Celery producer of a message that it becomes no task. Where a task has the id, nothing happens."""
+        self._call("refuse", *(word.encode("utf-8", "replace") for word in (task_id, status, reason)))
 
     def task(self, task_id: str) -> TaskRecord | None:
         """Everything known of a task, or None."""
@@ -445,6 +463,11 @@ class Ledger:
                 pipe.hmget(f"{self.prefix}node:".encode() + name, "info", "beat", "draining")
             rows = pipe.execute()
         return [node for row in rows if (node := _node(row)) is not None]
+
+
+def is_id(task_id: str) -> bool:
+    """Whether this can be a task's id: ids are the producers' own, and become parts of keys and messages."""
+    return _ID.fullmatch(task_id) is not None
 
 
 def _ids(replies: list[Any]) -> list[str]:

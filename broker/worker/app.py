@@ -13,9 +13,10 @@ from uuid import uuid4
 
 import structlog
 from celery import Celery, Task, signals
+from celery.exceptions import Ignore
 from pydantic import ValidationError
 
-from broker import connection, logs
+from broker import connection, control, logs
 from broker.celery_app import RUN, make_app
 from broker.errors import BadSetting, PerLLMError, TaskExpired, TaskFailed, field_errors
 from broker.ledger import Ledger
@@ -64,6 +65,7 @@ class _Lifecycle:
         logs.configure(self._settings)
 
     def _load(self, **_: Any) -> None:
+        control.restrict(self._ledger)
         with self._or_die():
             connection.check(self._settings)
             self._engine.start()
@@ -119,7 +121,10 @@ class _Lifecycle:
                 return "ignored: not a message of the scheduler"
             assert self._node is not None
             with structlog.contextvars.bound_contextvars(task_id=task.request.id, node=self._name):
-                return self._node.run(task.request.id, attempt)
+                line = self._node.run(task.request.id, attempt)
+            if line.startswith(("void", "stopped")):  # to Celery too this attempt is no success of the task's
+                raise Ignore(line)
+            return line
 
         return run
 

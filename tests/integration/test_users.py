@@ -29,6 +29,8 @@ from broker.settings import Settings
 OPERATIONS: dict[str, Callable[[Ledger], object]] = {
     "submit": lambda x: x.submit([("new", TaskSpec(prompt="hi", idempotency_key="k"))]),
     "cancel": lambda x: x.cancel("pending"),
+    "revoke": lambda x: x.revoke(["pending", "nobody"]),
+    "refuse": lambda x: x.refuse("nobody", "FAILURE", "nonsense"),
     "forget": lambda x: x.forget("running"),
     "lead": lambda x: x.lead("me", 60),
     "resign": lambda x: x.resign("test"),
@@ -50,9 +52,9 @@ MAY = {
     "producer": {"submit", "cancel"},
     "api": {"submit", "cancel", "forget"},
     "webhooks": set[str](),
-    "inbox": {"submit", "cancel"},
+    "inbox": {"submit", "cancel", "revoke", "refuse"},
     "scheduler": {"lead", "resign", "dispatch", "end", "sweep", "snapshot"},
-    "worker": {"register", "beat", "claim", "say", "complete", "fail", "hand_back", "drain", "leave"},
+    "worker": {"register", "beat", "claim", "say", "complete", "fail", "hand_back", "drain", "leave", "revoke"},
     "monitor": set[str](),
 }
 
