@@ -211,6 +211,8 @@ class _Reign:
         entries = self._ledger.events(self._position, block=block)
         self._load(_strangers((e for _, e in entries), self._core))
         for position, event in entries:
+            if isinstance(event, NodeDown):
+                log.info("node_down", node=event.node, reason=event.reason)
             self._core.handle(event)
             self._position = position
         return len(entries)

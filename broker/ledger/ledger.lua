@@ -20,8 +20,12 @@
 --   text:<id>          list    the text of a task submitted with `stream`, as it is generated: pieces, each
 --                              "<attempt> <text>"; gone an hour after the last
 --   in:<state>         zset    the tasks in that state: a task is in exactly one of them. Scores:
---                              pending: its deadline; dispatched, running: when its lease ends; final: when it ended
---   node:<name>        hash    of a live node: info (NodeInfo, JSON), boot, queue, beat (last Heartbeat, JSON), draining
+--                              pending: its deadline; dispatched, running: when its lease ends; final: when it ended.
+--                              The lease on what is dispatched ends with its deadline at the latest, that on what runs
+--                              one lease after it: an engine stops itself at the deadline
+--   node:<name>        hash    of a live node: info (NodeInfo, JSON), boot, queue, beat (last Heartbeat, JSON), draining,
+--                              claimed (when it last claimed); of one that took up nothing: rests (until when it is
+--                              sent nothing), rested (since when), rests_taken (how often in a row)
 --   node:<name>:tasks  set     the tasks dispatched to or running on it
 --   nodes              zset    live nodes by the time until which they count as alive
 --   key:<tenant> <key> string  idempotency key → task id, kept for as long as the task
@@ -137,7 +141,7 @@ local function give_back(id, t, cause, reason, strike, max_strikes)
         .. ',"cause":"' .. cause .. '","reason":' .. str(reason) .. ',"strikes":' .. strikes .. '}')
 end
 
-local PLACED = { 'attempt', 'node', 'token', 'strikes', 'deadline', 'submitted', 'claimed' }
+local PLACED = { 'attempt', 'node', 'token', 'strikes', 'deadline', 'submitted', 'claimed', 'dispatched' }
 
 local function placed_tasks(node, states, each)
     for _, id in ipairs(redis.call('SMEMBERS', P .. 'node:' .. node .. ':tasks')) do
@@ -150,6 +154,25 @@ end
 local function node_down(name, reason)
     event('{"type":"node_down","at":' .. num(now) .. ',"node":' .. str(name) .. ',"reason":' .. str(reason) .. '}')
     placed_tasks(name, { dispatched = true }, function(id, t) give_back(id, t, 'handed_back', reason) end)
+end
+
+-- Whether as much runs on the node as it has slots for, so that what else is there has to wait.
+local function busy(name)
+    local info, running = redis.call('HGET', P .. 'node:' .. name, 'info'), 0
+    placed_tasks(name, { running = true }, function() running = running + 1 end)
+    return info and running >= (tonumber(cjson.decode(info).slots) or 1)
+end
+
+-- A node that beats and takes up nothing is sent nothing for a while, for longer each time until it claims again.
+local function rest(name, shortest, longest)
+    local key = P .. 'node:' .. name
+    local boot, draining, claimed, rested, taken = unpack(redis.call('HMGET', key, 'boot', 'draining', 'claimed', 'rested', 'rests_taken'))
+    if not boot or draining then return end
+    local worked = claimed and rested and tonumber(claimed) > tonumber(rested)
+    taken = worked and 1 or (tonumber(taken) or 0) + 1
+    local pause = math.min(shortest * 2 ^ (taken - 1), longest)
+    redis.call('HSET', key, 'draining', '1', 'rests', num(now + pause), 'rested', num(now), 'rests_taken', taken)
+    node_down(name, string.format('it takes up nothing of what it is sent: it is sent nothing for %d s', pause))
 end
 
 -- Every message in its queue is void by now, so the queue goes too.
@@ -224,14 +247,14 @@ end
 function ops.dispatch()
     local epoch, id, attempt, node, boot, model, queue, message, why, lease = unpack(ARGV, 2, 11)
     if not leads(epoch) then return 'not_leader' end
-    local t = read(id, 'attempt', 'features')
+    local t = read(id, 'attempt', 'features', 'deadline')
     if not t or t.state ~= 'pending' or tonumber(t.attempt) + 1 ~= tonumber(attempt) then return 'refused' end
     -- Only an event takes a node out of service, so that the scheduler and this agree; a lapsed one awaits its sweep.
     local known = redis.call('HMGET', P .. 'node:' .. node, 'boot', 'draining')
     if known[1] ~= boot or known[2] then return 'node_gone' end
     redis.call('HSET', task_key(id), 'state', 'dispatched', 'attempt', attempt, 'node', node, 'model', model,
         'dispatched', num(now), 'why', why)
-    move(id, 'pending', 'dispatched', now + tonumber(lease))
+    move(id, 'pending', 'dispatched', math.min(now + tonumber(lease), tonumber(t.deadline)))
     redis.call('SADD', P .. 'node:' .. node .. ':tasks', id)
     event('{"type":"dispatched","at":' .. num(now) .. ',"id":' .. str(id) .. ',"node":' .. str(node) .. ',"model":' .. str(model)
         .. ',"attempt":' .. attempt .. '}')
@@ -263,6 +286,7 @@ function ops.claim()
         end
         redis.call('HSET', task_key(id), 'state', 'running', 'token', token, 'claimed', num(now))
         move(id, 'dispatched', 'running', now + tonumber(lease))
+        redis.call('HSET', P .. 'node:' .. node, 'claimed', num(now))
         event('{"type":"claimed","at":' .. num(now) .. ',"id":' .. str(id) .. ',"node":' .. str(node) .. ',"attempt":' .. attempt .. '}')
     elseif t.state ~= 'running' or t.token ~= token then
         return false
@@ -376,7 +400,7 @@ function ops.register()
         end)
     end
     redis.call('HSET', key, 'info', info, 'boot', boot, 'queue', queue)
-    redis.call('HDEL', key, 'draining', 'beat')
+    redis.call('HDEL', key, 'draining', 'beat', 'claimed', 'rests', 'rested', 'rests_taken')
     redis.call('ZADD', P .. 'nodes', num(now + tonumber(ttl)), name)
     event('{"type":"node_up","at":' .. num(now) .. ',"info":' .. info .. '}')
     return 'ok'
@@ -386,8 +410,13 @@ end
 function ops.beat()
     local name, boot, beat, ttl, lease = unpack(ARGV, 2, 6)
     local key = P .. 'node:' .. name
-    if redis.call('HGET', key, 'boot') ~= boot or not redis.call('ZSCORE', P .. 'nodes', name) then return { 'unknown' } end
+    local known = redis.call('HMGET', key, 'boot', 'rests')
+    if known[1] ~= boot or not redis.call('ZSCORE', P .. 'nodes', name) then return { 'unknown' } end
     redis.call('ZADD', P .. 'nodes', num(now + tonumber(ttl)), name)
+    if known[2] and tonumber(known[2]) <= now then
+        redis.call('HDEL', key, 'draining', 'rests')
+        event('{"type":"node_up","at":' .. num(now) .. ',"info":' .. redis.call('HGET', key, 'info') .. '}')
+    end
     local json = '{"at":' .. num(now) .. ',' .. string.sub(beat, 2)
     redis.call('HSET', key, 'beat', json)
     event(json)
@@ -397,8 +426,8 @@ function ops.beat()
         local t = running_under(id, attempt, token)
         if not t or t.state ~= 'running' then
             out[#out + 1] = id
-        elseif now < tonumber(t.deadline) + 2 * tonumber(lease) then -- a worker that overruns this far is hung: let it lapse
-            redis.call('ZADD', set_key('running'), num(now + tonumber(lease)), id)
+        else -- an engine that overruns by a whole lease is hung
+            redis.call('ZADD', set_key('running'), num(math.min(now, tonumber(t.deadline)) + tonumber(lease)), id)
         end
     end
     return out
@@ -410,6 +439,7 @@ function ops.drain()
     local key = P .. 'node:' .. name
     if redis.call('HGET', key, 'boot') ~= boot then return 'unknown' end
     redis.call('HSET', key, 'draining', '1')
+    redis.call('HDEL', key, 'rests')
     node_down(name, reason)
     return 'ok'
 end
@@ -424,9 +454,12 @@ function ops.leave()
     return 'ok'
 end
 
--- sweep limit max_strikes max_kept → how many things were mended; call again while it returns `limit` or more
+-- sweep limit max_strikes max_kept unclaimed wait shortest_rest longest_rest → how many things were mended; call again
+-- while it returns `limit` or more. What is dispatched is looked at every `unclaimed` s, and may wait `wait` s for others
+-- to make room.
 function ops.sweep()
     local limit, max_strikes, max_kept = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+    local unclaimed, wait, shortest_rest, longest_rest = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
     local done = 0
     local function due(key, score)
         return redis.call('ZRANGEBYSCORE', key, '-inf', num(score), 'LIMIT', 0, limit)
@@ -442,13 +475,31 @@ function ops.sweep()
         forget_node(name)
         done = done + 1
     end
-    for _, state in ipairs({ 'running', 'dispatched' }) do
-        for _, id in ipairs(due(set_key(state), now)) do
-            local t = known(state, id, unpack(PLACED))
-            if t then give_back(id, t, 'lease_expired', 'the lease on ' .. t.node .. ' lapsed', state == 'running', max_strikes) end
-            done = done + 1
-        end
+    for _, id in ipairs(due(set_key('running'), now)) do
+        local t = known('running', id, unpack(PLACED))
+        if t then give_back(id, t, 'lease_expired', 'the lease on ' .. t.node .. ' lapsed', true, max_strikes) end
+        done = done + 1
     end
+    local full, idle = {}, {}
+    for _, id in ipairs(due(set_key('dispatched'), now)) do
+        local t = known('dispatched', id, unpack(PLACED))
+        if t then
+            local waited, lives = now - tonumber(t.dispatched), tonumber(t.deadline) > now
+            if full[t.node] == nil then full[t.node] = busy(t.node) or false end
+            if lives and waited >= unclaimed and waited < wait and full[t.node] then
+                redis.call('ZADD', set_key('dispatched'), num(math.min(now + unclaimed, tonumber(t.deadline))), id)
+            elseif lives and waited >= unclaimed and not full[t.node] then
+                local claimed = redis.call('HGET', P .. 'node:' .. t.node, 'claimed')
+                -- A node that has claimed since lost this message; one that has not may not be consuming at all.
+                if not claimed or tonumber(claimed) < tonumber(t.dispatched) then idle[t.node] = true end
+                give_back(id, t, 'handed_back', t.node .. ' has room and did not take it up')
+            else
+                give_back(id, t, 'lease_expired', 'the lease on ' .. t.node .. ' lapsed')
+            end
+        end
+        done = done + 1
+    end
+    for name in pairs(idle) do rest(name, shortest_rest, longest_rest) end
     for _, id in ipairs(due(set_key('pending'), now)) do
         local t = known('pending', id, 'submitted')
         if t then ended(id, t, 'expired', 'the deadline passed before a node could take it') end

@@ -34,8 +34,12 @@ from broker.messages import (
 )
 from broker.settings import Settings
 
-#: Seconds a dispatched task may wait unclaimed on a live node before it is placed anew (its old message is void then).
+#: Seconds after which a dispatched task that is not claimed is looked at, and taken back (its old message is void then)
+#: where its node has a slot for it; behind others that run it may wait for so long in all.
+UNCLAIMED = 10.0
 DISPATCH_LEASE = 30.0
+#: Seconds a node that takes up nothing is sent nothing: the first time, and at most, twice as long each time.
+RESTS = (15.0, 300.0)
 #: Tasks and bytes of payload per call of `submit`: bounds how long one call holds the server.
 SUBMIT_TASKS = 100
 SUBMIT_BYTES = 1 << 20
@@ -295,8 +299,7 @@ class Ledger:
     def dispatch(self, epoch: int, dispatches: Sequence[Dispatch]) -> list[Ruling]:
         """Send pending tasks to their nodes' queues: state, event and message are one call each, all one round trip."""
         return self._rulings(
-            ("dispatch", epoch, *d[:7], d.why.model_dump_json(exclude_defaults=True), DISPATCH_LEASE)
-            for d in dispatches
+            ("dispatch", epoch, *d[:7], d.why.model_dump_json(exclude_defaults=True), UNCLAIMED) for d in dispatches
         )
 
     def end(self, epoch: int, ends: Sequence[End]) -> list[Ruling]:
@@ -312,7 +315,8 @@ class Ledger:
         """Mend what time has broken: lapsed leases, passed deadlines, silent nodes; forget old finished tasks. Returns
         how many; a full sweep is done when it is less than SWEEP_LIMIT."""
         s = self._settings
-        return int(self._call("sweep", SWEEP_LIMIT, s.max_strikes, s.retention_tasks))
+        limits = (SWEEP_LIMIT, s.max_strikes, s.retention_tasks)
+        return int(self._call("sweep", *limits, UNCLAIMED, DISPATCH_LEASE, *RESTS))
 
     def save_snapshot(self, epoch: int, state: dict[str, Any]) -> bool:
         """Keep the scheduler's learned state; False when this epoch no longer leads."""

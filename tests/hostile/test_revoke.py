@@ -10,6 +10,7 @@ import pytest
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 from support.cluster import Cluster
+from support.make import node_info
 from support.servers import Server
 from support.wait import PATIENCE, eventually
 
@@ -190,3 +191,18 @@ def test_its_own_producer_is_told(cluster: Cluster) -> None:
     unwritable = plain.send_task("x\ud800", queue="inbox", task_id=new_id())
     with pytest.raises(Exception, match="no task"):
         unwritable.get(timeout=PATIENCE)
+
+
+# --- a node that beats and takes up nothing
+
+
+def test_a_deadline_holds_on_a_node_that_takes_up_nothing(cluster: Cluster) -> None:
+    usual = node_info("hole")
+    info = usual.model_copy(update={"models": (usual.models[0].model_copy(update={"name": "only-there"}),)})
+    cluster.ledger.register(info)  # for the lease of 30 s; it consumes nothing
+    (task_id,) = cluster.submit(model="only-there", deadline=2)
+    cluster.await_state(task_id, "dispatched")
+    result = cluster.result(task_id)
+    assert (result.state, result.on_time) == ("expired", False)
+    assert 2 <= result.latency < 10  # it was 30
+    cluster.ledger.leave("hole", info.boot, "gone")

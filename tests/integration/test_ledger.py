@@ -18,7 +18,7 @@ from broker.celery_app import node_message
 from broker.embedded import EmbeddedServer
 from broker.errors import Unreachable
 from broker.ledger import Dispatch, Ledger
-from broker.ledger.ledger import SWEEP_LIMIT
+from broker.ledger.ledger import DISPATCH_LEASE, SWEEP_LIMIT, UNCLAIMED
 from broker.messages import Counters, Heartbeat, State, Submitted, TaskSpec, new_id
 from broker.settings import Settings
 
@@ -197,26 +197,101 @@ def test_work_that_hangs_beyond_its_deadline_is_renewed_no_more(ledger: Ledger) 
     lapse(ledger, task_id, "running")
     assert ledger.beat(heartbeat, [(task_id, 1, "token")]) == []
     assert ledger.sweep() == 0
-    long_ago = ledger.now() - 1000
+    long_ago = ledger.now() - 301  # by more than a lease
     ledger.client.hset(f"{ledger.prefix}task:{task_id}", "deadline", long_ago)  # moves time
-    lapse(ledger, task_id, "running")
     assert ledger.beat(heartbeat, [(task_id, 1, "token")]) == []
     assert ledger.sweep() == 1
+    assert state_of(ledger, task_id) == "expired"
+    assert ledger.beat(heartbeat, [(task_id, 1, "token")]) == [task_id]  # it is told to stop
+
+
+def dispatch(ledger: Ledger, task_id: str, attempt: int = 1, *, since: float = 0.0) -> str:
+    """Send a pending task to node n, as of so many seconds ago."""
+    message = node_message(task_id, attempt, "edge.n")
+    sent = Dispatch(task_id, attempt, "n", "boot-1", "emulated", "edge.n", message, why())
+    ruling = ledger.dispatch(ledger.lead("test", 60) or 0, [sent])[0]
+    if ruling == "ok" and since:
+        at = ledger.now() - since
+        ledger.client.hset(f"{ledger.prefix}task:{task_id}", "dispatched", at)  # moves time
+        ledger.client.zadd(f"{ledger.prefix}in:dispatched", {task_id: at + UNCLAIMED})
+    return ruling
+
+
+def state_of(ledger: Ledger, task_id: str) -> str:
+    record = ledger.task(task_id)
+    assert record is not None
+    return str(record.state)
+
+
+def in_service(ledger: Ledger) -> bool:
+    return [draining for _, _, draining in ledger.nodes()] == [False]
 
 
 def test_waiting_too_long_in_a_nodes_queue_is_no_strike(ledger: Ledger) -> None:
-    task_id = submit(ledger)
-    run(ledger, task_id)
-    ledger.hand_back(task_id, 1, "token", "stopping")
-    message = node_message(task_id, 2, "edge.n")
-    sent = Dispatch(task_id, 2, "n", "boot-1", "emulated", "edge.n", message, why())
-    assert ledger.dispatch(ledger.lead("test", 60) or 0, [sent]) == ["ok"]
-    lapse(ledger, task_id, "dispatched")
+    """Two run, as many as the node has slots for; a third may wait behind them, but not for ever."""
+    runs = [submit(ledger, deadline=3600) for _ in range(2)]
+    for task_id in runs:
+        run(ledger, task_id)
+    waits = submit(ledger, deadline=3600)
+    assert dispatch(ledger, waits, since=UNCLAIMED + 1) == "ok"
     assert ledger.sweep() == 1
-    record = ledger.task(task_id)
+    assert state_of(ledger, waits) == "dispatched"
+    assert ledger.sweep() == 0
+    ledger.client.hset(f"{ledger.prefix}task:{waits}", "dispatched", ledger.now() - DISPATCH_LEASE - 1)
+    lapse(ledger, waits, "dispatched")
+    assert ledger.sweep() == 1
+    record = ledger.task(waits)
     assert record is not None
     assert (record.state, record.strikes, record.node) == ("pending", 0, None)
-    assert ledger.claim(task_id, 2, "n", "token") is None
+    assert ledger.claim(waits, 1, "n", "token") is None
+    assert in_service(ledger)
+
+
+def test_what_is_dispatched_ends_with_its_deadline(ledger: Ledger) -> None:
+    ledger.register(node_info("n"))
+    task_id = submit(ledger, deadline=5)
+    assert dispatch(ledger, task_id) == "ok"
+    assert ledger.client.zscore(f"{ledger.prefix}in:dispatched", task_id) == pytest.approx(ledger.now() + 5, abs=2)
+    ledger.client.hset(f"{ledger.prefix}task:{task_id}", "deadline", ledger.now() - 1)  # moves time
+    lapse(ledger, task_id, "dispatched")
+    assert ledger.sweep() == 1
+    assert state_of(ledger, task_id) == "expired"
+
+
+def test_a_node_that_takes_up_nothing_rests_ever_longer(ledger: Ledger) -> None:
+    ledger.register(node_info("n"))
+    heartbeat = Heartbeat(at=0, node="n", boot="boot-1", counters=Counters())
+    pauses, attempt, key = [], 1, f"{ledger.prefix}node:n"
+    stuck, beside = submit(ledger, deadline=3600), submit(ledger, deadline=3600)
+    for _ in range(7):
+        dispatch(ledger, beside, attempt)
+        dispatch(ledger, stuck, attempt, since=UNCLAIMED + 1)
+        attempt += 1
+        assert ledger.sweep() == 1
+        assert (state_of(ledger, stuck), state_of(ledger, beside)) == ("pending", "pending")
+        assert dispatch(ledger, stuck, attempt) == "node_gone"
+        assert ledger.beat(heartbeat, []) == []
+        assert not in_service(ledger)
+        pauses.append(round(float(ledger.client.hget(key, "rests") or 0) - ledger.now()))
+        ledger.client.hset(key, "rests", ledger.now() - 1)  # moves time
+        assert ledger.beat(heartbeat, []) == []
+        assert in_service(ledger)
+    assert pauses == pytest.approx([15, 30, 60, 120, 240, 300, 300], abs=2)
+    downs = [e for _, e in ledger.events("0-0") if e.type == "node_down"]
+    assert len(downs) == 7
+    assert "takes up nothing" in downs[0].reason
+    record = ledger.task(stuck)
+    assert record is not None
+    assert record.strikes == 0
+    run(ledger, beside, attempt)  # it works again, so the next time is the first
+    dispatch(ledger, stuck, attempt)
+    ledger.client.hset(key, "claimed", ledger.now() + 1)  # after it began to rest
+    ledger.client.hset(f"{ledger.prefix}task:{stuck}", "dispatched", ledger.now() - 99)
+    assert ledger.sweep() == 0
+    lapse(ledger, stuck, "dispatched")
+    assert ledger.sweep() == 1
+    assert state_of(ledger, stuck) == "pending"
+    assert in_service(ledger), "it has claimed since: only this message was lost"
 
 
 def test_a_sweep_is_bounded_and_ends(ledger: Ledger) -> None:

@@ -308,7 +308,7 @@ class LedgerMachine(RuleBasedStateMachine):
             ruling = "node_gone"
         else:
             ruling = "ok"
-            task.state, task.attempt, task.node, task.lapsed = "dispatched", attempt, name, False
+            task.state, task.attempt, task.node, task.lapsed = "dispatched", attempt, name, task.late
             task.past.append((attempt, name, None))
             self.expected.append(("dispatched", task.id, name, attempt))
             self.pushed[name] += 1
@@ -446,7 +446,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert stops == [c[0].id for c in reported if c[0].state != "running" or not self.holds(*c)]
         for task, number, token in reported:
             if task.state == "running" and self.holds(task, number, token):
-                task.lapsed = task.lapsed and task.hung
+                task.lapsed = task.hung
 
     def a_node_goes(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.nodes)), "node")
@@ -479,10 +479,11 @@ class LedgerMachine(RuleBasedStateMachine):
         placed = [t for t in unfinished if t.placed]
         task = data.draw(st.sampled_from(placed if placed and likely(data) else unfinished), "task")
         task.late, task.hung = True, task.hung or data.draw(st.booleans(), "long ago")
-        deadline = self.ledger.now() - (2 * LEASE + 1 if task.hung else 1)
+        deadline = self.ledger.now() - (LEASE + 1 if task.hung else 1)
         self.redis.hset(f"{self.p}task:{task.id}", "deadline", f"{deadline:.6f}")
-        if task.state == "pending":
-            self.redis.zadd(f"{self.p}in:pending", {task.id: deadline})
+        if task.state != "running":
+            self.redis.zadd(f"{self.p}in:{task.state}", {task.id: deadline})
+            task.lapsed = task.state == "dispatched"
 
     def a_finished_task_ages(self, data: st.DataObject) -> None:
         task = data.draw(st.sampled_from([t for t in self.tasks.values() if t.final]), "task")

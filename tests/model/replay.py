@@ -70,8 +70,8 @@ class Stage:
                 self.redis.zadd(f"{self.p}in:{before.tasks[i].state}", {f"t{i}": self.past})
             case "a deadline passes", (i,):
                 self.redis.hset(f"{self.p}task:t{i}", "deadline", self.past)
-                if before.tasks[i].state == "pending":
-                    self.redis.zadd(f"{self.p}in:pending", {f"t{i}": self.past})
+                if (state := before.tasks[i].state) != "running":
+                    self.redis.zadd(f"{self.p}in:{state}", {f"t{i}": self.past})
             case "a node falls silent", (n,):
                 self.redis.zadd(f"{self.p}nodes", {f"n{n}": self.past})
             case "leadership lapses", _:
