@@ -38,7 +38,7 @@ class Library:
 
     def load(self, client: redis.Redis) -> None:
         """Put it on the server; harmless where it is already."""
-        client.execute_command("FUNCTION", "LOAD", "REPLACE", self.source)
+        client.execute_command("FUNCTION", "LOAD", "REPLACE", self.source)  # type: ignore[no-untyped-call]
 
 
 class Function(Library):
@@ -54,7 +54,7 @@ class Function(Library):
 
         def call(keys: Sequence[str], args: Sequence[Argument]) -> Any:
             words = ("FCALL", self.name, len(keys), *keys, *args)
-            return with_library(client, [self], lambda: client.execute_command(*words))
+            return with_library(client, [self], lambda: client.execute_command(*words))  # type: ignore[no-untyped-call]
 
         return call
 
@@ -93,13 +93,13 @@ def load_all(client: redis.Redis, *, only: bool = False) -> list[str]:
         library.load(client)
     if only:
         for name in others(client):
-            client.execute_command("FUNCTION", "DELETE", name)
+            client.execute_command("FUNCTION", "DELETE", name)  # type: ignore[no-untyped-call]
     return sorted(Library.known)
 
 
 def others(client: redis.Redis) -> list[str]:
     """Names of PerLLM's libraries on the server that are of another version."""
-    listed = client.execute_command("FUNCTION", "LIST", "LIBRARYNAME", f"{_PREFIX}*")
+    listed = client.execute_command("FUNCTION", "LIST", "LIBRARYNAME", f"{_PREFIX}*")  # type: ignore[no-untyped-call]
     names = [_text(entry) for entry in _names(listed)]
     return sorted(name for name in names if name not in Library.known)
 

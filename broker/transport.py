@@ -78,7 +78,7 @@ class _QoS(redis.QoS):
                 return
             ended = time.time() - self.visibility_timeout
             for tag in client.zrange(self.unacked_index_key, 0, ended, byscore=True, offset=0, num=_RESTORE_MOST):
-                self.restore_by_tag(tag, client)
+                self.restore_by_tag(tag, client)  # type: ignore[no-untyped-call]
 
 
 class Channel(redis.Channel):

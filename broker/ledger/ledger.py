@@ -229,13 +229,16 @@ class Ledger:
 
     def results(self, task_ids: Sequence[str]) -> list[Result | None]:
         """The results of those that are final, None for the others and the unknown, in order."""
+        if not task_ids:
+            return []
         with reaching(self._settings):
+            kept = cast("list[bytes | None]", self.client.mget([f"{self.prefix}result:{i}" for i in task_ids]))
+            others = [i for i, raw in zip(task_ids, kept, strict=True) if raw is None]
             pipe = self.client.pipeline(transaction=False)
-            for task_id in task_ids:
-                pipe.get(f"{self.prefix}result:{task_id}")
+            for task_id in others:
                 pipe.hmget(f"{self.prefix}task:{task_id}", *_ENDING)
-            rows = pipe.execute()
-        return [_result(*one) for one in zip(task_ids, rows[::2], rows[1::2], strict=True)]
+            endings = dict(zip(others, pipe.execute(), strict=True))
+        return [_result(i, raw, endings.get(i, ())) for i, raw in zip(task_ids, kept, strict=True)]
 
     def states(self, task_ids: Sequence[str]) -> list[State | None]:
         """Where these tasks are, None for the unknown, in order."""
@@ -365,7 +368,7 @@ class Ledger:
         wait = None if block is None else max(1, int(block * 1000))
         mark = Mark.of(after)
         while True:
-            places = {f"{self.prefix}requests": mark.requests, f"{self.prefix}events": mark.events}
+            places: dict[Any, Any] = {f"{self.prefix}requests": mark.requests, f"{self.prefix}events": mark.events}
             with reaching(self._settings):
                 reply = cast("list[Any] | None", self.client.xread(places, count=count, block=wait))
             if not reply:

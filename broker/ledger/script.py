@@ -79,7 +79,7 @@ class Script:
     def _send(self, calls: Sequence[tuple[Argument, ...]]) -> list[Any]:
         pipe = self._client.pipeline(transaction=False)
         for call in calls:
-            pipe.execute_command(*self._words(call))
+            pipe.execute_command(*self._words(call))  # type: ignore[no-untyped-call]
         return pipe.execute(raise_on_error=False)
 
     def _words(self, call: tuple[Argument, ...]) -> tuple[Argument, ...]:
