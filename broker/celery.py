@@ -8,10 +8,9 @@ pending until the ledger stores the real result under that id.
 from __future__ import annotations
 
 import random
-import re
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import structlog
 from celery import Task, signals
@@ -20,6 +19,8 @@ from celery.exceptions import Ignore, Reject
 from perllm.broker import connection, logs
 from perllm.broker.errors import InvalidTask, PerLLMError, Unreachable, exit_with
 from perllm.broker.ledger import Ledger
+from perllm.broker.ledger.ledger import is_id
+from perllm.broker.queues import control
 from perllm.broker.queues.app import GENERATE, configuration, lazy_app
 from perllm.broker.settings import load_settings
 from perllm.broker.validation import TaskValidator
@@ -30,8 +31,6 @@ REDELIVERY = 60.0
 RETRY_PAUSE = (0.2, 1.0)
 
 log = structlog.get_logger(__name__)
-#: Ids are the producers' own; they become parts of keys and messages.
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,254}")
 
 
 _stopping = threading.Event()
@@ -50,12 +49,15 @@ class _Inbox:
         signals.setup_logging.connect(self._log, weak=False)
         signals.worker_init.connect(self._check, weak=False)
         signals.worker_shutting_down.connect(self._stop, weak=False)
+        signals.task_unknown.connect(self._unknown, weak=False)
+        signals.task_revoked.connect(self._expired, weak=False)
         return made
 
     def _log(self, **_: Any) -> None:
         logs.configure(self.settings)
 
     def _check(self, **_: Any) -> None:
+        control.restrict(self.ledger)
         try:
             connection.check(self.settings)
         except PerLLMError as error:
@@ -63,6 +65,21 @@ class _Inbox:
 
     def _stop(self, **_: Any) -> None:
         _stopping.set()
+
+    # Messages that Celery itself lets become no task
+
+    def _unknown(self, name: str = "", id: str = "", **_: Any) -> None:
+        self._refuse(id, "FAILURE", f"there is no task {name[:80]!r}: send {GENERATE!r}")
+
+    def _expired(self, request: Any = None, expired: bool = False, **_: Any) -> None:
+        if expired:
+            self._refuse(request.id, "REVOKED", "expired")
+
+    def _refuse(self, task_id: str, status: Literal["FAILURE", "REVOKED"], reason: str) -> None:
+        try:
+            self.ledger.refuse(task_id, status, reason)
+        except Unreachable as error:
+            log.warning("refusal_not_stored", task_id=task_id, reason=str(error))
 
 
 _inbox = _Inbox()
@@ -80,34 +97,37 @@ app = lazy_app(_inbox.configure)
 )
 def generate(task: Task, *args: Any, **fields: Any) -> None:
     """Submit to the ledger under this message's id. Raises InvalidTask for the producer's `AsyncResult` to show."""
-    if args:
-        if len(args) != 1 or fields or not isinstance(args[0], dict):
-            raise InvalidTask("send the task's fields as keyword arguments, or as one object")
-        fields = args[0]
+    task_id = task.request.id
     try:
-        _submit_or_wait(task.request.id, fields)
+        _retry(task_id, lambda: _submit(task_id, args, fields))
     except InvalidTask as error:
-        log.info("task_refused", task_id=task.request.id, reason=str(error))
+        reason = str(error)
+        log.info("task_refused", task_id=task_id, reason=reason)
+        _retry(task_id, lambda: _inbox.ledger.refuse(task_id, "FAILURE", reason))
         raise
     raise Ignore
 
 
-def _submit_or_wait(task_id: str, fields: Mapping[str, Any]) -> None:
-    """Submit, whenever the server takes it: nobody else has the message. Who stops meanwhile puts it back."""
+def _retry(task_id: str, call: Callable[[], None]) -> None:
+    """Until the server takes it: nobody else has the message. Who stops meanwhile puts it back."""
     while True:
         try:
-            return _submit(task_id, fields)
+            return call()
         except Unreachable as error:
             log.warning("submission_delayed", task_id=task_id, reason=str(error))
             if _stopping.wait(random.uniform(*RETRY_PAUSE)):
                 raise Reject(str(error), requeue=True) from None
 
 
-def _submit(task_id: str, fields: Mapping[str, Any]) -> None:
-    if not _ID.fullmatch(task_id):
+def _submit(task_id: str, args: tuple[Any, ...], fields: Mapping[str, Any]) -> None:
+    if not is_id(task_id):
         raise InvalidTask(
             f"the message's id must be at most 255 letters, digits and any of ._:- (given {task_id[:40]!r})"
         )
+    if args:
+        if len(args) != 1 or fields or not isinstance(args[0], dict):
+            raise InvalidTask("send the task's fields as keyword arguments, or as one object")
+        fields = args[0]
     spec = _inbox.validator.accept(fields)
     in_force = _inbox.ledger.submit([(task_id, spec)])[0]
     if in_force != task_id:  # nothing will ever be stored under this id

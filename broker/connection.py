@@ -16,6 +16,7 @@ from redis.connection import HiredisRespSerializer
 from redis.retry import Retry
 
 from perllm.broker.errors import BadSetting, Unreachable
+from perllm.broker.functions import missing
 from perllm.broker.messages import whole_text
 
 if TYPE_CHECKING:  # loaded when settings are read: half of what importing a client would take
@@ -38,7 +39,8 @@ _CANNOT = {
     "MISCONF": "cannot write to its disk and stored nothing: make room there, and see its log",
     "READONLY": "is a read-only replica: set PERLLM_REDIS_URL to the primary's address",
     "NOREPLICAS": "has too few replicas to store anything: see its min-replicas-to-write",
-    "BUSY": "is busy with a script that does not end: see its log",
+    "BUSY": "is busy with a script that does not end: see its log; its administrator may end it with FUNCTION KILL or "
+    "SCRIPT KILL",
 }
 
 
@@ -215,6 +217,11 @@ def reaching(settings: Settings) -> Iterator[None]:
             f"the server at {at} is out of memory and stored nothing: raise its maxmemory or shorten PERLLM_RETENTION"
         ) from None
     except redis.exceptions.ResponseError as error:
+        if missing(error):
+            raise Unreachable(
+                f"the server at {at} has not the functions of this version of PerLLM, and this user may not load them: "
+                "do so once with `perllm ledger load`, as its administrator (PERLLM_REDIS_URL)"
+            ) from None
         read_only = isinstance(error, redis.exceptions.ReadOnlyError)  # redis-py takes the word off
         kind = "READONLY" if read_only else str(error).partition(" ")[0]
         if kind not in _CANNOT:

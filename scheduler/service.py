@@ -18,8 +18,8 @@ import structlog
 
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import Dispatch, End, Leader, Ledger
-from perllm.broker.ledger.ledger import SWEEP_LIMIT
-from perllm.broker.messages import Ended, Event, Explanation, Heartbeat, NodeDown, NodeUp, Submitted
+from perllm.broker.ledger.ledger import SWEEP_LIMIT, gap, later
+from perllm.broker.messages import Ended, Event, Explanation, Heartbeat, NodeDown, NodeUp, State, Submitted
 from perllm.broker.queues.app import node_message
 from perllm.broker.settings import Settings
 from perllm.scheduler.core.scheduler import Decision, SchedulerCore
@@ -161,7 +161,7 @@ class _LeaderSession:
             self._handle(NodeUp(at=self.now(), info=info))
             if heartbeat:
                 self._handle(heartbeat)
-        while _later(newest, self._position) and self._read(block=None):
+        while later(newest, self._position) and self._read(block=None):
             pass
         self._reconcile_nodes()
         self._reconcile_tasks()
@@ -175,9 +175,9 @@ class _LeaderSession:
             if saved is None:
                 return
             position = saved["position"]
-            gap = _later(oldest, position)
+            missed = gap(position, oldest)
             self._core.restore(saved["core"])
-            if gap:
+            if missed:
                 log.warning("stream_gap", snapshot=position, oldest=oldest)
             self._position = position
         except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -253,8 +253,12 @@ class _LeaderSession:
 
     def _read(self, block: float | None) -> int:
         entries = self._ledger.events(self._position, block=block)
+        if any(isinstance(event, Ended) and event.state == State.CANCELLED for _, event in entries):
+            self._ledger.announce()
         self._load(_unknown_tasks((e for _, e in entries), self._core))
         for position, event in entries:
+            if isinstance(event, NodeDown):
+                log.info("node_down", node=event.node, reason=event.reason)
             self._handle(event)
             self._position = position
         return len(entries)
@@ -331,8 +335,3 @@ def _unknown_tasks(events: Iterable[Event], core: SchedulerCore) -> list[str]:
         elif event.id not in introduced and core.find(event.id) is None:
             unknown[event.id] = None
     return list(unknown)
-
-
-def _later(a: str, b: str) -> bool:
-    """Whether stream position `a` is after `b`."""
-    return tuple(map(int, a.split("-"))) > tuple(map(int, b.split("-")))

@@ -23,6 +23,7 @@ from perllm.broker.api.webhooks.post import ATTEMPT_TIMEOUT, connections, post
 from perllm.broker.api.webhooks.store import BACKOFF, QUEUE, Webhooks
 from perllm.broker.errors import PerLLMError, exit_with
 from perllm.broker.ledger import Ledger
+from perllm.broker.queues import control
 from perllm.broker.queues.app import configuration, lazy_app
 from perllm.broker.settings import load_settings
 
@@ -47,6 +48,7 @@ class _WebhookWorker:
         logs.configure(self.settings)
 
     def _check_server(self, **_: Any) -> None:
+        control.restrict(None)
         try:
             connection.check(self.settings)
         except PerLLMError as error:

@@ -19,6 +19,7 @@ from perllm.broker.api.document_store import Document, DocumentStore
 from perllm.broker.api.store import ApiStore
 from perllm.broker.connection import reaching
 from perllm.broker.errors import BadSetting, field_errors
+from perllm.broker.functions import Function
 from perllm.broker.ledger import Ledger
 from perllm.broker.messages import MAX_NAME, MAX_VALUE, Name
 
@@ -26,7 +27,9 @@ _FORM = re.compile(r"perllm_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _ALL = "all"
 
 # Generic cell rate algorithm: the next request's theoretical arrival time, with a second's worth of burst.
-_RATE = """
+_RATE = Function(
+    "rate",
+    """
 local clock = redis.call('TIME')
 local now, rate = clock[1] + clock[2] / 1e6, tonumber(ARGV[1])
 local due = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), now) + 1 / rate
@@ -34,21 +37,27 @@ local wait = due - now - math.max(1, 1 / rate)
 if wait > 1e-6 then return string.format('%.6f', wait) end
 redis.call('SET', KEYS[1], string.format('%.6f', due), 'PX', math.ceil((due - now) * 1000) + 1000)
 return '0'
-"""
+""",
+)
 # The unfinished tasks a key has submitted, each counted until its deadline at the latest.
-_RESERVE = """
+_RESERVE = Function(
+    "reserve",
+    """
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1e6
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 if redis.call('ZCARD', KEYS[1]) + (#ARGV - 1) / 2 > tonumber(ARGV[1]) then return 0 end
 for i = 2, #ARGV, 2 do redis.call('ZADD', KEYS[1], now + ARGV[i + 1] + 60, ARGV[i]) end
 return 1
-"""
+""",
+)
 
 
 # As many of these lines of a batch, in order, as the key's rate and its unfinished tasks leave room for: those counted
 # before are free. Half of a rate's burst stays for requests.
-_ADMIT = """
+_ADMIT = Function(
+    "admit",
+    """
 local clock = redis.call('TIME')
 local now, rate, most = clock[1] + clock[2] / 1e6, tonumber(ARGV[1]), tonumber(ARGV[2])
 local due, left = now, math.huge
@@ -71,7 +80,8 @@ if rate > 0 and due > now then
     redis.call('SET', KEYS[1], string.format('%.6f', due), 'PX', math.ceil((due - now) * 1000) + 1000)
 end
 return taken
-"""
+""",
+)
 #: Counted tasks of which the state is asked for to find some that have ended, drawn at random where there are more.
 _SAMPLE = 1000
 
@@ -100,9 +110,9 @@ class Keys:
         self._store, self._ledger = store, ledger
         self._settings = store.settings
         self._documents: DocumentStore[Key] = DocumentStore(store, "key", Key)
-        self._rate = store.client.register_script(_RATE)
-        self._admit = store.client.register_script(_ADMIT)
-        self._reserve = store.client.register_script(_RESERVE)
+        self._rate = _RATE.on(store.client)
+        self._admit = _ADMIT.on(store.client)
+        self._reserve = _RESERVE.on(store.client)
 
     def make(
         self, tenant: str, name: str, rate: float | None, in_flight: int | None, max_value: float = 1.0

@@ -11,17 +11,22 @@ import structlog
 from perllm.broker.api.store import ApiStore
 from perllm.broker.connection import reaching
 from perllm.broker.errors import PerLLMError
+from perllm.broker.functions import Function
 
 #: Seconds a lease lasts without a renewal.
 LEASE_TIME = 15.0
 #: Seconds between rounds, and after one that failed.
 ROUND_PAUSE, FAILURE_PAUSE = 0.25, 2.0
 
-_RENEW = """
+_RENEW = Function(
+    "renew",
+    """
 if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 1 end
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])
-"""
+""",
+    full=True,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -37,7 +42,7 @@ class LeasedWorker:
         self._store, self._name = store, name
         self._lease = store.key("lease", name)
         self._holder = uuid4().hex
-        self._renew = store.client.register_script(_RENEW)
+        self._renew = _RENEW.on(store.client)
         self._woken, self._closing = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name=f"perllm-{name}", daemon=True)
 

@@ -1,10 +1,10 @@
 -- The ledger: every transition of a task's life, each one atomic call.
 --
---   EVALSHA <sha> 1 <prefix> <operation> [argument ...]        prefix: "{cell}:"
+--   FCALL <library>_submit|<library>_call 1 <prefix> <operation> [argument ...]        prefix: "{cell}:"
 --
 -- States: pending → dispatched → running → succeeded | failed | expired | rejected | cancelled. The last five are final.
 -- Every operation checks the state it leaves, writes the state it enters, moves the task between the state sets and
--- appends the event, in this one script: there is no moment between these at which a crash could lose or double anything.
+-- appends the event, in this one call: there is no moment between these at which a crash could lose or double anything.
 --
 -- Data model (all keys begin with the prefix; its braces keep one cell's keys in one Redis Cluster slot):
 --
@@ -15,20 +15,31 @@
 --                              key         the name below the prefix of its idempotency key, if it has one
 --                              while placed: node, model, dispatched, claimed, token
 --                              why         the last Explanation, JSON
---                              when final: result (a Result, JSON), finished
+--                              when final: finished
+--   result:<id>        string  of a task that ended otherwise than cancelled: its Result, JSON
 --   of:<tenant>        zset    the tenant's tasks by the time they were submitted
 --   text:<id>          list    the text of a task submitted with `stream`, as it is generated: pieces, each
 --                              "<attempt> <text>"; gone an hour after the last
 --   bytes              hash    tenant → bytes its tasks take: payload, features, result (twice: Celery's copy) and
 --                              about a kilobyte each for all the rest
 --   in:<state>         zset    the tasks in that state: a task is in exactly one of them. Scores:
---                              pending: its deadline; dispatched, running: when its lease ends; final: when it ended
---   node:<name>        hash    of a live node: info (NodeInfo, JSON), boot, queue, beat (last Heartbeat, JSON), draining
+--                              pending: its deadline; dispatched, running: when its lease ends; final: when it ended.
+--                              The lease on what is dispatched ends with its deadline at the latest, that on what runs
+--                              one lease after it: an engine stops itself at the deadline
+--   node:<name>        hash    of a live node: info (NodeInfo, JSON), boot, queue, beat (last Heartbeat, JSON), draining,
+--                              claimed (when it last claimed); of one that took up nothing: rests (until when it is
+--                              sent nothing), rested (since when), rests_taken (how often in a row)
 --   node:<name>:tasks  set     the tasks dispatched to or running on it
 --   nodes              zset    live nodes by the time until which they count as alive
 --   key:<tenant> <key> string  idempotency key → task id, kept for as long as the task
---   events             stream  one field `e`: an Event, JSON; trimmed to about the length given
+--   events             stream  what schedulers and workers caused. One field `e`: an Event, JSON; trimmed to about the
+--                              length given
+--   requests           stream  what producers caused, submissions and cancellations, alike. Two streams, since who may
+--                              write to one can write anything there
+--   untold             hash    cancelled task → its node or '': those whose node and Celery producer are still to be told
+--   refused            hash    id of a message that became no task → what its Celery producer is still to be told
 --   totals             hash    submitted, succeeded, failed, expired, rejected, cancelled, forgotten: ever
+--   revoked            zset    ids revoked before they were submitted, by when that is forgotten
 --   epoch, leader      string  the scheduler's fencing number, and who leads under it (expires)
 --   snapshot           string  what the scheduler learned, JSON, with the stream position it stands for
 --   signal:<name>      channel a task id whose generation on that node must stop
@@ -43,10 +54,12 @@
 -- A strike is an attempt that ended without a result by fault (lease lost while running, engine error).
 -- Time is the server's. Numbers are seconds.
 
-local P = KEYS[1]
-local op = ARGV[1]
-local clock = redis.call('TIME')
-local now = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
+-- A call runs with its caller's rights, and every role may write what its operations write, past these functions too. So
+-- roles write to different keys wherever it matters who wrote (users.acl): a producer can spoil the tasks and sets it
+-- needs for submitting, but write no result, no other role's event, no node. And whoever does more with what a producer
+-- may have written checks it first (`read`).
+
+local P, ARGV, now -- of the call that runs
 
 local FINAL = { succeeded = true, failed = true, expired = true, rejected = true, cancelled = true }
 local EXCEPTION = { failed = 'TaskFailed', expired = 'TaskExpired', rejected = 'TaskRejected' }
@@ -60,15 +73,26 @@ local function config(name) -- limits travel with each call: [stream length, ret
     return tonumber(ARGV[#ARGV - (name == 'stream' and 1 or 0)])
 end
 
-local function event(json)
-    redis.call('XADD', P .. 'events', 'MAXLEN', '~', config('stream'), '*', 'e', json)
+local function append(stream, json)
+    redis.call('XADD', P .. stream, 'MAXLEN', '~', config('stream'), '*', 'e', json)
 end
+
+local function event(json) append('events', json) end
+
+local function count(name, n) redis.pcall('HINCRBY', P .. 'totals', name, n) end -- nothing hangs on it
+
+-- What a number is taken for that is none: it would be written into events, and compared.
+local SPOILT = { attempt = '0', strikes = '0', deadline = '0', submitted = '0', claimed = '0', dispatched = '0' }
 
 local function read(id, ...) -- fields of a task as a table, or nil where there is no such task
     local values = redis.call('HMGET', task_key(id), 'state', ...)
     if not values[1] then return nil end
     local t = { state = values[1] }
-    for i, name in ipairs({ ... }) do t[name] = values[i + 1] or nil end
+    for i, name in ipairs({ ... }) do
+        local value = values[i + 1] or nil
+        if value and SPOILT[name] and not (#value < 20 and string.match(value, '^%d+%.?%d*$')) then value = SPOILT[name] end
+        t[name] = value
+    end
     return t
 end
 
@@ -88,30 +112,35 @@ local function unplace(id, node)
     redis.call('HDEL', task_key(id), 'node', 'model', 'dispatched', 'claimed')
 end
 
--- Enter a final state: the result document, the set, the totals, Celery's copy and the announcement.
+-- Celery's copy of a result, and its announcement. What it says of an end without one is an exception's arguments.
+local function tell_celery(id, status, said)
+    local result = said
+    if status == 'REVOKED' then
+        result = '{"exc_type":"TaskRevokedError","exc_message":[' .. str(said) .. '],"exc_module":"celery.exceptions"}'
+    elseif status ~= 'SUCCESS' then
+        result = '{"exc_type":"' .. (EXCEPTION[status] or 'InvalidTask') .. '","exc_message":[' .. str(said) .. '],"exc_module":"perllm.broker.errors"}'
+        status = 'FAILURE'
+    end
+    local meta = '{"status":"' .. status .. '","result":' .. result .. ',"traceback":null,"children":[],"task_id":' .. str(id) .. '}'
+    local name = 'celery-task-meta-' .. id
+    redis.call('SET', name, meta, 'EX', math.ceil(config('retention')))
+    redis.call('PUBLISH', name, meta)
+end
+
+-- Enter a final state but cancelled: the result document, the set, the totals, Celery's copy and the announcement.
 local function finish(id, t, state, on_time, reason, extra)
     local latency = now - tonumber(t.submitted)
     local doc = '{"id":' .. str(id) .. ',"state":"' .. state .. '","on_time":' .. tostring(on_time)
         .. ',"latency":' .. num(latency)
         .. (t.claimed and ',"queued":' .. num(tonumber(t.claimed) - tonumber(t.submitted)) or '')
         .. (reason and ',"reason":' .. str(reason) or '') .. (extra or '') .. '}'
-    redis.call('HSET', task_key(id), 'state', state, 'result', doc, 'finished', num(now))
+    redis.call('HSET', task_key(id), 'state', state, 'finished', num(now))
+    redis.call('SET', P .. 'result:' .. id, doc)
     weigh(redis.call('HGET', task_key(id), 'tenant'), 2 * #doc)
     move(id, t.state, state, now)
     if t.node then redis.call('SREM', P .. 'node:' .. t.node .. ':tasks', id) end
-    redis.call('HINCRBY', P .. 'totals', state, 1)
-    local status, result = 'SUCCESS', doc
-    if state == 'cancelled' then
-        status = 'REVOKED'
-        result = '{"exc_type":"TaskRevokedError","exc_message":["cancelled"],"exc_module":"celery.exceptions"}'
-    elseif state ~= 'succeeded' then
-        status = 'FAILURE'
-        result = '{"exc_type":"' .. EXCEPTION[state] .. '","exc_message":[' .. str(reason or state) .. '],"exc_module":"perllm.broker.errors"}'
-    end
-    local meta = '{"status":"' .. status .. '","result":' .. result .. ',"traceback":null,"children":[],"task_id":' .. str(id) .. '}'
-    local name = 'celery-task-meta-' .. id
-    redis.call('SET', name, meta, 'EX', math.ceil(config('retention')))
-    redis.call('PUBLISH', name, meta)
+    count(state, 1)
+    tell_celery(id, state == 'succeeded' and 'SUCCESS' or state, state == 'succeeded' and doc or reason or state)
     return latency
 end
 
@@ -147,7 +176,7 @@ local function give_back(id, t, cause, reason, strike, max_strikes)
         .. ',"cause":"' .. cause .. '","reason":' .. str(reason) .. ',"strikes":' .. strikes .. '}')
 end
 
-local PLACED = { 'attempt', 'node', 'token', 'strikes', 'deadline', 'submitted', 'claimed' }
+local PLACED = { 'attempt', 'node', 'token', 'strikes', 'deadline', 'submitted', 'claimed', 'dispatched' }
 
 local function placed_tasks(node, states, each)
     for _, id in ipairs(redis.call('SMEMBERS', P .. 'node:' .. node .. ':tasks')) do
@@ -160,6 +189,25 @@ end
 local function node_down(name, reason)
     event('{"type":"node_down","at":' .. num(now) .. ',"node":' .. str(name) .. ',"reason":' .. str(reason) .. '}')
     placed_tasks(name, { dispatched = true }, function(id, t) give_back(id, t, 'handed_back', reason) end)
+end
+
+-- Whether as much runs on the node as it has slots for, so that what else is there has to wait.
+local function busy(name)
+    local info, running = redis.call('HGET', P .. 'node:' .. name, 'info'), 0
+    placed_tasks(name, { running = true }, function() running = running + 1 end)
+    return info and running >= (tonumber(cjson.decode(info).slots) or 1)
+end
+
+-- A node that beats and takes up nothing is sent nothing for a while, for longer each time until it claims again.
+local function rest(name, shortest, longest)
+    local key = P .. 'node:' .. name
+    local boot, draining, claimed, rested, taken = unpack(redis.call('HMGET', key, 'boot', 'draining', 'claimed', 'rested', 'rests_taken'))
+    if not boot or draining then return end
+    local worked = claimed and rested and tonumber(claimed) > tonumber(rested)
+    taken = worked and 1 or (tonumber(taken) or 0) + 1
+    local pause = math.min(shortest * 2 ^ (taken - 1), longest)
+    redis.call('HSET', key, 'draining', '1', 'rests', num(now + pause), 'rested', num(now), 'rests_taken', taken)
+    node_down(name, string.format('it takes up nothing of what it is sent: it is sent nothing for %d s', pause))
 end
 
 -- Every message in its queue is void by now, so the queue goes too.
@@ -176,12 +224,12 @@ local function drop(id, state)
     if tenant then
         local function length(field) return redis.call('HSTRLEN', task_key(id), field) end
         redis.call('ZREM', P .. 'of:' .. tenant, id)
-        weigh(tenant, -(TASK_BYTES + length('payload') + length('features') + 2 * length('result')))
+        weigh(tenant, -(TASK_BYTES + length('payload') + length('features') + 2 * redis.call('STRLEN', P .. 'result:' .. id)))
     end
-    redis.call('UNLINK', task_key(id), 'celery-task-meta-' .. id)
-    if key then redis.call('UNLINK', P .. key) end
+    redis.call('UNLINK', task_key(id), P .. 'result:' .. id, 'celery-task-meta-' .. id)
+    if key and string.sub(key, 1, 4) == 'key:' then redis.call('UNLINK', P .. key) end
     redis.call('ZREM', set_key(state), id)
-    redis.call('HINCRBY', P .. 'totals', 'forgotten', 1)
+    count('forgotten', 1)
 end
 
 local function leads(epoch) return redis.call('GET', P .. 'epoch') == epoch end
@@ -193,10 +241,28 @@ local function running_under(id, attempt, token) -- the task if this attempt sti
 end
 
 local ops = {}
+local MOST = 1000 -- tasks and ids per call: one call must not hold the server for long
+
+-- End a task as cancelled; returns the state it was found in, or false. Producers may: its result is read off the
+-- record, and the rest is for `announce`.
+local function cancel(id)
+    local t = read(id, unpack(PLACED))
+    if not t then return false end
+    if FINAL[t.state] then return t.state end
+    append('requests', '{"type":"ended","at":' .. num(now) .. ',"id":' .. str(id)
+        .. ',"state":"cancelled","reason":"cancelled on request"' .. (t.node and ',"node":' .. str(t.node) or '') .. '}')
+    redis.call('HSET', task_key(id), 'state', 'cancelled', 'finished', num(now))
+    move(id, t.state, 'cancelled', now)
+    redis.call('HSET', P .. 'untold', id, t.node or '')
+    count('cancelled', 1)
+    return t.state
+end
 
 -- submit (id payload features deadline key tenant)+ → the id in force for each: its own, or the one its idempotency key had
 function ops.submit()
     local out, fresh, pending, of = {}, 0, {}, {}
+    if #ARGV > 6 * MOST + 3 then return redis.error_reply('ERR too many tasks at once') end
+    local revoked = redis.call('EXISTS', P .. 'revoked') == 1 and {} -- before they were submitted
     for i = 2, #ARGV - 2, 6 do
         local id, payload, features, window, key, tenant = unpack(ARGV, i, i + 5)
         local first = key ~= '' and redis.call('GET', P .. 'key:' .. key)
@@ -204,6 +270,8 @@ function ops.submit()
             id = first
         elseif redis.call('EXISTS', task_key(id)) == 0 then
             local deadline = num(now + tonumber(window))
+            append('requests',
+                '{"at":' .. num(now) .. ',"id":' .. str(id) .. ',"deadline":' .. deadline .. ',' .. string.sub(features, 2))
             redis.call('HSET', task_key(id), 'state', 'pending', 'submitted', num(now), 'deadline', deadline, 'window', window,
                 'attempt', 0, 'strikes', 0, 'payload', payload, 'features', features, 'tenant', tenant)
             fresh = fresh + 1
@@ -216,14 +284,18 @@ function ops.submit()
                 redis.call('SET', P .. 'key:' .. key, id)
                 redis.call('HSET', task_key(id), 'key', 'key:' .. key)
             end
-            event('{"at":' .. num(now) .. ',"id":' .. str(id) .. ',"deadline":' .. deadline .. ',' .. string.sub(features, 2))
+            if revoked then
+                local till = redis.call('ZSCORE', P .. 'revoked', id)
+                if till and tonumber(till) > now then revoked[#revoked + 1] = id end
+            end
         end
         out[#out + 1] = id
     end
     if fresh > 0 then
         redis.call('ZADD', set_key('pending'), unpack(pending))
         for tenant, mine in pairs(of) do redis.call('ZADD', P .. 'of:' .. tenant, unpack(mine)) end
-        redis.call('HINCRBY', P .. 'totals', 'submitted', fresh)
+        count('submitted', fresh)
+        for _, id in ipairs(revoked or {}) do cancel(id) end
     end
     return out
 end
@@ -232,14 +304,14 @@ end
 function ops.dispatch()
     local epoch, id, attempt, node, boot, model, queue, message, why, lease = unpack(ARGV, 2, 11)
     if not leads(epoch) then return 'not_leader' end
-    local t = read(id, 'attempt', 'features')
+    local t = read(id, 'attempt', 'features', 'deadline')
     if not t or t.state ~= 'pending' or tonumber(t.attempt) + 1 ~= tonumber(attempt) then return 'refused' end
     -- Only an event takes a node out of service, so that the scheduler and this agree; a lapsed one awaits its sweep.
     local known = redis.call('HMGET', P .. 'node:' .. node, 'boot', 'draining')
     if known[1] ~= boot or known[2] then return 'node_gone' end
     redis.call('HSET', task_key(id), 'state', 'dispatched', 'attempt', attempt, 'node', node, 'model', model,
         'dispatched', num(now), 'why', why)
-    move(id, 'pending', 'dispatched', now + tonumber(lease))
+    move(id, 'pending', 'dispatched', math.min(now + tonumber(lease), tonumber(t.deadline)))
     redis.call('SADD', P .. 'node:' .. node .. ':tasks', id)
     event('{"type":"dispatched","at":' .. num(now) .. ',"id":' .. str(id) .. ',"node":' .. str(node) .. ',"model":' .. str(model)
         .. ',"attempt":' .. attempt .. '}')
@@ -273,6 +345,7 @@ function ops.claim()
         end
         redis.call('HSET', task_key(id), 'state', 'running', 'token', token, 'claimed', num(now))
         move(id, 'dispatched', 'running', now + tonumber(lease))
+        redis.call('HSET', P .. 'node:' .. node, 'claimed', num(now))
         event('{"type":"claimed","at":' .. num(now) .. ',"id":' .. str(id) .. ',"node":' .. str(node) .. ',"attempt":' .. attempt .. '}')
     elseif t.state ~= 'running' or t.token ~= token then
         return false
@@ -330,21 +403,58 @@ function ops.hand_back()
 end
 
 -- cancel id → the state it found, or nothing for an unknown task
-function ops.cancel()
-    local id = ARGV[2]
-    local t = read(id, unpack(PLACED))
-    if not t then return false end
-    if not FINAL[t.state] then
-        ended(id, t, 'cancelled', 'cancelled on request')
-        if t.state == 'running' then redis.call('PUBLISH', P .. 'signal:' .. t.node, id) end
+function ops.cancel() return cancel(ARGV[2]) end
+
+-- revoke keep most (id)+ → for each the state it found, or '' for one not known yet: it is cancelled when it is submitted
+-- within `keep` s. The latest `most` of these are kept.
+function ops.revoke()
+    local out, keep, most = {}, tonumber(ARGV[2]), tonumber(ARGV[3])
+    if #ARGV > MOST then return redis.error_reply('ERR too many ids at once') end
+    for i = 4, #ARGV - 2 do
+        out[#out + 1] = cancel(ARGV[i]) or ''
+        if out[#out] == '' then redis.call('ZADD', P .. 'revoked', num(now + keep), ARGV[i]) end
     end
-    return t.state
+    redis.call('ZREMRANGEBYSCORE', P .. 'revoked', '-inf', num(now))
+    redis.call('ZREMRANGEBYRANK', P .. 'revoked', 0, -(most + 1))
+    return out
 end
+
+-- refuse id REVOKED|FAILURE reason → ok        a message becomes no task: its Celery producer is to be told
+function ops.refuse()
+    local id, status, reason = unpack(ARGV, 2, 4)
+    redis.call('HSET', P .. 'refused', id, status .. ' ' .. reason)
+    return 'ok'
+end
+
+-- announce limit → how many were told        cancelled tasks to their nodes and, as refusals, to Celery's producers
+local function announce(limit)
+    local function some(key, tell)
+        local pairs_ = redis.call('HRANDFIELD', P .. key, limit, 'WITHVALUES')
+        for i = 1, #pairs_, 2 do
+            redis.call('HDEL', P .. key, pairs_[i])
+            local t = read(pairs_[i])
+            tell(pairs_[i], pairs_[i + 1], t and t.state)
+        end
+        return #pairs_ / 2
+    end
+    return some('untold', function(id, node, state)
+        if state and state ~= 'cancelled' then return end
+        if node ~= '' then
+            redis.call('SREM', P .. 'node:' .. node .. ':tasks', id)
+            redis.call('PUBLISH', P .. 'signal:' .. node, id)
+        end
+        if state then tell_celery(id, 'REVOKED', 'cancelled') end
+    end) + some('refused', function(id, said, state)
+        local status, reason = string.match(said, '^(%u+) (.*)$')
+        if status and not state then tell_celery(id, status == 'REVOKED' and status or 'FAILURE', reason) end
+    end)
+end
+function ops.announce() return announce(tonumber(ARGV[2])) end
 
 -- forget id → ok, or nothing for an unknown task        drop it at its producer's wish, cancelled first if it goes on
 function ops.forget()
     local id = ARGV[2]
-    local state = ops.cancel()
+    local state = cancel(id)
     if not state then return false end
     drop(id, FINAL[state] and state or 'cancelled')
     redis.call('UNLINK', P .. 'text:' .. id)
@@ -364,7 +474,7 @@ function ops.register()
         end)
     end
     redis.call('HSET', key, 'info', info, 'boot', boot, 'queue', queue)
-    redis.call('HDEL', key, 'draining', 'beat')
+    redis.call('HDEL', key, 'draining', 'beat', 'claimed', 'rests', 'rested', 'rests_taken')
     redis.call('ZADD', P .. 'nodes', num(now + tonumber(ttl)), name)
     event('{"type":"node_up","at":' .. num(now) .. ',"info":' .. info .. '}')
     return 'ok'
@@ -374,8 +484,13 @@ end
 function ops.beat()
     local name, boot, beat, ttl, lease = unpack(ARGV, 2, 6)
     local key = P .. 'node:' .. name
-    if redis.call('HGET', key, 'boot') ~= boot or not redis.call('ZSCORE', P .. 'nodes', name) then return { 'unknown' } end
+    local known = redis.call('HMGET', key, 'boot', 'rests')
+    if known[1] ~= boot or not redis.call('ZSCORE', P .. 'nodes', name) then return { 'unknown' } end
     redis.call('ZADD', P .. 'nodes', num(now + tonumber(ttl)), name)
+    if known[2] and tonumber(known[2]) <= now then
+        redis.call('HDEL', key, 'draining', 'rests')
+        event('{"type":"node_up","at":' .. num(now) .. ',"info":' .. redis.call('HGET', key, 'info') .. '}')
+    end
     local json = '{"at":' .. num(now) .. ',' .. string.sub(beat, 2)
     redis.call('HSET', key, 'beat', json)
     event(json)
@@ -386,8 +501,8 @@ function ops.beat()
         local deadline = readable and t and t.state == 'running' and tonumber(t.deadline)
         if not deadline then
             out[#out + 1] = id
-        elseif now < deadline + 2 * tonumber(lease) then -- a worker that overruns this far is hung: let it lapse
-            redis.call('ZADD', set_key('running'), num(now + tonumber(lease)), id)
+        else -- an engine that overruns by a whole lease is hung
+            redis.call('ZADD', set_key('running'), num(math.min(now, deadline) + tonumber(lease)), id)
         end
     end
     return out
@@ -399,6 +514,7 @@ function ops.drain()
     local key = P .. 'node:' .. name
     if redis.call('HGET', key, 'boot') ~= boot then return 'unknown' end
     redis.call('HSET', key, 'draining', '1')
+    redis.call('HDEL', key, 'rests')
     node_down(name, reason)
     return 'ok'
 end
@@ -413,9 +529,12 @@ function ops.leave()
     return 'ok'
 end
 
--- sweep limit max_strikes max_kept → how many things were mended; call again while it returns `limit` or more
+-- sweep limit max_strikes max_kept unclaimed wait shortest_rest longest_rest → how many things were mended; call again
+-- while it returns `limit` or more. What is dispatched is looked at every `unclaimed` s, and may wait `wait` s for others
+-- to make room.
 function ops.sweep()
     local limit, max_strikes, max_kept = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+    local unclaimed, wait, shortest_rest, longest_rest = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
     local done = 0
     local function due(key, score)
         return redis.call('ZRANGEBYSCORE', key, '-inf', num(score), 'LIMIT', 0, limit)
@@ -436,15 +555,36 @@ function ops.sweep()
         end
         done = done + 1
     end
-    for _, state in ipairs({ 'running', 'dispatched' }) do
-        for _, id in ipairs(due(set_key(state), now)) do
-            apart(id, state, function()
-                local t = known(state, id, unpack(PLACED))
-                if t then give_back(id, t, 'lease_expired', 'the lease on ' .. t.node .. ' lapsed', state == 'running', max_strikes) end
-            end)
-            done = done + 1
-        end
+    for _, id in ipairs(due(set_key('running'), now)) do
+        apart(id, 'running', function()
+            local t = known('running', id, unpack(PLACED))
+            if t then give_back(id, t, 'lease_expired', 'the lease on ' .. (t.node or '?') .. ' lapsed', true, max_strikes) end
+        end)
+        done = done + 1
     end
+    local full, idle = {}, {}
+    for _, id in ipairs(due(set_key('dispatched'), now)) do
+        apart(id, 'dispatched', function()
+            local t = known('dispatched', id, unpack(PLACED))
+            if t then
+                t.node = t.node or ''
+                local waited, lives = now - tonumber(t.dispatched), tonumber(t.deadline) > now
+                if full[t.node] == nil then full[t.node] = busy(t.node) or false end
+                if lives and waited >= unclaimed and waited < wait and full[t.node] then
+                    redis.call('ZADD', set_key('dispatched'), num(math.min(now + unclaimed, tonumber(t.deadline))), id)
+                elseif lives and waited >= unclaimed and not full[t.node] then
+                    local claimed = redis.call('HGET', P .. 'node:' .. t.node, 'claimed')
+                    -- A node that has claimed since lost this message; one that has not may not be consuming at all.
+                    if not claimed or tonumber(claimed) < tonumber(t.dispatched) then idle[t.node] = true end
+                    give_back(id, t, 'handed_back', t.node .. ' has room and did not take it up')
+                else
+                    give_back(id, t, 'lease_expired', 'the lease on ' .. (t.node or '?') .. ' lapsed')
+                end
+            end
+        end)
+        done = done + 1
+    end
+    for name in pairs(idle) do rest(name, shortest_rest, longest_rest) end
     for _, id in ipairs(due(set_key('pending'), now)) do
         apart(id, 'pending', function()
             local t = known('pending', id, 'submitted')
@@ -466,7 +606,7 @@ function ops.sweep()
             done = done + 1
         end
     end
-    return done
+    return announce(limit) < limit and done or math.max(done, limit)
 end
 
 -- lead holder ttl → the epoch this holder leads under, or nothing while another leads
@@ -492,9 +632,25 @@ function ops.snapshot()
     return 'ok'
 end
 
-local run = ops[op]
-if not run then return redis.error_reply('unknown operation ' .. tostring(op)) end
-if not redis.acl_check_cmd('GET', P .. 'may:' .. op) then
-    return redis.error_reply('NOPERM this user may not call ' .. op)
+-- `submitting` is the one function that runs under the server's memory limit.
+local function run(submitting)
+    return function(keys, args)
+        local op = args[1]
+        P, ARGV = keys[1], args
+        if not P or not string.match(P, '^{[%w_-]+}:$') then return redis.error_reply('ERR no prefix of a cell') end
+        if not ops[op] or (op == 'submit') ~= submitting then
+            return redis.error_reply('ERR unknown operation ' .. tostring(op))
+        end
+        if not redis.acl_check_cmd('GET', P .. 'may:' .. op) then
+            return redis.error_reply('NOPERM this user may not call ' .. op)
+        end
+        local clock = redis.call('TIME')
+        now = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
+        return ops[op]()
+    end
 end
-return run()
+
+local flags = { 'allow-cross-slot-keys' }
+redis.register_function { function_name = '@name@_submit', callback = run(true), flags = flags }
+flags[2] = 'allow-oom'
+redis.register_function { function_name = '@name@_call', callback = run(false), flags = flags }

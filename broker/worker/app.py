@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import structlog
 from celery import Celery, Task, signals
+from celery.exceptions import Ignore
 from pydantic import ValidationError
 
 from perllm.broker import connection, logs
@@ -20,6 +21,7 @@ from perllm.broker.engine.contract import Engine
 from perllm.broker.errors import BadSetting, PerLLMError, TaskExpired, TaskFailed, exit_with, field_errors
 from perllm.broker.ledger import Ledger
 from perllm.broker.messages import WIRE_VERSION, NodeInfo
+from perllm.broker.queues import control
 from perllm.broker.queues.app import RUN, configuration, lazy_app
 from perllm.broker.settings import load_settings
 from perllm.broker.worker.node import NodeWorker
@@ -71,6 +73,7 @@ class _Node(Generic[S]):
         logs.configure(self._settings)
 
     def _load(self, **_: Any) -> None:
+        control.restrict(self._ledger)
         with self._or_exit():
             connection.check(self._settings)
             self._engine.start()
@@ -126,7 +129,10 @@ class _Node(Generic[S]):
                 return "ignored: not a message of the scheduler"
             assert self._worker is not None
             with structlog.contextvars.bound_contextvars(task_id=task.request.id, node=self._name):
-                return self._worker.run(task.request.id, attempt)
+                line = self._worker.run(task.request.id, attempt)
+            if line.startswith(("void", "stopped")):  # to Celery too this attempt is no success of the task's
+                raise Ignore(line)
+            return line
 
         return run
 

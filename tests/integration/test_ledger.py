@@ -14,9 +14,10 @@ from support.make import node_info, output, receipt, why
 from support.ports import free_port
 from support.wait import eventually
 
+from perllm.broker import functions
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import Dispatch, Ledger
-from perllm.broker.ledger.ledger import SWEEP_LIMIT
+from perllm.broker.ledger.ledger import DISPATCH_LEASE, SWEEP_LIMIT, UNCLAIMED
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import Counters, Heartbeat, State, Submitted, TaskSpec, new_id
 from perllm.broker.queues.app import node_message
@@ -100,10 +101,11 @@ def test_one_key_twice_in_one_call(ledger: Ledger) -> None:
     assert ledger.submit([("first", spec), ("second", spec)]) == ["first", "first"]
 
 
-def test_the_script_may_be_flushed_at_any_time(ledger: Ledger) -> None:
+def test_the_functions_may_be_flushed_at_any_time(ledger: Ledger) -> None:
     submit(ledger)
-    ledger.client.script_flush()
+    ledger.client.execute_command("FUNCTION", "FLUSH")
     assert ledger.submit((f"t{n}", TaskSpec(prompt="hi")) for n in range(500)) == [f"t{n}" for n in range(500)]
+    functions.load_all(ledger.client)  # for the roles of other tests, who may not
 
 
 def test_a_full_server_stores_nothing_and_says_so(ledger: Ledger) -> None:
@@ -197,26 +199,101 @@ def test_work_that_hangs_beyond_its_deadline_is_renewed_no_more(ledger: Ledger) 
     lapse(ledger, task_id, "running")
     assert ledger.beat(heartbeat, [(task_id, 1, "token")]) == []
     assert ledger.sweep() == 0
-    long_ago = ledger.now() - 1000
+    long_ago = ledger.now() - 301  # by more than a lease
     ledger.client.hset(f"{ledger.prefix}task:{task_id}", "deadline", long_ago)  # moves time
-    lapse(ledger, task_id, "running")
     assert ledger.beat(heartbeat, [(task_id, 1, "token")]) == []
     assert ledger.sweep() == 1
+    assert state_of(ledger, task_id) == "expired"
+    assert ledger.beat(heartbeat, [(task_id, 1, "token")]) == [task_id]  # it is told to stop
+
+
+def dispatch(ledger: Ledger, task_id: str, attempt: int = 1, *, since: float = 0.0) -> str:
+    """Send a pending task to node n, as of so many seconds ago."""
+    message = node_message(task_id, attempt, "edge.n")
+    sent = Dispatch(task_id, attempt, "n", "boot-1", "emulated", "edge.n", message, why())
+    ruling = ledger.dispatch(ledger.lead("test", 60) or 0, [sent])[0]
+    if ruling == "ok" and since:
+        at = ledger.now() - since
+        ledger.client.hset(f"{ledger.prefix}task:{task_id}", "dispatched", at)  # moves time
+        ledger.client.zadd(f"{ledger.prefix}in:dispatched", {task_id: at + UNCLAIMED})
+    return ruling
+
+
+def state_of(ledger: Ledger, task_id: str) -> str:
+    record = ledger.task(task_id)
+    assert record is not None
+    return str(record.state)
+
+
+def in_service(ledger: Ledger) -> bool:
+    return [draining for _, _, draining in ledger.nodes()] == [False]
 
 
 def test_waiting_too_long_in_a_nodes_queue_is_no_strike(ledger: Ledger) -> None:
-    task_id = submit(ledger)
-    run(ledger, task_id)
-    ledger.hand_back(task_id, 1, "token", "stopping")
-    message = node_message(task_id, 2, "edge.n")
-    sent = Dispatch(task_id, 2, "n", "boot-1", "emulated", "edge.n", message, why())
-    assert ledger.dispatch(ledger.lead("test", 60) or 0, [sent]) == ["ok"]
-    lapse(ledger, task_id, "dispatched")
+    """Two run, as many as the node has slots for; a third may wait behind them, but not for ever."""
+    runs = [submit(ledger, deadline=3600) for _ in range(2)]
+    for task_id in runs:
+        run(ledger, task_id)
+    waits = submit(ledger, deadline=3600)
+    assert dispatch(ledger, waits, since=UNCLAIMED + 1) == "ok"
     assert ledger.sweep() == 1
-    record = ledger.task(task_id)
+    assert state_of(ledger, waits) == "dispatched"
+    assert ledger.sweep() == 0
+    ledger.client.hset(f"{ledger.prefix}task:{waits}", "dispatched", ledger.now() - DISPATCH_LEASE - 1)
+    lapse(ledger, waits, "dispatched")
+    assert ledger.sweep() == 1
+    record = ledger.task(waits)
     assert record is not None
     assert (record.state, record.strikes, record.node) == ("pending", 0, None)
-    assert ledger.claim(task_id, 2, "n", "token") is None
+    assert ledger.claim(waits, 1, "n", "token") is None
+    assert in_service(ledger)
+
+
+def test_what_is_dispatched_ends_with_its_deadline(ledger: Ledger) -> None:
+    ledger.register(node_info("n"))
+    task_id = submit(ledger, deadline=5)
+    assert dispatch(ledger, task_id) == "ok"
+    assert ledger.client.zscore(f"{ledger.prefix}in:dispatched", task_id) == pytest.approx(ledger.now() + 5, abs=2)
+    ledger.client.hset(f"{ledger.prefix}task:{task_id}", "deadline", ledger.now() - 1)  # moves time
+    lapse(ledger, task_id, "dispatched")
+    assert ledger.sweep() == 1
+    assert state_of(ledger, task_id) == "expired"
+
+
+def test_a_node_that_takes_up_nothing_rests_ever_longer(ledger: Ledger) -> None:
+    ledger.register(node_info("n"))
+    heartbeat = Heartbeat(at=0, node="n", boot="boot-1", counters=Counters())
+    pauses, attempt, key = [], 1, f"{ledger.prefix}node:n"
+    stuck, beside = submit(ledger, deadline=3600), submit(ledger, deadline=3600)
+    for _ in range(7):
+        dispatch(ledger, beside, attempt)
+        dispatch(ledger, stuck, attempt, since=UNCLAIMED + 1)
+        attempt += 1
+        assert ledger.sweep() == 1
+        assert (state_of(ledger, stuck), state_of(ledger, beside)) == ("pending", "pending")
+        assert dispatch(ledger, stuck, attempt) == "node_gone"
+        assert ledger.beat(heartbeat, []) == []
+        assert not in_service(ledger)
+        pauses.append(round(float(ledger.client.hget(key, "rests") or 0) - ledger.now()))
+        ledger.client.hset(key, "rests", ledger.now() - 1)  # moves time
+        assert ledger.beat(heartbeat, []) == []
+        assert in_service(ledger)
+    assert pauses == pytest.approx([15, 30, 60, 120, 240, 300, 300], abs=2)
+    downs = [e for _, e in ledger.events("0-0") if e.type == "node_down"]
+    assert len(downs) == 7
+    assert "takes up nothing" in downs[0].reason
+    record = ledger.task(stuck)
+    assert record is not None
+    assert record.strikes == 0
+    run(ledger, beside, attempt)  # it works again, so the next time is the first
+    dispatch(ledger, stuck, attempt)
+    ledger.client.hset(key, "claimed", ledger.now() + 1)  # after it began to rest
+    ledger.client.hset(f"{ledger.prefix}task:{stuck}", "dispatched", ledger.now() - 99)
+    assert ledger.sweep() == 0
+    lapse(ledger, stuck, "dispatched")
+    assert ledger.sweep() == 1
+    assert state_of(ledger, stuck) == "pending"
+    assert in_service(ledger), "it has claimed since: only this message was lost"
 
 
 def test_a_sweep_is_bounded_and_ends(ledger: Ledger) -> None:
@@ -289,7 +366,7 @@ def test_unreadable_events_are_passed_over_however_many(ledger: Ledger) -> None:
 def test_the_stream_is_trimmed(ledger: Ledger, settings: Settings) -> None:
     short = Ledger(settings.model_copy(update={"stream_length": 1000}))
     short.submit((f"t{n}", TaskSpec(prompt="hi")) for n in range(5000))
-    assert 1000 <= ledger.client.xlen(f"{ledger.prefix}events") < 1500
+    assert 1000 <= ledger.client.xlen(f"{ledger.prefix}requests") < 1500
     short.client.close()
 
 

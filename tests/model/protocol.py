@@ -156,7 +156,7 @@ class Ledger:
                 return w, "refused"
             if node.boot != boot or node.draining:
                 return w, "node_gone"
-        task = task._replace(state="dispatched", attempt=attempt, node=n, token=0, lapsed=False)
+        task = task._replace(state="dispatched", attempt=attempt, node=n, token=0, lapsed=task.late)
         queue = tuple(sorted((*w.queues[n], (i, attempt))))
         return w._replace(tasks=put(w.tasks, i, task), queues=put(w.queues, n, queue)), "ok"
 
@@ -449,7 +449,8 @@ def _time(w: World) -> Iterator[Step]:
                 held = bool(worker.boot) and (held or (i, task.attempt) in w.queues[task.node])
             yield from lapse("a lease lapses", (i,), held, tasks=put(w.tasks, i, task._replace(lapsed=True)))
         if w.faults and not task.late and task.state not in FINAL | {"absent"}:
-            late = put(w.tasks, i, task._replace(late=True))
+            # The lease on what is dispatched ends with its deadline.
+            late = put(w.tasks, i, task._replace(late=True, lapsed=task.lapsed or task.state == "dispatched"))
             yield Action("a deadline passes", (i,)), _fault(w, tasks=late), False
     for n, node in enumerate(w.nodes):
         if node.boot and not node.lapsed:
