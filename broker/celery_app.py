@@ -38,6 +38,9 @@ class _Results(RedisBackend):  # type: ignore[misc]
     def _store_result(self, task_id: str, result: Any, *_: Any, **__: Any) -> Any:  # noqa: ARG002
         return result
 
+    def on_chord_part_return(self, *_: Any, **__: Any) -> None:
+        """No task of ours is a part of a chord, whatever a message says."""
+
 
 class _App(Celery):  # type: ignore[misc]
     def _get_backend(self) -> _Results:

@@ -20,6 +20,7 @@ from broker import demo as demonstration
 from broker import show, submit_file
 from broker.client import Client
 from broker.errors import BadSetting, InvalidTask, PerLLMError
+from broker.ledger import cli as ledger_cli
 from broker.messages import Result, State
 from broker.settings import load_settings
 from broker.stack import Stack
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 dead = typer.Typer(help="Tasks that failed for good: look at them, or try again.", no_args_is_help=True)
 app.add_typer(dead, name="dead")
+app.add_typer(ledger_cli.app, name="ledger")
 
 out = Console()
 err = Console(stderr=True)

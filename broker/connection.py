@@ -13,6 +13,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
 from broker.errors import BadSetting, Unreachable
+from broker.functions import missing
 from broker.settings import Settings
 
 #: Seconds a connection attempt, and a reply, may take. Producers may be far away and send much at once; the system's
@@ -31,7 +32,8 @@ _CANNOT = {
     "MISCONF": "cannot write to its disk and stored nothing: make room there, and see its log",
     "READONLY": "is a read-only replica: set PERLLM_REDIS_URL to the primary's address",
     "NOREPLICAS": "has too few replicas to store anything: see its min-replicas-to-write",
-    "BUSY": "is busy with a script that does not end: see its log",
+    "BUSY": "is busy with a script that does not end: see its log; its administrator may end it with FUNCTION KILL or "
+    "SCRIPT KILL",
 }
 
 
@@ -97,6 +99,11 @@ def reaching(settings: Settings) -> Iterator[None]:
             f"the server at {at} is out of memory and stored nothing: raise its maxmemory or shorten PERLLM_RETENTION"
         ) from None
     except redis.exceptions.ResponseError as error:
+        if missing(error):
+            raise Unreachable(
+                f"the server at {at} has not the functions of this version of PerLLM, and this user may not load them: "
+                "do so once with `perllm ledger load`, as its administrator (PERLLM_REDIS_URL)"
+            ) from None
         read_only = isinstance(error, redis.exceptions.ReadOnlyError)  # redis-py takes the word off
         kind = "READONLY" if read_only else str(error).partition(" ")[0]
         if kind not in _CANNOT:

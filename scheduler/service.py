@@ -19,8 +19,8 @@ import structlog
 from broker.celery_app import node_message
 from broker.errors import Unreachable
 from broker.ledger import Dispatch, End, Ledger
-from broker.ledger.ledger import SWEEP_LIMIT
-from broker.messages import Ended, Event, Heartbeat, NodeDown, NodeUp, Submitted
+from broker.ledger.ledger import SWEEP_LIMIT, gap, later
+from broker.messages import Ended, Event, Heartbeat, NodeDown, NodeUp, State, Submitted
 from broker.settings import Settings
 from scheduler.core.core import Core, Decision
 
@@ -137,7 +137,7 @@ class _Reign:
             self._core.handle(NodeUp(at=self.now(), info=info))
             if heartbeat:
                 self._core.handle(heartbeat)
-        while _later(newest, self._position) and self._read(block=None):
+        while later(newest, self._position) and self._read(block=None):
             pass
         self._reconcile_nodes()
         self._reconcile_tasks()
@@ -150,7 +150,7 @@ class _Reign:
             if saved is None:
                 return
             position = saved["position"]
-            if _later(oldest, position):
+            if gap(position, oldest):
                 log.warning("stream_gap", snapshot=position, oldest=oldest)
             self._core.restore(saved["core"])
             self._position = position
@@ -209,6 +209,8 @@ class _Reign:
 
     def _read(self, block: float | None) -> int:
         entries = self._ledger.events(self._position, block=block)
+        if any(isinstance(event, Ended) and event.state == State.CANCELLED for _, event in entries):
+            self._ledger.announce()
         self._load(_strangers((e for _, e in entries), self._core))
         for position, event in entries:
             if isinstance(event, NodeDown):
@@ -287,8 +289,3 @@ def _strangers(events: Iterable[Event], core: Core) -> list[str]:
         elif event.id not in introduced and core.find(event.id) is None:
             strangers[event.id] = None
     return list(strangers)
-
-
-def _later(a: str, b: str) -> bool:
-    """Whether stream position `a` is after `b`."""
-    return tuple(map(int, a.split("-"))) > tuple(map(int, b.split("-")))

@@ -10,6 +10,7 @@ import structlog
 
 from broker.connection import reaching
 from broker.errors import PerLLMError
+from broker.functions import Function
 from broker.ledger import Ledger
 from broker.settings import Settings
 
@@ -18,11 +19,15 @@ LEASE = 15.0
 #: Seconds between rounds, and after something went wrong.
 PAUSE, AFTER_FAILURE = 0.25, 2.0
 
-_HOLD = """
+_HOLD = Function(
+    "hold",
+    """
 if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 1 end
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])
-"""
+""",
+    full=True,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -38,7 +43,7 @@ class Duty:
         self._settings, self._ledger, self._name = settings, ledger, name
         self._lease = f"{ledger.prefix}api:duty:{name}"
         self._holder = uuid4().hex
-        self._hold_script = ledger.client.register_script(_HOLD)
+        self._hold_script = _HOLD.on(ledger.client)
         self._woken, self._closing = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name=f"perllm-{name}", daemon=True)
 

@@ -17,6 +17,7 @@ from broker.api.webhook_store import Webhooks
 from broker.celery_app import make_app
 from broker.dialect import receipt_fields
 from broker.ledger import Ledger
+from broker.ledger.ledger import gap
 from broker.messages import Completed, Ended
 from broker.settings import Settings
 
@@ -48,7 +49,7 @@ class Herald(Duty):
         """Whether there is more to hear."""
         position = self._hooks.position()
         events = self._ledger.events(position, count=READ)
-        if events and _before(position, self._ledger.first_and_last_event()[0]):
+        if events and gap(position, self._ledger.first_and_last_event()[0]):
             log.warning("events_missed", hint="nobody told webhooks for longer than PERLLM_STREAM_LENGTH events last")
         ends = {e.id: e.state for _, e in events if isinstance(e, Completed | Ended) and not e.id.startswith("batch_")}
         if ends:
@@ -57,7 +58,7 @@ class Herald(Duty):
                     self._hooks.announce(tenant, f"task.{state}", task_id, self._told(task_id))
         if events:
             self._hooks.advance(events[-1][0])
-        return len(events) == READ
+        return len(events) >= READ
 
     def _told(self, task_id: str) -> dict[str, Any]:
         """What is told of a task: everything but its text."""
@@ -76,8 +77,3 @@ class Herald(Duty):
         if self._celery is None:
             self._celery = make_app(self._settings, queue=QUEUE)
         return self._celery
-
-
-def _before(position: str, first: str) -> bool:
-    """Whether a stream position is older than the first entry still kept, so that some may be gone."""
-    return position != "0-0" and [int(n) for n in position.split("-")] < [int(n) for n in first.split("-")]

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from broker.api.shelf import Document, Shelf
 from broker.connection import reaching
 from broker.errors import BadSetting
+from broker.functions import Function
 from broker.ledger import Ledger
 from broker.messages import Name
 from broker.settings import Settings
@@ -23,7 +24,9 @@ _FORM = re.compile(r"perllm_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _ALL = "all"
 
 # Generic cell rate algorithm: the next request's theoretical arrival time, with a second's worth of burst.
-_RATE = """
+_RATE = Function(
+    "rate",
+    """
 local clock = redis.call('TIME')
 local now, rate = clock[1] + clock[2] / 1e6, tonumber(ARGV[1])
 local due = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), now) + 1 / rate
@@ -31,16 +34,20 @@ local wait = due - now - math.max(1, 1 / rate)
 if wait > 1e-6 then return string.format('%.6f', wait) end
 redis.call('SET', KEYS[1], string.format('%.6f', due), 'PX', math.ceil((due - now) * 1000) + 1000)
 return '0'
-"""
+""",
+)
 # The unfinished tasks a key has submitted, each counted until its deadline at the latest.
-_RESERVE = """
+_RESERVE = Function(
+    "reserve",
+    """
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1e6
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 if redis.call('ZCARD', KEYS[1]) + (#ARGV - 1) / 2 > tonumber(ARGV[1]) then return 0 end
 for i = 2, #ARGV, 2 do redis.call('ZADD', KEYS[1], now + ARGV[i + 1] + 60, ARGV[i]) end
 return 1
-"""
+""",
+)
 
 
 class Key(Document):
@@ -60,8 +67,8 @@ class Keys:
     def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self._settings, self._ledger = settings, ledger
         self._shelf: Shelf[Key] = Shelf(settings, ledger, "key", Key)
-        self._rate = ledger.client.register_script(_RATE)
-        self._reserve = ledger.client.register_script(_RESERVE)
+        self._rate = _RATE.on(ledger.client)
+        self._reserve = _RESERVE.on(ledger.client)
 
     def make(self, tenant: str, name: str, rate: float | None, in_flight: int | None) -> tuple[Key, str]:
         """A new key, and what its owner sends: it is shown this once."""

@@ -1,10 +1,10 @@
 -- The ledger: every transition of a task's life, each one atomic call.
 --
---   EVALSHA <sha> 1 <prefix> <operation> [argument ...]        prefix: "{cell}:"
+--   FCALL <library>_submit|<library>_call 1 <prefix> <operation> [argument ...]        prefix: "{cell}:"
 --
 -- States: pending → dispatched → running → succeeded | failed | expired | rejected | cancelled. The last five are final.
 -- Every operation checks the state it leaves, writes the state it enters, moves the task between the state sets and
--- appends the event, in this one script: there is no moment between these at which a crash could lose or double anything.
+-- appends the event, in this one call: there is no moment between these at which a crash could lose or double anything.
 --
 -- Data model (all keys begin with the prefix; its braces keep one cell's keys in one Redis Cluster slot):
 --
@@ -15,7 +15,8 @@
 --                              key         the name below the prefix of its idempotency key, if it has one
 --                              while placed: node, model, dispatched, claimed, token
 --                              why         the last Explanation, JSON
---                              when final: result (a Result, JSON), finished
+--                              when final: finished
+--   result:<id>        string  of a task that ended otherwise than cancelled: its Result, JSON
 --   of:<tenant>        zset    the tenant's tasks by the time they were submitted
 --   text:<id>          list    the text of a task submitted with `stream`, as it is generated: pieces, each
 --                              "<attempt> <text>"; gone an hour after the last
@@ -29,7 +30,12 @@
 --   node:<name>:tasks  set     the tasks dispatched to or running on it
 --   nodes              zset    live nodes by the time until which they count as alive
 --   key:<tenant> <key> string  idempotency key → task id, kept for as long as the task
---   events             stream  one field `e`: an Event, JSON; trimmed to about the length given
+--   events             stream  what schedulers and workers caused. One field `e`: an Event, JSON; trimmed to about the
+--                              length given
+--   requests           stream  what producers caused, submissions and cancellations, alike. Two streams, since who may
+--                              write to one can write anything there
+--   untold             hash    cancelled task → its node or '': those whose node and Celery producer are still to be told
+--   refused            hash    id of a message that became no task → what its Celery producer is still to be told
 --   totals             hash    submitted, succeeded, failed, expired, rejected, cancelled, forgotten: ever
 --   revoked            zset    ids revoked before they were submitted, by when that is forgotten
 --   epoch, leader      string  the scheduler's fencing number, and who leads under it (expires)
@@ -46,10 +52,12 @@
 -- A strike is an attempt that ended without a result by fault (lease lost while running, engine error).
 -- Time is the server's. Numbers are seconds.
 
-local P = KEYS[1]
-local op = ARGV[1]
-local clock = redis.call('TIME')
-local now = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
+-- A call runs with its caller's rights, and every role may write what its operations write, past these functions too. So
+-- roles write to different keys wherever it matters who wrote (users.acl): a producer can spoil the tasks and sets it
+-- needs for submitting, but write no result, no other role's event, no node. And whoever does more with what a producer
+-- may have written checks it first (`read`).
+
+local P, ARGV, now -- of the call that runs
 
 local FINAL = { succeeded = true, failed = true, expired = true, rejected = true, cancelled = true }
 local EXCEPTION = { failed = 'TaskFailed', expired = 'TaskExpired', rejected = 'TaskRejected' }
@@ -63,15 +71,26 @@ local function config(name) -- limits travel with each call: [stream length, ret
     return tonumber(ARGV[#ARGV - (name == 'stream' and 1 or 0)])
 end
 
-local function event(json)
-    redis.call('XADD', P .. 'events', 'MAXLEN', '~', config('stream'), '*', 'e', json)
+local function append(stream, json)
+    redis.call('XADD', P .. stream, 'MAXLEN', '~', config('stream'), '*', 'e', json)
 end
+
+local function event(json) append('events', json) end
+
+local function count(name, n) redis.pcall('HINCRBY', P .. 'totals', name, n) end -- nothing hangs on it
+
+-- What a number is taken for that is none: it would be written into events, and compared.
+local SPOILT = { attempt = '0', strikes = '0', deadline = '0', submitted = '0', claimed = '0', dispatched = '0' }
 
 local function read(id, ...) -- fields of a task as a table, or nil where there is no such task
     local values = redis.call('HMGET', task_key(id), 'state', ...)
     if not values[1] then return nil end
     local t = { state = values[1] }
-    for i, name in ipairs({ ... }) do t[name] = values[i + 1] or nil end
+    for i, name in ipairs({ ... }) do
+        local value = values[i + 1] or nil
+        if value and SPOILT[name] and not (#value < 20 and string.match(value, '^%d+%.?%d*$')) then value = SPOILT[name] end
+        t[name] = value
+    end
     return t
 end
 
@@ -100,22 +119,19 @@ local function tell_celery(id, status, said)
     redis.call('PUBLISH', name, meta)
 end
 
--- Enter a final state: the result document, the set, the totals, Celery's copy and the announcement.
+-- Enter a final state but cancelled: the result document, the set, the totals, Celery's copy and the announcement.
 local function finish(id, t, state, on_time, reason, extra)
     local latency = now - tonumber(t.submitted)
     local doc = '{"id":' .. str(id) .. ',"state":"' .. state .. '","on_time":' .. tostring(on_time)
         .. ',"latency":' .. num(latency)
         .. (t.claimed and ',"queued":' .. num(tonumber(t.claimed) - tonumber(t.submitted)) or '')
         .. (reason and ',"reason":' .. str(reason) or '') .. (extra or '') .. '}'
-    redis.call('HSET', task_key(id), 'state', state, 'result', doc, 'finished', num(now))
+    redis.call('HSET', task_key(id), 'state', state, 'finished', num(now))
+    redis.call('SET', P .. 'result:' .. id, doc)
     move(id, t.state, state, now)
     if t.node then redis.call('SREM', P .. 'node:' .. t.node .. ':tasks', id) end
-    redis.call('HINCRBY', P .. 'totals', state, 1)
-    if state == 'cancelled' then
-        tell_celery(id, 'REVOKED', 'cancelled')
-    else
-        tell_celery(id, state == 'succeeded' and 'SUCCESS' or state, state == 'succeeded' and doc or reason or state)
-    end
+    count(state, 1)
+    tell_celery(id, state == 'succeeded' and 'SUCCESS' or state, state == 'succeeded' and doc or reason or state)
     return latency
 end
 
@@ -187,10 +203,10 @@ end
 local function drop(id, state)
     local tenant, key = unpack(redis.call('HMGET', task_key(id), 'tenant', 'key'))
     if tenant then redis.call('ZREM', P .. 'of:' .. tenant, id) end
-    redis.call('UNLINK', task_key(id), 'celery-task-meta-' .. id)
-    if key then redis.call('UNLINK', P .. key) end
+    redis.call('UNLINK', task_key(id), P .. 'result:' .. id, 'celery-task-meta-' .. id)
+    if key and string.sub(key, 1, 4) == 'key:' then redis.call('UNLINK', P .. key) end
     redis.call('ZREM', set_key(state), id)
-    redis.call('HINCRBY', P .. 'totals', 'forgotten', 1)
+    count('forgotten', 1)
 end
 
 local function leads(epoch) return redis.call('GET', P .. 'epoch') == epoch end
@@ -202,11 +218,27 @@ local function running_under(id, attempt, token) -- the task if this attempt sti
 end
 
 local ops = {}
-local cancel
+local MOST = 1000 -- tasks and ids per call: one call must not hold the server for long
+
+-- End a task as cancelled; returns the state it was found in, or false. Producers may: its result is read off the
+-- record, and the rest is for `announce`.
+local function cancel(id)
+    local t = read(id, unpack(PLACED))
+    if not t then return false end
+    if FINAL[t.state] then return t.state end
+    append('requests', '{"type":"ended","at":' .. num(now) .. ',"id":' .. str(id)
+        .. ',"state":"cancelled","reason":"cancelled on request"' .. (t.node and ',"node":' .. str(t.node) or '') .. '}')
+    redis.call('HSET', task_key(id), 'state', 'cancelled', 'finished', num(now))
+    move(id, t.state, 'cancelled', now)
+    redis.call('HSET', P .. 'untold', id, t.node or '')
+    count('cancelled', 1)
+    return t.state
+end
 
 -- submit (id payload features deadline key tenant)+ → the id in force for each: its own, or the one its idempotency key had
 function ops.submit()
     local out, fresh, pending, of = {}, 0, {}, {}
+    if #ARGV > 6 * MOST + 3 then return redis.error_reply('ERR too many tasks at once') end
     local revoked = redis.call('EXISTS', P .. 'revoked') == 1 and {} -- before they were submitted
     for i = 2, #ARGV - 2, 6 do
         local id, payload, features, window, key, tenant = unpack(ARGV, i, i + 5)
@@ -215,6 +247,8 @@ function ops.submit()
             id = first
         elseif redis.call('EXISTS', task_key(id)) == 0 then
             local deadline = num(now + tonumber(window))
+            append('requests',
+                '{"at":' .. num(now) .. ',"id":' .. str(id) .. ',"deadline":' .. deadline .. ',' .. string.sub(features, 2))
             redis.call('HSET', task_key(id), 'state', 'pending', 'submitted', num(now), 'deadline', deadline, 'window', window,
                 'attempt', 0, 'strikes', 0, 'payload', payload, 'features', features, 'tenant', tenant)
             fresh = fresh + 1
@@ -226,7 +260,6 @@ function ops.submit()
                 redis.call('SET', P .. 'key:' .. key, id)
                 redis.call('HSET', task_key(id), 'key', 'key:' .. key)
             end
-            event('{"at":' .. num(now) .. ',"id":' .. str(id) .. ',"deadline":' .. deadline .. ',' .. string.sub(features, 2))
             if revoked then
                 local till = redis.call('ZSCORE', P .. 'revoked', id)
                 if till and tonumber(till) > now then revoked[#revoked + 1] = id end
@@ -237,7 +270,7 @@ function ops.submit()
     if fresh > 0 then
         redis.call('ZADD', set_key('pending'), unpack(pending))
         for tenant, mine in pairs(of) do redis.call('ZADD', P .. 'of:' .. tenant, unpack(mine)) end
-        redis.call('HINCRBY', P .. 'totals', 'submitted', fresh)
+        count('submitted', fresh)
         for _, id in ipairs(revoked or {}) do cancel(id) end
     end
     return out
@@ -343,16 +376,6 @@ function ops.hand_back()
     return 'ok'
 end
 
-function cancel(id)
-    local t = read(id, unpack(PLACED))
-    if not t then return false end
-    if not FINAL[t.state] then
-        ended(id, t, 'cancelled', 'cancelled on request')
-        if t.state == 'running' then redis.call('PUBLISH', P .. 'signal:' .. t.node, id) end
-    end
-    return t.state
-end
-
 -- cancel id → the state it found, or nothing for an unknown task
 function ops.cancel() return cancel(ARGV[2]) end
 
@@ -360,6 +383,7 @@ function ops.cancel() return cancel(ARGV[2]) end
 -- within `keep` s. The latest `most` of these are kept.
 function ops.revoke()
     local out, keep, most = {}, tonumber(ARGV[2]), tonumber(ARGV[3])
+    if #ARGV > MOST then return redis.error_reply('ERR too many ids at once') end
     for i = 4, #ARGV - 2 do
         out[#out + 1] = cancel(ARGV[i]) or ''
         if out[#out] == '' then redis.call('ZADD', P .. 'revoked', num(now + keep), ARGV[i]) end
@@ -369,13 +393,37 @@ function ops.revoke()
     return out
 end
 
--- refuse id REVOKED|FAILURE reason → ok        a message that becomes no task, told to Celery's producer; where the id is
--- a task's, it is that task's result that counts
+-- refuse id REVOKED|FAILURE reason → ok        a message becomes no task: its Celery producer is to be told
 function ops.refuse()
     local id, status, reason = unpack(ARGV, 2, 4)
-    if redis.call('EXISTS', task_key(id)) == 0 then tell_celery(id, status, reason) end
+    redis.call('HSET', P .. 'refused', id, status .. ' ' .. reason)
     return 'ok'
 end
+
+-- announce limit → how many were told        cancelled tasks to their nodes and, as refusals, to Celery's producers
+local function announce(limit)
+    local function some(key, tell)
+        local pairs_ = redis.call('HRANDFIELD', P .. key, limit, 'WITHVALUES')
+        for i = 1, #pairs_, 2 do
+            redis.call('HDEL', P .. key, pairs_[i])
+            local t = read(pairs_[i])
+            tell(pairs_[i], pairs_[i + 1], t and t.state)
+        end
+        return #pairs_ / 2
+    end
+    return some('untold', function(id, node, state)
+        if state and state ~= 'cancelled' then return end
+        if node ~= '' then
+            redis.call('SREM', P .. 'node:' .. node .. ':tasks', id)
+            redis.call('PUBLISH', P .. 'signal:' .. node, id)
+        end
+        if state then tell_celery(id, 'REVOKED', 'cancelled') end
+    end) + some('refused', function(id, said, state)
+        local status, reason = string.match(said, '^(%u+) (.*)$')
+        if status and not state then tell_celery(id, status == 'REVOKED' and status or 'FAILURE', reason) end
+    end)
+end
+function ops.announce() return announce(tonumber(ARGV[2])) end
 
 -- forget id → ok, or nothing for an unknown task        drop it at its producer's wish, cancelled first if it goes on
 function ops.forget()
@@ -477,13 +525,14 @@ function ops.sweep()
     end
     for _, id in ipairs(due(set_key('running'), now)) do
         local t = known('running', id, unpack(PLACED))
-        if t then give_back(id, t, 'lease_expired', 'the lease on ' .. t.node .. ' lapsed', true, max_strikes) end
+        if t then give_back(id, t, 'lease_expired', 'the lease on ' .. (t.node or '?') .. ' lapsed', true, max_strikes) end
         done = done + 1
     end
     local full, idle = {}, {}
     for _, id in ipairs(due(set_key('dispatched'), now)) do
         local t = known('dispatched', id, unpack(PLACED))
         if t then
+            t.node = t.node or ''
             local waited, lives = now - tonumber(t.dispatched), tonumber(t.deadline) > now
             if full[t.node] == nil then full[t.node] = busy(t.node) or false end
             if lives and waited >= unclaimed and waited < wait and full[t.node] then
@@ -494,7 +543,7 @@ function ops.sweep()
                 if not claimed or tonumber(claimed) < tonumber(t.dispatched) then idle[t.node] = true end
                 give_back(id, t, 'handed_back', t.node .. ' has room and did not take it up')
             else
-                give_back(id, t, 'lease_expired', 'the lease on ' .. t.node .. ' lapsed')
+                give_back(id, t, 'lease_expired', 'the lease on ' .. (t.node or '?') .. ' lapsed')
             end
         end
         done = done + 1
@@ -516,7 +565,7 @@ function ops.sweep()
             done = done + 1
         end
     end
-    return done
+    return announce(limit) < limit and done or math.max(done, limit)
 end
 
 -- lead holder ttl → the epoch this holder leads under, or nothing while another leads
@@ -542,9 +591,25 @@ function ops.snapshot()
     return 'ok'
 end
 
-local run = ops[op]
-if not run then return redis.error_reply('unknown operation ' .. tostring(op)) end
-if not redis.acl_check_cmd('GET', P .. 'may:' .. op) then
-    return redis.error_reply('NOPERM this user may not call ' .. op)
+-- `submitting` is the one function that runs under the server's memory limit.
+local function run(submitting)
+    return function(keys, args)
+        local op = args[1]
+        P, ARGV = keys[1], args
+        if not P or not string.match(P, '^{[%w_-]+}:$') then return redis.error_reply('ERR no prefix of a cell') end
+        if not ops[op] or (op == 'submit') ~= submitting then
+            return redis.error_reply('ERR unknown operation ' .. tostring(op))
+        end
+        if not redis.acl_check_cmd('GET', P .. 'may:' .. op) then
+            return redis.error_reply('NOPERM this user may not call ' .. op)
+        end
+        local clock = redis.call('TIME')
+        now = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
+        return ops[op]()
+    end
 end
-return run()
+
+local flags = { 'allow-cross-slot-keys' }
+redis.register_function { function_name = '@name@_submit', callback = run(true), flags = flags }
+flags[2] = 'allow-oom'
+redis.register_function { function_name = '@name@_call', callback = run(false), flags = flags }

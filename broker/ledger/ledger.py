@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import redis
 import structlog
@@ -20,6 +20,7 @@ from broker.messages import (
     BYTES_PER_TOKEN,
     Claimed,
     Dispatched,
+    Ended,
     Event,
     Explanation,
     Heartbeat,
@@ -55,10 +56,29 @@ SWEEP_LIMIT = 500
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,254}")
 
+#: A stream's beginning.
+START = "0-0"
+
 Verdict = Literal["ok", "void"]
 Ruling = Literal["ok", "refused", "not_leader", "node_gone"]
 
 log = structlog.get_logger(__name__)
+
+
+class Mark(NamedTuple):
+    """A place in the event stream: the last entries read of the two it is kept in, see `ledger.lua`."""
+
+    events: str = START
+    requests: str = START
+
+    @classmethod
+    def of(cls, position: str) -> Self:
+        """From its text; that of an older version knows one stream only."""
+        events, _, requests = position.partition(",")
+        return cls(events, requests or START)
+
+    def __str__(self) -> str:
+        return f"{self.events},{self.requests}"
 
 
 class Dispatch(NamedTuple):
@@ -194,22 +214,31 @@ class Ledger:
         return [State(was.decode()) if was else None for reply in self._pipeline(calls) for was in reply]
 
     def refuse(self, task_id: str, status: Literal["FAILURE", "REVOKED"], reason: str) -> None:
-        """Tell the Celery producer of a message that it becomes no task. Where a task has the id, nothing happens."""
+        """Have the Celery producer of a message told that it becomes no task. Where a task has the id, nothing comes of
+        it."""
         self._call("refuse", *(word.encode("utf-8", "replace") for word in (task_id, status, reason)))
 
     def task(self, task_id: str) -> TaskRecord | None:
         """Everything known of a task, or None."""
         with reaching(self._settings):
-            raw = cast("dict[bytes, bytes]", self.client.hgetall(f"{self.prefix}task:{task_id}"))
-        return _record(task_id, raw) if raw else None
+            pipe = self.client.pipeline()
+            pipe.hgetall(f"{self.prefix}task:{task_id}")
+            pipe.get(f"{self.prefix}result:{task_id}")
+            raw, result = pipe.execute()
+        return _record(task_id, raw, result) if raw else None
 
     def results(self, task_ids: Sequence[str]) -> list[Result | None]:
         """The results of those that are final, None for the others and the unknown, in order."""
+        if not task_ids:
+            return []
         with reaching(self._settings):
+            kept = cast("list[bytes | None]", self.client.mget([f"{self.prefix}result:{i}" for i in task_ids]))
+            others = [i for i, raw in zip(task_ids, kept, strict=True) if raw is None]
             pipe = self.client.pipeline(transaction=False)
-            for task_id in task_ids:
-                pipe.hget(f"{self.prefix}task:{task_id}", "result")
-            return [Result.model_validate_json(raw) if raw else None for raw in pipe.execute()]
+            for task_id in others:
+                pipe.hmget(f"{self.prefix}task:{task_id}", *_ENDING)
+            endings = dict(zip(others, pipe.execute(), strict=True))
+        return [_result(i, raw, endings.get(i, ())) for i, raw in zip(task_ids, kept, strict=True)]
 
     def states(self, task_ids: Sequence[str]) -> list[State | None]:
         """Where these tasks are, None for the unknown, in order."""
@@ -322,6 +351,10 @@ class Ledger:
         """Keep the scheduler's learned state; False when this epoch no longer leads."""
         return bool(self._call("snapshot", epoch, json.dumps(state)) == b"ok")
 
+    def announce(self) -> None:
+        """Tell cancelled tasks' nodes and Celery producers. The sweep does so too; this is sooner."""
+        self._call("announce", SWEEP_LIMIT)
+
     def load_snapshot(self) -> dict[str, Any] | None:
         """The state last saved, or None."""
         with reaching(self._settings):
@@ -329,26 +362,34 @@ class Ledger:
         return cast("dict[str, Any]", json.loads(raw)) if raw else None
 
     def events(self, after: str, *, count: int = 1000, block: float | None = None) -> list[tuple[str, Event]]:
-        """Up to `count` events later than the stream position `after`, waiting up to `block` s for one. An entry that
-        is no event is logged and skipped."""
+        """Some events later than the position `after` in the order they happened, `count` of each of the streams at
+        most, waiting up to `block` s for one. An entry that is no event, or not its writers' to tell, is logged and
+        skipped."""
         wait = None if block is None else max(1, int(block * 1000))
+        mark = Mark.of(after)
         while True:
+            places: dict[Any, Any] = {f"{self.prefix}requests": mark.requests, f"{self.prefix}events": mark.events}
             with reaching(self._settings):
-                reply = cast(
-                    "list[Any] | None", self.client.xread({f"{self.prefix}events": after}, count=count, block=wait)
-                )
+                reply = cast("list[Any] | None", self.client.xread(places, count=count, block=wait))
             if not reply:
                 return []
-            if events := list(_events(reply[0][1])):
-                return events
-            after = reply[0][1][-1][0]  # none of these is readable; what follows may be
+            events = []
+            for stream, position, fields in in_order(reply, count):
+                mark = mark._replace(**{stream: position})
+                if (event := _event(stream, position, fields)) is not None:
+                    events.append((str(mark), event))
+            if events:
+                return events  # otherwise none of these is readable; what follows may be
 
     def first_and_last_event(self) -> tuple[str, str]:
-        """Stream positions of the oldest event kept and the newest ("0-0" for an empty stream)."""
+        """Positions of the oldest events kept and the newest."""
         with reaching(self._settings):
-            oldest = cast("list[Any]", self.client.xrange(f"{self.prefix}events", count=1))
-            newest = cast("list[Any]", self.client.xrevrange(f"{self.prefix}events", count=1))
-        return (oldest[0][0].decode(), newest[0][0].decode()) if oldest and newest else ("0-0", "0-0")
+            pipe = self.client.pipeline(transaction=False)
+            for stream in Mark._fields:
+                pipe.xrange(f"{self.prefix}{stream}", count=1)
+                pipe.xrevrange(f"{self.prefix}{stream}", count=1)
+            ends = [rows[0][0].decode() if rows else START for rows in pipe.execute()]
+        return str(Mark(*ends[::2])), str(Mark(*ends[1::2]))
 
     def unfinished(self) -> Iterator[tuple[State, str]]:
         """Every pending, dispatched and running task's id."""
@@ -357,12 +398,15 @@ class Ledger:
                 yield state, task_id
 
     def features(self, task_ids: Sequence[str]) -> list[Placement | None]:
-        """What the scheduler needs to know of tasks, as events it would have read, in order; None for unknown ids."""
+        """What the scheduler needs to know of tasks, as events it would have read, in order; None for unknown
+        ids and cancelled tasks."""
         with reaching(self._settings):
             pipe = self.client.pipeline(transaction=False)
             for task_id in task_ids:
-                pipe.hmget(f"{self.prefix}task:{task_id}", *_PLACEMENT_FIELDS)
-            return [_placement(i, row) if row[0] else None for i, row in zip(task_ids, pipe.execute(), strict=True)]
+                pipe.hmget(f"{self.prefix}task:{task_id}", "state", *_PLACEMENT_FIELDS)
+            rows = pipe.execute()
+        gone = (None, b"cancelled")
+        return [None if row[0] in gone else _placement(i, row[1:]) for i, row in zip(task_ids, rows, strict=True)]
 
     def now(self) -> float:
         """The server's clock."""
@@ -542,7 +586,7 @@ def _node(row: list[bytes | None]) -> tuple[NodeInfo, Heartbeat | None, bool] | 
         return None
 
 
-def _record(task_id: str, raw: dict[bytes, bytes]) -> TaskRecord:
+def _record(task_id: str, raw: dict[bytes, bytes], result: bytes | None) -> TaskRecord:
     def text(name: bytes) -> str | None:
         return raw[name].decode() if name in raw else None
 
@@ -557,13 +601,74 @@ def _record(task_id: str, raw: dict[bytes, bytes]) -> TaskRecord:
         node=text(b"node"),
         model=text(b"model"),
         why=Explanation.model_validate_json(raw[b"why"]) if b"why" in raw else None,
-        result=Result.model_validate_json(raw[b"result"]) if b"result" in raw else None,
+        result=_result(task_id, result, [raw.get(name.encode()) for name in _ENDING]),
     )
 
 
-def _events(entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> Iterator[tuple[str, Event]]:
-    for position, fields in entries:
-        try:
-            yield position.decode(), parse_event(fields[b"e"])
-        except (ValidationError, KeyError):
-            log.warning("event_unreadable", position=position.decode())
+#: Fields of a task that say how it was cancelled.
+_ENDING = ("state", "submitted", "claimed", "finished")
+
+
+def _result(task_id: str, raw: bytes | None, ending: Sequence[bytes | None]) -> Result | None:
+    """A final task's result: as it was stored, or, of a cancelled one, as its record says."""
+    if raw:
+        return Result.model_validate_json(raw)
+    state, submitted, claimed, finished = ending
+    if state != b"cancelled" or submitted is None or finished is None:
+        return None
+    since = float(submitted)
+    return Result(
+        id=task_id,
+        state=State.CANCELLED,
+        on_time=False,
+        latency=float(finished) - since,
+        queued=float(claimed) - since if claimed else None,
+        reason="cancelled on request",
+    )
+
+
+def later(a: str, b: str) -> bool:
+    """Whether there is anything up to position `a` that is after `b`."""
+    return any(_number(x) > _number(y) for x, y in zip(Mark.of(a), Mark.of(b), strict=True))
+
+
+def gap(position: str, oldest: str) -> bool:
+    """Whether events that followed a position may be gone, the oldest kept being at `oldest`."""
+    places = zip(Mark.of(position), Mark.of(oldest), strict=True)
+    return any(at != START and _number(at) < _number(first) for at, first in places)
+
+
+def _number(entry: str) -> tuple[int, int]:
+    milliseconds, _, sequence = entry.partition("-")
+    return int(milliseconds), int(sequence or 0)
+
+
+def in_order(reply: list[Any], count: int) -> Iterator[tuple[str, str, dict[bytes, bytes]]]:
+    """What was read of both streams as one: stream, position, fields. Of one millisecond, what producers caused comes
+    first. Beyond the end of what was read of one stream, which may go on, nothing is taken of the other."""
+    read = {name.decode().rpartition(":")[2]: entries for name, entries in reply}
+    ends = [_number(entries[-1][0].decode())[0] for entries in read.values() if len(entries) == count]
+    horizon = min(ends, default=None)
+    merged = [
+        (*_number(position.decode()), stream, position.decode(), fields)
+        for stream, entries in read.items()
+        for position, fields in entries
+    ]
+    for milliseconds, _, stream, position, fields in sorted(merged, key=lambda e: (e[0], e[2] != "requests", e[1])):
+        if horizon is None or milliseconds <= horizon:
+            yield stream, position, fields
+
+
+def _event(stream: str, position: str, fields: dict[bytes, bytes]) -> Event | None:
+    """An entry's event. Whoever may submit may write to the stream `requests`: no more is believed there."""
+    try:
+        event = parse_event(fields[b"e"])
+    except (ValidationError, KeyError):
+        log.warning("event_unreadable", position=position)
+        return None
+    if stream == "requests" and not (
+        isinstance(event, Submitted) or (isinstance(event, Ended) and event.state is State.CANCELLED)
+    ):
+        log.warning("event_forged", position=position, kind=event.type)
+        return None
+    return event

@@ -1,33 +1,30 @@
-"""Running the one Lua script: by its digest, loading it where the server does not have it yet.
+"""Running the ledger's operations: a library of two functions, loaded where the server does not have it yet.
 
-A server at its memory limit refuses new work and nothing else: what was accepted must be able to end. So the script is
-loaded twice, and only submissions run under the limit (valkey.io, "Scripting with Lua", script flags).
+A server at its memory limit refuses new work and nothing else: what was accepted must be able to end. So `submit` is a
+function of its own, and only that one runs under the limit (valkey.io, "Scripting with Lua", script flags).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import redis
 
-Argument = str | bytes | int | float
-_BODY = Path(__file__).with_name("ledger.lua").read_text(encoding="utf-8")
-_BOUNDED = f"#!lua flags=allow-cross-slot-keys\n{_BODY}"
-_UNBOUNDED = f"#!lua flags=allow-cross-slot-keys,allow-oom\n{_BODY}"
-_DIGESTS = {
-    source: hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest() for source in (_BOUNDED, _UNBOUNDED)
-}
+from broker.functions import Argument, Library, load_or_raise, missing
+
+__all__ = ["LEDGER", "Argument", "Script"]
+
+LEDGER = Library("ledger", Path(__file__).with_name("ledger.lua").read_text(encoding="utf-8"))
 
 
-def _digest(operation: Argument) -> str:
-    return _DIGESTS[_BOUNDED if operation == "submit" else _UNBOUNDED]
+def _function(operation: Argument) -> str:
+    return f"{LEDGER.name}_{'submit' if operation == 'submit' else 'call'}"
 
 
 class Script:
-    """The ledger script bound to a client and a key prefix. `tail` is appended to every call's arguments."""
+    """The ledger's functions bound to a client and a key prefix. `tail` is appended to every call's arguments."""
 
     def __init__(self, client: redis.Redis, prefix: str, tail: Sequence[Argument]) -> None:
         self._client = client
@@ -47,11 +44,10 @@ class Script:
         if not calls:
             return []
         replies = self._send(calls)
-        missing = [i for i, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
-        if missing:
-            for source in _DIGESTS:
-                self._client.script_load(source)
-            for i, reply in zip(missing, self._send([calls[i] for i in missing]), strict=True):
+        again = [i for i, reply in enumerate(replies) if missing(reply)]
+        if again:
+            load_or_raise(self._client, [LEDGER], replies[again[0]])
+            for i, reply in zip(again, self._send([calls[i] for i in again]), strict=True):
                 replies[i] = reply
         return replies
 
@@ -61,13 +57,13 @@ class Script:
         first = next(pieces, None)
         if first is None:
             return
-        yield self.pipeline(first)  # which also sees to it that the server has the script
+        yield self.pipeline(first)  # which also sees to it that the server has the functions
         pool = self._client.connection_pool
         connection = pool.get_connection()
         try:
             awaited = 0
             for piece in pieces:
-                words = [("EVALSHA", _digest(call[0]), 1, self._prefix, *call, *self._tail) for call in piece]
+                words = [self._words(call) for call in piece]
                 connection.send_packed_command(connection.pack_commands(words))  # type: ignore[no-untyped-call]
                 if awaited:
                     yield [connection.read_response() for _ in range(awaited)]
@@ -83,5 +79,8 @@ class Script:
     def _send(self, calls: Sequence[tuple[Argument, ...]]) -> list[Any]:
         pipe = self._client.pipeline(transaction=False)
         for call in calls:
-            pipe.evalsha(_digest(call[0]), 1, self._prefix, *call, *self._tail)
+            pipe.execute_command(*self._words(call))  # type: ignore[no-untyped-call]
         return pipe.execute(raise_on_error=False)
+
+    def _words(self, call: tuple[Argument, ...]) -> tuple[Argument, ...]:
+        return ("FCALL", _function(call[0]), 1, self._prefix, *call, *self._tail)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from broker.ledger import Ledger
+from broker.ledger.ledger import later
 from broker.messages import Event
 from broker.settings import load_settings
 from scheduler.simulator.trace import write_trace
@@ -31,8 +32,6 @@ def export(file: Annotated[Path, typer.Argument(help="Where to write it (JSON li
 
 def _until_now(ledger: Ledger) -> Iterator[Event]:
     position, (_, newest) = "0-0", ledger.first_and_last_event()
-    while position != newest and (entries := ledger.events(position)):
-        for position, event in entries:
-            yield event
-            if position == newest:
-                return
+    while later(newest, position) and (entries := ledger.events(position)):
+        yield from (event for _, event in entries)
+        position = entries[-1][0]

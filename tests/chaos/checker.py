@@ -36,7 +36,9 @@ FINAL = ("succeeded", "failed", "expired", "rejected", "cancelled")
 STATES = ("pending", "dispatched", "running", *FINAL)
 #: Keys that outlive all work: the ledger's own; idempotency keys and streamed texts, which expire; and what Celery
 #: keeps per kind of queue.
-_LASTING = re.compile(r"\{\w+\}:(events|totals|epoch|leader|snapshot|key:.+|text:.+)|_kombu\.binding.+|unacked_mutex")
+_LASTING = re.compile(
+    r"\{\w+\}:(events|requests|totals|epoch|leader|snapshot|key:.+|text:.+)|_kombu\.binding.+|unacked_mutex"
+)
 
 
 class Violation(NamedTuple):

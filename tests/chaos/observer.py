@@ -12,6 +12,7 @@ import redis
 from broker.connection import connect
 from broker.errors import Unreachable
 from broker.ledger import Ledger
+from broker.ledger.ledger import Mark, in_order
 from broker.settings import Settings
 from chaos.history import Dump, Row, Seen
 
@@ -28,8 +29,7 @@ class Observer:
         self.events: list[Seen] = []
         self.undone: set[str] = set()
         self._client = connect(settings)
-        self._stream = f"{{{settings.cell}}}:events"
-        self._position = "0-0"
+        self._positions = {f"{{{settings.cell}}}:{stream}": "0-0" for stream in Mark._fields}
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="observer", daemon=True)
@@ -46,10 +46,11 @@ class Observer:
                 self._closed.wait(0.02)
 
     def _read(self) -> bool:
-        reply = cast("list[Any]", self._client.xread({self._stream: self._position}, count=_CHUNK) or [])
-        for position, fields in reply[0][1] if reply else ():
-            self._position = position.decode()
-            if (event := _seen(self._position, fields[b"e"])) is not None:
+        reply = cast("list[Any]", self._client.xread(dict(self._positions), count=_CHUNK) or [])
+        cell = next(iter(self._positions)).rpartition(":")[0]
+        for stream, position, fields in in_order(reply, _CHUNK):
+            self._positions[f"{cell}:{stream}"] = position
+            if (event := _seen(f"{position} {stream}", fields[b"e"])) is not None:
                 self.events.append(event)
         return bool(reply)
 
@@ -57,8 +58,11 @@ class Observer:
         """The server ended by force at that time and answers again: note what it no longer knows."""
         since = int((ended - _LOOK_BACK) * 1000)
         with self._lock:
-            raw = cast("list[Any]", self._client.xrange(self._stream, min=since))
-            kept = {position.decode() for position, _ in raw}
+            kept = {
+                f"{position.decode()} {key.rpartition(':')[2]}"
+                for key in self._positions
+                for position, _ in cast("list[Any]", self._client.xrange(key, min=since))
+            }
             for event in reversed(self.events):
                 if int(event.position.split("-")[0]) < since:
                     break
@@ -104,8 +108,9 @@ def digest(result: bytes) -> str:
 def dump(ledger: Ledger) -> Dump:
     """Everything in the server's database."""
     out = Dump(totals=ledger.totals())
-    task, state, tenant = f"{ledger.prefix}task:", f"{ledger.prefix}in:", f"{ledger.prefix}of:"
+    task, state, tenant, result = (f"{ledger.prefix}{kind}:" for kind in ("task", "in", "of", "result"))
     ids = []
+    results = set()
     for raw in ledger.client.scan_iter(count=10_000):
         key = raw.decode()
         if key.startswith(task):
@@ -114,6 +119,8 @@ def dump(ledger: Ledger) -> Dump:
             out.sets[key.removeprefix(state)] = _members(ledger, key)
         elif key.startswith(tenant):
             out.tenants[key.removeprefix(tenant)] = _members(ledger, key)
+        elif key.startswith(result):
+            results.add(key.removeprefix(result))
         elif key.startswith("celery-task-meta-"):
             out.celery_results.add(key.removeprefix("celery-task-meta-"))
         else:
@@ -122,8 +129,12 @@ def dump(ledger: Ledger) -> Dump:
         chunk = ids[start : start + _CHUNK]
         pipe = ledger.client.pipeline(transaction=False)
         for task_id in chunk:
-            pipe.hmget(task + task_id, "state", "attempt", "strikes", "result")
-        out.tasks |= {i: _row(*fields) for i, fields in zip(chunk, pipe.execute(), strict=True)}
+            pipe.hmget(task + task_id, "state", "attempt", "strikes")
+            pipe.get(result + task_id)
+        rows = pipe.execute()
+        out.tasks |= {i: _row(*fields, raw) for i, fields, raw in zip(chunk, rows[::2], rows[1::2], strict=True)}
+    cancelled = {i for i, row in out.tasks.items() if row.state == "cancelled"}
+    out.other_keys |= {result + i for i in results - (out.tasks.keys() - cancelled)}
     return out
 
 
@@ -132,6 +143,8 @@ def _members(ledger: Ledger, key: str) -> set[str]:
 
 
 def _row(state: bytes, attempt: bytes, strikes: bytes, result: bytes | None) -> Row:
+    if state == b"cancelled":  # its record is its result
+        result = result or b'{"state":"cancelled"}'
     says = json.loads(result) if result else {}
     return Row(
         state.decode(),

@@ -127,7 +127,7 @@ class Producer:
         if self._mine:
             task_id, begun = self._random.choice(self._mine), time.time()
             with reaching(self._client.settings):
-                result = self._client.ledger.client.hget(f"{self._client.ledger.prefix}task:{task_id}", "result")
+                result = self._client.ledger.client.get(f"{self._client.ledger.prefix}result:{task_id}")
             if result:
                 self._note("saw", f"{begun:.6f}", f"{time.time():.6f}", task_id, digest(cast("bytes", result)))
 

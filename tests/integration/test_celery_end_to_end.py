@@ -219,7 +219,8 @@ def test_what_a_killed_inbox_had_taken_is_taken_up_again(cluster: Cluster) -> No
     redis.hset("unacked", tag, json.dumps([raw, "", "inbox"]))
     redis.zadd("unacked_index", {tag: cluster.ledger.now() - 120})
     second = cluster.start_worker("broker", "inbox-2")
-    assert sent.get(timeout=PATIENCE)["state"] == "succeeded"
+    assert sent.get(timeout=PATIENCE)["state"] == "succeeded"  # by either
+    cluster.watch(second, lambda: "ready" in second.output, "is ready")
     assert second.stop() == 0
 
 

@@ -14,6 +14,7 @@ from support.make import node_info, output, receipt, why
 from support.ports import free_port
 from support.wait import eventually
 
+from broker import functions
 from broker.celery_app import node_message
 from broker.embedded import EmbeddedServer
 from broker.errors import Unreachable
@@ -100,10 +101,11 @@ def test_one_key_twice_in_one_call(ledger: Ledger) -> None:
     assert ledger.submit([("first", spec), ("second", spec)]) == ["first", "first"]
 
 
-def test_the_script_may_be_flushed_at_any_time(ledger: Ledger) -> None:
+def test_the_functions_may_be_flushed_at_any_time(ledger: Ledger) -> None:
     submit(ledger)
-    ledger.client.script_flush()
+    ledger.client.execute_command("FUNCTION", "FLUSH")
     assert ledger.submit((f"t{n}", TaskSpec(prompt="hi")) for n in range(500)) == [f"t{n}" for n in range(500)]
+    functions.load_all(ledger.client)  # for the roles of other tests, who may not
 
 
 def test_a_full_server_stores_nothing_and_says_so(ledger: Ledger) -> None:
@@ -364,7 +366,7 @@ def test_unreadable_events_are_passed_over_however_many(ledger: Ledger) -> None:
 def test_the_stream_is_trimmed(ledger: Ledger, settings: Settings) -> None:
     short = Ledger(settings.model_copy(update={"stream_length": 1000}))
     short.submit((f"t{n}", TaskSpec(prompt="hi")) for n in range(5000))
-    assert 1000 <= ledger.client.xlen(f"{ledger.prefix}events") < 1500
+    assert 1000 <= ledger.client.xlen(f"{ledger.prefix}requests") < 1500
     short.client.close()
 
 

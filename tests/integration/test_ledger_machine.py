@@ -116,6 +116,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.pushed: Counter[str] = Counter()
         self.results: dict[str, bytes] = {}
         self.expected: list[Fact] = []
+        self.untold: dict[str, str | None] = {}  # cancelled tasks nobody was told of, and their nodes
         self.announced: list[tuple[str, str]] = []  # expected publications: channel, task id
         self.replayed: dict[str, tuple[str, int, str | None]] = {}  # by the events alone: state, attempt, node
         self.position = "0-0"
@@ -137,7 +138,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def finish(self, task: Task, state: str) -> None:
         task.state, task.ended = state, (self.step, task.id)
         self.totals[state] += 1
-        self.announced.append((f"celery-task-meta-{task.id}", task.id))
+        if state != "cancelled":
+            self.announced.append((f"celery-task-meta-{task.id}", task.id))
 
     def end(self, task: Task, state: str) -> None:
         node = task.node if task.placed else None
@@ -190,6 +192,7 @@ class LedgerMachine(RuleBasedStateMachine):
             "cancel": bool(there),
             "forget": bool(there),
             "decide_to_end": bool(there),
+            "hear_of_cancellations": bool(self.untold),
             "another_leads": 1,
             "sweep": 2,
         }
@@ -277,11 +280,19 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.cancel(task.id) == was
 
     def stop(self, task: Task) -> None:
-        was, node = task.state, task.node
+        node = task.node if task.placed else None
         if not task.final:
             self.end(task, "cancelled")
-            if was == "running":
-                self.announced.append((f"{self.p}signal:{node}", task.id))
+            self.untold[task.id] = node
+
+    def announce(self) -> None:
+        """Who is to hear of cancellations hears of them, if they are not forgotten meanwhile."""
+        for task_id, node in self.untold.items():
+            if node is not None:
+                self.announced.append((f"{self.p}signal:{node}", task_id))
+            if task_id in self.tasks:
+                self.announced.append((f"celery-task-meta-{task_id}", task_id))
+        self.untold.clear()
 
     # --- scheduler
 
@@ -327,6 +338,10 @@ class LedgerMachine(RuleBasedStateMachine):
         if ruling == "ok":
             self.end(task, state)
         assert self.ledger.end(self.epoch - (not right_epoch), [End(task.id, state, why("reject"))]) == [ruling]
+
+    def hear_of_cancellations(self, data: st.DataObject) -> None:
+        self.announce()
+        self.ledger.announce()
 
     def another_leads(self, data: st.DataObject) -> None:
         """A new leader takes over, once the old one's lease has lapsed, under a new number."""
@@ -505,6 +520,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for task in list(self.too_old()):
             self.drop(task)
             mended += 1
+        self.announce()
         assert self.ledger.sweep() == mended
 
     def too_old(self) -> Iterator[Task]:
@@ -565,29 +581,36 @@ class LedgerMachine(RuleBasedStateMachine):
         pipe = self.redis.pipeline(transaction=False)
         for task_id in self.tasks:
             pipe.hgetall(f"{self.p}task:{task_id}")
+            pipe.get(f"{self.p}result:{task_id}")
         for state in State:
             pipe.zrange(f"{self.p}in:{state}", 0, -1, withscores=True)
         pipe.keys(f"{self.p}task:*")
         pipe.keys("celery-task-meta-*")
         pipe.keys(f"{self.p}key:*")
-        *rows, stored, copies, keys = pipe.execute()
-        hashes = dict(zip(self.tasks, rows[: len(self.tasks)], strict=True))
-        sets = {str(s): {i.decode(): x for i, x in ids} for s, ids in zip(State, rows[len(self.tasks) :], strict=True)}
+        pipe.keys(f"{self.p}result:*")
+        pipe.hgetall(f"{self.p}untold")
+        *rows, stored, copies, keys, results, untold = pipe.execute()
+        rows, ids_in = rows[: 2 * len(self.tasks)], rows[2 * len(self.tasks) :]
+        hashes = dict(zip(self.tasks, zip(rows[::2], rows[1::2], strict=True), strict=True))
+        sets = {str(s): {i.decode(): x for i, x in ids} for s, ids in zip(State, ids_in, strict=True)}
+        assert {i.decode(): node.decode() or None for i, node in untold.items()} == self.untold
         assert {k.decode().removeprefix(f"{self.p}task:") for k in stored} == set(self.tasks)
         assert {k.decode() for k in keys} == {f"{self.p}key:{tenant} {key}" for tenant, key in self.keys}
         for state, ids in sets.items():
             assert set(ids) == {t.id for t in self.tasks.values() if t.state == state}, f"the set of {state} tasks"
         finals = {t.id for t in self.tasks.values() if t.final}
-        assert {k.decode().removeprefix("celery-task-meta-") for k in copies} == finals
+        assert {k.decode().removeprefix("celery-task-meta-") for k in copies} == finals - self.untold.keys()
+        cancelled = {t.id for t in self.tasks.values() if t.state == "cancelled"}
+        assert {k.decode().removeprefix(f"{self.p}result:") for k in results} == finals - cancelled
         for task in self.tasks.values():
-            self.check_task(task, hashes[task.id], sets[task.state][task.id])
+            self.check_task(task, *hashes[task.id], sets[task.state][task.id])
         totals = self.ledger.totals()
         assert totals == {k: v for k, v in self.totals.items() if v}
         ended = sum(totals.get(s, 0) for s in CELERY)
         assert ended == len(finals) + totals.get("forgotten", 0)
         assert totals.get("submitted", 0) == sum(map(len, sets.values())) + totals.get("forgotten", 0)
 
-    def check_task(self, task: Task, stored: dict[bytes, bytes], score: float) -> None:
+    def check_task(self, task: Task, stored: dict[bytes, bytes], kept: bytes | None, score: float) -> None:
         seen = {k: stored[k].decode() for k in (b"state", b"attempt", b"strikes")}
         assert seen == {b"state": task.state, b"attempt": str(task.attempt), b"strikes": str(task.strikes)}
         assert (b"token" in stored) == (task.token is not None)
@@ -596,14 +619,16 @@ class LedgerMachine(RuleBasedStateMachine):
         elif not task.aged:
             assert score == float(stored[b"finished" if task.final else b"deadline"])
         if not task.final:
-            assert b"result" not in stored
             assert stored.get(b"node", b"").decode() == (task.node or "")
             assert (b"claimed" in stored) == (task.state == "running")
             return
-        if self.results.setdefault(task.id, stored[b"result"]) != stored[b"result"]:
+        (result,) = self.ledger.results([task.id])
+        assert result is not None
+        assert (result.id, result.state) == (task.id, task.state)
+        if self.results.setdefault(task.id, kept or result.model_dump_json().encode()) != (
+            kept or result.model_dump_json().encode()
+        ):
             raise AssertionError("a result changed")
-        result = json.loads(stored[b"result"])
-        assert (result["id"], result["state"]) == (task.id, task.state)
 
     def check_nodes(self) -> None:
         live = {info.name: (info.boot, draining) for info, _, draining in self.ledger.nodes()}
@@ -613,7 +638,8 @@ class LedgerMachine(RuleBasedStateMachine):
         )
         for name in NODES:
             held = {i.decode() for i in self.redis.smembers(f"{self.p}node:{name}:tasks")}
-            assert held == {t.id for t in self.on(name, "dispatched", "running")}, f"tasks on {name}"
+            there = {t.id for t in self.on(name, "dispatched", "running")}
+            assert held - self.untold.keys() == there, f"tasks on {name}"
             assert self.redis.llen(QUEUES[name]) == self.pushed[name], f"messages to {name}"
 
     def check_announcements(self) -> None:

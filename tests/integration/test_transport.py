@@ -78,12 +78,12 @@ def test_a_task_goes_the_whole_way(way: Callable[[Path], Iterator[str]], tmp_pat
 
 
 def test_a_user_who_may_not(tmp_path: Path) -> None:
-    """Neither what the user may not call, nor keys the script may not touch, ends in anything but one line."""
+    """Neither what the user may not call, nor keys the function may not touch, ends in anything but one line."""
     with EmbeddedServer(tmp_path, free_port()) as server, redis.Redis.from_url(server.url) as admin:
         url = f"redis://less:pw@127.0.0.1:{server.port}"
         settings = Settings(redis_url=url)
         ledger = Ledger(settings)
-        for commands, keys in (["+@all", "-evalsha"], ["*"]), (["+@all"], ["elsewhere:*"]):
+        for commands, keys in (["+@all", "-fcall"], ["*"]), (["+@all"], ["elsewhere:*"]):
             admin.acl_setuser("less", enabled=True, reset=True, passwords=["+pw"], commands=commands, keys=keys)
             check(settings)
             with pytest.raises(

@@ -37,6 +37,7 @@ OPERATIONS: dict[str, Callable[[Ledger], object]] = {
     "dispatch": lambda x: x.dispatch(1, [_dispatch("pending", 1)]),
     "end": lambda x: x.end(1, [End("pending", "rejected", why("reject"))]),
     "sweep": lambda x: x.sweep(),
+    "announce": lambda x: x.announce(),
     "snapshot": lambda x: x.save_snapshot(1, {"learned": 1}),
     "register": lambda x: x.register(node_info("m")),
     "beat": lambda x: x.beat(Heartbeat(at=0, node="n", boot="boot-1", counters=Counters()), [("running", 1, "token")]),
@@ -53,7 +54,7 @@ MAY = {
     "api": {"submit", "cancel", "forget"},
     "webhooks": set[str](),
     "inbox": {"submit", "cancel", "revoke", "refuse"},
-    "scheduler": {"lead", "resign", "dispatch", "end", "sweep", "snapshot"},
+    "scheduler": {"lead", "resign", "dispatch", "end", "sweep", "announce", "snapshot"},
     "worker": {"register", "beat", "claim", "say", "complete", "fail", "hand_back", "drain", "leave", "revoke"},
     "monitor": set[str](),
 }
@@ -116,7 +117,9 @@ def test_an_operation_is_carried_out_or_refused_whole(
 
 EVERYBODY = [
     "FLUSHALL", "FLUSHDB", "KEYS *", "CONFIG GET maxmemory", "CONFIG SET maxmemory 1", "SHUTDOWN", "MONITOR",
-    "EVAL x 0", "FCALL x 0", "ACL LIST", "ACL SETUSER me on", "CLIENT LIST", "SCRIPT FLUSH", "FUNCTION FLUSH", "SAVE",
+    "EVAL x 0", "EVAL_RO x 0", "EVALSHA x 0", "SCRIPT LOAD x", "SCRIPT KILL", "FUNCTION LOAD x", "FUNCTION LIST",
+    "FUNCTION DELETE x", "FUNCTION KILL", "ACL LIST", "ACL SETUSER me on", "CLIENT LIST", "SCRIPT FLUSH",
+    "FUNCTION FLUSH", "SAVE",
     "REPLICAOF 127.0.0.1 1",
     "SWAPDB 0 1", "GET outside", "SET outside x", "SET {other}:task:t x", "HGET {other}:task:t payload",
     "PUBLISH outside x", "SET {perllm}:may:sweep x", "SET {perllm}:may:submit x", "CLIENT KILL ADDR 127.0.0.1:1",

@@ -37,7 +37,7 @@ class Stage:
             case "submit", (i,):
                 assert self.ledger.submit([(f"t{i}", SPEC)]) == [f"t{i}"]
             case "cancel", (i,):
-                return self.ledger.cancel(f"t{i}") or "absent"
+                return self.cancel(i)
             case "lead", (s,):
                 return self.ledger.lead(f"s{s}", 600) or 0
             case "sweep", _:
@@ -82,6 +82,11 @@ class Stage:
                 raise NotImplementedError(str(action))
         return None
 
+    def cancel(self, i: int) -> str:
+        was = self.ledger.cancel(f"t{i}")
+        self.ledger.announce()
+        return was or "absent"
+
     def reject(self, epoch: int, i: int) -> str:
         return self.ledger.end(epoch, [End(f"t{i}", "rejected", why("reject"))])[0]
 
@@ -114,6 +119,7 @@ class Stage:
         tasks, nodes = range(len(world.tasks)), range(len(world.nodes))
         for i in tasks:
             pipe.hgetall(f"{self.p}task:t{i}")
+            pipe.exists(f"{self.p}result:t{i}")
             for state in (
                 "pending",
                 "dispatched",
@@ -135,13 +141,14 @@ class Stage:
         found: dict[str, Any] = {}
         for i in tasks:
             fields = {k.decode(): v.decode() for k, v in next(rows).items()}
+            kept = bool(next(rows))
             scores = {state: score for state in STATES if (score := next(rows)) is not None}
             if not fields:
                 found[f"t{i}"] = ("absent",)
                 continue
             placed = fields["state"] in ("dispatched", "running")
             assert list(scores) == [fields["state"]], "it is in exactly the set of its state"
-            assert ("result" in fields) == (fields["state"] in STATES[3:]), "who has ended has a result"
+            assert kept == (fields["state"] in STATES[3:-1]), "who has ended has a result, or was cancelled"
             found[f"t{i}"] = (
                 fields["state"],
                 int(fields["attempt"]),
@@ -246,7 +253,7 @@ def _odd_call(stage: Stage, model: Ledger, w: World, chance: random.Random) -> t
             name, answer = "beat", stage.beat(n, boot, (i, attempt))
         case "cancel":
             after, reply = model.cancel(w, i) if w.tasks[i].state != "absent" else (w, "absent")
-            name, answer = "cancel", stage.ledger.cancel(f"t{i}") or "absent"
+            name, answer = "cancel", stage.cancel(i)
         case "lead":
             after, reply = model.lead(w, s)
             name, answer = "lead", stage.ledger.lead(f"s{s}", 600) or 0

@@ -8,6 +8,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import redis
 
+from broker import functions
+
 FILE = Path(__file__).parents[2] / "compose" / "users.acl"
 ROLES = ("producer", "api", "webhooks", "inbox", "scheduler", "worker", "monitor")
 
@@ -25,8 +27,9 @@ def rules() -> list[str]:
 
 
 def create(url: str) -> None:
-    """Give a running server these users."""
+    """Give a running server these users, and the functions they call."""
     with redis.Redis.from_url(url) as admin:
+        functions.load_all(admin)
         for line in rules():
             admin.execute_command("ACL", "SETUSER", *line.split()[1:])
 

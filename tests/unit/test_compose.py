@@ -73,13 +73,15 @@ def faults(found: Services) -> set[str]:
         check(service.get("read_only"), name, "read_only")
         check(service.get("cap_drop") == ["ALL"], name, "cap_drop")
         check("no-new-privileges:true" in service.get("security_opt", []), name, "security_opt")
-        check(service.get("restart") in ("unless-stopped", "always"), name, "restart")
+        ends = service.get("restart") == "on-failure"  # when its work is done
+        check(ends or service.get("restart") in ("unless-stopped", "always"), name, "restart")
         check({"cpus", "memory", "pids"} <= limits.keys(), name, "limits")
-        check(health["test"][0] in ("CMD", "CMD-SHELL") and "interval" in health, name, "healthcheck")
+        checked = health.get("test", ["NONE"])[0] in ("CMD", "CMD-SHELL") and "interval" in health
+        check(checked or (ends and health == {"disable": True}), name, "healthcheck")
         check(re.search(r":\d+\.\d+\.\d+(-\w+)?$", service["image"]), name, "image")
         check(all(str(port).startswith("127.0.0.1:") for port in service.get("ports", [])), name, "ports")
         check(missing_module(service.get("command", [])) is None, name, "command")
-        check(missing_module(health["test"]) is None, name, "healthcheck")
+        check(missing_module(health.get("test", ["NONE"])) is None, name, "healthcheck")
         for variable in service.get("environment", {}):
             known = variable.removeprefix("PERLLM_").lower() in Settings.model_fields
             check(known or not variable.startswith("PERLLM_"), name, variable)
@@ -87,7 +89,7 @@ def faults(found: Services) -> set[str]:
 
 
 def test_every_service_is_unprivileged_bounded_checked_and_runs_what_exists() -> None:
-    assert set(services()) == {"redis", "scheduler", "inbox", "api", "webhooks", "edge", "cloud", "flower"}
+    assert set(services()) == {"redis", "ledger", "scheduler", "inbox", "api", "webhooks", "edge", "cloud", "flower"}
     assert faults(services()) == set()
 
 
@@ -114,6 +116,12 @@ def test_each_of_these_checks_can_fail(fault: str, change: Callable[[Services], 
     found = copy.deepcopy(services())
     change(found)
     assert fault in faults(found)
+
+
+def test_everybody_waits_for_the_functions() -> None:
+    for name, service in services().items():
+        if name not in ("redis", "ledger"):
+            assert service["depends_on"]["ledger"] == {"condition": "service_completed_successfully"}, name
 
 
 def test_only_the_cloud_worker_reserves_the_gpu() -> None:
@@ -192,7 +200,7 @@ def health(service: str, url: str, folder: Path | None = None) -> int:
 def test_every_service_has_its_own_user() -> None:
     found = {name: service.get("environment", {}).get("PERLLM_REDIS_URL") for name, service in services().items()}
     roles = {"scheduler": "scheduler", "inbox": "inbox", "edge": "worker", "cloud": "worker", "flower": "monitor"}
-    roles |= {"api": "api", "webhooks": "webhooks"}
+    roles |= {"api": "api", "webhooks": "webhooks", "ledger": "admin"}
     assert found == {"redis": None} | {
         name: f"redis://{role}:${{{role.upper()}_PASSWORD}}@redis:6379/0" for name, role in roles.items()
     }
