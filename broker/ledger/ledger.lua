@@ -103,8 +103,9 @@ end
 
 local TASK_BYTES = 1024 -- of a task's keys, set members and events, about
 
-local function weigh(tenant, n) -- `n` bytes more, or less, are kept for a tenant
-    if tenant and redis.call('HINCRBY', P .. 'bytes', tenant, n) <= 0 then redis.call('HDEL', P .. 'bytes', tenant) end
+local function weigh(tenant, n) -- `n` bytes more, or less, are kept for a tenant; a producer may have spoilt the count
+    local held = tenant and redis.pcall('HINCRBY', P .. 'bytes', tenant, n)
+    if type(held) == 'number' and held <= 0 then redis.call('HDEL', P .. 'bytes', tenant) end
 end
 
 local function unplace(id, node)
