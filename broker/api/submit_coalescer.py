@@ -45,9 +45,12 @@ class SubmitCoalescer:
         self._sender: asyncio.Task[None] | None = None
 
     async def submit(self, tenant: str, tasks: _Tasks) -> list[str]:
-        """See Ledger.submit. Raises ApiError where they are more than the tenant may have stored."""
+        """See Ledger.submit. Raises ApiError where they are more than the tenant may have stored, and InvalidTask."""
         stored: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
-        size = sum(spec.text_bytes() for _, spec in tasks)
+        try:
+            size = sum(spec.text_bytes() for _, spec in tasks)
+        except UnicodeEncodeError as error:
+            raise InvalidTask(f"task: it cannot be written: {error}") from None
         self._waiting.setdefault(tenant, deque()).append(_Request(tenant, tasks, size, stored))
         if self._sender is None:
             self._sender = asyncio.create_task(self._send())

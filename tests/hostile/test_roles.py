@@ -20,9 +20,9 @@ from support.servers import Server
 from support.wait import eventually
 
 from perllm.broker import functions
+from perllm.broker.cli import ledger as ledger_cli
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import Dispatch, Ledger
-from perllm.broker.cli import ledger as ledger_cli
 from perllm.broker.ledger.script import LEDGER
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import State, TaskSpec
