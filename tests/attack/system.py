@@ -8,7 +8,6 @@ who watches knows which process is which.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from perllm.broker.settings import Settings
 
 #: A file in the data folder: name of each part → its command.
 PARTS = "parts.json"
-#: Environment: a library to preload into the parts that resolve names given by users; see silent_names.c.
-PRELOAD = "ATTACK_PRELOAD"
 _ROLES = {"edge": "worker", "flower": "monitor"}
 
 
@@ -35,8 +32,6 @@ class System(Supervisor):
     def _launch(self, name: str, command: list[str], **environment: str) -> None:
         part = name.partition(".")[0]
         own = {"PERLLM_REDIS_URL": users.url_of(_ROLES.get(part, part), self.url), "PERLLM_API_OPEN": "false"}
-        if part in ("api", "webhooks") and os.environ.get(PRELOAD):
-            own["LD_PRELOAD"] = os.environ[PRELOAD]
         super()._launch(name, command, **{**environment, **own})
         self._commands[name] = command
         (self.settings.data_dir / PARTS).write_text(json.dumps(self._commands))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socketserver
 import subprocess
@@ -12,6 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -21,6 +21,7 @@ import psutil
 from chaos.observer import Observer
 from support import users
 from support.ports import free_port
+from support.receivers import NameServer
 from support.wait import eventually
 
 from attack import hostile, neighbour, system
@@ -54,7 +55,7 @@ class Gap(NamedTuple):
 
 
 class World:
-    """Leaving its block ends everything. `preload`: see system.PRELOAD."""
+    """Leaving its block ends everything."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.data = folder, folder / "data"
@@ -70,7 +71,8 @@ class World:
         keys = Keys(ApiStore(self.settings), self.ledger)
         self.keys = {tenant: keys.make(tenant, "attack", *limits)[1] for tenant, limits in LIMITS.items()}
         self.crashes: list[tuple[float, str]] = []
-        self._preload = build_names(folder)
+        self._names = NameServer(_answer)
+        self._names.__enter__()
         self._processes: list[subprocess.Popen[bytes]] = []
         self.system = self._up()
         self.watch: Watch | None = None
@@ -81,7 +83,7 @@ class World:
             "PERLLM_REDIS_URL": self.server.url,
             "PERLLM_DATA_DIR": str(self.data),
             "PERLLM_WEBHOOK_ALLOW": f'["{neighbour.HERE}/32", "{hostile.HERE}/32"]',
-            system.PRELOAD: str(self._preload or ""),
+            "PERLLM_WEBHOOK_DNS": f'["{self._names.address}"]',
         }
         command = ["attack.system", "up", "--edges", str(len(EDGES))]
         command += ["--api-port", str(self.api_port), "--flower-port", str(self.flower_port)]
@@ -176,6 +178,7 @@ class World:
                 process.kill()
                 process.wait()
         self.canary.close()
+        self._names.__exit__(None, None, None)
         self.observer.close()
         self.ledger.client.close()
         self.server.kill()
@@ -282,12 +285,14 @@ class Canary:
         self._server.server_close()
 
 
-def build_names(folder: Path) -> Path | None:
-    """silent_names.c as a library; None where there is no C compiler or no LD_PRELOAD."""
-    compiler = shutil.which("cc")
-    if compiler is None or sys.platform != "linux":
+_asked = count()
+
+
+def _answer(name: str, kind: str) -> list[str] | None:
+    """A name server that says nothing of names below `.silent.test`, and changes its mind of those below
+    `.rebind.test`: 127.0.0.3, which webhooks may reach, and 127.0.0.1 in turn."""
+    if name.endswith(".silent.test"):
         return None
-    built = folder / "silent_names.so"
-    source = Path(__file__).with_name("silent_names.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(built), str(source), "-ldl"], check=True)
-    return built
+    if name.endswith(".rebind.test") and kind == "A":
+        return [("127.0.0.3", "127.0.0.1")[next(_asked) % 2]]
+    return []
