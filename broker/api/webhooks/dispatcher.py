@@ -18,6 +18,7 @@ from perllm.broker.api.store import ApiStore
 from perllm.broker.api.webhooks.store import QUEUE, Webhooks
 from perllm.broker.errors import Unreachable, Unreadable
 from perllm.broker.ledger import Ledger
+from perllm.broker.ledger.ledger import gap
 from perllm.broker.messages import Completed, Ended, State
 from perllm.broker.openai.translation import receipt_fields
 from perllm.broker.queues.app import make_app
@@ -54,7 +55,7 @@ class WebhookDispatcher(LeasedWorker):
         """Whether there are more."""
         position = self._webhooks.position()
         events = self._ledger.events(position, count=READ_EVENTS)
-        if events and _before(position, self._ledger.first_and_last_event()[0]):
+        if events and gap(position, self._ledger.first_and_last_event()[0]):
             log.warning("events_missed", hint="no API process ran for longer than PERLLM_STREAM_LENGTH events last")
         ends = {e.id: e.state for _, e in events if isinstance(e, Completed | Ended) and not e.id.startswith("batch_")}
         if ends:
@@ -63,7 +64,7 @@ class WebhookDispatcher(LeasedWorker):
                     self._task_ended(tenant, state, task_id)
         if events:
             self._webhooks.advance(events[-1][0])
-        return len(events) == READ_EVENTS
+        return len(events) >= READ_EVENTS
 
     def _task_ended(self, tenant: str, state: State, task_id: str) -> None:
         """Add a task's event. If that fails, the others' are added all the same."""
@@ -95,8 +96,3 @@ class WebhookDispatcher(LeasedWorker):
         if self._celery is None:
             self._celery = make_app(self._settings, queue=QUEUE)
         return self._celery
-
-
-def _before(position: str, first: str) -> bool:
-    """Whether a stream position is older than the first entry still kept, so that some may be gone."""
-    return position != "0-0" and [int(n) for n in position.split("-")] < [int(n) for n in first.split("-")]
