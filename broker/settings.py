@@ -52,32 +52,42 @@ class Settings(BaseSettings):
     files_or_names: ClassVar[tuple[str, ...]] = ()
 
     model_config = SettingsConfigDict(
-        env_prefix="PERLLM_", env_file=".env", extra="ignore", frozen=True, allow_inf_nan=False
+        env_prefix="PERLLM_",
+        env_file=".env",
+        extra="ignore",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
-    # Where everything meets
-    redis_url: SecretStr | None = None  # redis://, rediss:// (user:password@ for ACL users) or unix://; None: embedded
+    redis_url: SecretStr | None = None
+    """The Redis server: `redis://`, `rediss://` (with `user:password@`) or `unix://`; unset: an embedded one."""
     data_dir: AbsolutePath = Field(default_factory=default_data_dir)
-    server_memory: Annotated[int, Field(ge=16 << 20)] | None = None  # bytes of the embedded server; None: a quarter
+    """The embedded server's data and socket, logs, and the API's files; `~/.local/state/perllm` unless set."""
+    server_memory: Annotated[int, Field(ge=16 << 20)] | None = None
+    """Bytes the embedded server may hold; unset: a quarter of the memory. Full, it refuses new tasks."""
     cell: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")] = "perllm"
+    """Name of this installation on the server: the prefix of all its keys."""
 
-    # Ledger
     max_prompt_bytes: Annotated[int, Field(ge=1)] = 1 << 20
+    """Longest input of a task, bytes."""
     lease: Annotated[float, Field(ge=0.5, le=300)] = 4.0
+    """A worker that is silent for so long, s, has lost its tasks: they are placed anew."""
     heartbeat: Annotated[float, Field(ge=0.05, le=60)] = 1.0
-    max_strikes: Annotated[int, Field(ge=1, le=100)] = 3  # attempts that may end without a result before a task fails
-    retention: Annotated[float, Field(ge=1)] = 86_400.0  # finished tasks are kept this long …
-    retention_tasks: Annotated[int, Field(ge=1)] = 1_000_000  # … and at most so many of each final state
-    stream_length: Annotated[int, Field(ge=1_000)] = 1_000_000  # events kept, about
-
-    # Scheduler
-    policy: str = "cs-ucb"
-    queue_beyond_slots: Annotated[int, Field(ge=0, le=1_000)] = 2  # tasks a node's queue may hold beyond its slots
-    snapshot_every: Annotated[float, Field(ge=0.1)] = 5.0
-    leader_ttl: Annotated[float, Field(ge=0.5, le=60)] = 3.0
+    """Seconds between a worker's heartbeats."""
+    max_strikes: Annotated[int, Field(ge=1, le=100)] = 3
+    """Attempts that may end without a result before a task fails."""
+    retention: Annotated[float, Field(ge=1)] = 86_400.0
+    """Seconds finished tasks are kept, …"""
+    retention_tasks: Annotated[int, Field(ge=1)] = 1_000_000
+    """… and at most so many of each final state."""
+    stream_length: Annotated[int, Field(ge=1_000)] = 1_000_000
+    """Events kept, about."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe events that are logged."""
     log_json: bool = False
+    """Log as JSON lines instead of text for people."""
 
     @field_validator("redis_url")
     @classmethod

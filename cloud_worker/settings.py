@@ -14,13 +14,21 @@ class CloudSettings(WorkerSettings):
     """The settings of a cloud node."""
 
     # vLLM
-    vllm_args: dict[str, Any] = Field(default_factory=dict)  # JSON: further fields of vLLM's AsyncEngineArgs
-    adapters: dict[str, AbsolutePath] = Field(default_factory=dict)  # JSON: LoRA folders, offered as "<model>:<name>"
+    vllm_args: dict[str, Any] = Field(default_factory=dict)
+    """JSON: further fields of vLLM's AsyncEngineArgs."""
+    adapters: dict[str, AbsolutePath] = Field(default_factory=dict)
+    """JSON: LoRA folders by name, offered as `<model>:<name>`."""
 
     # An OpenAI-compatible server (PERLLM_ENGINE=openai); `model` is its name there
-    openai_base_url: str | None = None  # up to and with the version: https://host/v1
+    openai_base_url: str | None = None
+    """An OpenAI-compatible server, up to and with the version: `https://host/v1`."""
     openai_api_key: SecretStr | None = None
-    openai_api_key_file: AbsolutePath | None = None  # holds the key and nothing else
-    openai_timeout: Annotated[float, Field(gt=0)] = 60.0  # a request counts as hung after so long without a byte
-    openai_joules_per_token: Annotated[float, Field(ge=0)] | None = None  # what a generated token is to cost, and …
-    openai_joules_per_prompt_token: Annotated[float, Field(ge=0)] = 0.0  # … a prompt's; of a price in money: its worth
+    """Its key, or …"""
+    openai_api_key_file: AbsolutePath | None = None
+    """… a file that holds the key and nothing else."""
+    openai_timeout: Annotated[float, Field(gt=0)] = 60.0
+    """A request counts as hung after so many seconds without a byte."""
+    openai_joules_per_token: Annotated[float, Field(ge=0)] | None = None
+    """What a generated token is to cost, J, and …"""
+    openai_joules_per_prompt_token: Annotated[float, Field(ge=0)] = 0.0
+    """… a prompt's, J; of a price in money: its worth in joules."""

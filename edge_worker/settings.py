@@ -20,6 +20,9 @@ def _default_model_cache() -> Path:
 class EdgeSettings(WorkerSettings):
     """The settings of an edge node, and of llama.cpp wherever it serves."""
 
-    variants: str | None = None  # quantisations of the model to offer, e.g. "q8_0,q4_0"; the first is the default
-    model_cache: AbsolutePath = Field(default_factory=_default_model_cache)  # quantisations made from others
-    model_memory: Annotated[int, Field(gt=0)] | None = None  # bytes loaded models may take; default: what is free
+    variants: str | None = None
+    """Quantisations of the model to offer, e.g. `q8_0,q4_0`; the first is the default."""
+    model_cache: AbsolutePath = Field(default_factory=_default_model_cache)
+    """Where quantisations made from other files are kept; `~/.cache/perllm/models` unless set."""
+    model_memory: Annotated[int, Field(gt=0)] | None = None
+    """Bytes loaded models may take; unset: what is free."""

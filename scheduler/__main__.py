@@ -12,13 +12,14 @@ from perllm.broker.settings import load_settings
 from perllm.scheduler.core.scheduler import SchedulerCore
 from perllm.scheduler.policies import core_options, make_policy
 from perllm.scheduler.service import Service
+from perllm.scheduler.settings import SchedulerSettings
 from perllm.scheduler.warm_up import warm_up
 
 
 def main() -> int:
     """Run it. Status 2, and one line on stderr, for a wrong setting or an unusable server."""
     try:
-        settings = load_settings()
+        settings = load_settings(SchedulerSettings)
         logs.configure(settings)
         connection.check(settings)
 

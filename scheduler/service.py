@@ -21,9 +21,9 @@ from perllm.broker.ledger import Dispatch, End, Leader, Ledger
 from perllm.broker.ledger.ledger import SWEEP_LIMIT, gap, later
 from perllm.broker.messages import Ended, Event, Explanation, Heartbeat, NodeDown, NodeUp, State, Submitted
 from perllm.broker.queues.app import node_message
-from perllm.broker.settings import Settings
 from perllm.scheduler.core.scheduler import Decision, SchedulerCore
 from perllm.scheduler.policies import describe_policy
+from perllm.scheduler.settings import SchedulerSettings
 
 #: Seconds between sweeps of lapsed leases and deadlines, and the longest wait for an event.
 SWEEP_EVERY = 0.25
@@ -48,7 +48,7 @@ class Service:
     """Runs a `SchedulerCore` against the ledger until `stop`. `make_core` builds an empty one, anew at every
     takeover."""
 
-    def __init__(self, settings: Settings, ledger: Ledger, make_core: Callable[[], SchedulerCore]) -> None:
+    def __init__(self, settings: SchedulerSettings, ledger: Ledger, make_core: Callable[[], SchedulerCore]) -> None:
         self._settings = settings
         self._ledger = ledger
         self._make_core = make_core

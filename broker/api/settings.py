@@ -14,12 +14,16 @@ from perllm.broker.settings import Settings
 class Quota(BaseModel):
     """What one tenant of the HTTP API may have stored at once."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    task_bytes: Annotated[int, Field(ge=0)] = 256 << 20  # its tasks, unfinished and finished, and their results
+    task_bytes: Annotated[int, Field(ge=0)] = 256 << 20
+    """Its tasks, unfinished and finished, and their results, bytes."""
     file_bytes: Annotated[int, Field(ge=0)] = 10_000_000_000
+    """Its files, bytes."""
     files: Annotated[int, Field(ge=0)] = 10_000
-    batches: Annotated[int, Field(ge=0)] = 100  # that have not ended
+    """Its files."""
+    batches: Annotated[int, Field(ge=0)] = 100
+    """Its batches that have not ended."""
 
 
 class ApiSettings(Settings):
@@ -28,24 +32,43 @@ class ApiSettings(Settings):
     files_or_names: ClassVar[tuple[str, ...]] = (*Settings.files_or_names, "api_files")
 
     api_host: str = "127.0.0.1"
+    """Address the HTTP API listens on."""
     api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    api_open: bool = False  # requests without a key are the tenant "default"'s; on a loopback address only
+    """Port it listens on."""
+    api_open: bool = False
+    """Requests without a key are the tenant `default`'s; on a loopback address only."""
     api_max_body: Annotated[int, Field(ge=1024)] = 8 << 20
+    """Largest request body, bytes."""
     api_max_file: Annotated[int, Field(ge=1024)] = 200_000_000
-    api_batch_lines: Annotated[int, Field(ge=1)] = 50_000  # of one batch
-    api_patience: Annotated[float, Field(gt=0)] = 20.0  # a request's head and body may take so long, and 100 kB/s
-    api_files: str | None = None  # where files are kept: an fsspec URL (s3://bucket/folder); None: the data folder
+    """Largest uploaded file, bytes."""
+    api_batch_lines: Annotated[int, Field(ge=1)] = 50_000
+    """Most lines of one batch."""
+    api_patience: Annotated[float, Field(gt=0)] = 20.0
+    """Seconds a request's head and body may take, beyond 100 kB/s."""
+    api_files: str | None = None
+    """Where files are kept, an fsspec URL (`s3://bucket/folder`); unset: the data folder."""
     api_file_retention: Annotated[float, Field(ge=3600)] = 30 * 86_400.0
-    api_connections: Annotated[int, Field(ge=1)] = 4096  # open at once, and …
-    api_connections_per_address: Annotated[int, Field(ge=1)] = 1024  # … from one address: behind a proxy, as many
-    api_waiting: Annotated[int, Field(ge=1)] = 2000  # requests that stream or wait for a result at once, and …
-    api_waiting_per_key: Annotated[int, Field(ge=1)] = 500  # … with one key (of all without one)
-    api_body_memory: Annotated[int, Field(ge=1 << 20)] = 256 << 20  # bytes of all request bodies at once
-    api_quota: Quota = Quota()  # JSON: what a tenant may have stored, e.g. {"task_bytes": 1000000000}; …
-    api_quotas: dict[str, Quota] = Field(default_factory=dict)  # … JSON: of certain tenants, {"acme": {"files": 10}}
-    api_cors: tuple[str, ...] = ()  # JSON: origins whose pages may use the API from a browser
-    webhook_allow: tuple[str, ...] = ()  # JSON: private networks webhooks may reach, e.g. ["10.1.0.0/16"]
-    webhook_dns: tuple[str, ...] = ()  # JSON: DNS servers asked for webhooks' names; default: the system's
+    """Seconds files are kept."""
+    api_connections: Annotated[int, Field(ge=1)] = 4096
+    """Connections open at once, and …"""
+    api_connections_per_address: Annotated[int, Field(ge=1)] = 1024
+    """… from one address; behind a reverse proxy, as many as in all."""
+    api_waiting: Annotated[int, Field(ge=1)] = 2000
+    """Requests that stream or wait for a result at once, and …"""
+    api_waiting_per_key: Annotated[int, Field(ge=1)] = 500
+    """… with one key (of all without one)."""
+    api_body_memory: Annotated[int, Field(ge=1 << 20)] = 256 << 20
+    """Bytes of all request bodies at once."""
+    api_quota: Quota = Quota()
+    """JSON: what a tenant may have stored, e.g. `{"task_bytes": 1000000000}`; …"""
+    api_quotas: dict[str, Quota] = Field(default_factory=dict)
+    """… JSON: of certain tenants, e.g. `{"acme": {"files": 10}}`."""
+    api_cors: tuple[str, ...] = ()
+    """JSON: origins whose pages may use the API from a browser."""
+    webhook_allow: tuple[str, ...] = ()
+    """JSON: private networks webhooks may reach, e.g. `["10.1.0.0/16"]`."""
+    webhook_dns: tuple[str, ...] = ()
+    """JSON: DNS servers asked for webhooks' names; unset: the system's."""
 
     @field_validator("webhook_allow")
     @classmethod

@@ -13,7 +13,11 @@ from perllm.broker.messages import NodeName
 class WorkerSettings(EngineSettings):
     """The settings of a node worker."""
 
-    node_name: NodeName | None = None  # default: the machine's name
+    node_name: NodeName | None = None
+    """The node's name; unset: the machine's."""
     engine: Literal["auto", "llama", "vllm", "openai", "emulated"] = "auto"
-    grace: Annotated[float, Field(ge=0, le=3600)] = 10.0  # running work may finish for so long after SIGTERM
-    bandwidth: Annotated[float, Field(gt=0)] = 12.5e6  # bytes/s of the node's link, until measured
+    """Which engine serves; `auto`: llama.cpp on edges, vLLM on clouds with a GPU."""
+    grace: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    """Seconds running work may go on after SIGTERM."""
+    bandwidth: Annotated[float, Field(gt=0)] = 12.5e6
+    """Bytes/s of the node's link, until measured."""

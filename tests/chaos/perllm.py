@@ -24,7 +24,8 @@ from chaos.server import FragileServer
 from chaos.world import Post, Show, Struck, World
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger.ledger import DISPATCH_LEASE
-from perllm.broker.settings import Settings
+from perllm.broker.worker.settings import WorkerSettings
+from perllm.scheduler.settings import SchedulerSettings
 
 ROOT = Path(__file__).parents[2]
 #: Where the processes find this tree's modules.
@@ -114,7 +115,8 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     server = FragileServer(folder / "server", users.rules())
     # As shipped, but for bounds that a run of this length reaches.
-    shipped = {n: Settings.model_fields[n].default for n in ("policy", "lease", "heartbeat", "leader_ttl", "grace")}
+    defaults = SchedulerSettings.model_fields | WorkerSettings.model_fields
+    shipped = {n: defaults[n].default for n in ("policy", "lease", "heartbeat", "leader_ttl", "grace")}
     if policy is not None:
         shipped["policy"] = policy
     bounds = {"retention_tasks": max(500, tasks // 10), "stream_length": 100_000, "snapshot_every": 1.0}

@@ -12,8 +12,8 @@ from support.wait import eventually
 
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import Claimed, State
-from perllm.broker.settings import Settings
 from perllm.scheduler.service import SWEEP_EVERY
+from perllm.scheduler.settings import SchedulerSettings
 
 
 @pytest.fixture
@@ -66,6 +66,6 @@ def holds_work(cluster: Cluster, node: Process) -> bool:
 
 def test_what_is_shipped_notices_deaths_within_five_seconds() -> None:
     """A worker's: its lease, and the sweep after it. A leader's: its lock, and the standby's next look."""
-    shipped = {name: field.default for name, field in Settings.model_fields.items()}
+    shipped = {name: field.default for name, field in SchedulerSettings.model_fields.items()}
     assert max(shipped["lease"], 2.5 * shipped["heartbeat"]) + SWEEP_EVERY <= 5
     assert shipped["leader_ttl"] * 1.25 <= 5

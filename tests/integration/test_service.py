@@ -24,17 +24,17 @@ from perllm.broker.ledger import Dispatch, Leader, Ledger
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import Completed, Dispatched, State, TaskSpec, new_id
 from perllm.broker.queues.app import node_message
-from perllm.broker.settings import Settings
 from perllm.scheduler import service as service_module
 from perllm.scheduler.core.scheduler import Decision, SchedulerCore
 from perllm.scheduler.policies import describe_policy, make_policy
 from perllm.scheduler.service import Service, _LeaderLease, _LeaderSession, _NotLeader
+from perllm.scheduler.settings import SchedulerSettings
 
 
 class Scheduler:
     """A service in a thread of its own, until `stop`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: SchedulerSettings) -> None:
         self.ledger = Ledger(settings)
         self.cores: list[SchedulerCore] = []
         self._service = Service(settings, self.ledger, self._make_core)
@@ -57,7 +57,7 @@ class Stage:
     def __init__(self, url: str, **settings: object) -> None:
         # Leases outlast the test; leadership and snapshots are as brisk as they may be.
         brisk = {"lease": 300, "heartbeat": 60, "leader_ttl": 0.5, "snapshot_every": 0.1}
-        self.settings = Settings.model_validate(brisk | {"redis_url": url} | settings)
+        self.settings = SchedulerSettings.model_validate(brisk | {"redis_url": url} | settings)
         self.ledger = Ledger(self.settings)
         self.ledger.client.flushall()
         self.schedulers: list[Scheduler] = []
