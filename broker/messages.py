@@ -1,6 +1,6 @@
 """The wire contract: every shape that travels between producers, ledger, scheduler and workers.
 
-Models a user fills in (`TaskSpec`) forbid unknown fields, so a typo is an error at the door. Models one part of the
+Models a user fills in (`TaskSpec`) forbid unknown fields, so a typo is an error at once. Models one part of the
 system sends to another ignore unknown fields, so a newer sender and an older reader get along. A field may be added;
 the meaning of one never changes. A change that breaks this bumps `WIRE_VERSION`.
 

@@ -29,9 +29,9 @@ def run(path: Path | None, rate: float, console: Console) -> dict[str, Any]:
     """Start everything, run the tasks at `rate` per s, print tables, stop everything. Returns the report as data."""
     folder = Path(tempfile.mkdtemp(prefix="perllm-demo-"))
     settings = load_settings(data_dir=folder)
-    with Supervisor(settings, edges=EDGES, clouds=CLOUDS) as stack:
-        await_nodes(stack, console)
-        with Client(stack.url) as client:
+    with Supervisor(settings, edges=EDGES, clouds=CLOUDS) as supervisor:
+        await_nodes(supervisor, console)
+        with Client(supervisor.url) as client:
             for info, _, _ in client.ledger.nodes():
                 console.print(f"  {info.queue}: {info.engine}, {info.slots} slots", highlight=False)
             specs = [client.accept(fields) for fields in _tasks(path)]
@@ -40,17 +40,17 @@ def run(path: Path | None, rate: float, console: Console) -> dict[str, Any]:
     return report
 
 
-def await_nodes(stack: Supervisor, console: Console) -> None:
-    """Wait until every node of the stack has registered, saying which are awaited and what ended meanwhile. Raises
+def await_nodes(supervisor: Supervisor, console: Console) -> None:
+    """Wait until every node of the supervisor has registered, saying which are awaited and what ended meanwhile. Raises
     BadSetting for a part that ends because of a wrong setting, and after START_TIMEOUT."""
     give_up = time.monotonic() + START_TIMEOUT
     began = time.monotonic()
     with console.status("starting …") as spinner:
-        while waiting := stack.waiting_for():
+        while waiting := supervisor.waiting_for():
             spinner.update(f"starting: waiting for {', '.join(sorted(waiting))} (loading and calibrating) …")
             if time.monotonic() > give_up:
-                raise BadSetting(f"{', '.join(waiting)} did not appear in {START_TIMEOUT:.0f} s; see {stack.logs}")
-            for line in stack.tend():
+                raise BadSetting(f"{', '.join(waiting)} did not appear in {START_TIMEOUT:.0f} s; see {supervisor.logs}")
+            for line in supervisor.tend():
                 console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
             time.sleep(0.1)
     console.print(f"all nodes up after {time.monotonic() - began:.1f} s", highlight=False)

@@ -31,7 +31,7 @@ def up(
         err.print(f"no HTTP API: {extras.how_to_install(lacking)}", style="yellow", highlight=False, markup=False)
         api_port = 0
     names = tuple(f"e{i + 1}" for i in range(edges))
-    stack = Supervisor(
+    supervisor = Supervisor(
         settings,
         edges=names,
         clouds=("c1",),
@@ -39,8 +39,8 @@ def up(
         api_port=api_port or None,
         server_port=port,
     )
-    with stack:
-        demonstration.await_nodes(stack, err)
+    with supervisor:
+        demonstration.await_nodes(supervisor, err)
         if flower_port:
             err.print(f"Flower: http://127.0.0.1:{flower_port}", highlight=False)
         if api_port:
@@ -48,11 +48,11 @@ def up(
         if port:
             password = settings.data_dir / "password"
             err.print(f"Redis:  redis://:<password in {password}>@127.0.0.1:{port}/0", highlight=False, soft_wrap=True)
-        err.print(f"Logs:   {stack.logs}\nup; Ctrl-C stops everything", highlight=False, soft_wrap=True)
+        err.print(f"Logs:   {supervisor.logs}\nup; Ctrl-C stops everything", highlight=False, soft_wrap=True)
         try:
             while True:
                 time.sleep(0.2)
-                for line in stack.tend():
+                for line in supervisor.tend():
                     _say(line)
         except KeyboardInterrupt:
             _say("stopping …")

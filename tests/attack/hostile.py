@@ -148,17 +148,17 @@ class Hostile:
 
     async def _task(self, fields: dict[str, Any], rng: random.Random) -> httpx.Response | None:
         fields = {"deadline": rng.choice([1, 3, 8]), "max_tokens": rng.choice([1, 16, 200]), **fields}
-        door = rng.choice(["tasks", "chat", "completions", "many"])
+        endpoint = rng.choice(["tasks", "chat", "completions", "many"])
         body: dict[str, Any] = {"prompt": rng.choice(["Say something.", "x", "List five colours as JSON."]), **fields}
-        if door == "many":
+        if endpoint == "many":
             return await self.ask("POST", "/v1/tasks", {"tasks": [body] * rng.choice([1, 3])})
-        if door == "chat" and isinstance(body["prompt"], str):
+        if endpoint == "chat" and isinstance(body["prompt"], str):
             body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
             if "json_schema" in body:
                 named = {"name": "x", "schema": body.pop("json_schema")}
                 body["response_format"] = {"type": "json_schema", "json_schema": named}
             return await self.ask("POST", "/v1/chat/completions", body)
-        if door == "completions" and "json_schema" not in body:
+        if endpoint == "completions" and "json_schema" not in body:
             return await self.ask("POST", "/v1/completions", body)
         return await self.ask("POST", "/v1/tasks", body)
 

@@ -154,10 +154,10 @@ def test_what_engines_and_policies_say_can_be_read_again(text: str, logprobs: An
 
 
 def test_an_integer_of_too_many_digits_is_refused_by_name(ledger: Ledger) -> None:
-    door = TaskValidator(ledger._settings, ledger)
+    validator = TaskValidator(ledger._settings, ledger)
     for fields in ({"json_schema": {"a": 10**4400}}, {"seed": 10**4400}, {"max_tokens": [10**4400]}):
         with pytest.raises(InvalidTask, match=next(iter(fields))):
-            door.accept({"prompt": "hi", **fields})
+            validator.accept({"prompt": "hi", **fields})
 
 
 def test_halves_of_pairs_from_an_engine_are_joined_and_lone_ones_replaced() -> None:

@@ -149,7 +149,7 @@ class Ledger:
         if epoch != w.epoch:
             if self.broken != "unfenced scheduler":
                 return w, "not_leader"
-            w = w._replace(wrong="a deposed scheduler placed a task")
+            w = w._replace(wrong="a scheduler that does not lead placed a task")
         task, node = w.tasks[i], w.nodes[n]
         if self.broken != "dispatch in two steps":
             if task.state != "pending" or task.attempt + 1 != attempt:

@@ -43,7 +43,7 @@ EVERYTHING = {
         "pop before claim": "a task is stuck",
         "no lease expiry": "a task is stuck",
         "dispatch in two steps": "a final state changed",
-        "unfenced scheduler": "a deposed scheduler placed a task",
+        "unfenced scheduler": "a scheduler that does not lead placed a task",
         "blind submission": "a final state changed",
     }.items(),
 )

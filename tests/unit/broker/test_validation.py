@@ -1,4 +1,4 @@
-"""The door: what a task must be beside well-formed, given the settings and the nodes there are."""
+"""Task validation: what a task must be beside well-formed, given the settings and the nodes there are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from support.make import node_info
 
-from perllm.broker import validation as door_module
+from perllm.broker import validation
 from perllm.broker.errors import InvalidTask
 from perllm.broker.ledger import Ledger
 from perllm.broker.local.server import EmbeddedServer
@@ -24,13 +24,13 @@ def ledger(valkey: EmbeddedServer) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def door(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> TaskValidator:
-    monkeypatch.setattr(door_module, "OFFERS_AGE", -1.0)  # looks anew each time
+def validator(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> TaskValidator:
+    monkeypatch.setattr(validation, "OFFERS_AGE", -1.0)  # looks anew each time
     return TaskValidator(Settings(max_prompt_bytes=100), ledger)
 
 
-def test_a_good_task(door: TaskValidator) -> None:
-    spec = door.accept({"prompt": "hi", "deadline": 5})
+def test_a_good_task(validator: TaskValidator) -> None:
+    spec = validator.accept({"prompt": "hi", "deadline": 5})
     assert (spec.prompt, spec.deadline, spec.max_tokens) == ("hi", 5.0, 128)
 
 
@@ -42,40 +42,40 @@ def test_a_good_task(door: TaskValidator) -> None:
         ({"messages": [{"role": "user", "content": "x" * 60}] * 2}, "messages"),
     ],
 )
-def test_an_oversized_prompt(door: TaskValidator, task: dict[str, object], field: str) -> None:
+def test_an_oversized_prompt(validator: TaskValidator, task: dict[str, object], field: str) -> None:
     with pytest.raises(
         InvalidTask, match=rf"^{field}: 1\d\d bytes; the limit is 100 bytes \(PERLLM_MAX_PROMPT_BYTES\)$"
     ):
-        door.accept(task)
+        validator.accept(task)
 
 
-def test_the_largest_prompt(door: TaskValidator) -> None:
-    assert door.accept({"prompt": "x" * 100}).text_bytes() == 100
+def test_the_largest_prompt(validator: TaskValidator) -> None:
+    assert validator.accept({"prompt": "x" * 100}).text_bytes() == 100
 
 
-def test_a_model_nobody_serves(door: TaskValidator, ledger: Ledger) -> None:
-    door.accept({"prompt": "x", "model": "later"})  # no nodes: it waits for one
+def test_a_model_nobody_serves(validator: TaskValidator, ledger: Ledger) -> None:
+    validator.accept({"prompt": "x", "model": "later"})  # no nodes: it waits for one
     ledger.register(node_info("n"))
     with pytest.raises(InvalidTask, match=r"^model: no live node serves 'later'; on offer: emulated$"):
-        door.accept({"prompt": "x", "model": "later"})
-    assert door.accept({"prompt": "x", "model": "emulated"}).model == "emulated"
+        validator.accept({"prompt": "x", "model": "later"})
+    assert validator.accept({"prompt": "x", "model": "emulated"}).model == "emulated"
 
 
-def test_more_tokens_than_any_context(door: TaskValidator, ledger: Ledger) -> None:
-    door.accept({"prompt": "x", "max_tokens": 5000})
+def test_more_tokens_than_any_context(validator: TaskValidator, ledger: Ledger) -> None:
+    validator.accept({"prompt": "x", "max_tokens": 5000})
     ledger.register(node_info("n"))
     for model in ({}, {"model": "emulated"}):
         with pytest.raises(InvalidTask, match=r"^max_tokens: 4096 leaves no room in the largest context, 4096 tokens$"):
-            door.accept({"prompt": "x", "max_tokens": 4096} | model)
-    door.accept({"prompt": "x", "max_tokens": 4095})
+            validator.accept({"prompt": "x", "max_tokens": 4096} | model)
+    validator.accept({"prompt": "x", "max_tokens": 4095})
 
 
 def test_the_offers_are_not_looked_up_for_every_task(
-    door: TaskValidator, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    validator: TaskValidator, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door_module, "OFFERS_AGE", 60.0)
-    door.accept({"prompt": "x"})
+    monkeypatch.setattr(validation, "OFFERS_AGE", 60.0)
+    validator.accept({"prompt": "x"})
     before = ledger.client.info("stats")["total_commands_processed"]
     for _ in range(100):
-        door.accept({"prompt": "x"})
+        validator.accept({"prompt": "x"})
     assert ledger.client.info("stats")["total_commands_processed"] - before < 5

@@ -1,4 +1,4 @@
-"""The wire contract: strict at the door, tolerant inside, and the same after every journey."""
+"""The wire contract: strict for users, tolerant inside, and the same after every journey."""
 
 from __future__ import annotations
 
