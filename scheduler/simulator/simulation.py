@@ -28,7 +28,7 @@ from perllm.scheduler.simulator.clock import Clock
 from perllm.scheduler.simulator.node import Attempt, SimulatedNode
 from perllm.scheduler.simulator.oracles import ORACLES
 from perllm.scheduler.simulator.result import Outcome, RunResult
-from perllm.scheduler.simulator.scenario import Loss, Replay, Scenario, node_names
+from perllm.scheduler.simulator.scenario import Loss, Replay, Scenario, Texts, node_names
 from perllm.scheduler.simulator.workload import Arrival, draw_tokens, make_arrivals, mean_task
 
 #: Tasks left waiting are looked at again after this long, s, as in the live service.
@@ -164,7 +164,7 @@ class Simulation:
         """Per service class, output lengths (tokens) of the distribution its tasks are drawn from; the tasks' own
         where they are recorded ones."""
         scenario = self.scenario
-        if self._is_replay or isinstance(scenario.arrivals, Replay):
+        if self._is_replay or isinstance(scenario.arrivals, Replay | Texts):
             found: dict[str, list[float]] = {}
             for arrival in self.arrivals:
                 found.setdefault(arrival.event.service, []).append(arrival.output)
