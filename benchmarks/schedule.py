@@ -121,8 +121,8 @@ QUICK = Size(
     tasks=1500,
     loads=(0.3, 0.5, 0.7, 0.9, 1.1, 1.3),
     yard_seeds=1,
-    yard_tasks=400,
-    yard_loads=(0.5, 0.9, 1.1),
+    yard_tasks=300,
+    yard_loads=(0.5, 0.9),
 )
 
 #: Runs by (policy, load), one per seed.

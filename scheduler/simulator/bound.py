@@ -68,7 +68,7 @@ _SPANS, _MIN_SPAN = 400, 0.5
 #: Spans of a task's time on a node that the first linear program has; others are added where they are cheaper.
 _FIRST_SPANS = 4
 #: Linear programs solved per bound at most, and the gap to the best possible prices that is good enough.
-_ROUNDS, _GAP = 8, 0.002
+_ROUNDS, _GAP = 40, 0.002
 #: Rounding must not make a true bound false: relative slack on times, energies and the sum.
 _EPSILON = 1e-6
 

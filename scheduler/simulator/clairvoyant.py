@@ -40,9 +40,9 @@ _STARTS: tuple[Mapping[str, float], ...] = (
 #: Weights of value with which a schedule is filled.
 _FILLS = (8.0, 100.0)
 #: Rounds of fill and prune, and the schedules each begins with.
-_ROUNDS, _BREADTH = 2, 4
+_ROUNDS, _BREADTH = 1, 4
 #: Shakes at the end, and the share of placements each takes out.
-_SHAKES, _SHAKEN = 8, 0.15
+_SHAKES, _SHAKEN = 6, 0.15
 #: Policies without foresight it starts from, where the caller names none.
 RIVALS = ("cs-ucb", "earliest-completion+mech")
 
