@@ -238,7 +238,7 @@ class _Program:
             raise BadSetting("the bound needs HiGHS: pip install 'perllm[simulate]'") from None
         self._problem, self._weight, self._joules, self._transfer = problem, weight, joules, transfer
         self._kind: Any = highspy
-        self._solver = solver = highspy.Highs()
+        self._solver = solver = self._kind.Highs()
         solver.setOptionValue("output_flag", False)
         solver.setOptionValue("threads", 1)
         solver.setOptionValue("random_seed", 0)
@@ -385,7 +385,8 @@ class _Decoding:
                 cost = watts[batch] * part + price * step
                 least = np.where(batch <= self.company, np.minimum(least, cost), least)
             ends.append(least)
-        return self.count * (ends[0] + ends[1]) / 2
+        total: Floats = self.count * (ends[0] + ends[1]) / 2
+        return total
 
 
 def _added(table: StepTable, tokens: float) -> float:
@@ -463,11 +464,12 @@ class _Speed:
 
     def until(self, time: Floats) -> Floats:
         """s of step time up to `time`."""
-        return np.interp(time, self._edges, self._taken)
+        taken: Floats = np.interp(time, self._edges, self._taken)
+        return taken
 
     def spans(self, begin: float, width: float, count: int) -> tuple[Floats, Floats]:
         """Per span, its capacity (s of step time) and the least factor on a step's time and energy."""
-        bounds = begin + width * np.arange(count + 1)
+        bounds: Floats = begin + width * np.arange(count + 1, dtype=float)
         capacity = np.diff(self.until(bounds))
         first = np.maximum(np.searchsorted(self._edges, bounds[:-1], side="right") - 1, 0)
         last = np.searchsorted(self._edges, bounds[1:], side="left")
