@@ -7,8 +7,15 @@ Ratios are medians over seeds, with [lowest, highest] as their spread. What the 
   the `paper` scenario with Poisson arrivals; `*_bursts`: the same with MMPP arrivals. `best_heuristic` is the best of
   round robin, least loaded, power of two, cheapest feasible and earliest completion, each as it is and with CS-UCB's
   mechanisms; `best_jsq` leaves out the two that forecast with the nodes' boot profiles.
-- `ontime_vs_clairvoyant_*`, `ontime_vs_informed_min` (the least over loads up to 90 % and both arrivals),
-  `energy_vs_clairvoyant_*`: ratios at that load; energy is per on-time task, idle power apart.
+- `ontime_vs_informed_min`: the on-time share over the informed oracle's, the least over loads up to 90 % and both
+  arrivals.
+- `ontime_vs_clairvoyant_*`, `energy_vs_clairvoyant_*`: the on-time share over that of the best schedule known with
+  everything known in advance (`simulator.clairvoyant`), and the energy over what such schedules need *for the same
+  on-time share*; idle power apart. `of_bound_*`: the on-time share over what no policy can exceed
+  (`simulator.bound`), the least over scenarios at that load; the table `yardstick` has them all.
+- `dominated_points_on_time`, `dominated_energy_percent`: over all scenarios and loads of that table, by how much a
+  policy without foresight is better in on-time share at no more energy per on-time task, or in that energy at no less
+  on time: the worst case, and [least, most] over scenarios and loads.
 - `recovery_tasks_max`: tasks from a fault on until the on-time share of the next 50 tasks, and of all the rest, is
   within 3 points of the informed oracle's under the same fault; the worst of three faults.
 - `worst_points_vs_best_heuristic`: on-time share less the best simple heuristic's, points; the worst scenario and
@@ -20,9 +27,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,16 +49,39 @@ from perllm.scheduler.simulator import report
 from perllm.scheduler.simulator.atomic_file import write_atomically
 from perllm.scheduler.simulator.pretraining import pretrain
 from perllm.scheduler.simulator.result import RunResult, effective_capacity, mean
-from perllm.scheduler.simulator.scenario import Scenario, load_scenario, scenario_names
+from perllm.scheduler.simulator.scenario import Scenario, Texts, load_scenario, scenario_names
 from perllm.scheduler.simulator.simulation import Simulation
 from perllm.scheduler.simulator.sweep import RunSpec, sweep
+from perllm.scheduler.simulator.yardstick import Yardstick, measure
 
 FIRST_SEED = 1000
 OURS = "cs-ucb"
 JSQ = ("round-robin", "least-loaded", "power-of-two")
 FORECASTING = ("cheapest-feasible", "earliest-completion")
 HEURISTICS = tuple(f"{name}{mech}" for name in (*JSQ, *FORECASTING) for mech in ("", "+mech"))
-COMPARED = (OURS, "clairvoyant", "informed", "cs-ucb-paper", "cs-ucb-paper+mech", "cloud-only+mech", *HEURISTICS)
+COMPARED = (OURS, "foresight", "informed", "cs-ucb-paper", "cs-ucb-paper+mech", "cloud-only+mech", *HEURISTICS)
+#: What the yardstick is put beside, and where.
+MEASURED = (
+    OURS,
+    "cs-ucb-paper+mech",
+    "earliest-completion+mech",
+    "cheapest-feasible+mech",
+    "least-loaded+mech",
+    "cloud-only+mech",
+)
+YARDSTICK = (
+    "paper",
+    "paper-bursts",
+    "measured",
+    "measured-bursts",
+    "azure-code",
+    "long-prompts",
+    "heavy-tails",
+    "mixed-values",
+    "slow-giant",
+    "billed-cloud",
+    "texts",
+)
 LOADS = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5)
 FAULTS = ("edge-slows", "cloud-slows", "bandwidth-collapse")
 ONSET = 120.0  # s, when the faults of FAULTS begin
@@ -65,10 +97,33 @@ class Size:
     agod_runs: int
     tasks: int | None
     loads: tuple[float, ...]
+    yard_seeds: int
+    yard_tasks: int
+    yard_loads: tuple[float, ...]
 
 
-FULL = Size(seeds=4, weak_seeds=2, fault_seeds=16, agod_runs=40, tasks=None, loads=LOADS)
-QUICK = Size(seeds=1, weak_seeds=1, fault_seeds=4, agod_runs=8, tasks=1500, loads=(0.3, 0.5, 0.7, 0.9, 1.1, 1.3))
+FULL = Size(
+    seeds=4,
+    weak_seeds=2,
+    fault_seeds=16,
+    agod_runs=40,
+    tasks=None,
+    loads=LOADS,
+    yard_seeds=3,
+    yard_tasks=1200,
+    yard_loads=(0.3, 0.5, 0.7, 0.9, 1.1),
+)
+QUICK = Size(
+    seeds=1,
+    weak_seeds=1,
+    fault_seeds=4,
+    agod_runs=8,
+    tasks=1500,
+    loads=(0.3, 0.5, 0.7, 0.9, 1.1, 1.3),
+    yard_seeds=1,
+    yard_tasks=300,
+    yard_loads=(0.5, 0.9),
+)
 
 #: Runs by (policy, load), one per seed.
 SweepResult = dict[tuple[str, float], list[RunResult]]
@@ -77,8 +132,8 @@ SweepResult = dict[tuple[str, float], list[RunResult]]
 class Bench:
     """Runs simulations and keeps what the figures need of them."""
 
-    def __init__(self, size: Size, jobs: int) -> None:
-        self.size, self.jobs = size, jobs
+    def __init__(self, size: Size, jobs: int, texts: str | None = None) -> None:
+        self.size, self.jobs, self.texts = size, jobs, texts
         self.figures: dict[str, float] = {}
         self.spread: dict[str, list[float]] = {}
         self.tables: dict[str, Any] = {}
@@ -86,6 +141,9 @@ class Bench:
 
     def scenario(self, name: str) -> Scenario:
         scenario = load_scenario(name)
+        if self.texts is not None and isinstance(scenario.arrivals, Texts):
+            arrivals = scenario.arrivals.model_copy(update={"file": self.texts})
+            scenario = scenario.model_copy(update={"arrivals": arrivals, "tasks": 3000})
         return scenario.model_copy(update={"tasks": min(scenario.tasks, self.size.tasks or scenario.tasks)})
 
     def sweep(self, scenario: Scenario, policies: Iterable[str], loads: Sequence[float], seeds: int) -> SweepResult:
@@ -124,14 +182,7 @@ class Bench:
         for name, suffix in (("paper", ""), ("paper-bursts", "_bursts")):
             swept = self.sweep(self.scenario(name), COMPARED, self.size.loads, self.size.seeds)
             self.capacities(swept, suffix)
-            for load in (0.3, 0.5, 0.7, 0.9):
-                self.put(
-                    f"ontime_vs_clairvoyant_{load:.0%}{suffix}".replace("%", ""), ratios(swept, load, "clairvoyant")
-                )
-                least_against_informed.append(ratios(swept, load, "informed"))
-            for load in (0.7, 0.9, 1.1):
-                key = f"energy_vs_clairvoyant_{load:.0%}{suffix}".replace("%", "")
-                self.put(key, ratios(swept, load, "clairvoyant", "joules"))
+            least_against_informed += [ratios(swept, load, "informed") for load in (0.3, 0.5, 0.7, 0.9)]
             self.tables[f"on_time_{name}"] = by_policy(swept, "on_time")
             self.tables[f"joules_{name}"] = by_policy(swept, "joules")
             runs = [run for some in swept.values() for run in some]
@@ -147,7 +198,7 @@ class Bench:
             "paper_mech": ("cs-ucb-paper+mech",),
             "best_heuristic": HEURISTICS,
             "best_jsq": jsq,
-            "clairvoyant": ("clairvoyant",),
+            "foresight": ("foresight",),
         }
         for name, policies in rivals.items():
             best = [max(values) for values in zip(*(found[p] for p in policies), strict=True)]
@@ -183,6 +234,34 @@ class Bench:
                     runs.append(Simulation(scenario, policy, load=load, seed=seed).run())
                 shares.setdefault(name, {})[f"{load:.0%}"] = mean(runs, "on_time")
         self.tables["agod"] = shares
+
+    def yardstick(self) -> None:
+        """Beside the best schedules known and the bound, everywhere work is of its own kind."""
+        size = self.size
+        jobs = [(n, x, FIRST_SEED + s) for n in YARDSTICK for x in size.yard_loads for s in range(size.yard_seeds)]
+        found: dict[tuple[str, float], list[Yardstick]] = {}
+        with ProcessPoolExecutor(self.jobs) as pool:
+            scenarios = {n: self.scenario(n) for n in YARDSTICK}
+            scenarios = {n: s.model_copy(update={"tasks": min(s.tasks, size.yard_tasks)}) for n, s in scenarios.items()}
+            running = [(n, x, pool.submit(measure, scenarios[n], MEASURED, load=x, seed=s)) for n, x, s in jobs]
+            for number, (name, load, future) in enumerate(running, start=1):
+                found.setdefault((name, load), []).append(future.result())
+                print(f"  yardstick: {number} of {len(jobs)}, {name} at {load:.0%}", file=sys.stderr, flush=True)
+        self.tables["yardstick"] = {f"{name} at {load:.0%}": yard_row(some) for (name, load), some in found.items()}
+        for (name, load), some in found.items():
+            if name not in ("paper", "paper-bursts"):
+                continue
+            suffix = f"{load:.0%}".replace("%", "") + ("_bursts" if name == "paper-bursts" else "")
+            self.put(f"ontime_vs_clairvoyant_{suffix}", [yard.policies[0].of_clairvoyant for yard in some])
+            self.put(f"energy_vs_clairvoyant_{suffix}", [yard.policies[0].joules_of_clairvoyant for yard in some])
+        for load in size.yard_loads:
+            at_load = [[yard.policies[0].of_bound for yard in some] for (_, x), some in found.items() if x == load]
+            self.put(f"of_bound_{load:.0%}".replace("%", ""), min(at_load, key=statistics.median))
+        dominated = [row["dominated"] for row in self.tables["yardstick"].values()]
+        for figure, key in (("dominated_points_on_time", "points"), ("dominated_energy_percent", "energy_percent")):
+            worst = [row[key] for row in dominated]
+            self.figures[figure], self.spread[figure] = max(worst), [min(worst), max(worst)]
+        plot_frontiers(RESULTS / "schedule-frontiers.png", found)
 
     def everywhere(self) -> None:
         """Every packaged scenario against the simple heuristics."""
@@ -284,6 +363,55 @@ class Bench:
             self.put(f"simulated_tasks_s_{policy}", [run.tasks / run.wall for run in runs])
 
 
+def yard_row(some: Sequence[Yardstick]) -> dict[str, Any]:
+    """Means over seeds, a row per policy; by how much another policy without foresight dominates ours."""
+    rows: dict[str, Any] = {}
+    for runs in zip(*((*yard.policies, yard.clairvoyant) for yard in some), strict=True):
+        good = statistics.mean(run.on_time for run in runs)
+        rows[runs[0].policy] = {
+            "on_time": good,
+            "value": statistics.mean(run.share for run in runs),
+            "joules": statistics.mean(run.joules for run in runs) / good if good else math.inf,  # per on-time share
+            "of_bound": statistics.mean(run.of_bound for run in runs),
+            "energy_vs_clairvoyant": statistics.mean(run.joules_of_clairvoyant for run in runs),
+            "energy_vs_bound": statistics.mean(run.joules_of_bound for run in runs),
+        }
+    points, percent = dominated(rows[OURS], [row for name, row in rows.items() if name not in (OURS, "clairvoyant")])
+    rows["bound"] = {"value": statistics.mean(yard.bound_share for yard in some)}
+    rows["dominated"] = {"points": points, "energy_percent": percent}
+    return rows
+
+
+def dominated(ours: dict[str, float], others: Sequence[dict[str, float]]) -> tuple[float, float]:
+    """Points of on-time value another has more at no more energy, and percent of energy it has less at no less value;
+    0 where none does."""
+    cheaper = [row["value"] - ours["value"] for row in others if row["joules"] <= ours["joules"]]
+    better = [1 - row["joules"] / ours["joules"] for row in others if row["value"] >= ours["value"]]
+    return 100 * max(0.0, *cheaper, 0.0), 100 * max(0.0, *better, 0.0)
+
+
+def plot_frontiers(path: Path, found: dict[tuple[str, float], list[Yardstick]]) -> None:
+    """Energy against on-time share, the first seed: clairvoyant's frontier, the bound's share, a point per policy; a
+    plot per scenario, at 90 % load."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    shown = {name: some[0] for (name, load), some in found.items() if load == 0.9}
+    figure = Figure(figsize=(14, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, 4, squeeze=False).ravel()
+    for plot, (name, yard) in zip(axes, shown.items(), strict=False):
+        plot.plot([100 * x for x, _ in yard.frontier], [y / 1000 for _, y in yard.frontier], ".-", label="clairvoyant")
+        for i, run in enumerate(yard.policies):
+            plot.plot([100 * run.share], [run.joules / 1000], "o*sv^D"[i % 6], label=run.policy)
+        plot.axvline(100 * yard.bound_share, color="grey", linestyle=":", label="bound")
+        plot.set(title=name, xlabel="on-time value, %", ylabel="kJ in all")
+    for plot in axes[len(shown) :]:
+        plot.set_axis_off()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize="small")
+    write_atomically(path, lambda p: figure.savefig(p, dpi=110))
+
+
 def ratios(swept: SweepResult, load: float, other: str, figure: str = "on_time") -> list[float]:
     """Our figure over another policy's, per seed."""
     pairs = zip(swept[OURS, load], swept[other, load], strict=True)
@@ -358,10 +486,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer seeds and tasks: minutes, not half an hour")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parts = ("compare", "others", "agod", "everywhere", "recovery", "profiles", "ablation", "regret", "speed")
+    parts = (
+        "compare",
+        "others",
+        "agod",
+        "yardstick",
+        "everywhere",
+        "recovery",
+        "profiles",
+        "ablation",
+        "regret",
+        "speed",
+    )
     parser.add_argument("--only", choices=parts, action="append", help="leave the other parts out; nothing is kept")
+    parser.add_argument("--texts", help="prompts to replay instead of the packaged ones, as JSON lines")
     options = parser.parse_args()
-    bench = Bench(QUICK if options.quick else FULL, options.jobs)
+    bench = Bench(QUICK if options.quick else FULL, options.jobs, options.texts)
     for part in options.only or parts:
         getattr(bench, part)()
     show(bench)
@@ -389,6 +529,18 @@ def show(bench: Bench) -> None:
             for policy, row in rows.items():
                 view.add_row(policy, *(f"{row[c]:.3g}" for c in columns))
             console.print(view)
+    if rows := bench.tables.get("yardstick"):
+        columns = ("on_time", "value", "joules", "of_bound", "energy_vs_clairvoyant", "energy_vs_bound")
+        view = Table(title="yardstick (joules: of the run, over the on-time share)", title_justify="left", box=None)
+        for column in ("where", "policy", *columns):
+            view.add_column(column, justify="right")
+        for where, row in rows.items():
+            for policy, figures in row.items():
+                if policy != "dominated":
+                    view.add_row(where, policy, *(f"{figures[c]:.4g}" if c in figures else "" for c in columns))
+            points, percent = row["dominated"]["points"], row["dominated"]["energy_percent"]
+            view.add_row(where, f"dominated by {points:.2f} points, {percent:.1f} % of energy")
+        console.print(view)
     for name, value in bench.figures.items():
         low, high = bench.spread.get(name, [value, value])
         console.print(f"{name:44s} {value:8.3f}   [{low:.3f}, {high:.3f}]", highlight=False)

@@ -66,7 +66,7 @@ MECHANISMS_ADDED = (
     "admission (a task is placed once some node is forecast to finish it in time)",
 )
 #: Policies that always run with them.
-_ALWAYS = ("cs-ucb", "informed", "clairvoyant")
+_ALWAYS = ("cs-ucb", "informed", "foresight", "clairvoyant")
 
 
 class CoreOptions(TypedDict):

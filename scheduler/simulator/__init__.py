@@ -7,4 +7,5 @@
 - A run: `simulation`, its `result`; many of them: `sweep`, `report`; `cli` is `perllm simulate`, `export` is
   `perllm trace export`.
 - Policies: `oracles`, which exist here only and look ahead by `rollout`; `pretraining` of those that must learn first.
+- Yardsticks: `clairvoyant`, the best schedules found in hindsight; `bound`, what none can exceed.
 """

@@ -27,3 +27,18 @@ def capacity(scenario: Scenario) -> dict[str, float]:
         prefill = table.prefill(prompt) - table.prefill_seconds[0]
         found |= dict.fromkeys(node_names(spec), 1.0 / (prefill + output * step / batch))
     return found
+
+
+def least_joules(scenario: Scenario) -> float:
+    """J the scenario's mean task costs where it is cheapest, with every slot taken (idle power apart)."""
+    prompt, output, reserve = mean_task(scenario)
+    found = []
+    for spec in scenario.node:
+        table = step_table_of(spec)
+        batch = max(1, min(spec.slots, int(spec.kv_tokens / reserve)))
+        step = table.decode(batch, batch * (prompt + output / 2))
+        prefill = table.prefill(prompt) - table.prefill_seconds[0]
+        decode = output * step / batch
+        watts = table.watts[batch] - table.idle_watts
+        found.append(prefill * (table.prefill_watts - table.idle_watts) + decode * watts)
+    return min(found)

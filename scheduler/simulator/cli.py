@@ -29,8 +29,8 @@ def simulate(
         str,
         typer.Option(
             help="Policies to compare, separated by commas; a baseline with '+mech' runs "
-            f"with CS-UCB's mechanisms. Known: {', '.join(policy_names())}; also 'informed' and 'clairvoyant', which "
-            "see the simulator's truth"
+            f"with CS-UCB's mechanisms. Known: {', '.join(policy_names())}; also 'informed' and 'foresight', which "
+            "see the simulator's truth, and 'clairvoyant', the best schedules found with it"
         ),
     ] = "cs-ucb",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run each with.")] = 4,

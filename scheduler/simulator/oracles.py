@@ -1,13 +1,20 @@
-"""Upper references: policies that are told the simulator's truth, as no live scheduler can be.
+"""Policies that are told the simulator's truth, as no live scheduler can be.
 
 Both are greedy: they place a task where it adds the most to V·(on-time value on that node) − energy/E₀, found by
-rolling the node's future out with and without it, and refuse it when that is not above 0. `clairvoyant` knows every
-task's output length; `informed` only the distribution its length was drawn from, and averages over samples of it. Both
-know each node's true step times, its true present speed and its link's present bandwidth, but not future noise.
+rolling the node's future out with and without it. `foresight` knows every task's output length; `informed` only the
+distribution its length was drawn from, and averages over samples of it. Both know each node's true step times, its true
+present speed and its link's present bandwidth, but not future noise.
+
+E₀ is the scenario's own: what its mean task costs where it is cheapest. A task that nothing speaks for now waits while
+some node could yet finish it in time, and is refused after that. With `patience`, one that would cost well more than
+its least here and now waits for a fuller batch or a better node, for that share of the time it can.
+
+Greedy is not best: an upper reference is what `clairvoyant` makes of these.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,8 +24,9 @@ from typing_extensions import override
 from perllm.broker.messages import Event
 from perllm.scheduler.baselines.base import Baseline
 from perllm.scheduler.core.cluster import Cluster, Node, Task
-from perllm.scheduler.core.policy import Choice, Place, Reject
+from perllm.scheduler.core.policy import Choice, Place, Reject, Wait
 from perllm.scheduler.csucb.token_bins import Floats
+from perllm.scheduler.simulator.capacity import least_joules
 from perllm.scheduler.simulator.node import InSlot, SimulatedNode
 from perllm.scheduler.simulator.rollout import (
     ATTEMPT,
@@ -29,14 +37,19 @@ from perllm.scheduler.simulator.rollout import (
     RolloutNode,
     rollout,
 )
+from perllm.scheduler.simulator.scenario import Scenario
 from perllm.scheduler.simulator.workload import Arrival
 
 #: V: what a unit of on-time value is worth, in units of E₀.
-VALUE_WEIGHT = 6.0
-#: E₀, J.
-ENERGY_SCALE = 100.0
+VALUE_WEIGHT = 25.0
+#: A patient task waits where it would cost more than this many times its least.
+DEAR = 1.3
+#: A task that waits is looked at again after this share of the time it can wait, and at least so many s.
+REVIEW_SHARE, MIN_REVIEW = 0.1, 0.1
 #: Steps are rolled out this much slower than they are: a margin for the noise nobody can foresee.
 STEP_TIME_MARGIN = 1.1
+#: When each task is dispatched, s, and to which node.
+Plan = dict[str, tuple[float, str]]
 #: Output lengths `informed` draws per task.
 SAMPLES = 16
 
@@ -45,6 +58,7 @@ class GroundTruth(Protocol):
     """What an oracle is told of the simulation it lives in."""
 
     seed: int
+    scenario: Scenario
 
     @property
     def nodes(self) -> Mapping[str, SimulatedNode]: ...
@@ -58,9 +72,10 @@ class GroundTruth(Protocol):
 class Oracle(Baseline):
     """Greedy on the nodes' rolled-out futures. Subclasses give the output lengths."""
 
-    def __init__(self, truth: GroundTruth) -> None:
+    def __init__(self, truth: GroundTruth, *, value_weight: float = VALUE_WEIGHT, patience: float = 0.0) -> None:
         super().__init__(truth.seed)
-        self._truth = truth
+        self._truth, self._patience = truth, patience
+        self._joules_per_value = value_weight * least_joules(truth.scenario)
         self._nodes = {name: _rollout_node(node) for name, node in truth.nodes.items()}
 
     def lengths(self, task_id: str, generated: int) -> Floats:
@@ -69,20 +84,53 @@ class Oracle(Baseline):
 
     @override
     def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
-        best, best_gain = None, 0.0
+        best, best_gain, best_joules = None, 0.0, 0.0
         for node in candidates:
-            gain = self._gain(task, node, now)
+            value, joules = self._added(task, node, now)
+            gain = self._joules_per_value * value - joules
             if gain > best_gain:
-                best, best_gain = node, gain
-        return Reject("no node can finish it in time at a price worth paying") if best is None else Place(best.name)
+                best, best_gain, best_joules = node, gain, joules
+        if best is not None and not self._patience:
+            return Place(best.name)
+        spare = max(self._spare(task, node, now) for node in cluster.serving.get(task.model, ()))
+        if best is None and spare < 0:
+            return Reject("no node could finish it in time, even with nothing else to do")
+        until = now + max(MIN_REVIEW, REVIEW_SHARE * spare)
+        if best is None:
+            return Wait(until)
+        waited = now - task.submitted
+        dear = best_joules > DEAR * min(self._least(task, name) for name in self._truth.nodes)
+        return Wait(until, rank=best_gain) if dear and waited < self._patience * (waited + spare) else Place(best.name)
 
-    def _gain(self, task: Task, node: Node, now: float) -> float:
-        """V·Δ(on-time value) − Δenergy/E₀ of putting `task` on `node`."""
+    def _added(self, task: Task, node: Node, now: float) -> tuple[float, float]:
+        """The on-time value and the J that `task` adds to `node`."""
         held = len(node.in_flight)
         attempts, state = self.attempts(node, task, now), self.node_now(node, now)
         value_with, joules_with = rollout(held + 1, attempts, state)
         value_without, joules_without = rollout(held, attempts, state)
-        return VALUE_WEIGHT * (value_with - value_without) - (joules_with - joules_without) / ENERGY_SCALE
+        return value_with - value_without, joules_with - joules_without
+
+    def _spare(self, task: Task, node: Node, now: float) -> float:
+        """s by which `task` could start later on `node` and yet be in time, had that nothing else to do; by the
+        shortest length it may have."""
+        simulated, output = self._truth.nodes[node.name], float(self.lengths(task.id, 0).min())
+        table, payload = simulated.table, self._truth.arrival(task.id).event.payload_bytes
+        frozen, factor = simulated.step_time_factor.without_noise(now)
+        steps = math.ceil(task.prompt_tokens / simulated.spec.chunk)
+        busy = steps * table.prefill(task.prompt_tokens / steps)
+        busy += (output - 1) * table.decode(1, task.prompt_tokens + output / 2)
+        transfer = payload * simulated.seconds_per_byte.at(now)[0]
+        return task.deadline - now - self._truth.scenario.dispatch_delay - transfer - frozen - factor * busy
+
+    def _least(self, task: Task, name: str) -> float:
+        """J it costs on a node whose slots are all taken."""
+        node = self._truth.nodes[name]
+        table, batch, output = node.table, node.spec.slots, float(self.lengths(task.id, 0).mean())
+        step = table.base[batch] / batch + table.slope[batch] * (task.prompt_tokens + output / 2)
+        prefill = table.prefill(task.prompt_tokens) - table.prefill_seconds[0]
+        return prefill * (table.prefill_watts - table.idle_watts) + output * step * (
+            table.watts[batch] - table.idle_watts
+        )
 
     def node_now(self, node: Node, now: float) -> RolloutNode:
         """`node` at its true present speed."""
@@ -129,10 +177,29 @@ def _rollout_node(node: SimulatedNode) -> RolloutNode:
     return RolloutNode(state, decode, prefill)
 
 
-class Clairvoyant(Oracle):
-    """Greedy on true futures, every task's output length known: an upper reference, in simulations only."""
+class Foresight(Oracle):
+    """Greedy on true futures, every task's output length known; in simulations only.
 
-    name = "clairvoyant"
+    Tasks in `plan` are placed as it says; with `only_plan`, all others are refused.
+    """
+
+    name = "foresight"
+
+    def __init__(
+        self, truth: GroundTruth, *, plan: Plan | None = None, only_plan: bool = False, **options: float
+    ) -> None:
+        super().__init__(truth, **options)
+        self._plan, self._only_plan = plan or {}, only_plan
+
+    @override
+    def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
+        planned = self._plan.get(task.id)
+        if planned is None:
+            return Reject("not planned") if self._only_plan else super().choose(task, candidates, cluster, now)
+        at, name = planned
+        if now < at:
+            return Wait(at)
+        return Place(name) if any(n.name == name for n in candidates) else Wait(now + MIN_REVIEW, rank=math.inf)
 
     @override
     def lengths(self, task_id: str, generated: int) -> Floats:
@@ -141,12 +208,12 @@ class Clairvoyant(Oracle):
 
 
 class Informed(Oracle):
-    """Greedy on futures sampled from the true output-length distributions: an upper reference, in simulations only."""
+    """Greedy on futures sampled from the true output-length distributions; in simulations only."""
 
     name = "informed"
 
-    def __init__(self, truth: GroundTruth) -> None:
-        super().__init__(truth)
+    def __init__(self, truth: GroundTruth, **options: float) -> None:
+        super().__init__(truth, **options)
         self._sorted = {name: np.sort(lengths) for name, lengths in truth.true_lengths().items()}
         self._uniform: dict[str, Floats] = {}
 
@@ -170,4 +237,4 @@ class Informed(Oracle):
             self._uniform.pop(event.id, None)
 
 
-ORACLES: dict[str, type[Oracle]] = {"clairvoyant": Clairvoyant, "informed": Informed}
+ORACLES: dict[str, type[Oracle]] = {"foresight": Foresight, "informed": Informed}

@@ -221,7 +221,16 @@ class Replay(_Part):
     file: str
 
 
-Arrivals = Annotated[Poisson | Mmpp | Replay, Field(discriminator="kind")]
+class Texts(_Part):
+    """Recorded prompts with the lengths of their answers, drawn without repetition, arriving as Poisson's. `file` is a
+    packaged trace's name or a path (`text_trace`). A prompt's class is that of its service where one has its name;
+    others, and all deadlines, payloads and values, come from the classes by their shares."""
+
+    kind: Literal["texts"]
+    file: str
+
+
+Arrivals = Annotated[Poisson | Mmpp | Replay | Texts, Field(discriminator="kind")]
 
 
 class Scenario(_Part):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ from perllm.scheduler.simulator.clock import Clock
 from perllm.scheduler.simulator.node import Attempt, SimulatedNode
 from perllm.scheduler.simulator.oracles import ORACLES
 from perllm.scheduler.simulator.result import Outcome, RunResult
-from perllm.scheduler.simulator.scenario import Loss, Replay, Scenario, node_names
+from perllm.scheduler.simulator.scenario import Loss, Replay, Scenario, Texts, node_names
 from perllm.scheduler.simulator.workload import Arrival, draw_tokens, make_arrivals, mean_task
 
 #: Tasks left waiting are looked at again after this long, s, as in the live service.
@@ -40,7 +41,8 @@ class Simulation:
 
     `mechanisms` (see `policies.MECHANISMS_ADDED`) are on or off as the policy's name says, but for admission, which is
     the policy's own; given, they override that, and `abort` whether tasks are stopped at their deadline. `arrivals`
-    replace the scenario's. `listen` hears every event of the stream.
+    replace the scenario's. `listen` hears every event of the stream. `options` are the keywords of a policy given by
+    name.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Simulation:
         abort: bool | None = None,
         arrivals: list[Arrival] | None = None,
         listen: Callable[[Event], None] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.scenario, self.load, self.seed = scenario, load, seed
         self.clock = Clock(scenario.start)
@@ -70,9 +73,9 @@ class Simulation:
         self.nodes: dict[str, SimulatedNode] = {}
         self._make_nodes(abort=mechanisms if abort is None else abort)
         if isinstance(policy, str):
-            policy = ORACLES[policy](self) if policy in ORACLES else make_policy(policy, seed)
-        options = core_options(scenario.queue_room, mechanisms=mechanisms)
-        self.core = SchedulerCore(policy, **options, explain=False)
+            given = options or {}
+            policy = ORACLES[policy](self, **given) if policy in ORACLES else make_policy(policy, seed, **given)
+        self.core = SchedulerCore(policy, **core_options(scenario.queue_room, mechanisms=mechanisms), explain=False)
         for node in self.nodes.values():
             node.boot()
         self._next = 0
@@ -106,6 +109,10 @@ class Simulation:
                     self.clock.at(begin, self.nodes[name].die)
                     self.clock.at(begin + scenario.lease, partial(self._detect_loss, name))
                     self.clock.at(scenario.start + fault.end, self.nodes[name].boot)
+
+    def decide_at(self, when: float) -> None:
+        """Let the core decide at this moment, too."""
+        self.clock.at(when, self._decide)
 
     def run(self) -> RunResult:
         """Simulate until every task has ended."""
@@ -157,7 +164,7 @@ class Simulation:
         """Per service class, output lengths (tokens) of the distribution its tasks are drawn from; the tasks' own
         where they are recorded ones."""
         scenario = self.scenario
-        if self._is_replay or isinstance(scenario.arrivals, Replay):
+        if self._is_replay or isinstance(scenario.arrivals, Replay | Texts):
             found: dict[str, list[float]] = {}
             for arrival in self.arrivals:
                 found.setdefault(arrival.event.service, []).append(arrival.output)

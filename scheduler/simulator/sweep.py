@@ -12,6 +12,8 @@ from typing import Any
 from perllm.broker.errors import BadSetting
 from perllm.scheduler.policies import make_policy
 from perllm.scheduler.simulator.capacity import capacity
+from perllm.scheduler.simulator.clairvoyant import NAME as CLAIRVOYANT
+from perllm.scheduler.simulator.clairvoyant import clairvoyant
 from perllm.scheduler.simulator.oracles import ORACLES
 from perllm.scheduler.simulator.result import RunResult
 from perllm.scheduler.simulator.scenario import Scenario
@@ -41,11 +43,11 @@ def check_sweep(scenario: Scenario, policies: Sequence[str]) -> None:
     capacity(scenario)
     make_arrivals(scenario.model_copy(update={"tasks": 1}), 1.0, 0)
     for name in policies:
-        if name not in ORACLES:
+        if name not in (CLAIRVOYANT, *ORACLES):
             try:
                 make_policy(name)
             except BadSetting as error:
-                raise BadSetting(f"{error}; in simulations also {', '.join(ORACLES)}") from None
+                raise BadSetting(f"{error}; in simulations also {', '.join((CLAIRVOYANT, *ORACLES))}") from None
 
 
 def simulate_one(scenario: Scenario, spec: RunSpec, trace: Sequence[Arrival] | None = None) -> RunResult:
@@ -53,8 +55,17 @@ def simulate_one(scenario: Scenario, spec: RunSpec, trace: Sequence[Arrival] | N
     arrivals = None
     if trace is not None:
         arrivals = stretched(trace, trace_load(scenario, trace) / spec.load, scenario.start)
-    policy = make_policy(spec.policy, spec.seed, **dict(spec.options)) if spec.options else spec.policy
-    return Simulation(scenario, policy, load=spec.load, seed=spec.seed, abort=spec.abort, arrivals=arrivals).run()
+    if spec.policy == CLAIRVOYANT:
+        return clairvoyant(scenario, load=spec.load, seed=spec.seed, arrivals=arrivals).best
+    return Simulation(
+        scenario,
+        spec.policy,
+        load=spec.load,
+        seed=spec.seed,
+        abort=spec.abort,
+        arrivals=arrivals,
+        options=dict(spec.options),
+    ).run()
 
 
 def trace_load(scenario: Scenario, trace: Sequence[Arrival]) -> float:

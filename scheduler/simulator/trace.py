@@ -125,7 +125,6 @@ def stretched(arrivals: Sequence[Arrival], factor: float, start: float = 0.0) ->
     for arrival in arrivals:
         event = arrival.event
         at = start + event.at * factor
-        moved.append(
-            Arrival(event.model_copy(update={"at": at, "deadline": at + event.deadline - event.at}), arrival.output)
-        )
+        later = event.model_copy(update={"at": at, "deadline": at + event.deadline - event.at})
+        moved.append(Arrival(later, arrival.output, arrival.text))
     return moved

@@ -24,8 +24,10 @@ from perllm.scheduler.simulator.scenario import (
     Replay,
     Scenario,
     ServiceClass,
+    Texts,
     Uniform,
 )
+from perllm.scheduler.simulator.text_trace import TextTrace, read_text_trace
 
 Floats = NDArray[np.float64]
 
@@ -36,6 +38,7 @@ class Arrival:
 
     event: Submitted
     output: int  # tokens, true
+    text: str | None = None  # the prompt, where it is recorded
 
 
 def draw(distribution: Distribution, size: int, rng: np.random.Generator) -> Floats:
@@ -69,11 +72,18 @@ def make_arrivals(scenario: Scenario, rate: float, seed: int) -> list[Arrival]:
     rng = np.random.default_rng([seed, 1])
     count = scenario.tasks
     recorded = read_csv_trace(scenario.arrivals.file) if isinstance(scenario.arrivals, Replay) else None
+    texts = read_text_trace(scenario.arrivals.file) if isinstance(scenario.arrivals, Texts) else None
     if recorded is not None:
         count = min(count, len(recorded.times))
+    if texts is not None:
+        count = min(count, len(texts.texts))
     times = scenario.start + _times(scenario, recorded, count, rate, rng)
     shares = np.array([s.share for s in scenario.service])
     kinds = rng.choice(len(shares), size=count, p=shares / shares.sum())
+    lines = rng.permutation(len(texts.texts))[:count].tolist() if texts is not None else []
+    if texts is not None:
+        named = {service.name: index for index, service in enumerate(scenario.service)}
+        kinds = np.array([named.get(texts.classes[x], k) for x, k in zip(lines, kinds.tolist(), strict=True)])
     found: list[Arrival | None] = [None] * count
     for index, service in enumerate(scenario.service):
         chosen = np.flatnonzero(kinds == index)
@@ -82,6 +92,9 @@ def make_arrivals(scenario: Scenario, rate: float, seed: int) -> list[Arrival]:
             prompt, output, deadline, payload, hint = row
             if recorded is not None:
                 prompt, output = recorded.prompts[position], min(recorded.outputs[position], service.max_tokens)
+            if texts is not None:
+                line = lines[position]
+                prompt, output = texts.prompts[line], min(texts.outputs[line], service.max_tokens)
             at = float(times[position])
             event = Submitted.model_construct(
                 id=f"t{position}",
@@ -96,7 +109,8 @@ def make_arrivals(scenario: Scenario, rate: float, seed: int) -> list[Arrival]:
                 expected_tokens=int(hint) if hint > 0 else None,
                 strikes=0,
             )
-            found[position] = Arrival(event, int(output))
+            text = texts.texts[lines[position]] if texts is not None else None
+            found[position] = Arrival(event, int(output), text)
     return [a for a in found if a is not None]
 
 
@@ -108,8 +122,9 @@ def mean_task(scenario: Scenario) -> tuple[float, float, float]:
 
 @lru_cache(maxsize=16)
 def _mean_task(arrivals: Arrivals, services: tuple[ServiceClass, ...]) -> tuple[float, float, float]:
-    if isinstance(arrivals, Replay):
-        recorded = read_csv_trace(arrivals.file)
+    if isinstance(arrivals, Replay | Texts):
+        recorded: RequestTrace | TextTrace
+        recorded = read_csv_trace(arrivals.file) if isinstance(arrivals, Replay) else read_text_trace(arrivals.file)
         prompt, output = float(np.mean(recorded.prompts)), float(np.mean(recorded.outputs))
         return prompt, output, prompt + max(s.max_tokens for s in services)
     rng, shares = np.random.default_rng(0), sum(s.share for s in services)
@@ -144,7 +159,7 @@ def _times(
 ) -> Floats:
     """Arrival times, s from the start, `rate` tasks/s in the mean."""
     match scenario.arrivals:
-        case Poisson():
+        case Poisson() | Texts():
             return np.cumsum(rng.exponential(1.0 / rate, count))
         case Mmpp() as mmpp:
             return _mmpp(mmpp, count, rate, rng)

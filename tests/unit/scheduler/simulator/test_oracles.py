@@ -9,7 +9,7 @@ from support.simulation import PAPER
 from perllm.broker.errors import BadSetting
 from perllm.scheduler.policies import make_policy
 from perllm.scheduler.simulator import oracles
-from perllm.scheduler.simulator.oracles import Clairvoyant, Informed
+from perllm.scheduler.simulator.oracles import Foresight, Informed
 from perllm.scheduler.simulator.rollout import rollout
 from perllm.scheduler.simulator.scenario import Scenario, load_scenario
 from perllm.scheduler.simulator.simulation import Simulation
@@ -25,7 +25,7 @@ def quiet(name: str, tasks: int) -> Scenario:
 
 @pytest.mark.parametrize("name", ["edge-1", "cloud"])
 @pytest.mark.parametrize("moment", [0.05, 0.4, 1.5])
-def test_what_clairvoyance_rolls_out_is_what_happens(name: str, moment: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_foresight_rolls_out_is_what_happens(name: str, moment: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oracles, "STEP_TIME_MARGIN", 1.0)
     simulation = Simulation(quiet(name, 16), "random", load=3000.0, seed=3, mechanisms=True)
     simulation.core._queue_beyond_slots = None  # all of them are on the node before anything has happened
@@ -33,7 +33,7 @@ def test_what_clairvoyance_rolls_out_is_what_happens(name: str, moment: float, m
         simulation.clock.step()
     (node,) = simulation.core.cluster.nodes.values()
     (sim,) = simulation.nodes.values()
-    oracle, now = Clairvoyant(simulation), simulation.clock.now
+    oracle, now = Foresight(simulation), simulation.clock.now
     value, joules = rollout(len(node.in_flight), oracle.attempts(node, None, now), oracle.node_now(node, now))
     before = sim.engine.counters().energy - sim.table.idle_watts * simulation.clock.now
     in_flight = set(node.in_flight)
@@ -60,14 +60,14 @@ def test_informed_lengths_are_those_longer_than_what_was_generated() -> None:
     assert (oracle.lengths(chat, 10_000) == 10_001).all()
 
 
-def test_clairvoyance_refuses_what_cannot_be_in_time_and_keeps_what_can() -> None:
-    run = Simulation(PAPER.model_copy(update={"tasks": 400}), "clairvoyant", load=0.3, seed=2).run()
+def test_foresight_refuses_what_cannot_be_in_time_and_keeps_what_can() -> None:
+    run = Simulation(PAPER.model_copy(update={"tasks": 400}), "foresight", load=0.3, seed=2).run()
     assert run.on_time > 0.9
     assert run.rejected > 0
     assert run.late + run.expired < 0.06 * 400
 
 
-@pytest.mark.parametrize("name", ["clairvoyant", "informed"])
+@pytest.mark.parametrize("name", ["foresight", "informed"])
 def test_nothing_has_a_slot_on_a_node_that_is_lost(name: str) -> None:
     lossy = load_scenario("node-loss")
     (loss,) = lossy.fault
@@ -77,5 +77,5 @@ def test_nothing_has_a_slot_on_a_node_that_is_lost(name: str) -> None:
 
 
 def test_an_oracle_lives_in_a_simulation_only() -> None:
-    with pytest.raises(BadSetting, match="no 'clairvoyant'"):
-        make_policy("clairvoyant")
+    with pytest.raises(BadSetting, match="no 'foresight'"):
+        make_policy("foresight")
