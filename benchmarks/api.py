@@ -26,6 +26,7 @@ import psutil
 
 from benchmarks.common import SCHEDULER, celery_worker, child, emit, median_and_spread
 from perllm import Client
+from perllm.broker.connection import connect
 from perllm.broker.local.server import EmbeddedServer
 
 TASK = {"prompt": "Why is the sky blue? Answer in one short sentence.", "max_tokens": 32, "deadline": 600}
@@ -78,8 +79,8 @@ def submissions(folder: Path, requests: int, connections: int) -> dict[str, floa
     """Both sides once, each in a fresh process, the ledger cleared between."""
     bare = _side(folder, "bare", [sys.executable, "-m", "benchmarks.bare_fastapi"], requests, connections)
     ours = _side(folder, "api", [sys.executable, "-m", "perllm.broker.api", "--port"], requests, connections)
-    with Client() as client:
-        client.ledger.client.flushdb()
+    with Client() as client, connect(client.settings) as server:
+        server.flushdb()
     return {
         "submit_per_s": ours["per_s"],
         "bare_fastapi_per_s": bare["per_s"],

@@ -23,6 +23,7 @@ import psutil
 
 from benchmarks.common import SCHEDULER, child, emit
 from perllm import Client, State
+from perllm.broker.connection import connect
 from perllm.broker.local.server import EmbeddedServer
 
 TASKS = 1_000_000
@@ -71,7 +72,7 @@ def main() -> int:
 def soak(client: Client, pids: Mapping[str, int], tasks: int) -> list[tuple[int, dict[str, float]]]:
     """Run so many tasks. Returns samples: tasks done, and MB per process."""
     processes = {name: psutil.Process(pid) for name, pid in pids.items()}
-    ledger = client.ledger
+    ledger, server = client.ledger, connect(client.settings)
     first = ledger.totals().get("succeeded", 0)
     submitted = done = 0
     samples: list[tuple[int, dict[str, float]]] = []
@@ -92,7 +93,7 @@ def soak(client: Client, pids: Mapping[str, int], tasks: int) -> list[tuple[int,
             sys.exit(f"error: {done} of {tasks} tasks were done, and for {STALL:g} s no more")
         if done >= len(samples) * tasks / SAMPLES:
             rss = {name: p.memory_info().rss / MB for name, p in processes.items()}
-            used = float(ledger.client.info("memory")["used_memory"]) / MB
+            used = float(server.info("memory")["used_memory"]) / MB
             samples.append((done, rss | {"server's own count": used}))
             show(done, tasks, rss)
     return samples

@@ -18,8 +18,7 @@ from celery.exceptions import Ignore, Reject
 
 from perllm.broker import connection, logs
 from perllm.broker.errors import InvalidTask, PerLLMError, Unreachable, exit_with
-from perllm.broker.ledger import Ledger
-from perllm.broker.ledger.ledger import is_id
+from perllm.broker.ledger import Ledger, is_id
 from perllm.broker.queues import control
 from perllm.broker.queues.app import GENERATE, configuration, lazy_app
 from perllm.broker.settings import load_settings

@@ -177,7 +177,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections."""
-        self.ledger.client.close()
+        self.ledger.close()
 
     def __enter__(self) -> Self:
         return self

@@ -17,8 +17,7 @@ from uuid import uuid4
 import structlog
 
 from perllm.broker.errors import Unreachable
-from perllm.broker.ledger import Dispatch, End, Leader, Ledger
-from perllm.broker.ledger.ledger import SWEEP_LIMIT, gap, later
+from perllm.broker.ledger import SWEEP_LIMIT, Dispatch, End, Leader, Ledger, gap, later
 from perllm.broker.messages import Ended, Event, Explanation, Heartbeat, NodeDown, NodeUp, State, Submitted
 from perllm.broker.queues.app import node_message
 from perllm.scheduler.core.scheduler import Decision, SchedulerCore

@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 from support import users
+from support.raw import redis_of
 from support.servers import DebianRedis, Server, skip_without_debian_redis
 
 from perllm.broker.api.settings import ApiSettings
@@ -80,9 +81,9 @@ def store(settings: ApiSettings) -> Iterator[ApiStore]:
 def ledger(settings: ApiSettings) -> Iterator[Ledger]:
     """A ledger on an empty server."""
     one = Ledger(settings)
-    one.client.flushall()
+    redis_of(one).flushall()
     yield one
-    one.client.close()
+    one.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,25 @@
 """The ledger: where every task rests and every transition happens. See `ledger.lua` for the data model."""
 
-from perllm.broker.ledger.ledger import (
-    SAY_EVERY,
-    Claim,
-    Dispatch,
-    End,
-    Entry,
-    Leader,
-    Ledger,
-    TaskRecord,
-    entry,
-    weight,
-)
+from perllm.broker.ledger.events import gap, later
+from perllm.broker.ledger.ledger import Ledger
+from perllm.broker.ledger.records import Claim, Dispatch, End, Entry, Glance, Leader, TaskRecord, entry, is_id, weight
+from perllm.broker.ledger.scheduler import SWEEP_LIMIT
+from perllm.broker.ledger.worker import SAY_EVERY
 
-__all__ = ["SAY_EVERY", "Claim", "Dispatch", "End", "Entry", "Leader", "Ledger", "TaskRecord", "entry", "weight"]
+__all__ = [
+    "SAY_EVERY",
+    "SWEEP_LIMIT",
+    "Claim",
+    "Dispatch",
+    "End",
+    "Entry",
+    "Glance",
+    "Leader",
+    "Ledger",
+    "TaskRecord",
+    "entry",
+    "gap",
+    "is_id",
+    "later",
+    "weight",
+]

@@ -230,7 +230,7 @@ class Supervisor:
         except Unreachable:
             present = set()
         finally:
-            ledger.client.close()
+            ledger.close()
         return {*self.edges, *self.clouds} - present
 
     def tend(self) -> Iterator[str]:

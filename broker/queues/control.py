@@ -18,8 +18,7 @@ from celery.worker import consumer
 from celery.worker.control import Panel
 
 from perllm.broker.errors import Unreachable
-from perllm.broker.ledger import Ledger
-from perllm.broker.ledger.ledger import is_id
+from perllm.broker.ledger import Ledger, is_id
 
 #: Commands that only look, and Flower's wish for events.
 LOOKS = frozenset({

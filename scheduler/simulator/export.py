@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from perllm.broker.ledger import Ledger
-from perllm.broker.ledger.ledger import later
+from perllm.broker.ledger import Ledger, later
 from perllm.broker.messages import Event
 from perllm.broker.settings import load_settings
 from perllm.scheduler.simulator.trace import write_trace

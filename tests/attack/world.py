@@ -21,6 +21,7 @@ import psutil
 from chaos.observer import Observer
 from support import users
 from support.ports import free_port
+from support.raw import prefix_of, redis_of
 from support.receivers import NameServer
 from support.wait import eventually
 
@@ -141,9 +142,9 @@ class World:
         """Tasks that should have ended long ago."""
         now = self.ledger.now()
         unfinished = [s for s in self.ledger.counts() if not s.final]
-        pipe = self.ledger.client.pipeline(transaction=False)
+        pipe = redis_of(self.ledger).pipeline(transaction=False)
         for task_id in [i for state in unfinished for i in self.ledger.ids(state, limit=2000)]:
-            pipe.hmget(f"{self.ledger.prefix}task:{task_id}", "deadline", "result")
+            pipe.hmget(f"{prefix_of(self.ledger)}task:{task_id}", "deadline", "result")
         return sum(1 for deadline, result in pipe.execute() if deadline and not result and now - float(deadline) > 10)
 
     def unreadable(self) -> list[str]:
@@ -180,7 +181,7 @@ class World:
         self.canary.close()
         self._names.__exit__(None, None, None)
         self.observer.close()
-        self.ledger.client.close()
+        self.ledger.close()
         self.server.kill()
 
 
@@ -246,7 +247,7 @@ class Watch:
         now = time.time()
         self.gaps += [Gap(n, now, now - at) for n, at in self._last_seen.items() if now - at > 4 * _LOOK_EVERY]
         self.gaps += [Gap(f"{n}'s engine", now, s) for n, s in self._still.items() if s > 1.0]
-        self._ledger.client.close()
+        self._ledger.close()
 
 
 def _bytes(process: psutil.Process, *, whole: bool) -> int:

@@ -8,12 +8,13 @@ import threading
 from typing import Any, cast
 
 import redis
+from support.raw import prefix_of, redis_of
 
 from chaos.history import Dump, Row, Seen
 from perllm.broker.connection import connect
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import Ledger
-from perllm.broker.ledger.ledger import Mark, in_order
+from perllm.broker.ledger.events import Mark, in_order
 from perllm.broker.settings import Settings
 
 #: Seconds before the server's end from which on its stream is read again: far more than it can have lost.
@@ -108,10 +109,10 @@ def digest(result: bytes) -> str:
 def dump(ledger: Ledger) -> Dump:
     """Everything in the server's database."""
     out = Dump(totals=ledger.totals())
-    task, state, tenant, result = (f"{ledger.prefix}{kind}:" for kind in ("task", "in", "of", "result"))
+    task, state, tenant, result = (f"{prefix_of(ledger)}{kind}:" for kind in ("task", "in", "of", "result"))
     ids = []
     results = set()
-    for raw in ledger.client.scan_iter(count=10_000):
+    for raw in redis_of(ledger).scan_iter(count=10_000):
         key = raw.decode()
         if key.startswith(task):
             ids.append(key.removeprefix(task))
@@ -127,7 +128,7 @@ def dump(ledger: Ledger) -> Dump:
             out.other_keys.add(key)
     for start in range(0, len(ids), _CHUNK):
         chunk = ids[start : start + _CHUNK]
-        pipe = ledger.client.pipeline(transaction=False)
+        pipe = redis_of(ledger).pipeline(transaction=False)
         for task_id in chunk:
             pipe.hmget(task + task_id, "state", "attempt", "strikes")
             pipe.get(result + task_id)
@@ -139,7 +140,7 @@ def dump(ledger: Ledger) -> Dump:
 
 
 def _members(ledger: Ledger, key: str) -> set[str]:
-    return {m.decode() for m in cast("list[bytes]", ledger.client.zrange(key, 0, -1))}
+    return {m.decode() for m in cast("list[bytes]", redis_of(ledger).zrange(key, 0, -1))}
 
 
 def _row(state: bytes, attempt: bytes, strikes: bytes, result: bytes | None) -> Row:

@@ -23,7 +23,7 @@ from chaos.producer import DEADLINE, read_records
 from chaos.server import FragileServer
 from chaos.world import Post, Show, Struck, World
 from perllm.broker.errors import Unreachable
-from perllm.broker.ledger.ledger import DISPATCH_LEASE
+from perllm.broker.ledger.scheduler import DISPATCH_LEASE
 from perllm.broker.worker.settings import WorkerSettings
 from perllm.scheduler.settings import SchedulerSettings
 

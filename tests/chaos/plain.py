@@ -25,6 +25,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES
 from support.cluster import Cluster, Process
+from support.raw import redis_of
 
 from chaos.checker import WINDOW
 from chaos.perllm import PRODUCERS, REPLAYS
@@ -131,7 +132,7 @@ def run(folder: Path, blows: Sequence[Blow], tasks: int, seed: int, *, late: boo
 
         world.posts += [Post(name, "worker", start_worker) for name in REPLAYS]
         world.posts += [Post(name, "producer", start_producer) for name in PRODUCERS]
-        client = cluster.ledger.client
+        client = redis_of(cluster.ledger)
 
         def done() -> int:
             return len(set(_effects(folder)))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
+from support.raw import prefix_of, redis_of
 from support.replay import FAULT, MODEL, POISON
 
 from chaos.checker import AMPLE
@@ -127,7 +128,7 @@ class Producer:
         if self._mine:
             task_id, begun = self._random.choice(self._mine), time.time()
             with reaching(self._client.settings):
-                result = self._client.ledger.client.get(f"{self._client.ledger.prefix}result:{task_id}")
+                result = redis_of(self._client.ledger).get(f"{prefix_of(self._client.ledger)}result:{task_id}")
             if result:
                 self._note("saw", f"{begun:.6f}", f"{time.time():.6f}", task_id, digest(cast("bytes", result)))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.cluster import Cluster, Process
+from support.raw import prefix_of, redis_of
 from support.replay import POISON, POISON_STATUS
 from support.wait import eventually
 
@@ -19,7 +20,7 @@ from perllm.scheduler.settings import SchedulerSettings
 @pytest.fixture
 def cluster(valkey: EmbeddedServer, tmp_path: Path) -> Iterator[Cluster]:
     with Cluster(valkey.url, tmp_path, slots=4, grace=30) as one:
-        one.ledger.client.flushall()
+        redis_of(one.ledger).flushall()
         one.scheduler()
         yield one
 
@@ -61,7 +62,7 @@ def test_restarting_every_worker_under_load_delays_but_never_fails(cluster: Clus
 
 
 def holds_work(cluster: Cluster, node: Process) -> bool:
-    return bool(cluster.ledger.client.scard(f"{cluster.ledger.prefix}node:{node.name}:tasks"))
+    return bool(redis_of(cluster.ledger).scard(f"{prefix_of(cluster.ledger)}node:{node.name}:tasks"))
 
 
 def test_what_is_shipped_notices_deaths_within_five_seconds() -> None:

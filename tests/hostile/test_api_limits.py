@@ -18,6 +18,7 @@ import httpx
 import psutil
 import pytest
 from support.api import ApiProcess
+from support.raw import prefix_of, redis_of
 from support.wait import eventually
 
 from perllm.broker.api.batches.runner import BatchRunner
@@ -313,7 +314,7 @@ def test_unfinished_batches_have_a_quota(api: ApiProcess) -> None:
 def test_a_full_server_refuses_new_work_and_lives(tmp_path: Path) -> None:
     with EmbeddedServer(tmp_path, memory=16 << 20) as server:
         ledger = Ledger(Settings.model_validate({"redis_url": server.url}))
-        assert ledger.client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+        assert redis_of(ledger).config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
         stored: list[str] = []
         tasks = ((f"t{n}", TaskSpec(prompt="x" * 1_000_000, deadline=600)) for n in range(100))
         with pytest.raises(Unreachable, match="out of memory"):
@@ -323,7 +324,7 @@ def test_a_full_server_refuses_new_work_and_lives(tmp_path: Path) -> None:
         ledger.forget(stored.pop())
         assert ledger.submit([("again", TaskSpec(prompt="hi", deadline=600))]) == ["again"]
         assert ledger.task(stored[0]) is not None
-        ledger.client.close()
+        ledger.close()
 
 
 # --- files, where no API stands before them
@@ -332,10 +333,10 @@ def test_a_full_server_refuses_new_work_and_lives(tmp_path: Path) -> None:
 @pytest.fixture
 def ledger(server: EmbeddedServer) -> Iterator[Ledger]:
     one = Ledger(Settings.model_validate({"redis_url": server.url, "cell": "alone"}))
-    for key in one.client.scan_iter(f"{one.prefix}*"):
-        one.client.delete(key)
+    for key in redis_of(one).scan_iter(f"{prefix_of(one)}*"):
+        redis_of(one).delete(key)
     yield one
-    one.client.close()
+    one.close()
 
 
 @pytest.fixture
@@ -355,7 +356,7 @@ def test_a_failed_upload_leaves_nothing(ledger: Ledger, settings: ApiSettings, s
     with pytest.raises(OSError, match="No space"):
         files.keep("t", "a", "batch", iter([Broken(b"x" * 1000)]))
     assert [path for path in (settings.data_dir / "api").rglob("*") if path.is_file()] == []
-    assert ledger.client.keys(f"{ledger.prefix}*") == []
+    assert redis_of(ledger).keys(f"{prefix_of(ledger)}*") == []
 
 
 def test_what_a_killed_process_left_is_swept(ledger: Ledger, settings: ApiSettings, store: ApiStore) -> None:

@@ -18,6 +18,7 @@ import httpx
 import pytest
 from support.api import ApiProcess
 from support.cluster import Cluster, Process
+from support.raw import redis_of
 from support.wait import eventually
 
 from perllm.broker import grammar
@@ -85,7 +86,7 @@ def cluster(tiny: Path, valkey: EmbeddedServer, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("cluster")
     given = {"engine": "auto", "model": str(tiny), "model_cache": folder, "threads": 1, "slots": 4}
     with Cluster(valkey.url, folder, **given) as one:
-        one.ledger.client.flushall()
+        redis_of(one.ledger).flushall()
         one.scheduler()
         yield one
 

@@ -21,6 +21,7 @@ import httpx
 import pytest
 from support.cluster import Cluster, Process
 from support.ports import free_port
+from support.raw import redis_of
 from support.wait import eventually
 from tornado.httputil import HTTPHeaders
 
@@ -216,7 +217,7 @@ def test_flower_hears_what_comes_from_here(method: str, headers: dict[str, str],
 def test_flower_takes_the_developers_commands_and_no_pages(valkey: EmbeddedServer, tmp_path: Path) -> None:
     port, evil = free_port(), {"Origin": "https://evil.example"}
     with Cluster(valkey.url, tmp_path) as cluster, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as web:
-        cluster.ledger.client.flushall()
+        redis_of(cluster.ledger).flushall()
         (node,) = cluster.start_nodes("a")
         os.environ["FLOWER_UNAUTHENTICATED_API"] = "true"
         try:
@@ -238,8 +239,9 @@ def test_flower_takes_the_developers_commands_and_no_pages(valkey: EmbeddedServe
         assert "Access-Control-Allow-Origin" not in web.get("/", headers=evil).headers
         assert node.running
         assert web.get("/").status_code == 200
-        assert web.post("/api/worker/shutdown/a@test").status_code == 200
-        assert node.wait() == 0
+        (task,) = cluster.submit()  # nobody schedules it
+        assert web.post(f"/api/task/revoke/{task}").status_code == 200
+        cluster.await_state(task, "cancelled")
 
 
 # --- a full disk
@@ -391,7 +393,7 @@ def test_clocks_that_are_set_by_an_hour_harm_nothing(
     leads on."""
     kwargs = {"prompt": "hi", "max_tokens": 2}
     with Cluster(valkey.url, tmp_path, slots=2, emulated_speed=100, lease=3) as cluster:
-        cluster.ledger.client.flushall()
+        redis_of(cluster.ledger).flushall()
 
         def start(name: str) -> Process:
             monkeypatch.setenv("WRONG_CLOCK_FILE", str(tmp_path / f"{name}.clock"))

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from support.api import ApiProcess
 from support.cluster import Cluster
 from support.make import node_info, why
+from support.raw import prefix_of, redis_of
 from support.wait import eventually
 from typer.testing import CliRunner
 
@@ -63,9 +64,9 @@ def nested(levels: int, how: str = "object") -> Any:
 @pytest.fixture
 def ledger(valkey: EmbeddedServer) -> Iterator[Ledger]:
     one = Ledger(Settings.model_validate({"redis_url": valkey.url, "lease": 300, "heartbeat": 60}))
-    one.client.flushall()
+    redis_of(one).flushall()
     yield one
-    one.client.close()
+    one.close()
 
 
 # --- whatever is accepted can be read again
@@ -117,7 +118,7 @@ def test_what_is_accepted_is_read_back_the_same_by_every_reader(
     ledger: Ledger, given_input: dict[str, Any], fields: dict[str, Any]
 ) -> None:
     try:
-        spec = TaskValidator(ledger._settings, ledger).accept({**given_input, **fields})
+        spec = TaskValidator(ledger.settings, ledger).accept({**given_input, **fields})
     except InvalidTask as error:
         str(error).encode()  # which can be shown, too
         return
@@ -154,7 +155,7 @@ def test_what_engines_and_policies_say_can_be_read_again(text: str, logprobs: An
 
 
 def test_an_integer_of_too_many_digits_is_refused_by_name(ledger: Ledger) -> None:
-    validator = TaskValidator(ledger._settings, ledger)
+    validator = TaskValidator(ledger.settings, ledger)
     for fields in ({"json_schema": {"a": 10**4400}}, {"seed": 10**4400}, {"max_tokens": [10**4400]}):
         with pytest.raises(InvalidTask, match=next(iter(fields))):
             validator.accept({"prompt": "hi", **fields})
@@ -206,10 +207,10 @@ def test_one_task_that_cannot_be_written_fails_alone_in_a_group_of_requests(
         outcomes = asyncio.run(all_at_once(one, bad))
         assert isinstance(outcomes[5], InvalidTask)
         assert all(isinstance(o, list) for i, o in enumerate(outcomes) if i != 5)
-    unready = Unready(ledger._settings)
+    unready = Unready(ledger.settings)
     outcomes = asyncio.run(all_at_once(unready, TaskSpec(prompt="spoilt")))
     assert all(isinstance(o, list) for o in outcomes)  # alone, even that one was stored
-    unready.client.close()
+    unready.close()
     with pytest.raises(InvalidTask):
         ledger.submit([(new_id(), unchecked(json_schema=nested(300)))])
 
@@ -228,12 +229,12 @@ SPOILT: dict[str, dict[str, bytes]] = {
 
 
 def spoil(ledger: Ledger, task_id: str, how: str) -> None:
-    key = f"{ledger.prefix}task:{task_id}"
+    key = f"{prefix_of(ledger)}task:{task_id}"
     if how == "another kind of thing":
-        ledger.client.delete(key)
-        ledger.client.set(key, "x")
+        redis_of(ledger).delete(key)
+        redis_of(ledger).set(key, "x")
     else:
-        ledger.client.hset(key, mapping=SPOILT[how])
+        redis_of(ledger).hset(key, mapping=SPOILT[how])
 
 
 @pytest.mark.parametrize("state", ["pending", "dispatched", "running"])
@@ -253,14 +254,14 @@ def test_a_spoilt_record_does_not_stop_the_sweep_and_ends(ledger: Ledger, how: s
         assert ledger.claim(bad, 1, "n", "token")
         assert ledger.claim(good, 1, "n", "token")
     spoil(ledger, bad, how)
-    ledger.client.zadd(f"{ledger.prefix}in:{state}", {bad: 1, good: 2})  # the time of both has come
+    redis_of(ledger).zadd(f"{prefix_of(ledger)}in:{state}", {bad: 1, good: 2})  # the time of both has come
     for _ in range(4):
         ledger.sweep()
     assert ledger.states([good])[0] in (State.EXPIRED, State.PENDING)
-    assert ledger.client.zscore(f"{ledger.prefix}in:{state}", bad) is None or state == "pending"
+    assert redis_of(ledger).zscore(f"{prefix_of(ledger)}in:{state}", bad) is None or state == "pending"
     assert ledger.states([bad])[0] in (State.FAILED, State.EXPIRED, State.PENDING, None)
     # and what has ended is read, listed and waited for beside it
-    client = Client(settings=ledger._settings)
+    client = Client(settings=ledger.settings)
     ledger.cancel(good)
     for result in client.wait([good], timeout=30):
         assert result.id == good
@@ -281,10 +282,11 @@ def test_spoilt_records_do_not_cost_a_node_its_leases_nor_keep_it_from_going(led
     spoil(ledger, ids[0], "another kind of thing")
     spoil(ledger, ids[1], "a deadline that is none")
     heartbeat = Heartbeat(at=0.0, node="n", boot="boot-1", counters=Counters())
-    before = ledger.client.zscore(f"{ledger.prefix}in:running", ids[2])
-    stop = ledger.beat(heartbeat, [(i, 1, "token") for i in ids])
-    assert stop == ids[:2]
-    assert ledger.client.zscore(f"{ledger.prefix}in:running", ids[2]) > before
+    running = f"{prefix_of(ledger)}in:running"
+    before = redis_of(ledger).zscore(running, ids[2])
+    assert ledger.beat(heartbeat, [(i, 1, "token") for i in ids]) == ids[:1]
+    assert redis_of(ledger).zscore(running, ids[1]) < before  # its deadline counts as passed, so its lease lapses
+    assert redis_of(ledger).zscore(running, ids[2]) > before
     ledger.leave("n", "boot-1", "gone")
     assert ledger.states([ids[2]]) == [State.PENDING]
     assert ledger.nodes() == []
@@ -308,12 +310,12 @@ def test_one_dispatch_that_fails_on_its_record_is_refused_and_the_next_one_goes(
 def test_a_result_that_cannot_be_read_is_one_that_says_so(ledger: Ledger) -> None:
     bad, good = ledger.submit([(new_id(), TaskSpec(prompt="hi")) for _ in range(2)])
     ledger.cancel_many([bad, good])
-    ledger.client.hset(f"{ledger.prefix}task:{bad}", "result", "{")
+    redis_of(ledger).set(f"{prefix_of(ledger)}result:{bad}", "{")
     results = ledger.results([bad, good])
     assert [r.id for r in results if r] == [bad, good]
     assert results[0] is not None
     assert (results[0].state, results[0].reason) == (State.FAILED, "what is stored of its result cannot be read")
-    with Client(settings=ledger._settings) as client:
+    with Client(settings=ledger.settings) as client:
         assert {r.id for r in client.wait([bad, good], timeout=30)} == {bad, good}
 
 
@@ -333,7 +335,7 @@ def test_ids_that_are_no_text_are_ids_of_nothing(ledger: Ledger) -> None:
     assert ledger.task("\ud800") is None
     assert ledger.results(["\udcff"]) == [None]
     assert ledger.cancel("\ud800") is None
-    ledger.client.zadd(f"{ledger.prefix}in:pending", {b"\xff": 1})
+    redis_of(ledger).zadd(f"{prefix_of(ledger)}in:pending", {b"\xff": 1})
     assert [i for _, i in ledger.unfinished()] == ["\ufffd"]
 
 
@@ -347,7 +349,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiProcess]:
         # One that nobody can place, from before the scheduler came
         (bad,) = cluster.submit(prompt="bad")
         spoil(cluster.ledger, bad, "features that are no JSON")
-        cluster.ledger.client.set("bad", bad)
+        redis_of(cluster.ledger).set("bad", bad)
         cluster.start_inbox()
         cluster.scheduler()
         cluster.start_nodes("one", slots=8)
@@ -365,7 +367,7 @@ def ended(http: httpx.Client, task_id: str) -> dict[str, Any]:
 
 
 def test_a_task_that_cannot_be_placed_ends_and_the_others_run(api: ApiProcess) -> None:
-    bad = api.ledger.client.get("bad").decode()  # type: ignore[union-attr]
+    bad = redis_of(api.ledger).get("bad").decode()  # type: ignore[union-attr]
     eventually(lambda: api.ledger.states([bad])[0] is State.REJECTED, "it is refused")
     result = api.ledger.results([bad])[0]
     assert result is not None
@@ -575,10 +577,10 @@ def test_a_key_may_be_given_more_or_less(api: ApiProcess) -> None:
 
 def test_a_key_from_before_has_a_highest_value_too(api: ApiProcess) -> None:
     secret = api.key("old")
-    name = f"{api.ledger.prefix}api:key:{secret.split('_')[1]}"
-    document = json.loads(api.ledger.client.get(name))  # type: ignore[arg-type]
+    name = f"{prefix_of(api.ledger)}api:key:{secret.split('_')[1]}"
+    document = json.loads(redis_of(api.ledger).get(name))  # type: ignore[arg-type]
     del document["max_value"]
-    api.ledger.client.set(name, json.dumps(document))
+    redis_of(api.ledger).set(name, json.dumps(document))
     answer = httpx.post(
         f"{api.base}/v1/tasks",
         json={"prompt": "hi", "value": 2},

@@ -11,6 +11,7 @@ from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 from support.cluster import Cluster
 from support.make import node_info
+from support.raw import prefix_of, redis_of
 from support.servers import Server
 from support.wait import PATIENCE, eventually
 
@@ -24,7 +25,7 @@ ENDLESS = {"prompt": "hello", "max_tokens": 90_000, "deadline": 600}
 def cluster(own_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     settings = {"slots": 1, "emulated_speed": 100, "context": 100_000, "lease": 30, "log_level": "debug"}
     with Cluster(own_server.url, tmp_path_factory.mktemp("revoke"), **settings) as one:
-        one.ledger.client.flushall()
+        redis_of(one.ledger).flushall()
         one.start_inbox()
         one.scheduler()
         one.start_nodes("a")
@@ -85,7 +86,8 @@ def test_what_is_still_a_message_is_cancelled(cluster: Cluster, producer: celery
     try:
         sent = [send(producer) for _ in range(6)]
         producer.control.terminate([s.id for s in sent], signal="SIGTERM")
-        eventually(lambda: cluster.ledger.client.zcard(f"{cluster.ledger.prefix}revoked") >= 6, "somebody notes it")
+        noted = f"{prefix_of(cluster.ledger)}revoked"
+        eventually(lambda: redis_of(cluster.ledger).zcard(noted) >= 6, "somebody notes it")
     finally:
         inbox.signal(signal.SIGCONT)
     for result in sent:

@@ -16,6 +16,7 @@ from celery.result import AsyncResult
 from support import users
 from support.cluster import Cluster
 from support.make import node_info, output, receipt, why
+from support.raw import redis_of
 from support.servers import Server
 from support.wait import eventually
 
@@ -46,14 +47,14 @@ def ledger_of(role: str, server: Server) -> Ledger:
 def ledger(own_server: Server) -> Iterator[Ledger]:
     """The tests' own, on an empty server that has the users: node n, and the task `running` on it."""
     one = ledger_of("", own_server)
-    one.client.flushall()
+    redis_of(one).flushall()
     one.register(node_info("n"))
     one.submit([(task_id, TaskSpec(prompt="hi", deadline=3600)) for task_id in ("pending", "running")])
     sent = Dispatch("running", 1, "n", "boot-1", "emulated", "edge.n", node_message("running", 1, "edge.n"), why())
     assert one.dispatch(one.lead("test", 600) or 0, [sent]) == ["ok"]
     assert one.claim("running", 1, "n", "token") is not None
     yield one
-    one.client.close()
+    one.close()
 
 
 # --- code of his own
@@ -93,14 +94,14 @@ def test_one_call_does_not_hold_the_server_for_long(own_server: Server, ledger: 
 def test_calls_past_the_memory_limit_or_into_other_keys_are_refused(own_server: Server, ledger: Ledger) -> None:
     """`submit` by the function that runs on a full server; and prefixes under which he may read any may:<operation>."""
     task = ["t", "{}", '{"type":"submitted"}', "60", "", "default", 1000, 60]
-    before = set(ledger.client.scan_iter())
+    before = set(redis_of(ledger).scan_iter())
     with client_of("producer", own_server) as client:
         with pytest.raises(redis.exceptions.ResponseError, match="unknown operation"):
             client.execute_command("FCALL", f"{LEDGER.name}_call", 1, P, "submit", *task)
         for prefix in (f"{P}task:", "inbox", f"{P}task:x", ""):
             with pytest.raises(redis.exceptions.ResponseError):
                 client.execute_command("FCALL", f"{LEDGER.name}_call", 1, prefix, "lead", "me", 60, 1000, 60)
-    assert set(ledger.client.scan_iter()) == before
+    assert set(redis_of(ledger).scan_iter()) == before
 
 
 # --- what others would believe
@@ -140,12 +141,12 @@ FORGERIES: list[tuple[str, ...]] = [
 
 @pytest.mark.parametrize("role", NOT_TRUSTED)
 def test_none_of_these_roles_writes_a_result_or_a_nodes_record(role: str, own_server: Server, ledger: Ledger) -> None:
-    before = {key: ledger.client.dump(key) for key in ledger.client.scan_iter()}
+    before = {key: redis_of(ledger).dump(key) for key in redis_of(ledger).scan_iter()}
     with client_of(role, own_server) as client:
         for command in FORGERIES:
             with pytest.raises(redis.exceptions.NoPermissionError):
                 print(role, command, client.execute_command(*command))
-    assert {key: ledger.client.dump(key) for key in ledger.client.scan_iter()} == before
+    assert {key: redis_of(ledger).dump(key) for key in redis_of(ledger).scan_iter()} == before
 
 
 def test_what_a_producer_writes_of_a_task_is_no_result(own_server: Server, ledger: Ledger) -> None:
@@ -195,8 +196,8 @@ def test_a_spoilt_record_says_nothing_in_another_roles_name(
     position = ledger.first_and_last_event()[1]
     ledger.submit([("other", TaskSpec(prompt="hi"))])
     past = ledger.now() - 1
-    ledger.client.zadd(f"{P}in:running", {"running": past})  # moves time
-    ledger.client.zadd(f"{P}in:pending", {"other": past})
+    redis_of(ledger).zadd(f"{P}in:running", {"running": past})  # moves time
+    redis_of(ledger).zadd(f"{P}in:pending", {"other": past})
     ledger_of("scheduler", own_server).sweep()
     assert ledger.states(["other"]) == [State.EXPIRED]
     assert {e.type for _, e in ledger.events(position)} <= {"submitted", "ended", "returned"}
@@ -206,7 +207,7 @@ def test_forgetting_a_task_forgets_no_key_its_producer_names(own_server: Server,
     with client_of("producer", own_server) as client:
         client.hset(f"{P}task:pending", "key", "nodes")
     ledger.cancel("pending")
-    ledger.client.zadd(f"{P}in:cancelled", {"pending": 1.0})  # moves time
+    redis_of(ledger).zadd(f"{P}in:cancelled", {"pending": 1.0})  # moves time
     assert ledger_of("scheduler", own_server).sweep() == 1
     assert ledger.known(["pending"]) == [False]
     assert [info.name for info, _, _ in ledger.nodes()] == ["n"]
@@ -216,8 +217,8 @@ def test_nobody_is_told_of_a_cancellation_that_was_none(own_server: Server, ledg
     with client_of("producer", own_server) as client:
         client.hset(f"{P}untold", mapping={"running": "n", "nobody": "n", "": "\x00"})
     ledger.announce()
-    assert ledger.client.keys("celery-task-meta-*") == []
-    assert ledger.client.smembers(f"{P}node:n:tasks") == {b"running"}
+    assert redis_of(ledger).keys("celery-task-meta-*") == []
+    assert redis_of(ledger).smembers(f"{P}node:n:tasks") == {b"running"}
     assert ledger.complete("running", 1, "token", "succeeded", output(), receipt("n")) == "ok"
 
 
@@ -234,7 +235,7 @@ def test_counters_at_their_end_stop_nothing(own_server: Server, ledger: Ledger) 
 def test_a_forged_result_and_two_forged_events_change_nothing_that_runs(own_server: Server, tmp_path: Path) -> None:
     """The attack as it was found, on a system that runs."""
     with Cluster(own_server.url, tmp_path) as cluster:
-        cluster.ledger.client.flushall()
+        redis_of(cluster.ledger).flushall()
         cluster.scheduler()
         cluster.start_nodes("a", "b")
         (waits,) = cluster.submit(model=None, deadline=3600, max_tokens=1)
@@ -312,17 +313,17 @@ def test_who_may_not_load_them_is_told_how_they_come_there(
 
 def test_versions_lie_side_by_side(own_server: Server, ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
     older = LEDGER.name[:-12] + "0" * 12
-    ledger.client.execute_command("FUNCTION", "LOAD", LEDGER.source.replace(LEDGER.name, older))
+    redis_of(ledger).execute_command("FUNCTION", "LOAD", LEDGER.source.replace(LEDGER.name, older))
     with client_of("producer", own_server) as client:
         for name in (older, LEDGER.name):
             assert client.execute_command("FCALL", f"{name}_call", 1, P, "cancel", "nobody", 1000, 60) is None
-    assert functions.load_all(ledger.client) == sorted(functions.Library.known)
-    assert functions.others(ledger.client) == [older]
-    functions.load_all(ledger.client, only=True)
-    assert _libraries(ledger.client) == set(functions.Library.known)
+    assert functions.load_all(redis_of(ledger)) == sorted(functions.Library.known)
+    assert functions.others(redis_of(ledger)) == [older]
+    functions.load_all(redis_of(ledger), only=True)
+    assert _libraries(redis_of(ledger)) == set(functions.Library.known)
 
 
 def test_whoever_may_do_everything_loads_them_by_himself(own_server: Server, ledger: Ledger) -> None:
-    ledger.client.execute_command("FUNCTION", "FLUSH")
+    redis_of(ledger).execute_command("FUNCTION", "FLUSH")
     assert ledger.submit((f"t{n}", TaskSpec(prompt="hi")) for n in range(300)) == [f"t{n}" for n in range(300)]
-    functions.load_all(ledger.client)
+    functions.load_all(redis_of(ledger))

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from standardwebhooks.webhooks import Webhook
 from support import users
 from support.api import ApiProcess, Sink
+from support.raw import redis_of
 from support.wait import eventually
 
 from perllm.broker.local.supervisor import Supervisor
@@ -148,7 +149,7 @@ def test_a_deleted_response_is_gone_and_its_node_free(client: OpenAI, api: ApiPr
         with pytest.raises(openai.NotFoundError):
             gone(made.id)
     eventually(lambda: api.http().get("/v1/nodes").json()["data"][0]["active"] == 0, "its node is free")
-    assert not list(api.ledger.client.scan_iter(f"*{made.id}*"))
+    assert not list(redis_of(api.ledger).scan_iter(f"*{made.id}*"))
 
 
 def test_a_running_response_is_watched_from_where_one_left(client: OpenAI) -> None:

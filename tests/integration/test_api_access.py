@@ -12,6 +12,7 @@ import httpx
 import pytest
 from support.api import ApiProcess
 from support.ports import free_port
+from support.raw import redis_of
 
 from perllm.broker.api.keys import Keys
 from perllm.broker.api.store import ApiStore
@@ -165,7 +166,7 @@ def test_only_unfinished_tasks_count(keys: Keys, ledger: Ledger) -> None:
 def test_a_secret_is_not_kept(keys: Keys, ledger: Ledger) -> None:
     key, secret = keys.make("t", "", None, None)
     assert keys.find(secret) == key
-    kept = [ledger.client.dump(name) or b"" for name in ledger.client.scan_iter()]
+    kept = [redis_of(ledger).dump(name) or b"" for name in redis_of(ledger).scan_iter()]
     assert not [raw for raw in kept if secret.split("_", 2)[2].encode() in raw]
     assert keys.find(secret.replace(key.id, "0" * 12)) is None
     keys.revoke(key.id)

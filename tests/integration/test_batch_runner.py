@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.make import node_info, output, receipt, why
+from support.raw import redis_of
 from support.wait import eventually
 
 from perllm.broker.api.batches.runner import BatchRunner
@@ -142,9 +143,9 @@ def bench(request: pytest.FixtureRequest, valkey: EmbeddedServer, tmp_path: Path
     """On the local disk, and on a store that fsspec reaches otherwise."""
     settings = ApiSettings.model_validate({"redis_url": valkey.url, "lease": 300, "heartbeat": 60})
     ledger = Ledger(settings)
-    ledger.client.flushall()
+    redis_of(ledger).flushall()
     yield Bench(ledger, settings, tmp_path.as_uri() if request.param == "file" else f"memory://{tmp_path}")
-    ledger.client.close()
+    ledger.close()
 
 
 def run(bench: Bench) -> None:
@@ -178,7 +179,7 @@ def test_killed_anywhere_no_line_is_lost_or_doubled(
     monkeypatch.setattr("perllm.broker.api.batches.steps.COLLECT_AT", collect_at)
     monkeypatch.setattr("perllm.broker.api.batches.steps.FETCH", 5)
     for steps in range(1, 200):
-        bench.ledger.client.flushall()
+        redis_of(bench.ledger).flushall()
         bench.ended.clear()
         bench.fuse[0] = 0
         bench.batch(content())

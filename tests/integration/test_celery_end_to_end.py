@@ -17,6 +17,7 @@ from kombu.transport.redis import Channel
 from support import users
 from support.cluster import Cluster
 from support.poison import POISON
+from support.raw import redis_of
 from support.servers import Server
 from support.wait import PATIENCE, eventually
 
@@ -173,7 +174,7 @@ def test_a_node_message_is_what_celery_would_send(cluster: Cluster) -> None:
     task_id, producer = new_id(), cluster.producer(unbound=True)
     with producer.connection_for_write() as connection:
         producer.send_task(RUN, kwargs={"attempt": 1, "v": 1}, queue="shapes", task_id=task_id, connection=connection)
-    theirs = json.loads(cluster.ledger.client.rpop("shapes") or b"")
+    theirs = json.loads(redis_of(cluster.ledger).rpop("shapes") or b"")
     ours = json.loads(node_message(task_id, 1, "shapes"))
     assert ours.keys() == theirs.keys()
     assert ours["headers"].keys() == theirs["headers"].keys()
@@ -192,7 +193,7 @@ def test_a_node_message_is_what_celery_would_send(cluster: Cluster) -> None:
 
 def test_foreign_entries_do_not_keep_neighbours_from_running(cluster: Cluster, producer: celery.Celery) -> None:
     """Of each more than the worker has places for, so that one it did not give back would be missed."""
-    redis = cluster.ledger.client
+    redis = redis_of(cluster.ledger)
     queues = ["inbox", "edge.a", "edge.b"]
     for raw in POISON.values():
         for queue in queues:
@@ -210,7 +211,7 @@ def test_foreign_entries_do_not_keep_neighbours_from_running(cluster: Cluster, p
 
 def test_what_a_killed_inbox_had_taken_is_taken_up_again(cluster: Cluster) -> None:
     """As a killed inbox leaves it: taken from the queue, noted as unacknowledged, two minutes ago."""
-    redis = cluster.ledger.client
+    redis = redis_of(cluster.ledger)
     kwargs = {"prompt": "hello", "max_tokens": 1}
     sent = cluster.producer(unbound=True).send_task(GENERATE, kwargs=kwargs, queue="held")
     raw = json.loads(redis.rpop("held") or b"")
@@ -230,15 +231,15 @@ def test_a_full_server_does_not_end_the_inbox_nor_lose_what_it_had_taken(
     inbox = next(p for p in cluster.processes if p.name == "inbox")
     inbox.signal(signal.SIGSTOP)
     sent = [send(producer, prompt="hello", max_tokens=1, deadline=600) for _ in range(6)]
-    cluster.ledger.client.config_set("maxmemory", 1)
+    redis_of(cluster.ledger).config_set("maxmemory", 1)
     try:
         inbox.signal(signal.SIGCONT)
         cluster.watch(inbox, lambda: inbox.output.count("submission_delayed") > 4, "tries to hand them in")
-        assert cluster.ledger.client.hlen("unacked") == 4  # who kills it now loses nothing
+        assert redis_of(cluster.ledger).hlen("unacked") == 4  # who kills it now loses nothing
         with pytest.raises(OperationalError, match="maxmemory"):
             producer.send_task(GENERATE, kwargs={"prompt": "hello"}, queue="inbox", retry=False)
     finally:
-        cluster.ledger.client.config_set("maxmemory", 0)
+        redis_of(cluster.ledger).config_set("maxmemory", 0)
     assert {s.get(timeout=PATIENCE)["state"] for s in sent} == {"succeeded"}
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.make import node_info, why
+from support.raw import redis_of
 from support.wait import eventually
 
 from perllm.broker.engine.contract import EngineDown, Generation, OnText, Stop
@@ -45,7 +46,7 @@ class Stage:
     def __init__(self, url: str) -> None:
         self.settings = WorkerSettings.model_validate({"redis_url": url, "lease": 60, "heartbeat": 0.05})
         self.ledger = Ledger(self.settings)
-        self.ledger.client.flushall()
+        redis_of(self.ledger).flushall()
         self.epoch = self.ledger.lead("test", 60) or 0
         self.engine = MortalEngine(self.settings)
         self.node = NodeWorker(self.settings, Ledger(self.settings), self.engine, node_info("n", slots=8))
@@ -74,7 +75,7 @@ def stage(valkey: EmbeddedServer) -> Iterator[Stage]:
     one = Stage(valkey.url)
     yield one
     one.node.close()
-    one.ledger.client.close()
+    one.ledger.close()
 
 
 def test_tasks_inside_get_a_strike_and_others_do_not(stage: Stage) -> None:

@@ -17,6 +17,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from support.ports import free_port
+from support.raw import redis_of
 from support.servers import ping
 from support.wait import eventually
 
@@ -48,7 +49,7 @@ def test_no_submission_that_was_acknowledged_is_lost_by_a_kill(tmp_path: Path, f
     server = EmbeddedServer(tmp_path, fsync=fsync)
     server.start()
     ledger = Ledger(Settings.model_validate({"redis_url": server.url}))
-    assert ledger.client.config_get("appendfsync")["appendfsync"] == fsync
+    assert redis_of(ledger).config_get("appendfsync")["appendfsync"] == fsync
     acknowledged = list[str]()
 
     def submit() -> None:
@@ -64,8 +65,8 @@ def test_no_submission_that_was_acknowledged_is_lost_by_a_kill(tmp_path: Path, f
         again = Ledger(Settings.model_validate({"redis_url": server.url}))
         assert all(again.known(acknowledged))
         assert again.totals()["submitted"] == again.counts()[State.PENDING] >= len(acknowledged)
-        again.client.close()
-    ledger.client.close()
+        again.close()
+    ledger.close()
 
 
 def test_any_folder_name_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

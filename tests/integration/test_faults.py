@@ -17,6 +17,7 @@ from celery.result import AsyncResult
 from support import users
 from support.cluster import Cluster, Process
 from support.proxy import Proxy
+from support.raw import redis_of
 from support.wait import PATIENCE, eventually
 
 from perllm.broker import connection
@@ -34,9 +35,9 @@ SPEC = TaskSpec(prompt="hi", deadline=600)
 def ledger(valkey: EmbeddedServer) -> Iterator[Ledger]:
     """The test's own, on an empty server, by no proxy."""
     one = Ledger(Settings.model_validate({"redis_url": valkey.url, "lease": 300, "heartbeat": 60}))
-    one.client.flushall()
+    redis_of(one).flushall()
     yield one
-    one.client.close()
+    one.close()
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_what_is_submitted_over_breaking_connections_is_there_once(ledger: Ledge
         submitting.result()
     assert all(ledger.known(sent))
     assert ledger.totals() == {"submitted": ledger.counts()[State.PENDING]}
-    producer.client.close()
+    producer.close()
 
 
 @pytest.mark.parametrize("fault", ["silence", "nobody there"])
@@ -98,7 +99,7 @@ def test_a_server_that_does_not_answer_is_one_error_in_bounded_time(
         ledger.submit([(new_id(), SPEC)])
     with pytest.raises(Unreachable):
         ledger.counts()
-    ledger.client.close()
+    ledger.close()
 
 
 def breaks(proxy: Proxy) -> None:
@@ -122,7 +123,7 @@ def test_who_waits_waits_on(
     with Client(proxy.url) as client, ThreadPoolExecutor(1) as thread:
         task = client.submit("hi", deadline=600)
         waiting = thread.submit(task.result, 60)
-        eventually(lambda: ledger.client.pubsub_numsub(f"celery-task-meta-{task.id}")[0][1], "it listens")
+        eventually(lambda: redis_of(ledger).pubsub_numsub(f"celery-task-meta-{task.id}")[0][1], "it listens")
         fault(proxy)
         ledger.cancel(task.id)
         assert waiting.result().state == "cancelled"
@@ -140,7 +141,7 @@ def test_who_awaits_waits_on(
             waiting = asyncio.create_task(task.result(60))
 
             def listens() -> bool:
-                return bool(ledger.client.pubsub_numsub(f"celery-task-meta-{task.id}")[0][1])
+                return bool(redis_of(ledger).pubsub_numsub(f"celery-task-meta-{task.id}")[0][1])
 
             await asyncio.to_thread(eventually, listens, "it listens")
             fault(proxy)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support import users
 from support.cluster import Cluster
 from support.make import node_info, output, receipt, why
+from support.raw import prefix_of, redis_of
 from support.wait import eventually
 
 from perllm.broker.ledger import Dispatch, Ledger
@@ -58,14 +59,14 @@ SLOW_IS_FINE = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, Healt
 @pytest.fixture
 def ledger(valkey: EmbeddedServer) -> Iterator[Ledger]:
     one = Ledger(Settings.model_validate({"redis_url": valkey.url, "lease": 300, "heartbeat": 60}))
-    one.client.flushall()
+    redis_of(one).flushall()
     yield one
-    one.client.close()
+    one.close()
 
 
 def work(ledger: Ledger, task_id: str) -> None:
     """A task's whole life."""
-    ledger.client.delete(f"{ledger.prefix}leader")
+    redis_of(ledger).delete(f"{prefix_of(ledger)}leader")
     epoch = ledger.lead("me", 60)
     assert epoch is not None
     while ledger.register(node_info("good")) is not None:
@@ -80,7 +81,7 @@ def work(ledger: Ledger, task_id: str) -> None:
 @settings(max_examples=25, suppress_health_check=SLOW_IS_FINE)
 @given(calls=st.lists(st.tuples(st.sampled_from(OPERATIONS), st.lists(ARGUMENT, max_size=12)), min_size=5, max_size=20))
 def test_calls_of_every_shape(ledger: Ledger, calls: list[tuple[str, list[Any]]]) -> None:
-    ledger.client.flushall()
+    redis_of(ledger).flushall()
     for reply in ledger._script.pipeline([(operation, *arguments) for operation, arguments in calls]):
         assert not isinstance(reply, redis.exceptions.ConnectionError)
     ledger.nodes()
@@ -92,7 +93,7 @@ def test_calls_of_every_shape(ledger: Ledger, calls: list[tuple[str, list[Any]]]
 @pytest.fixture(scope="module")
 def known(cluster: Cluster) -> list[dict[str, Any]]:
     """An event of each kind, as they are on the stream."""
-    entries = cluster.ledger.client.xrange(f"{cluster.ledger.prefix}events")
+    entries = redis_of(cluster.ledger).xrange(f"{prefix_of(cluster.ledger)}events")
     return list({(e := json.loads(fields[b"e"]))["type"]: e for _, fields in entries}.values())
 
 
@@ -126,10 +127,10 @@ def test_messages_of_every_shape(cluster: Cluster, data: st.DataObject) -> None:
             message = json.loads(node_message("t0", 1, queue))
             part = data.draw(st.sampled_from([message, message["headers"], message["properties"]]), "part")
             part[data.draw(st.sampled_from(sorted(part)), "field")] = data.draw(JSON, "value")
-            cluster.ledger.client.lpush(queue, json.dumps(message))
+            redis_of(cluster.ledger).lpush(queue, json.dumps(message))
         for raw in data.draw(st.lists(st.binary(max_size=30) | JSON.map(json.dumps), max_size=5), "no messages"):
-            cluster.ledger.client.lpush(queue, raw)
-    eventually(lambda: not any(map(cluster.ledger.client.llen, ("inbox", "edge.a"))), "the queues are empty")
+            redis_of(cluster.ledger).lpush(queue, raw)
+    eventually(lambda: not any(map(redis_of(cluster.ledger).llen, ("inbox", "edge.a"))), "the queues are empty")
     goes_on(cluster)
 
 
@@ -138,13 +139,13 @@ def test_messages_of_every_shape(cluster: Cluster, data: st.DataObject) -> None:
 def test_events_of_every_shape(cluster: Cluster, known: list[dict[str, Any]], data: st.DataObject) -> None:
     """Real ones with a part of them changed, and what is no event. What is true after forged ones is another question:
     only schedulers, workers and producers may write to the stream."""
-    pipe = cluster.ledger.client.pipeline(transaction=False)
+    pipe = redis_of(cluster.ledger).pipeline(transaction=False)
     for _ in range(100):
         event = dict(data.draw(st.sampled_from(known), "event"))
         event[data.draw(st.sampled_from(sorted(event)), "field")] = data.draw(JSON, "value")
-        pipe.xadd(f"{cluster.ledger.prefix}events", {"e": json.dumps(event)})
+        pipe.xadd(f"{prefix_of(cluster.ledger)}events", {"e": json.dumps(event)})
     for value in data.draw(st.lists(JSON | st.binary(max_size=30), max_size=5), "no events"):
-        pipe.xadd(f"{cluster.ledger.prefix}events", {"e": value if isinstance(value, bytes) else json.dumps(value)})
+        pipe.xadd(f"{prefix_of(cluster.ledger)}events", {"e": value if isinstance(value, bytes) else json.dumps(value)})
     pipe.execute()
 
     def has_read_it_all() -> bool:

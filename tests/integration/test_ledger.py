@@ -12,12 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.make import node_info, output, receipt, why
 from support.ports import free_port
+from support.raw import prefix_of, redis_of
 from support.wait import eventually
 
 from perllm.broker import functions
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import Dispatch, Ledger
-from perllm.broker.ledger.ledger import DISPATCH_LEASE, SWEEP_LIMIT, UNCLAIMED
+from perllm.broker.ledger.scheduler import DISPATCH_LEASE, SWEEP_LIMIT, UNCLAIMED
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import Counters, Heartbeat, State, Submitted, TaskSpec, new_id
 from perllm.broker.queues.app import node_message
@@ -42,7 +43,7 @@ def run(ledger: Ledger, task_id: str, attempt: int = 1, token: str = "token") ->
 
 def lapse(ledger: Ledger, task_id: str, state: str) -> None:
     """Move the end of a lease into the past."""
-    ledger.client.zadd(f"{ledger.prefix}in:{state}", {task_id: ledger.now() - 1})
+    redis_of(ledger).zadd(f"{prefix_of(ledger)}in:{state}", {task_id: ledger.now() - 1})
 
 
 # --- text
@@ -63,7 +64,7 @@ def test_any_text_comes_back_as_it_was(ledger: Ledger, text: str, answer: str, r
     record = ledger.task(good)
     assert record is not None
     assert (record.spec.prompt, record.spec.metadata) == (text, {"k": text[:100]})
-    assert json.loads(ledger.client.get(f"celery-task-meta-{bad}") or b"")["result"]["exc_message"] == [reason]
+    assert json.loads(redis_of(ledger).get(f"celery-task-meta-{bad}") or b"")["result"]["exc_message"] == [reason]
     assert [e.reason for _, e in ledger.events("0-0") if e.type == "ended"][-1] == reason
 
 
@@ -103,21 +104,21 @@ def test_one_key_twice_in_one_call(ledger: Ledger) -> None:
 
 def test_the_functions_may_be_flushed_at_any_time(ledger: Ledger) -> None:
     submit(ledger)
-    ledger.client.execute_command("FUNCTION", "FLUSH")
+    redis_of(ledger).execute_command("FUNCTION", "FLUSH")
     assert ledger.submit((f"t{n}", TaskSpec(prompt="hi")) for n in range(500)) == [f"t{n}" for n in range(500)]
-    functions.load_all(ledger.client)  # for the roles of other tests, who may not
+    functions.load_all(redis_of(ledger))  # for the roles of other tests, who may not
 
 
 def test_a_full_server_stores_nothing_and_says_so(ledger: Ledger) -> None:
-    ledger.client.config_set("maxmemory-policy", "noeviction")
-    ledger.client.config_set("maxmemory", 1)
+    redis_of(ledger).config_set("maxmemory-policy", "noeviction")
+    redis_of(ledger).config_set("maxmemory", 1)
     try:
         with pytest.raises(Unreachable, match="out of memory and stored nothing"):
             submit(ledger, prompt="x" * 100_000)
         assert ledger.counts()[State.PENDING] == 0
         assert ledger.totals() == {}
     finally:
-        ledger.client.config_set("maxmemory", 0)
+        redis_of(ledger).config_set("maxmemory", 0)
     submit(ledger)
 
 
@@ -125,8 +126,8 @@ def test_what_was_accepted_still_ends_on_a_full_server(ledger: Ledger) -> None:
     runs, breaks, waits, unwanted = (submit(ledger) for _ in range(4))
     run(ledger, runs)
     run(ledger, breaks)
-    ledger.client.config_set("maxmemory-policy", "noeviction")
-    ledger.client.config_set("maxmemory", 1)
+    redis_of(ledger).config_set("maxmemory-policy", "noeviction")
+    redis_of(ledger).config_set("maxmemory", 1)
     try:
         with pytest.raises(Unreachable, match="out of memory and stored nothing"):
             ledger.submit((f"t{n}", TaskSpec(prompt="x" * 1000)) for n in range(1000))
@@ -137,7 +138,7 @@ def test_what_was_accepted_still_ends_on_a_full_server(ledger: Ledger) -> None:
         assert ledger.complete(waits, 1, "token", "succeeded", output(), receipt("n")) == "ok"
         assert ledger.save_snapshot(ledger.lead("test", 60) or 0, {"learned": "x" * 10_000})
     finally:
-        ledger.client.config_set("maxmemory", 0)
+        redis_of(ledger).config_set("maxmemory", 0)
     assert ledger.totals() == {"submitted": 4, "succeeded": 2, "cancelled": 1}
 
 
@@ -148,18 +149,18 @@ def test_a_disk_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> Non
         task_id = submit(ledger)
         run(ledger, task_id)
         shutil.rmtree(tmp_path / "data")
-        ledger.client.config_set("save", "1 1")
-        ledger.client.bgsave()
-        eventually(lambda: ledger.client.info("persistence")["rdb_last_bgsave_status"] == "err", "it cannot save")
+        redis_of(ledger).config_set("save", "1 1")
+        redis_of(ledger).bgsave()
+        eventually(lambda: redis_of(ledger).info("persistence")["rdb_last_bgsave_status"] == "err", "it cannot save")
         with pytest.raises(Unreachable, match="cannot write to its disk and stored nothing: make room there"):
             submit(ledger)
         with pytest.raises(Unreachable, match="MISCONF"):  # so a worker keeps its result and tries again
             ledger.complete(task_id, 1, "token", "succeeded", output(), receipt("n"))
-        ledger.client.config_set("stop-writes-on-bgsave-error", "no")
+        redis_of(ledger).config_set("stop-writes-on-bgsave-error", "no")
         assert ledger.complete(task_id, 1, "token", "succeeded", output(), receipt("n")) == "ok"
         assert ledger.totals() == {"submitted": 1, "succeeded": 1}
-        ledger.client.config_set("save", "")
-        ledger.client.close()
+        redis_of(ledger).config_set("save", "")
+        ledger.close()
 
 
 # --- attempts
@@ -200,7 +201,7 @@ def test_work_that_hangs_beyond_its_deadline_is_renewed_no_more(ledger: Ledger) 
     assert ledger.beat(heartbeat, [(task_id, 1, "token")]) == []
     assert ledger.sweep() == 0
     long_ago = ledger.now() - 301  # by more than a lease
-    ledger.client.hset(f"{ledger.prefix}task:{task_id}", "deadline", long_ago)  # moves time
+    redis_of(ledger).hset(f"{prefix_of(ledger)}task:{task_id}", "deadline", long_ago)  # moves time
     assert ledger.beat(heartbeat, [(task_id, 1, "token")]) == []
     assert ledger.sweep() == 1
     assert state_of(ledger, task_id) == "expired"
@@ -214,8 +215,8 @@ def dispatch(ledger: Ledger, task_id: str, attempt: int = 1, *, since: float = 0
     ruling = ledger.dispatch(ledger.lead("test", 60) or 0, [sent])[0]
     if ruling == "ok" and since:
         at = ledger.now() - since
-        ledger.client.hset(f"{ledger.prefix}task:{task_id}", "dispatched", at)  # moves time
-        ledger.client.zadd(f"{ledger.prefix}in:dispatched", {task_id: at + UNCLAIMED})
+        redis_of(ledger).hset(f"{prefix_of(ledger)}task:{task_id}", "dispatched", at)  # moves time
+        redis_of(ledger).zadd(f"{prefix_of(ledger)}in:dispatched", {task_id: at + UNCLAIMED})
     return ruling
 
 
@@ -239,7 +240,7 @@ def test_waiting_too_long_in_a_nodes_queue_is_no_strike(ledger: Ledger) -> None:
     assert ledger.sweep() == 1
     assert state_of(ledger, waits) == "dispatched"
     assert ledger.sweep() == 0
-    ledger.client.hset(f"{ledger.prefix}task:{waits}", "dispatched", ledger.now() - DISPATCH_LEASE - 1)
+    redis_of(ledger).hset(f"{prefix_of(ledger)}task:{waits}", "dispatched", ledger.now() - DISPATCH_LEASE - 1)
     lapse(ledger, waits, "dispatched")
     assert ledger.sweep() == 1
     record = ledger.task(waits)
@@ -253,8 +254,9 @@ def test_what_is_dispatched_ends_with_its_deadline(ledger: Ledger) -> None:
     ledger.register(node_info("n"))
     task_id = submit(ledger, deadline=5)
     assert dispatch(ledger, task_id) == "ok"
-    assert ledger.client.zscore(f"{ledger.prefix}in:dispatched", task_id) == pytest.approx(ledger.now() + 5, abs=2)
-    ledger.client.hset(f"{ledger.prefix}task:{task_id}", "deadline", ledger.now() - 1)  # moves time
+    until = redis_of(ledger).zscore(f"{prefix_of(ledger)}in:dispatched", task_id)
+    assert until == pytest.approx(ledger.now() + 5, abs=2)
+    redis_of(ledger).hset(f"{prefix_of(ledger)}task:{task_id}", "deadline", ledger.now() - 1)  # moves time
     lapse(ledger, task_id, "dispatched")
     assert ledger.sweep() == 1
     assert state_of(ledger, task_id) == "expired"
@@ -263,7 +265,7 @@ def test_what_is_dispatched_ends_with_its_deadline(ledger: Ledger) -> None:
 def test_a_node_that_takes_up_nothing_rests_ever_longer(ledger: Ledger) -> None:
     ledger.register(node_info("n"))
     heartbeat = Heartbeat(at=0, node="n", boot="boot-1", counters=Counters())
-    pauses, attempt, key = [], 1, f"{ledger.prefix}node:n"
+    pauses, attempt, key = [], 1, f"{prefix_of(ledger)}node:n"
     stuck, beside = submit(ledger, deadline=3600), submit(ledger, deadline=3600)
     for _ in range(7):
         dispatch(ledger, beside, attempt)
@@ -274,8 +276,8 @@ def test_a_node_that_takes_up_nothing_rests_ever_longer(ledger: Ledger) -> None:
         assert dispatch(ledger, stuck, attempt) == "node_gone"
         assert ledger.beat(heartbeat, []) == []
         assert not in_service(ledger)
-        pauses.append(round(float(ledger.client.hget(key, "rests") or 0) - ledger.now()))
-        ledger.client.hset(key, "rests", ledger.now() - 1)  # moves time
+        pauses.append(round(float(redis_of(ledger).hget(key, "rests") or 0) - ledger.now()))
+        redis_of(ledger).hset(key, "rests", ledger.now() - 1)  # moves time
         assert ledger.beat(heartbeat, []) == []
         assert in_service(ledger)
     assert pauses == pytest.approx([15, 30, 60, 120, 240, 300, 300], abs=2)
@@ -287,8 +289,8 @@ def test_a_node_that_takes_up_nothing_rests_ever_longer(ledger: Ledger) -> None:
     assert record.strikes == 0
     run(ledger, beside, attempt)  # it works again, so the next time is the first
     dispatch(ledger, stuck, attempt)
-    ledger.client.hset(key, "claimed", ledger.now() + 1)  # after it began to rest
-    ledger.client.hset(f"{ledger.prefix}task:{stuck}", "dispatched", ledger.now() - 99)
+    redis_of(ledger).hset(key, "claimed", ledger.now() + 1)  # after it began to rest
+    redis_of(ledger).hset(f"{prefix_of(ledger)}task:{stuck}", "dispatched", ledger.now() - 99)
     assert ledger.sweep() == 0
     lapse(ledger, stuck, "dispatched")
     assert ledger.sweep() == 1
@@ -299,7 +301,7 @@ def test_a_node_that_takes_up_nothing_rests_ever_longer(ledger: Ledger) -> None:
 def test_a_sweep_is_bounded_and_ends(ledger: Ledger) -> None:
     count = SWEEP_LIMIT + 10
     ids = ledger.submit((f"t{n}", TaskSpec(prompt="hi")) for n in range(count))
-    ledger.client.zadd(f"{ledger.prefix}in:pending", dict.fromkeys(ids, 1.0))  # moves time
+    redis_of(ledger).zadd(f"{prefix_of(ledger)}in:pending", dict.fromkeys(ids, 1.0))  # moves time
     assert [ledger.sweep(), ledger.sweep(), ledger.sweep()] == [SWEEP_LIMIT, 10, 0]
     assert ledger.counts()[State.EXPIRED] == count
 
@@ -308,21 +310,21 @@ def test_a_key_lives_as_long_as_its_task(ledger: Ledger, settings: Settings) -> 
     """Not longer, when the task is forgotten by count; not shorter, when it waits beyond the retention time."""
     few = Ledger(settings.model_copy(update={"retention_tasks": 1}))
     first, second = submit(few, idempotency_key="a"), submit(few, idempotency_key="b")
-    assert few.client.ttl(f"{few.prefix}key:default a") == -1
+    assert redis_of(few).ttl(f"{prefix_of(few)}key:default a") == -1
     few.cancel(first)
     few.cancel(second)
     assert few.sweep() == 1
     assert [few.task(first), submit(few, idempotency_key="b")] == [None, second]
     assert submit(few, idempotency_key="a") != first
-    few.client.close()
+    few.close()
 
 
 def test_a_set_naming_what_is_no_task_does_not_stop_the_sweep(ledger: Ledger) -> None:
     task_id = submit(ledger)
     for state in ("pending", "dispatched", "running"):
-        ledger.client.zadd(f"{ledger.prefix}in:{state}", {"nobody": 1.0})
-    ledger.client.zadd(f"{ledger.prefix}in:running", {task_id: 1.0})
-    ledger.client.zadd(f"{ledger.prefix}in:pending", {task_id: 1.0})
+        redis_of(ledger).zadd(f"{prefix_of(ledger)}in:{state}", {"nobody": 1.0})
+    redis_of(ledger).zadd(f"{prefix_of(ledger)}in:running", {task_id: 1.0})
+    redis_of(ledger).zadd(f"{prefix_of(ledger)}in:pending", {task_id: 1.0})
     assert ledger.sweep() == 5
     assert ledger.counts() == {s: int(s is State.EXPIRED) for s in State}
 
@@ -353,10 +355,10 @@ def test_what_the_scheduler_takes_over(ledger: Ledger) -> None:
 
 
 def test_unreadable_events_are_passed_over_however_many(ledger: Ledger) -> None:
-    stream = f"{ledger.prefix}events"
+    stream = f"{prefix_of(ledger)}events"
     for entry in ({"e": "not JSON"}, {"e": '{"type":"of the future"}'}, {"x": "no event"}, {"e": b"\xff"}):
         for _ in range(4):
-            ledger.client.xadd(stream, entry)
+            redis_of(ledger).xadd(stream, entry)
     task_id = submit(ledger)
     seen = ledger.events("0-0", count=3)
     assert [e.id for _, e in seen if isinstance(e, Submitted)] == [task_id]
@@ -366,16 +368,16 @@ def test_unreadable_events_are_passed_over_however_many(ledger: Ledger) -> None:
 def test_the_stream_is_trimmed(ledger: Ledger, settings: Settings) -> None:
     short = Ledger(settings.model_copy(update={"stream_length": 1000}))
     short.submit((f"t{n}", TaskSpec(prompt="hi")) for n in range(5000))
-    assert 1000 <= ledger.client.xlen(f"{ledger.prefix}requests") < 1500
-    short.client.close()
+    assert 1000 <= redis_of(ledger).xlen(f"{prefix_of(ledger)}requests") < 1500
+    short.close()
 
 
 def test_a_node_that_is_nonsense_hides_no_other(ledger: Ledger) -> None:
     assert ledger.register(node_info("n")) is None
     for name, info in (("x", "not JSON"), ("y", '{"name": "y", "slots": -3}')):
-        ledger.client.hset(f"{ledger.prefix}node:{name}", mapping={"info": info, "boot": "b"})
-        ledger.client.zadd(f"{ledger.prefix}nodes", {name: ledger.now() + 60})
-    ledger.client.zadd(f"{ledger.prefix}nodes", {"z": ledger.now() + 60})
+        redis_of(ledger).hset(f"{prefix_of(ledger)}node:{name}", mapping={"info": info, "boot": "b"})
+        redis_of(ledger).zadd(f"{prefix_of(ledger)}nodes", {name: ledger.now() + 60})
+    redis_of(ledger).zadd(f"{prefix_of(ledger)}nodes", {"z": ledger.now() + 60})
     assert [info.name for info, _, _ in ledger.nodes()] == ["n"]
 
 
@@ -395,7 +397,7 @@ def test_cells_on_one_server_do_not_meet(ledger: Ledger, settings: Settings) -> 
     submit(ledger)
     assert other.counts()[State.PENDING] == 0
     assert other.lead("x", 60) == ledger.lead("y", 60) == 1
-    other.client.close()
+    other.close()
 
 
 # --- leadership

@@ -19,9 +19,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from support.make import node_info, output, receipt, why
+from support.raw import prefix_of, redis_of
 
 from perllm.broker.ledger import Dispatch, End, Ledger
-from perllm.broker.ledger.ledger import TASK_BYTES
+from perllm.broker.ledger.records import TASK_BYTES
 from perllm.broker.messages import (
     Claimed,
     Completed,
@@ -107,9 +108,9 @@ class LedgerMachine(RuleBasedStateMachine):
         super().__init__()
         limits = {"lease": LEASE, "max_strikes": MAX_STRIKES, "retention": RETENTION, "retention_tasks": KEPT}
         self.ledger = Ledger(Settings.model_validate({"redis_url": url, "heartbeat": 60, **limits}))
-        self.redis = self.ledger.client
+        self.redis = redis_of(self.ledger)
         self.redis.flushall()
-        self.p = self.ledger.prefix
+        self.p = prefix_of(self.ledger)
         self.tasks: dict[str, Task] = {}
         self.keys: dict[tuple[str, str], str] = {}
         self.nodes: dict[str, Node] = {}

@@ -18,6 +18,7 @@ from unittest.mock import Mock
 import pytest
 from support.cluster import Cluster
 from support.make import node_info, output, receipt, why
+from support.raw import prefix_of, redis_of
 from support.wait import eventually
 
 from perllm.broker.ledger import Dispatch, Leader, Ledger
@@ -48,7 +49,7 @@ class Scheduler:
     def stop(self) -> None:
         self._service.stop()
         self._thread.join()
-        self.ledger.client.close()
+        self.ledger.close()
 
 
 class Stage:
@@ -59,7 +60,7 @@ class Stage:
         brisk = {"lease": 300, "heartbeat": 60, "leader_ttl": 0.5, "snapshot_every": 0.1}
         self.settings = SchedulerSettings.model_validate(brisk | {"redis_url": url} | settings)
         self.ledger = Ledger(self.settings)
-        self.ledger.client.flushall()
+        redis_of(self.ledger).flushall()
         self.schedulers: list[Scheduler] = []
 
     def start(self) -> Scheduler:
@@ -119,7 +120,7 @@ class Stage:
     def close(self) -> None:
         while self.schedulers:
             self.stop()
-        self.ledger.client.close()
+        self.ledger.close()
 
 
 def placed_count(stage: Stage) -> int:
@@ -177,7 +178,7 @@ def test_a_restarted_node_is_sent_work_under_its_new_name_tag(stage: Stage) -> N
     stage.ledger.register(node_info("a"))
     (first,) = stage.submit()
     stage.placed(first)
-    stage.ledger.client.zadd(f"{stage.ledger.prefix}nodes", {"a": stage.ledger.now() - 1})  # moves time
+    redis_of(stage.ledger).zadd(f"{prefix_of(stage.ledger)}nodes", {"a": stage.ledger.now() - 1})  # moves time
     stage.ledger.register(node_info("a", boot="boot-2"))
     for task_id in (first, *stage.submit(1)):
         assert stage.placed(task_id)[0] == "a"
@@ -332,8 +333,8 @@ def test_a_stream_too_short_to_tell(stage: Stage, kept: int) -> None:
     ids = stage.submit(6)
     eventually(lambda: placed_count(stage) == 3, "the node is full")
     stage.stop()
-    stage.ledger.client.delete(f"{stage.ledger.prefix}snapshot")
-    stage.ledger.client.xtrim(f"{stage.ledger.prefix}events", maxlen=kept, approximate=False)
+    redis_of(stage.ledger).delete(f"{prefix_of(stage.ledger)}snapshot")
+    redis_of(stage.ledger).xtrim(f"{prefix_of(stage.ledger)}events", maxlen=kept, approximate=False)
     stage.start()
     stage.work_off(ids)
     assert stage.ledger.totals() == {"submitted": 6, "succeeded": 6}
@@ -355,7 +356,7 @@ def test_a_stream_too_short_to_tell(stage: Stage, kept: int) -> None:
 )
 def test_an_unusable_snapshot_is_passed_over(stage: Stage, snapshot: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line says so, and the scheduler starts anew."""
-    stage.ledger.client.set(f"{stage.ledger.prefix}snapshot", snapshot)
+    redis_of(stage.ledger).set(f"{prefix_of(stage.ledger)}snapshot", snapshot)
     stage.ledger.register(node_info("a"))
     (task_id,) = stage.submit()
     log = Mock()
@@ -368,9 +369,9 @@ def test_an_unusable_snapshot_is_passed_over(stage: Stage, snapshot: str, monkey
 def test_nonsense_in_the_stream_and_among_the_nodes(stage: Stage) -> None:
     stage.start()
     for entry in ({"e": "not JSON"}, {"e": '{"type":"node_up","at":1,"info":{"name":"x"}}'}, {"x": "y"}):
-        stage.ledger.client.xadd(f"{stage.ledger.prefix}events", entry)
-    stage.ledger.client.hset(f"{stage.ledger.prefix}node:x", mapping={"info": "not JSON", "boot": "b"})
-    stage.ledger.client.zadd(f"{stage.ledger.prefix}nodes", {"x": stage.ledger.now() + 60})
+        redis_of(stage.ledger).xadd(f"{prefix_of(stage.ledger)}events", entry)
+    redis_of(stage.ledger).hset(f"{prefix_of(stage.ledger)}node:x", mapping={"info": "not JSON", "boot": "b"})
+    redis_of(stage.ledger).zadd(f"{prefix_of(stage.ledger)}nodes", {"x": stage.ledger.now() + 60})
     stage.restart()
     stage.ledger.register(node_info("a"))
     (task_id,) = stage.submit()
@@ -382,7 +383,7 @@ def test_taking_over_longer_than_leadership_lasts(stage: Stage, monkeypatch: pyt
         service_module, "FETCH_TASKS", 1
     )  # a round trip per task, as if there were a thousand times more
     stage.submit(6000)
-    stage.ledger.client.delete(f"{stage.ledger.prefix}events")
+    redis_of(stage.ledger).delete(f"{prefix_of(stage.ledger)}events")
     stage.start()
     stage.ledger.register(node_info("a"))
     eventually(lambda: placed_count(stage) == 4, "it places work")
@@ -399,9 +400,9 @@ def test_one_leads_and_the_other_follows(stage: Stage) -> None:
     for task_id in stage.submit(4):
         stage.placed(task_id)
     assert not second.cores
-    first_holder = stage.ledger.client.get(f"{stage.ledger.prefix}leader")
+    first_holder = redis_of(stage.ledger).get(f"{prefix_of(stage.ledger)}leader")
     stage.stop()
-    holder = stage.ledger.client.get(f"{stage.ledger.prefix}leader")
+    holder = redis_of(stage.ledger).get(f"{prefix_of(stage.ledger)}leader")
     assert holder != first_holder  # given up, not left to lapse
     eventually(lambda: second.cores, "the second leads")
     (task_id,) = stage.submit()
@@ -421,7 +422,7 @@ def test_everybody_can_know_who_leads_and_by_which_policy(stage: Stage) -> None:
     assert (leader.policy, leader.sentence) == ("cs-ucb", describe_policy("cs-ucb"))
     stage.stop()
     assert stage.ledger.leader() is None
-    stage.ledger.client.set(f"{stage.ledger.prefix}leader", "box:1:f00")  # of another release
+    redis_of(stage.ledger).set(f"{prefix_of(stage.ledger)}leader", "box:1:f00")  # of another release
     assert stage.ledger.leader() == ("box:1:f00", 0.0, "", "")
 
 
@@ -446,20 +447,20 @@ def test_two_that_both_believe_they_lead_place_every_task_once(stage: Stage) -> 
                 )
             )
         assert ledger.save_snapshot(epoch, {"by": epoch}) == (epoch == new)
-        ledger.client.close()
+        ledger.close()
         return rulings
 
     with ThreadPoolExecutor(2) as threads:
         rulings = list(threads.map(decide, (old, new), "ab"))
     assert rulings == [{"not_leader": 200}, {"ok": 200}]
-    queues = [stage.ledger.client.llen(f"edge.{node}") for node in "ab"]
+    queues = [redis_of(stage.ledger).llen(f"edge.{node}") for node in "ab"]
     assert queues == [0, 200]
     assert stage.ledger.load_snapshot() == {"by": new}
 
 
 def test_a_leader_that_was_frozen_finds_that_it_leads_no_more(valkey: EmbeddedServer, tmp_path: Path) -> None:
     with Cluster(valkey.url, tmp_path) as cluster:
-        cluster.ledger.client.flushall()
+        redis_of(cluster.ledger).flushall()
         first = cluster.scheduler("first")
         second = cluster.start_scheduler("second")
         first.signal(signal.SIGSTOP)
@@ -477,7 +478,7 @@ def test_a_leader_that_was_frozen_finds_that_it_leads_no_more(valkey: EmbeddedSe
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_what_was_learned_outlives_the_process(valkey: EmbeddedServer, tmp_path: Path, how: signal.Signals) -> None:
     with Cluster(valkey.url, tmp_path, policy="cs-ucb-paper") as cluster:
-        cluster.ledger.client.flushall()
+        redis_of(cluster.ledger).flushall()
         first = cluster.scheduler("first")
         node = cluster.start_nodes("a")[0]
         for task_id in cluster.submit(12):
@@ -501,7 +502,7 @@ def learned(cluster: Cluster) -> dict[str, Any]:
 
 def test_a_killed_leader_is_followed_by_the_standby(valkey: EmbeddedServer, tmp_path: Path) -> None:
     with Cluster(valkey.url, tmp_path, slots=1, emulated_speed=100, lease=30) as cluster:
-        cluster.ledger.client.flushall()
+        redis_of(cluster.ledger).flushall()
         first = cluster.scheduler("first")
         second = cluster.start_scheduler("second")
         cluster.start_nodes("a", "b")

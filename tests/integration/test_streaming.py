@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.cluster import Cluster
 from support.make import node_info, output, receipt, why
+from support.raw import redis_of
 from support.servers import Server
 from support.wait import eventually
 
@@ -123,7 +124,7 @@ def test_a_tenants_tasks_are_listed_by_age_and_forgotten_with_the_task(ledger: L
     assert ledger.tasks_of("a", after="b1", limit=9) == []
     assert ledger.tenants(["a1", "b1", "c"]) == ["a", "b", None]
     ledger.cancel("a3")
-    short = Ledger(ledger._settings.model_copy(update={"retention_tasks": 1, "retention": 1.0}))
+    short = Ledger(ledger.settings.model_copy(update={"retention_tasks": 1, "retention": 1.0}))
     ledger.cancel("a4")
     short.sweep()
     assert "a3" not in ledger.tasks_of("a", after=None, limit=9)
@@ -133,7 +134,7 @@ def test_hundreds_awaited_at_once_share_one_connection(server: Server, ledger: L
     ids = ledger.submit([(new_id(), TaskSpec(prompt="hi")) for _ in range(300)])
 
     def listeners() -> list[int]:
-        return [n for c in ledger.client.client_list() if (n := int(c["sub"]))]
+        return [n for c in redis_of(ledger).client_list() if (n := int(c["sub"]))]
 
     async def awaited() -> list[Result]:
         async with AsyncClient(server.url) as client:

@@ -18,6 +18,7 @@ from support import users
 from support.cluster import Cluster
 from support.make import node_info, output, receipt, why
 from support.ports import free_port
+from support.raw import prefix_of, redis_of
 from support.servers import Server
 
 from perllm.broker.errors import Unreachable
@@ -74,20 +75,20 @@ def ledgers(own_server: Server) -> Iterator[dict[str, Ledger]]:
     made = {role: Ledger(Settings.model_validate({"redis_url": url} | limits)) for role, url in urls.items()}
     yield made
     for ledger in made.values():
-        ledger.client.close()
+        ledger.close()
 
 
 @pytest.fixture
 def all_states(ledgers: dict[str, Ledger]) -> Ledger:
     """The tests' own ledger: a task in every state but the final ones, and a leader that is about to change."""
     ledger = ledgers[""]
-    ledger.client.flushall()
+    redis_of(ledger).flushall()
     ledger.submit([(state, TaskSpec(prompt="hi")) for state in ("pending", "dispatched", "running")])
     ledger.register(node_info("n"))
     epoch = ledger.lead("test", 60) or 0
     ledger.dispatch(epoch, [_dispatch("dispatched", 1), _dispatch("running", 1)])
     ledger.claim("running", 1, "n", "token")
-    ledger.client.delete(f"{ledger.prefix}leader")
+    redis_of(ledger).delete(f"{prefix_of(ledger)}leader")
     return ledger
 
 
@@ -109,10 +110,10 @@ def test_an_operation_is_carried_out_or_refused_whole(
     if operation in MAY[role]:
         OPERATIONS[operation](ledgers[role])
         return
-    before = contents(all_states.client)
+    before = contents(redis_of(all_states))
     with pytest.raises(Unreachable, match="the user in PERLLM_REDIS_URL may not do this"):
         OPERATIONS[operation](ledgers[role])
-    assert contents(all_states.client) == before
+    assert contents(redis_of(all_states)) == before
 
 
 EVERYBODY = [
@@ -147,10 +148,10 @@ ONE = {
 def test_a_command_that_is_no_part_of_the_role_is_refused(
     role: str, command: str, all_states: Ledger, ledgers: dict[str, Ledger]
 ) -> None:
-    before = contents(all_states.client)
+    before = contents(redis_of(all_states))
     with pytest.raises(redis.exceptions.NoPermissionError):
-        ledgers[role].client.execute_command(*command.split())
-    assert contents(all_states.client) == before
+        redis_of(ledgers[role]).execute_command(*command.split())
+    assert contents(redis_of(all_states)) == before
 
 
 def test_without_a_name_nobody_gets_in(tmp_path: Path) -> None:
@@ -169,13 +170,13 @@ def test_flower_sees_workers_and_tasks_as_the_monitor(own_server: Server, tmp_pa
         return ""
 
     with Cluster(own_server.url, tmp_path) as cluster:
-        cluster.ledger.client.flushall()
+        redis_of(cluster.ledger).flushall()
         port = free_port()
         listen = ["--address=127.0.0.1", f"--port={port}"]
         flower = cluster.start(
             "flower", "celery", "-A", "perllm.broker", "flower", *listen, redis_url=cluster.url_of("monitor")
         )
-        cluster.watch(flower, cluster.ledger.client.pubsub_numpat, "listens to events")
+        cluster.watch(flower, redis_of(cluster.ledger).pubsub_numpat, "listens to events")
         cluster.scheduler()
         cluster.start_nodes("a")
         users.denied(own_server.url)

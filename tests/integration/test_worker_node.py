@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 from support.make import node_info, why
+from support.raw import prefix_of, redis_of
 from support.wait import eventually
 
 from perllm.broker.engine.contract import EngineDown, EngineError, Generation, OnText, Stop
@@ -57,7 +58,7 @@ class Stage:
         calm = {"lease": 300, "heartbeat": 60, "grace": 60}
         self.settings = WorkerSettings.model_validate(calm | slow | {"redis_url": url} | settings)
         self.ledger = Ledger(self.settings)
-        self.ledger.client.flushall()
+        redis_of(self.ledger).flushall()
         self.engine = TestEngine(self.settings)
         self.node = NodeWorker(self.settings, Ledger(self.settings), self.engine, node_info("n"))
         self.threads = ThreadPoolExecutor(8)
@@ -84,7 +85,7 @@ class Stage:
 
     def lapse(self, task_id: str) -> None:
         """Move the end of a running task's lease into the past, and let the ledger see to it."""
-        self.ledger.client.zadd(f"{self.ledger.prefix}in:running", {task_id: self.ledger.now() - 1})
+        redis_of(self.ledger).zadd(f"{prefix_of(self.ledger)}in:running", {task_id: self.ledger.now() - 1})
         assert self.ledger.sweep() == 1
 
     def state(self, task_id: str) -> str:
@@ -98,7 +99,7 @@ class Stage:
             if attempt := self.node._running.get(task_id):
                 attempt.stop.cancel()
         self.threads.shutdown()
-        self.ledger.client.close()
+        self.ledger.close()
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_a_cancel_is_heard_at_once_not_at_the_next_beat(stage: Stage) -> None:
     task_id = stage.submit(ENDLESS)
     run = stage.send(task_id)
     stage.running(task_id)
-    eventually(lambda: stage.ledger.client.pubsub_numsub(f"{stage.ledger.prefix}signal:n")[0][1], "it listens")
+    eventually(lambda: redis_of(stage.ledger).pubsub_numsub(f"{prefix_of(stage.ledger)}signal:n")[0][1], "it listens")
     stage.ledger.cancel(task_id)
     assert "stopped after" in run.result(timeout=30)  # half a beat
     assert stage.state(task_id) == "cancelled"
@@ -187,7 +188,8 @@ def test_a_task_that_always_fails_strikes_out(stage: Stage) -> None:
 
 def test_a_payload_of_another_version_is_not_run(stage: Stage) -> None:
     task_id = stage.submit()
-    stage.ledger.client.hset(f"{stage.ledger.prefix}task:{task_id}", "payload", '{"prompt": "hi", "colour": "blue"}')
+    payload = '{"prompt": "hi", "colour": "blue"}'
+    redis_of(stage.ledger).hset(f"{prefix_of(stage.ledger)}task:{task_id}", "payload", payload)
     with pytest.raises(TaskFailed, match="another version"):
         stage.send(task_id).result()
 

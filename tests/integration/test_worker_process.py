@@ -11,6 +11,7 @@ import pytest
 from support import users
 from support.cluster import Cluster, Process
 from support.ports import free_port
+from support.raw import redis_of
 from support.wait import eventually
 
 from perllm.broker.local.server import EmbeddedServer
@@ -69,7 +70,7 @@ def test_a_bad_start_is_one_line_and_status_2(bad_starts: dict[str, Process], na
 
 def test_a_node_whose_name_is_taken(valkey: EmbeddedServer, tmp_path: Path) -> None:
     with Cluster(valkey.url, tmp_path, lease=2) as cluster:
-        cluster.ledger.client.flushall()
+        redis_of(cluster.ledger).flushall()
         (first,) = cluster.start_nodes("a")
         second = cluster.start_worker("edge_worker", "namesake", node_name="a")
         assert second.wait() == 2, second.output
@@ -86,7 +87,7 @@ def test_a_node_whose_name_is_taken(valkey: EmbeddedServer, tmp_path: Path) -> N
 def cluster(valkey: EmbeddedServer, tmp_path: Path) -> Iterator[Cluster]:
     """A scheduler, and nodes with one slot once they are started."""
     with Cluster(valkey.url, tmp_path, slots=1, emulated_speed=100, context=100_000) as one:
-        one.ledger.client.flushall()
+        redis_of(one.ledger).flushall()
         one.scheduler()
         yield one
 
@@ -104,7 +105,7 @@ def test_sigterm_hands_back_what_waits_at_once_and_what_runs_after_the_grace(clu
     returned = [e for _, e in cluster.ledger.events("0-0") if isinstance(e, Returned)]
     assert [e.id for e in returned][-1] == runs  # running work last, after the grace
     assert {e.cause for e in returned} == {"handed_back"}
-    assert cluster.ledger.client.llen("edge.a") == 0
+    assert redis_of(cluster.ledger).llen("edge.a") == 0
     assert "Traceback" not in node.output
 
 
@@ -134,7 +135,7 @@ def test_a_killed_nodes_work_is_done_elsewhere(cluster: Cluster) -> None:
     assert cluster.task(running).strikes >= 1
     completed = Counter(e.id for _, e in cluster.ledger.events("0-0") if isinstance(e, Completed))
     assert completed == dict.fromkeys(ids, 1)
-    assert cluster.ledger.client.exists("edge.a") == 0
+    assert redis_of(cluster.ledger).exists("edge.a") == 0
 
 
 def test_a_frozen_nodes_late_result_changes_nothing(cluster: Cluster) -> None:

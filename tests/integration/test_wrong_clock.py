@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.cluster import Cluster
+from support.raw import redis_of
 
 from perllm.broker.local.server import EmbeddedServer
 
@@ -43,7 +44,7 @@ def test_nodes_and_scheduler_an_hour_off(
 ) -> None:
     """The scheduler is an hour ahead, one node ahead and one behind: deadlines hold and nothing expires by mistake."""
     with Cluster(valkey.url, tmp_path, slots=1, emulated_speed=100, context=100_000, lease=3) as cluster:
-        cluster.ledger.client.flushall()
+        redis_of(cluster.ledger).flushall()
         for name, seconds in (("ahead", 3600), ("behind", -3600)):
             shifted(monkeypatch, library, seconds)
             cluster.start_node(name)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from support.make import node_info, output, receipt, why
+from support.raw import prefix_of, redis_of
 
 from model.protocol import NOBODY, Action, Ledger, World, actions
 from perllm.broker.ledger import Dispatch, End
@@ -23,7 +24,7 @@ class Stage:
     """A real ledger in the state of a world that has just started."""
 
     def __init__(self, ledger: RealLedger, world: World) -> None:
-        self.ledger, self.redis, self.p = ledger, ledger.client, ledger.prefix
+        self.ledger, self.redis, self.p = ledger, redis_of(ledger), prefix_of(ledger)
         self.redis.flushall()
         self.past = ledger.now() - 1
         for n, node in enumerate(world.nodes):

@@ -71,7 +71,7 @@ def test_the_ledger_does_what_the_model_says(real: RealLedger) -> None:
     for seed in range(WALKS):
         world = start(tasks=2, nodes=2, schedulers=2, faults=8)
         met += walk(Stage(real, world), world, random.Random(seed), steps=60)
-    real.client.close()
+    real.close()
     missing = EVERYTHING - {"lead: 2", "lead, reply lost: 2"} - set(met)
     assert not missing, f"never met: {missing}"
     odd = {"odd claim: True", "odd claim: False", "odd complete: ok", "odd complete: void", "odd hand back: void"}

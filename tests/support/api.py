@@ -97,7 +97,7 @@ class ApiProcess:
         for process in (self.process, self.deliverer):
             if process is not None:
                 process.wait()
-        self.ledger.client.close()
+        self.ledger.close()
         self.store.close()
 
 

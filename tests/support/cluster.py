@@ -18,6 +18,7 @@ from perllm.broker.local.process import spawn
 from perllm.broker.messages import NodeInfo, Result, TaskSpec, new_id
 from perllm.broker.settings import Settings
 from support import users
+from support.raw import prefix_of, redis_of
 from support.wait import PATIENCE, eventually
 
 #: Where the tests' own workers are imported from.
@@ -170,7 +171,7 @@ class Cluster:
     # --- what the ledger says
 
     def leads(self, process: Process) -> bool:
-        holder = self.ledger.client.get(f"{self.ledger.prefix}leader")
+        holder = redis_of(self.ledger).get(f"{prefix_of(self.ledger)}leader")
         return holder is not None and f":{process.pid}:" in holder.decode()
 
     def node(self, name: str) -> NodeInfo | None:
@@ -215,4 +216,4 @@ class Cluster:
     ) -> None:
         for process in self.processes:
             process.kill()
-        self.ledger.client.close()
+        self.ledger.close()

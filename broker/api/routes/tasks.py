@@ -24,8 +24,7 @@ from perllm.broker.api.paging import After, Limit, Order, page
 from perllm.broker.api.request_body import read_json
 from perllm.broker.api.submission import Accepted
 from perllm.broker.errors import InvalidTask
-from perllm.broker.ledger import TaskRecord
-from perllm.broker.ledger.ledger import Glance
+from perllm.broker.ledger import Glance, TaskRecord
 from perllm.broker.messages import State
 from perllm.broker.openai.translation import messages
 

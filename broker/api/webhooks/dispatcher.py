@@ -18,7 +18,7 @@ from perllm.broker.api.store import ApiStore
 from perllm.broker.api.webhooks.store import QUEUE, Webhooks
 from perllm.broker.errors import Unreachable, Unreadable
 from perllm.broker.ledger import Ledger
-from perllm.broker.ledger.ledger import gap
+from perllm.broker.ledger.events import gap
 from perllm.broker.messages import Completed, Ended, State
 from perllm.broker.openai.translation import receipt_fields
 from perllm.broker.queues.app import make_app

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from support.make import node_info
+from support.raw import redis_of
 
 from perllm.broker import validation
 from perllm.broker.errors import InvalidTask
@@ -18,9 +19,9 @@ from perllm.broker.validation import TaskValidator
 @pytest.fixture
 def ledger(valkey: EmbeddedServer) -> Iterator[Ledger]:
     one = Ledger(Settings(redis_url=valkey.url, lease=300))
-    one.client.flushall()
+    redis_of(one).flushall()
     yield one
-    one.client.close()
+    one.close()
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_the_offers_are_not_looked_up_for_every_task(
 ) -> None:
     monkeypatch.setattr(validation, "OFFERS_AGE", 60.0)
     validator.accept({"prompt": "x"})
-    before = ledger.client.info("stats")["total_commands_processed"]
+    before = redis_of(ledger).info("stats")["total_commands_processed"]
     for _ in range(100):
         validator.accept({"prompt": "x"})
-    assert ledger.client.info("stats")["total_commands_processed"] - before < 5
+    assert redis_of(ledger).info("stats")["total_commands_processed"] - before < 5

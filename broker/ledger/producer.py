@@ -1,0 +1,102 @@
+"""The ledger as producers use it: hand in tasks, cancel and forget them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal, cast
+
+from perllm.broker.connection import reaching
+from perllm.broker.ledger.base import LedgerBase
+from perllm.broker.ledger.records import Entry, entry, idempotency_name, state_of, text_of
+from perllm.broker.ledger.script import Argument
+from perllm.broker.messages import State, TaskSpec
+
+#: Tasks and bytes of payload per call of `submit`: bounds how long one call holds the server.
+SUBMIT_TASKS = 100
+SUBMIT_BYTES = 1 << 20
+
+#: Calls of `submit` on their way at once: few enough for the socket's buffer, so that the client goes on meanwhile.
+SUBMIT_CALLS = 3
+
+#: Ids revoked before they were submitted that are kept, and s for which each is.
+REVOKED, REVOKED_FOR = 50_000, 86_400.0
+
+
+class Producer(LedgerBase):
+    """See Ledger."""
+
+    def submit(self, tasks: Iterable[tuple[str, TaskSpec]]) -> list[str]:
+        """Store tasks as pending, each under its id. Returns the id in force for each, in order: its own, or that of
+        the first task submitted with the same tenant and idempotency key. An id that exists is left as it is.
+
+        Sent in pipelined pieces, so `tasks` may be a long iterator. If this raises, a beginning of them may have been
+        stored; submitting the same ids again is harmless. Raises InvalidTask for one that cannot be written.
+        """
+        return self.store(entry(task_id, spec) for task_id, spec in tasks)
+
+    def store(self, entries: Iterable[Entry]) -> list[str]:
+        """`submit` for tasks that are written already."""
+        calls = self._submissions(entries)
+        pieces = iter(lambda: list(islice(calls, SUBMIT_CALLS)), [])
+        with reaching(self.settings):
+            return [task_id for replies in self._script.stream(pieces) for task_id in _ids(replies)]
+
+    @staticmethod
+    def _submissions(entries: Iterable[Entry]) -> Iterator[tuple[Argument, ...]]:
+        call: list[Argument] = ["submit"]
+        size = 0
+        for written in entries:
+            call += written
+            size += len(written.payload)
+            if len(call) > 6 * SUBMIT_TASKS or size > SUBMIT_BYTES:
+                yield tuple(call)
+                call, size = ["submit"], 0
+        if len(call) > 1:
+            yield tuple(call)
+
+    def holders(self, tenant: str, keys: Sequence[str]) -> list[str | None]:
+        """The tasks that were submitted with these idempotency keys, None where there is none, in order."""
+        if not keys:
+            return []
+        with reaching(self.settings):
+            names = [f"{self._prefix}key:{idempotency_name(tenant, key)}" for key in keys]
+            return [text_of(raw) if raw else None for raw in cast("list[bytes | None]", self._client.mget(names))]
+
+    def cancel(self, task_id: str) -> State | None:
+        """End a task as cancelled. Returns the state it was found in (a final one stays as it is), None if unknown."""
+        return state_of(self._call("cancel", task_id))
+
+    def cancel_many(self, task_ids: Sequence[str]) -> list[State | None]:
+        """`cancel` for many, in one round trip."""
+        return [state_of(r) for r in self._pipeline([("cancel", i) for i in task_ids])]
+
+    def revoke(self, task_ids: Sequence[str]) -> list[State | None]:
+        """`cancel` for Celery's producers, whose message may still be on its way: an id that is not known (None) is
+        cancelled as soon as it is submitted."""
+        calls: list[tuple[Argument, ...]] = [
+            ("revoke", REVOKED_FOR, REVOKED, *task_ids[start : start + SUBMIT_TASKS])
+            for start in range(0, len(task_ids), SUBMIT_TASKS)
+        ]
+        return [State(was.decode()) if was else None for reply in self._pipeline(calls) for was in reply]
+
+    def refuse(self, task_id: str, status: Literal["FAILURE", "REVOKED"], reason: str) -> None:
+        """Have the Celery producer of a message told that it becomes no task. Where a task has the id, nothing comes of
+        it."""
+        self._call("refuse", *(word.encode("utf-8", "replace") for word in (task_id, status, reason)))
+
+    def forget(self, task_id: str) -> bool:
+        """Drop a task and all that is kept of it, its prompt, text and result; it is cancelled first if it goes on.
+        False if there is none."""
+        return self._call("forget", task_id) is not None
+
+    def forget_many(self, task_ids: Sequence[str]) -> None:
+        """`forget` for many, in one round trip."""
+        self._pipeline([("forget", i) for i in task_ids])
+
+
+def _ids(replies: list[Any]) -> list[str]:
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return [task_id.decode() for reply in replies for task_id in reply]

@@ -1,0 +1,139 @@
+"""The ledger as the scheduler uses it: lead, follow what happens, decide, mend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+from perllm.broker.connection import of_a_record, reaching
+from perllm.broker.ledger.base import LedgerBase, readable
+from perllm.broker.ledger.events import START, Mark, event_of, in_order
+from perllm.broker.ledger.records import PLACEMENT_FIELDS, Dispatch, End, Placement, Ruling, placement_of
+from perllm.broker.ledger.script import Argument
+from perllm.broker.logs import LazyLogger
+from perllm.broker.messages import Event
+
+#: Seconds after which a dispatched task that is not claimed is looked at, and taken back (its old message is void then)
+#: where its node has a slot for it; behind others that run it may wait for so long in all.
+UNCLAIMED = 10.0
+DISPATCH_LEASE = 30.0
+
+#: Seconds a node that takes up nothing is sent nothing: the first time, and at most, twice as long each time.
+RESTS = (15.0, 300.0)
+
+#: Things of each kind mended per call of `sweep`: bounds how long one call holds the server.
+SWEEP_LIMIT = 500
+
+log = LazyLogger(__name__)
+
+
+class Scheduler(LedgerBase):
+    """See Ledger."""
+
+    def lead(self, holder: str, ttl: float) -> int | None:
+        """Become or stay leader for `ttl` s. Returns the epoch to dispatch under, None while another leads. `holder` is
+        the same text as long as it leads: a `Leader.dump()`, so that others see who it is."""
+        reply = self._call("lead", holder, ttl)
+        return int(reply) if reply else None
+
+    def resign(self, holder: str) -> None:
+        """Stop leading, so a standby takes over at once."""
+        self._call("resign", holder)
+
+    def dispatch(self, epoch: int, dispatches: Sequence[Dispatch]) -> list[Ruling]:
+        """Send pending tasks to their nodes' queues: state, event and message are one call each, all one round trip."""
+        return self._rulings(
+            ("dispatch", epoch, *d[:7], d.why.model_dump_json(exclude_defaults=True), UNCLAIMED) for d in dispatches
+        )
+
+    def end(self, epoch: int, ends: Sequence[End]) -> list[Ruling]:
+        """Reject or expire pending tasks, in one round trip."""
+        return self._rulings(
+            ("end", epoch, e.id, e.state, e.why.sentence, e.why.model_dump_json(exclude_defaults=True)) for e in ends
+        )
+
+    def _rulings(self, calls: Iterable[tuple[Argument, ...]]) -> list[Ruling]:
+        """One that fails on its task's record is refused, and the sweep ends the task in time."""
+        with reaching(self.settings):
+            return [self._ruling(reply) for reply in self._script.pipeline(list(calls))]
+
+    @staticmethod
+    def _ruling(reply: Any) -> Ruling:
+        if isinstance(reply, Exception):
+            if not of_a_record(reply):
+                raise reply
+            log.error("record_unusable", reason=str(reply))
+            return "refused"
+        return cast(Ruling, reply.decode())
+
+    def sweep(self) -> int:
+        """Mend what time has broken: lapsed leases, passed deadlines, silent nodes; forget old finished tasks. Returns
+        how many; a full sweep is done when it is less than SWEEP_LIMIT."""
+        s = self.settings
+        limits = (SWEEP_LIMIT, s.max_strikes, s.retention_tasks)
+        return int(self._call("sweep", *limits, UNCLAIMED, DISPATCH_LEASE, *RESTS))
+
+    def announce(self) -> None:
+        """Tell cancelled tasks' nodes and Celery producers. The sweep does so too; this is sooner."""
+        self._call("announce", SWEEP_LIMIT)
+
+    def save_snapshot(self, epoch: int, state: dict[str, Any]) -> bool:
+        """Keep the scheduler's learned state; False when this epoch no longer leads."""
+        return bool(self._call("snapshot", epoch, json.dumps(state)) == b"ok")
+
+    def load_snapshot(self) -> dict[str, Any] | None:
+        """The state last saved, or None."""
+        with reaching(self.settings):
+            raw = cast("bytes | None", self._client.get(f"{self._prefix}snapshot"))
+        return cast("dict[str, Any]", json.loads(raw)) if raw else None
+
+    def events(self, after: str, *, count: int = 1000, block: float | None = None) -> list[tuple[str, Event]]:
+        """Some events later than the position `after` in the order they happened, `count` of each of the streams at
+        most, waiting up to `block` s for one. An entry that is no event, or not its writers' to tell, is logged and
+        skipped."""
+        wait = None if block is None else max(1, int(block * 1000))
+        mark = Mark.of(after)
+        while True:
+            places: dict[Any, Any] = {f"{self._prefix}requests": mark.requests, f"{self._prefix}events": mark.events}
+            with reaching(self.settings):
+                reply = cast("list[Any] | None", self._client.xread(places, count=count, block=wait))
+            if not reply:
+                return []
+            events = []
+            for stream, position, fields in in_order(reply, count):
+                mark = mark._replace(**{stream: position})
+                if (event := event_of(stream, position, fields)) is not None:
+                    events.append((str(mark), event))
+            if events:
+                return events  # otherwise none of these is readable; what follows may be
+
+    def first_and_last_event(self) -> tuple[str, str]:
+        """Positions of the oldest events kept and the newest."""
+        with reaching(self.settings):
+            pipe = self._client.pipeline(transaction=False)
+            for stream in Mark._fields:
+                pipe.xrange(f"{self._prefix}{stream}", count=1)
+                pipe.xrevrange(f"{self._prefix}{stream}", count=1)
+            ends = [rows[0][0].decode() if rows else START for rows in pipe.execute()]
+        return str(Mark(*ends[::2])), str(Mark(*ends[1::2]))
+
+    def features(self, task_ids: Sequence[str]) -> list[Placement | None]:
+        """What the scheduler needs to know of tasks, as events it would have read, in order; None for unknown ids, for
+        cancelled tasks, and for those of which it cannot be read."""
+        with reaching(self.settings):
+            pipe = self._client.pipeline(transaction=False)
+            for task_id in task_ids:
+                pipe.hmget(f"{self._prefix}task:{task_id}", "state", *PLACEMENT_FIELDS)
+            rows = list(readable(pipe.execute(raise_on_error=False)))
+        gone = (None, b"cancelled")
+        return [
+            placement_of(i, row[1:]) if row and row[0] not in gone and row[1] else None
+            for i, row in zip(task_ids, rows, strict=True)
+        ]
+
+    def incarnation(self) -> str:
+        """Another after every start of the server. One that ended by force may have forgotten its last second, so
+        whatever was read from the one before need not be true any more."""
+        with reaching(self.settings):
+            return str(self._client.info("server")["run_id"])
