@@ -418,6 +418,7 @@ class Submitted(_TaskEvent):
     payload_bytes: Count = 0
     max_tokens: Count = 128
     expected_tokens: Annotated[int, Field(ge=1, lt=2**32)] | None = None
+    text: str = ""  # as `perllm.broker.text_features.sketch` makes it
     strikes: Count = 0
     attempt: Count = 0  # attempts made before, where this tells of a task that is older
 

@@ -32,6 +32,7 @@ from perllm.broker.messages import (
     TaskSpec,
     parse_event,
 )
+from perllm.broker.text_features import sketch_task
 
 if TYPE_CHECKING:  # loaded when settings are read: half of what importing a client would take
     from perllm.broker.settings import Settings
@@ -652,6 +653,7 @@ def _features(spec: TaskSpec, payload_bytes: int) -> str:
         "payload_bytes": payload_bytes,
         "max_tokens": spec.max_tokens,
         "preview": spec.preview(),
+        "text": sketch_task(spec),
     }
     if spec.model is not None:
         features["model"] = spec.model

@@ -24,6 +24,7 @@ from perllm.broker.messages import (
     Returned,
     Submitted,
 )
+from perllm.broker.text_features import parse
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.pending import Pending
 from perllm.scheduler.core.policy import Place, Policy, Reject, Wait
@@ -397,6 +398,7 @@ def task_of(event: Submitted) -> Task:
         payload_bytes=event.payload_bytes,
         max_tokens=event.max_tokens,
         expected_tokens=event.expected_tokens,
+        text=parse(event.text),
         strikes=event.strikes,
         attempt=event.attempt,
     )
