@@ -67,12 +67,12 @@ class Point:
 
     def forecast(self, task: Task) -> float:
         """Tokens."""
-        codes = codes_of(task.text, task.size, MAX_TOKENS, None)
+        codes = codes_of(task.text, task.service, task.size, MAX_TOKENS, None)
         mean = self._mean.setdefault(task.service, [4.0, 0.0])
         return math.exp(mean[0] + self._weights[codes].sum() / math.sqrt(len(codes)))
 
     def learn(self, task: Task) -> None:
-        codes = codes_of(task.text, task.size, MAX_TOKENS, None)
+        codes = codes_of(task.text, task.service, task.size, MAX_TOKENS, None)
         off = math.log(task.tokens) - math.log(self.forecast(task))
         rates = 3.0 / np.sqrt(1.0 + self._seen[codes])
         self._weights[codes] += rates / math.sqrt(len(codes)) * off / (1.0 + rates.mean())
@@ -104,9 +104,7 @@ def distributions(lengths: Lengths, tasks: Iterable[Task]) -> Floats:
         row = lengths.row(task.service, task.size, text=task.text, max_tokens=MAX_TOKENS)
         lengths.refresh()
         tails.append(lengths.table["tail"][row].copy())
-        lengths.observe(
-            task.service, task.size, task.tokens, ended=True, text=task.text, max_tokens=MAX_TOKENS
-        )
+        lengths.observe(task.service, task.size, task.tokens, ended=True, text=task.text, max_tokens=MAX_TOKENS)
     return np.array(tails)
 
 
@@ -127,7 +125,9 @@ def scores(tails: Floats, tokens: Floats, rng: np.random.Generator) -> dict[str,
     crps_log, crps, score, pit = (np.empty(len(tokens)) for _ in range(4))
     steps = np.diff(_LOG_GRID)
     grid = np.exp(_LOG_GRID)
-    fine = np.unique(np.concatenate([np.linspace(a, b, 5) for a, b in zip(EDGES[:last], EDGES[1 : last + 1], strict=True)]))
+    fine = np.unique(
+        np.concatenate([np.linspace(a, b, 5) for a, b in zip(EDGES[:last], EDGES[1 : last + 1], strict=True)])
+    )
     fine_steps = np.diff(fine)
     for n, (tail, y) in enumerate(zip(tails, tokens, strict=True)):
         below = 1.0 - np.interp(grid, EDGES, tail)
@@ -204,7 +204,9 @@ def templates(path: Path, rng: random.Random, count: int = 4000) -> list[Task]:
     made = []
     for _ in range(count):
         head, tokens = rng.choice(kinds)
-        made.append(_task("batch", f"{head} {' '.join(rng.choices(words, k=40))}", tokens * rng.lognormvariate(0, 0.15)))
+        made.append(
+            _task("batch", f"{head} {' '.join(rng.choices(words, k=40))}", tokens * rng.lognormvariate(0, 0.15))
+        )
     return made
 
 
@@ -295,7 +297,10 @@ def main() -> None:
         figures |= made("doubling", double, len(double) // 2, len(double) // 2 + 500)
         figures |= timing(options.file, orders[0])
     rounded = {
-        kind: {start: {name: {k: round(v, 4) for k, v in row.items()} for name, row in rows.items()} for start, rows in t.items()}
+        kind: {
+            start: {name: {k: round(v, 4) for k, v in row.items()} for name, row in rows.items()}
+            for start, rows in t.items()
+        }
         for kind, t in tables.items()
     }
     emit("lengths", figures, {}, keep=not options.quick, tables=rounded, orders=options.orders, half=options.half)

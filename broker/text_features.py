@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import NamedTuple
 from zlib import crc32
 
-from perllm.broker.messages import TaskSpec
+from perllm.broker.messages import Explanation, TaskSpec
 
 #: A text as the scheduler keeps it: its digest, then its codes, little-endian uint16; empty where there is none.
 Sketch = bytes
@@ -83,6 +83,16 @@ def words_by_code(spec: TaskSpec) -> dict[int, str]:
     for name in _beside(spec):
         found.setdefault(_code(name, key), name)
     return found
+
+
+def with_words(why: Explanation, spec: TaskSpec) -> Explanation:
+    """The explanation of a task, with the words that its length forecast is due to. They are read off the task itself, so
+    nobody need keep any."""
+    if why.length is None or not why.length.because:
+        return why
+    words = words_by_code(spec)
+    because = tuple(i.model_copy(update={"words": words.get(i.code, "")}) for i in why.length.because)
+    return why.model_copy(update={"length": why.length.model_copy(update={"because": because})})
 
 
 class _Key(NamedTuple):

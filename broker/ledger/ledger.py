@@ -32,7 +32,7 @@ from perllm.broker.messages import (
     TaskSpec,
     parse_event,
 )
-from perllm.broker.text_features import sketch_task
+from perllm.broker.text_features import sketch_task, with_words
 
 if TYPE_CHECKING:  # loaded when settings are read: half of what importing a client would take
     from perllm.broker.settings import Settings
@@ -724,9 +724,9 @@ def _result(task_id: str, raw: bytes | None) -> Result | None:
         return Result(id=task_id, state=State.FAILED, on_time=False, latency=0.0, reason=reason)
 
 
-def _why(task_id: str, raw: bytes | None) -> Explanation | None:
+def _why(task_id: str, raw: bytes | None, spec: TaskSpec) -> Explanation | None:
     try:
-        return Explanation.model_validate_json(raw) if raw else None
+        return with_words(Explanation.model_validate_json(raw), spec) if raw else None
     except ValidationError as error:
         log.warning("explanation_unreadable", task_id=task_id, reason=field_errors(error))
         return None
@@ -737,17 +737,18 @@ def _record(task_id: str, raw: dict[bytes, bytes]) -> TaskRecord:
         return _text(raw[name]) if name in raw else None
 
     try:
+        spec = TaskSpec.model_validate_json(raw[b"payload"])
         return TaskRecord(
             id=task_id,
             state=State(_text(raw[b"state"])),
-            spec=TaskSpec.model_validate_json(raw[b"payload"]),
+            spec=spec,
             submitted=float(raw[b"submitted"]),
             deadline=float(raw[b"deadline"]),
             attempt=int(raw[b"attempt"]),
             strikes=int(raw[b"strikes"]),
             node=text(b"node"),
             model=text(b"model"),
-            why=_why(task_id, raw.get(b"why")),
+            why=_why(task_id, raw.get(b"why"), spec),
             result=_result(task_id, raw.get(b"result")),
         )
     except (KeyError, ValueError) as error:

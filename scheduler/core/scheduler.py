@@ -295,6 +295,7 @@ class SchedulerCore:
         if isinstance(choice, Wait):
             return choice
         scores = self.policy.explain(task, candidates, self.cluster, now) if self._explain else ()
+        length = self.policy.forecast_length(task) if self._explain else None
         match choice:
             case Reject(reason):
                 return self._end(task, "reject", reason, scores)
@@ -305,7 +306,12 @@ class SchedulerCore:
                 self._place(task, name, task.attempt + 1, now)
                 sentence = self._sentence(task, name, scores, len(candidates), now)
                 explanation = Explanation(
-                    policy=self.policy.name, action="dispatch", sentence=sentence, node=name, candidates=scores
+                    policy=self.policy.name,
+                    action="dispatch",
+                    sentence=sentence,
+                    node=name,
+                    candidates=scores,
+                    length=length,
                 )
                 return Decision(task, "dispatch", explanation, node, offer.name)
             case _:

@@ -15,17 +15,20 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from perllm.broker.messages import Influence, LengthForecast
 from perllm.broker.text_features import Sketch
 from perllm.scheduler.core.cluster import Task
 from perllm.scheduler.core.compiled import compiled
 from perllm.scheduler.core.service_classes import Classes
 from perllm.scheduler.csucb.rows import LENGTHS, Ints, LengthsRow, Records
 from perllm.scheduler.csucb.text_model import (
+    BESIDE,
     NOWHERE,
     ClassText,
     Codes,
@@ -36,11 +39,13 @@ from perllm.scheduler.csucb.text_model import (
     codes_of,
     digest_of,
     heed,
+    influences,
     learn,
     locate,
     mix,
+    text_codes,
 )
-from perllm.scheduler.csucb.token_bins import BINS, EDGES, Floats, bin_of, position
+from perllm.scheduler.csucb.token_bins import BINS, BINS_PER_DOUBLING, EDGES, Floats, bin_of, position
 
 #: Observations after which an old one counts 1/e: in a cell, in a class.
 CELL_MEMORY, CLASS_MEMORY = 400.0, 1600.0
@@ -57,6 +62,8 @@ TEXT_ROWS = 0.75
 REFRESH_SHARE = 0.05
 #: Tenants whose texts are learned, each in 300 kB at most; beyond, the one that was learned of longest ago is forgotten.
 MAX_TEXTS = 64
+#: Words an explanation names.
+EXPLAINED = 3
 #: Hints are told apart by quarter octaves.
 _HINTS_PER_OCTAVE = 4
 
@@ -187,9 +194,7 @@ def _learn(
         target[i:] = 1.0
         target[i] = 1.0 - part if i < BINS - 1 else 1.0
     likelihood = _hint_likelihood(log_hint, hint_fit)
-    learn(
-        weights, digests, prompts, codes, digest, state, errors, experts, histogram, likelihood, target, ended
-    )
+    learn(weights, digests, prompts, codes, digest, state, errors, experts, histogram, likelihood, target, ended)
 
 
 @dataclass(slots=True)
@@ -298,7 +303,7 @@ class Lengths:
         cell = known.cells.setdefault(self._size(prompt), Histogram(CELL_MEMORY))
         if text and self._use_text:
             self._learn_text(
-                known, cell, tenant, text, codes_of(text, prompt, max_tokens, model), hint, tokens, ended=ended
+                known, cell, tenant, text, codes_of(text, service, prompt, max_tokens, model), hint, tokens, ended=ended
             )
         shares = _shares(bin_of(max(tokens, 1))) if ended else self._beyond(known, cell, float(tokens))
         known.whole.add(shares)
@@ -323,13 +328,15 @@ class Lengths:
         ended: bool,
     ) -> None:
         texts = self._texts
-        if tenant in texts:
+        fresh = tenant not in texts
+        if not fresh:
             texts.move_to_end(tenant)
         else:
             texts[tenant] = TenantText()
             if len(texts) > MAX_TEXTS:
                 texts.popitem(last=False)
         of_tenant, text = texts[tenant], known.text or ClassText()
+        asleep = text.experts.copy() if fresh or known.text is None else None  # the histogram alone was asked
         known.text = text
         of_tenant.learned()
         _learn(
@@ -350,6 +357,8 @@ class Lengths:
             float(max(tokens, 1)) if ended else float(tokens),
             ended,
         )
+        if asleep is not None:
+            text.experts[:] = asleep
 
     def _beyond(self, known: _Class, cell: Histogram, tokens: float) -> Floats:
         """One count over the bins beyond `tokens`, as they are believed to share it."""
@@ -380,7 +389,7 @@ class Lengths:
         known = self._classes.get(tenant, service)
         size = self._size(prompt)
         hinted = -1 if hint is None or not self._use_hints else round(_HINTS_PER_OCTAVE * math.log2(hint))
-        place = self._place(known, tenant, text, prompt, max_tokens, model)
+        place = self._place(known, tenant, text, service, prompt, max_tokens, model)
         if place is not NOWHERE and (row := self._text_row(known, size, hinted, place, tenant)) is not None:
             return row
         row = known.rows.get((size, hinted))
@@ -398,14 +407,49 @@ class Lengths:
             model=task.model,
         )
 
+    def forecast(self, task: Task) -> LengthForecast:
+        """What is believed of a task's length, and why."""
+        number = self.row_of(task)
+        self.refresh()
+        row = self.table[number]
+        known = self._classes.get(task.tenant, task.service)
+        place = self._place(
+            known, task.tenant, task.text, task.service, task.prompt_tokens, task.max_tokens, task.model
+        )
+        below = 1.0 - row["tail"]
+        median, most = (float(EDGES[min(int(np.searchsorted(below, q)), BINS)]) for q in (0.5, 0.9))
+        if known.text is None or place is NOWHERE:
+            return LengthForecast(median=median, most=most, source="class")
+        histogram, text, repeat = known.text.experts
+        if place.repeat >= 0 and repeat > max(histogram, text):
+            return LengthForecast(median=median, most=most, source="prompt")
+        source: Literal["class", "text"] = "text" if text > histogram else "class"
+        return LengthForecast(median=median, most=most, source=source, because=self._because(task))
+
+    def _because(self, task: Task) -> tuple[Influence, ...]:
+        """The codes of the text that move the forecast most."""
+        codes = codes_of(task.text, task.service, task.prompt_tokens, task.max_tokens, task.model)
+        moves = influences(self._texts[task.tenant].weights, codes)[: -len(BESIDE)]
+        strongest = np.argsort(-np.abs(moves), kind="stable")[:EXPLAINED]
+        sent = text_codes(task.text)
+        factors = {i: 2.0 ** (moves[i] / BINS_PER_DOUBLING) for i in strongest.tolist()}
+        return tuple(Influence(code=sent[i], factor=round(f, 3)) for i, f in factors.items() if abs(f - 1.0) >= 0.05)
+
     def _place(
-        self, known: _Class, tenant: str, sketch: Sketch, prompt: int, max_tokens: int, model: str | None
+        self,
+        known: _Class,
+        tenant: str,
+        sketch: Sketch,
+        service: str,
+        prompt: int,
+        max_tokens: int,
+        model: str | None,
     ) -> Place:
         """What the text says of the length."""
         of_tenant = self._texts.get(tenant)
         if not sketch or of_tenant is None or known.text is None or not self._use_text:
             return NOWHERE
-        codes = codes_of(sketch, prompt, max_tokens, model)
+        codes = codes_of(sketch, service, prompt, max_tokens, model)
         return Place(
             *locate(
                 of_tenant.weights,
@@ -532,7 +576,7 @@ class Lengths:
         """[tenant, what is known of its words and prompts], the one learned of longest ago first."""
         return [[tenant, text.snapshot()] for tenant, text in self._texts.items()]
 
-    def restore(self, state: list[Any], texts: list[Any]) -> None:
+    def restore(self, state: list[Any], texts: Iterable[Any] = ()) -> None:
         """Take over what `snapshot` and `snapshot_texts` returned. Raises ValueError or KeyError for what is foreign."""
         classes = Classes(_Class)
         for tenant, name, given in state:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from perllm.broker.messages import Candidate, Completed, Event, State
+from perllm.broker.messages import Candidate, Completed, Event, LengthForecast, State
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.policy import Choice, Place, Policy, Reject, Wait
 from perllm.scheduler.csucb import admission, constraints, scoring
@@ -226,6 +226,10 @@ class CsUcb(Policy):
             for i, spread, stands_still in zip(order.tolist(), spreads, stalled, strict=True)
         )
 
+    @override
+    def forecast_length(self, task: Task) -> LengthForecast | None:
+        return self._lengths.forecast(task)
+
     # --- kept over a restart
 
     @override
@@ -244,7 +248,7 @@ class CsUcb(Policy):
     def restore(self, state: dict[str, Any]) -> None:
         scale = EnergyScale(**state["scale"])
         self._node_models.restore(state["node_models"])
-        self._lengths.restore(state["lengths"], state["texts"])
+        self._lengths.restore(state["lengths"], state.get("texts", ()))
         self._scale = scale
         self._arrays.forget()
 

@@ -35,9 +35,14 @@ Weights = NDArray[np.float32]
 
 #: Hashed codes a tenant's models have weights for (power of two).
 BUCKETS = 1 << 14
+#: What has codes beside the text.
+BESIDE = ("size", "limit", "model")  # of the prompt and in the task, by doublings
 #: Rates of a code never seen, of the place and of the log spread; and how often a code counts as seen at most, so that
 #: what has changed is learned anew.
 RATE, SPREAD_RATE, MOST_SEEN = 3.0, 1.0, 1000.0
+#: What a code counts, so that those of a usual text together count 1. Not less in a longer text: what a word says does
+#: not depend on how many there are.
+CODE = 1.0 / math.sqrt(48)
 #: A class's own place and spread follow their mean over this many tasks at least.
 CLASS_MEMORY = 100.0
 #: The place of a length nobody knows anything of, bins, and the log spread there.
@@ -65,16 +70,16 @@ SHARE = 0.001
 #: Probability an expert leaves to lengths it holds impossible.
 FLOOR = 1e-6
 
-# Columns of `_Models.weights` and of `ClassText.state`.
-_PLACE, _SPREAD, _SEEN = 0, 1, 2
-_STATE = 4  # the class's place, its log spread, tasks seen, unused
+#: The column of `TenantText.weights` that says how often a code was seen; before it the place's and the spread's weight.
+_SEEN = 2
 
 
 def _student(scale: float) -> Floats:
     """Shares (WIDTH,) of a Student t with 3 degrees of freedom about 0."""
     x = (np.arange(WIDTH) - REACH) / scale
     shape: Floats = (1.0 + x * x / 3.0) ** -2.0
-    return shape / shape.sum()
+    shape /= shape.sum()
+    return shape
 
 
 #: What the histograms of errors begin with: the SPREADS of the text, then the REPEATS.
@@ -147,7 +152,9 @@ def _unpacked(text: str, kind: type[Any]) -> NDArray[Any]:
 class ClassText:
     """What is learned of the texts of one service class."""
 
-    state: Floats = field(default_factory=lambda: np.array([PLACE, SPREAD, 0.0, 0.0]))
+    state: Floats = field(
+        default_factory=lambda: np.array([PLACE, SPREAD, 0.0])
+    )  # its own place and spread, tasks seen
     errors: Floats = field(default_factory=lambda: np.zeros((SPREADS + REPEATS, WIDTH)))  # decayed counts
     experts: Floats = field(default_factory=START.copy)
 
@@ -168,20 +175,26 @@ class ClassText:
 
 
 @lru_cache(maxsize=4096)
-def _beside(size: int, limit: int, model: str | None) -> tuple[int, int, int]:
-    """Codes of what the scheduler knows beside the text: prompt size and limit by doublings, and the model."""
-    names = (f"size {size}", f"limit {limit}", f"model {model}")
-    a, b, c = (crc32(name.encode()) & (BUCKETS - 1) for name in names)
-    return a, b, c
+def _beside(service: str, size: int, limit: int, model: str | None) -> tuple[int, ...]:
+    """A class's own number, and the codes of what is known beside the text, as BESIDE has it."""
+    own, *beside = (crc32(name.encode()) for name in (service, f"size {size}", f"limit {limit}", f"model {model}"))
+    return own, *beside
 
 
-def codes_of(sketch: Sketch, size: int, max_tokens: int, model: str | None) -> Codes:
-    """The rows of the tenant's weights that a task with this text has."""
-    size = max(size, 1).bit_length()
-    codes = np.empty((len(sketch) - DIGEST_BYTES) // 2 + 3, np.int64)
-    codes[:-3] = np.frombuffer(sketch, "<u2", offset=DIGEST_BYTES)
-    codes[:-3] &= BUCKETS - 1
-    codes[-3:] = _beside(size, max_tokens.bit_length(), model)
+def codes_of(sketch: Sketch, service: str, size: int, max_tokens: int, model: str | None) -> Codes:
+    """The rows of the tenant's weights a task with this text has: the same word has another in another class."""
+    own, *beside = _beside(service, max(size, 1).bit_length(), max_tokens.bit_length(), model)
+    codes = np.empty((len(sketch) - DIGEST_BYTES) // 2 + len(BESIDE), np.int64)
+    codes[: -len(BESIDE)] = np.frombuffer(sketch, "<u2", offset=DIGEST_BYTES)
+    codes[-len(BESIDE) :] = beside
+    codes ^= own
+    codes &= BUCKETS - 1
+    return codes
+
+
+def text_codes(sketch: Sketch) -> list[int]:
+    """The codes as they were sent."""
+    codes: list[int] = np.frombuffer(sketch, "<u2", offset=DIGEST_BYTES).tolist()
     return codes
 
 
@@ -200,8 +213,7 @@ def _linear(weights: Weights, codes: Codes, state: Floats) -> tuple[float, float
     for code in codes:
         place += weights[code, 0]
         spread += weights[code, 1]
-    x = 1.0 / math.sqrt(len(codes))
-    return state[0] + place * x, state[1] + spread * x
+    return state[0] + place * CODE, state[1] + spread * CODE
 
 
 @compiled
@@ -238,8 +250,8 @@ def locate(
 ) -> tuple[int, int, int, int]:
     """The fields of `Place`."""
     place, spread = _linear(weights, codes, state)
-    where = min(max(int(math.floor(place)), 0), BINS - 1)
-    certainty = min(max(int(round((spread - LEAST_SPREAD) / SPREAD_STEP)), 0), SPREADS - 1)
+    where = min(max(math.floor(place), 0), BINS - 1)
+    certainty = min(max(math.floor((spread - LEAST_SPREAD) / SPREAD_STEP + 0.5), 0), SPREADS - 1)
     way = _find(digests, digest) if digest != 0 else -1
     if way < 0:
         return where, certainty, -1, -1
@@ -330,9 +342,7 @@ def _count(errors: Floats, degree: int, where: int, shares: Floats) -> None:
 
 
 @compiled
-def _remember(
-    digests: Digests, prompts: Weights, digest: np.uint64, middle: float
-) -> None:
+def _remember(digests: Digests, prompts: Weights, digest: np.uint64, middle: float) -> None:
     """Note the length of a prompt. In a full set the one with the least credit goes and the others lose some: prompts
     that come again outlast those that do not, and those that came once often do not stay for ever."""
     row = digest % np.uint64(SETS)
@@ -346,18 +356,16 @@ def _remember(
         prompt[2] += rate * (abs(off) - prompt[2])
         prompt[3] = min(prompt[3] + 1.0, 15.0)
         return
-    least = 0
+    least = 0  # an empty place has no credit, any other has 1 at least
     for way in range(1, WAYS):
-        if digests[row, way] == 0 and digests[row, least] != 0:
-            least = way
-        elif digests[row, least] != 0 and prompts[row, way, 3] < prompts[row, least, 3]:
+        if prompts[row, way, 3] < prompts[row, least, 3]:
             least = way
     if digests[row, least] != 0:
         for way in range(WAYS):
-            prompts[row, way, 3] = max(prompts[row, way, 3] - 1.0, 0.0)
+            prompts[row, way, 3] = max(prompts[row, way, 3] - 1.0, 1.0)
     digests[row, least] = digest
     prompts[row, least, 0], prompts[row, least, 1] = 1.0, middle
-    prompts[row, least, 2], prompts[row, least, 3] = 0.0, 1.0
+    prompts[row, least, 2], prompts[row, least, 3] = 0.0, 2.0
 
 
 @compiled
@@ -405,16 +413,15 @@ def _step(weights: Weights, codes: Codes, state: Floats, middle: float) -> None:
     place, spread = _linear(weights, codes, state)
     off = min(max(middle - place, -24.0), 24.0)
     spread_off = math.log(abs(middle - place) + 0.5) - spread
-    x = 1.0 / math.sqrt(len(codes))
     state[2] += 1.0
     rate = max(1.0 / (state[2] + 1.0), 1.0 / CLASS_MEMORY)
     pull, spread_pull = 0.0, 0.0
     for code in codes:
-        r = x * x / math.sqrt(1.0 + weights[code, 2])
+        r = CODE * CODE / math.sqrt(1.0 + weights[code, 2])
         pull += RATE * r
         spread_pull += SPREAD_RATE * r
     for code in codes:
-        r = x / math.sqrt(1.0 + weights[code, 2])
+        r = CODE / math.sqrt(1.0 + weights[code, 2])
         weights[code, 0] += RATE * r * off / (1.0 + pull)
         weights[code, 1] += SPREAD_RATE * r * spread_off / (1.0 + spread_pull)
         weights[code, 2] = min(weights[code, 2] + 1.0, MOST_SEEN)
@@ -426,9 +433,6 @@ def _step(weights: Weights, codes: Codes, state: Floats, middle: float) -> None:
 def influences(weights: Weights, codes: Codes) -> Floats:
     """How many bins each code moves the place by, (len(codes),)."""
     found = np.empty(len(codes))
-    x = 1.0 / math.sqrt(len(codes))
     for j in range(len(codes)):
-        found[j] = weights[codes[j], 0] * x
+        found[j] = weights[codes[j], 0] * CODE
     return found
-
-
