@@ -1,4 +1,4 @@
-"""`make bench-lengths`: how well output lengths are forecast, from the class, from the prompt's size, and from the text.
+"""`make bench-lengths`: how well output lengths are forecast from the class, the prompt's size, and the text.
 
 Progressive: each task is forecast, then learned, in random order, over several orders. Forecasters:
 
@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -125,9 +126,7 @@ def scores(tails: Floats, tokens: Floats, rng: np.random.Generator) -> dict[str,
     crps_log, crps, score, pit = (np.empty(len(tokens)) for _ in range(4))
     steps = np.diff(_LOG_GRID)
     grid = np.exp(_LOG_GRID)
-    fine = np.unique(
-        np.concatenate([np.linspace(a, b, 5) for a, b in zip(EDGES[:last], EDGES[1 : last + 1], strict=True)])
-    )
+    fine = np.unique(np.concatenate([np.linspace(a, b, 5) for a, b in pairwise(EDGES[: last + 1])]))
     fine_steps = np.diff(fine)
     for n, (tail, y) in enumerate(zip(tails, tokens, strict=True)):
         below = 1.0 - np.interp(grid, EDGES, tail)

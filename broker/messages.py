@@ -520,8 +520,8 @@ class Candidate(TolerantModel):
 
 
 class Influence(TolerantModel):
-    """Part of a text that makes a longer (`factor` above 1) or shorter output likely. `words` are filled in where the text
-    is at hand; only their `code` travels."""
+    """Part of a text that makes a longer (`factor` above 1) or shorter output likely. `words` are filled in where the
+    text is at hand; only their `code` travels."""
 
     code: int
     factor: float
@@ -529,8 +529,8 @@ class Influence(TolerantModel):
 
 
 class LengthForecast(TolerantModel):
-    """The output length a task was believed to have: half are shorter than `median` tokens, 90 % than `most`. It goes by
-    earlier tasks of its `class`, by those with like `text`, or by earlier runs of this very `prompt`."""
+    """The output length a task was believed to have: half are shorter than `median` tokens, 90 % than `most`. It goes
+    by earlier tasks of its `class`, by those with like `text`, or by earlier runs of this very `prompt`."""
 
     median: float
     most: float

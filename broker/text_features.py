@@ -2,9 +2,9 @@
 
 How long an answer gets shows in what is asked, so the scheduler learns output lengths from these codes
 (`perllm.scheduler.csucb.text_model`). Only the words at the ends of a text are taken: there instructions stand, and
-there what a template has in common; what changes with every task is mostly in the middle. Digits count as one, so that
-"500 words" is like "300 words" and unlike "50 words". Codes are made with a key of the tenant's, so two tenants' are not
-alike; they are no secret from who knows the text's words and reads the stream, where a preview of the text stands too.
+there what a template has in common; what changes with every task is mostly in the middle. All digits are alike, so that
+"500 words" is like "300 words" and unlike "50 words". Codes are made with a key of the tenant's, so two tenants' are
+not alike; they are no secret from who guesses the words and reads the stream, where a preview of the text stands too.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def words_by_code(spec: TaskSpec) -> dict[int, str]:
 
 
 def with_words(why: Explanation, spec: TaskSpec) -> Explanation:
-    """The explanation of a task, with the words that its length forecast is due to. They are read off the task itself, so
-    nobody need keep any."""
+    """The explanation of a task, with the words that its length forecast is due to. They are read off the task itself,
+    so nobody need keep any."""
     if why.length is None or not why.length.because:
         return why
     words = words_by_code(spec)

@@ -7,8 +7,8 @@ the bins beyond c in proportion to what is believed of them (one step of Efron's
 A hint e is one more piece of evidence about the length L. Per class, log e is regressed on log L over finished tasks;
 the fit's line and scatter are the likelihood of the hint, so a hint that says nothing changes nothing.
 
-Where a task's text travels with it (`broker.text_features`), the histogram is one of several experts and the row is their
-mixture (`csucb.text_model`).
+Where a task's text travels with it (`broker.text_features`), the histogram is one of several experts and the row is
+their mixture (`csucb.text_model`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ MAX_TENANT_ROWS, MAX_ROWS = 8192, 32_768
 TEXT_ROWS = 0.75
 #: A class is tabulated again once its cells have grown by this share.
 REFRESH_SHARE = 0.05
-#: Tenants whose texts are learned, each in 300 kB at most; beyond, the one that was learned of longest ago is forgotten.
+#: Tenants whose texts are learned, each in 250 kB; beyond, the one learned of longest ago is forgotten.
 MAX_TEXTS = 64
 #: Words an explanation names.
 EXPLAINED = 3
@@ -421,10 +421,11 @@ class Lengths:
         if known.text is None or place is NOWHERE:
             return LengthForecast(median=median, most=most, source="class")
         histogram, text, repeat = known.text.experts
+        because = self._because(task)
         if place.repeat >= 0 and repeat > max(histogram, text):
             return LengthForecast(median=median, most=most, source="prompt")
         source: Literal["class", "text"] = "text" if text > histogram else "class"
-        return LengthForecast(median=median, most=most, source=source, because=self._because(task))
+        return LengthForecast(median=median, most=most, source=source, because=because)
 
     def _because(self, task: Task) -> tuple[Influence, ...]:
         """The codes of the text that move the forecast most."""
@@ -577,7 +578,7 @@ class Lengths:
         return [[tenant, text.snapshot()] for tenant, text in self._texts.items()]
 
     def restore(self, state: list[Any], texts: Iterable[Any] = ()) -> None:
-        """Take over what `snapshot` and `snapshot_texts` returned. Raises ValueError or KeyError for what is foreign."""
+        """Take over what `snapshot` and `snapshot_texts` returned. Raises ValueError or KeyError for foreign ones."""
         classes = Classes(_Class)
         for tenant, name, given in state:
             classes.put(

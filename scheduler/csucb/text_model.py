@@ -1,16 +1,16 @@
 """How long outputs get by what is asked: the part of `csucb.output_lengths` that reads texts' codes.
 
-Per tenant, two linear models over hashed codes (`broker.text_features`) give the place of an output length on the scale of
-token bins, in bins, and the logarithm of how far off that will be; a small table remembers lengths of exact prompts. Per
-service class, histograms say how far lengths really were from the place given, apart for each degree of certainty: a
-class's row shifted, so that every task has a distribution of its own that is right in the mean of those alike. Three
+Per tenant, two linear models over hashed codes (`broker.text_features`) give the place of an output length on the scale
+of token bins, in bins, and the logarithm of how far off that will be; a small table remembers lengths of exact prompts.
+Per service class, histograms say how far lengths really were from the place given, apart for each degree of certainty:
+a class's row shifted, so that every task has a distribution of its own that is right in the mean of those alike. Three
 experts thus name a distribution: today's histogram by class and prompt size (awake always), the text (awake where there
 are codes), the repeat (awake where the prompt was seen before). They are mixed by their past likelihood in the class,
 fixed share as Herbster and Warmuth (1998), sleeping experts as Freund et al. (1997): over any run of n tasks of a class
 the log score is at most ln(1 / START[HISTOGRAM]) + n·ln(1 / (1 − SHARE)) nats worse than the histogram's alone.
 
-The models learn by normalised adaptive gradient steps: a code's rate falls with the square root of how often it was seen.
-Cut tasks enter with what is expected beyond the cut.
+The models learn by normalised adaptive gradient steps: a code's rate falls with the square root of how often it was
+seen. Cut tasks enter with what is expected beyond the cut.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ NEWEST = 0.2
 #: Bins a histogram of errors reaches to either side; errors beyond count there.
 REACH = 64
 WIDTH = 2 * REACH + 1
-#: Degrees of certainty: of the text's place by its spread, e^SPREAD_STEP apart; of a prompt by how often it was seen and
-#: how much its lengths differed.
+#: Degrees of certainty: of the text's place by its spread, e^SPREAD_STEP apart; of a prompt by how often it was seen
+#: and how much its lengths differed.
 SPREADS, SPREAD_STEP, LEAST_SPREAD = 8, 0.4, -0.2
 REPEATS = 5
 #: Memory of a histogram of errors, and what the shape it begins with counts for, tasks.
@@ -70,7 +70,7 @@ SHARE = 0.001
 #: Probability an expert leaves to lengths it holds impossible.
 FLOOR = 1e-6
 
-#: The column of `TenantText.weights` that says how often a code was seen; before it the place's and the spread's weight.
+#: The column of `TenantText.weights` that says how often a code was seen, after the weights for place and spread.
 _SEEN = 2
 
 

@@ -225,7 +225,9 @@ def test_every_row_is_a_distribution_and_a_snapshot_gives_the_same(seen: list[tu
         assert np.all(np.diff(row["tail"]) <= 1e-12)
 
 
-@pytest.mark.parametrize("spoilt", [{}, {"codes": "x"}, {"codes": "//8=", "weights": "AAAA", "slots": "", "digests": ""}])
+@pytest.mark.parametrize(
+    "spoilt", [{}, {"codes": "x"}, {"codes": "//8=", "weights": "AAAA", "slots": "", "digests": ""}]
+)
 def test_a_foreign_snapshot_is_refused_and_changes_nothing(spoilt: dict[str, str]) -> None:
     lengths = taught(20)
     before = lengths.snapshot_texts()
