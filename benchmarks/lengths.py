@@ -199,7 +199,8 @@ def templates(path: Path, rng: random.Random, count: int = 4000) -> list[Task]:
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         prompts = [json.loads(line)["prompt"] for line in lines]
     words = [w for p in rng.sample(prompts, 500) for w in p.split()]
-    kinds = [(p[:120], rng.lognormvariate(4.5, 1.0)) for p in rng.sample(prompts, 40)]
+    heads = list({p[:40]: p[:120] for p in rng.sample(prompts, 500)}.values())  # many of one class begin alike
+    kinds = [(head, rng.lognormvariate(4.5, 1.0)) for head in rng.sample(heads, 40)]
     made = []
     for _ in range(count):
         head, tokens = rng.choice(kinds)

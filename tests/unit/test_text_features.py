@@ -1,4 +1,4 @@
-"""What of a text travels to the scheduler: bounded, the same everywhere, other for every tenant, harmless when spoilt."""
+"""What of a text travels to the scheduler: bounded, the same everywhere, other for every tenant, harmless if spoilt."""
 
 from __future__ import annotations
 

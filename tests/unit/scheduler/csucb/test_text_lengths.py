@@ -17,7 +17,7 @@ from perllm.scheduler.csucb.output_lengths import MAX_TENANT_ROWS, MAX_TEXTS, TE
 from perllm.scheduler.csucb.text_model import SHARE, START
 from perllm.scheduler.csucb.token_bins import BINS, EDGES, at, bin_of
 
-WORDS = "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa".split()
+WORDS = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet", "kilo", "lima"]
 
 
 def text_of(prompt: str, tenant: str = "default") -> Sketch:
