@@ -17,7 +17,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -39,10 +39,10 @@ from perllm.scheduler.csucb.text_model import (
     codes_of,
     digest_of,
     heed,
-    influences,
     learn,
     locate,
     mix,
+    strongest,
     text_codes,
 )
 from perllm.scheduler.csucb.token_bins import BINS, BINS_PER_DOUBLING, EDGES, Floats, bin_of, position
@@ -166,6 +166,19 @@ def _fill_mixed(
 
 
 @compiled
+def _quantiles(table: Records, row: int) -> tuple[float, float]:
+    """Tokens that half, and that 90 %, of the lengths of a row are at most (the bins' upper edges)."""
+    tail = table[row].tail
+    median, most = EDGES[BINS], EDGES[BINS]
+    for i in range(BINS, 0, -1):
+        if tail[i] <= 0.5:
+            median = EDGES[i]
+        if tail[i] <= 0.1:
+            most = EDGES[i]
+    return median, most
+
+
+@compiled
 def _learn(
     weights: Weights,
     digests: Digests,
@@ -262,6 +275,10 @@ class _TextRow:
     version: int
 
 
+_NOT_ASKED: tuple[tuple[object, ...], int, Place, Codes] = ((), -1, NOWHERE, np.zeros(0, np.int64))
+_NO_FIT: Floats = np.zeros(3)
+
+
 class Lengths:
     """Output-length distributions as rows of `table`, for compiled code to read.
 
@@ -278,6 +295,8 @@ class Lengths:
         self._unknown = _Class()  # the prior's alone
         self._count = 0
         self._tenant_rows: dict[str, int] = {}
+        # Of the task last asked about: what it was, its row, what its text says, its codes; until something is learned.
+        self._asked: tuple[tuple[object, ...], int, Place, Codes] = _NOT_ASKED
         self._stale: dict[_Class, None] = {}  # classes whose rows are out of date, in order
         self.table: Records = np.zeros(16, LENGTHS)
 
@@ -299,6 +318,7 @@ class Lengths:
         """A task of this class generated `tokens`: all it had to (`ended`), or it was cut and would have gone on."""
         if not ended and tokens <= 0:
             return
+        self._asked = _NOT_ASKED
         known = self._classes.get(tenant, service)
         cell = known.cells.setdefault(self._size(prompt), Histogram(CELL_MEMORY))
         if text and self._use_text:
@@ -353,7 +373,7 @@ class Lengths:
             known.whole.counts,
             known.whole.weight,
             self._log_hint(hint),
-            np.array(known.hints.line()),
+            np.array(known.hints.line()) if hint is not None else _NO_FIT,
             float(max(tokens, 1)) if ended else float(tokens),
             ended,
         )
@@ -389,9 +409,15 @@ class Lengths:
         known = self._classes.get(tenant, service)
         size = self._size(prompt)
         hinted = -1 if hint is None or not self._use_hints else round(_HINTS_PER_OCTAVE * math.log2(hint))
-        place = self._place(known, tenant, text, service, prompt, max_tokens, model)
-        if place is not NOWHERE and (row := self._text_row(known, size, hinted, place, tenant)) is not None:
-            return row
+        if text and known.text is not None and self._use_text:
+            asked = service, prompt, hint, tenant, text, max_tokens, model
+            if self._asked[0] == asked:  # a decision asks several times
+                return self._asked[1]
+            codes = codes_of(text, service, prompt, max_tokens, model)
+            place = self._place(known, tenant, text, codes)
+            if place is not NOWHERE and (found := self._text_row(known, size, hinted, place, tenant)) is not None:
+                self._asked = asked, found, place, codes
+                return found
         row = known.rows.get((size, hinted))
         return self._new_row(known, size, hinted, tenant) if row is None else row
 
@@ -409,48 +435,27 @@ class Lengths:
 
     def forecast(self, task: Task) -> LengthForecast:
         """What is believed of a task's length, and why."""
-        number = self.row_of(task)
+        row = self.row_of(task)
         self.refresh()
-        row = self.table[number]
-        known = self._classes.get(task.tenant, task.service)
-        place = self._place(
-            known, task.tenant, task.text, task.service, task.prompt_tokens, task.max_tokens, task.model
-        )
-        below = 1.0 - row["tail"]
-        median, most = (float(EDGES[min(int(np.searchsorted(below, q)), BINS)]) for q in (0.5, 0.9))
-        if known.text is None or place is NOWHERE:
+        median, most = _quantiles(self.table, row)
+        _, of_text, place, codes = self._asked
+        known, of_tenant = self._classes.get(task.tenant, task.service), self._texts.get(task.tenant)
+        if not task.text or row != of_text or known.text is None or of_tenant is None:
             return LengthForecast(median=median, most=most, source="class")
-        histogram, text, repeat = known.text.experts
-        because = self._because(task)
+        histogram, text, repeat = known.text.experts.tolist()
+        at, moves = strongest(of_tenant.weights, codes[: -len(BESIDE)], EXPLAINED)
         if place.repeat >= 0 and repeat > max(histogram, text):
             return LengthForecast(median=median, most=most, source="prompt")
-        source: Literal["class", "text"] = "text" if text > histogram else "class"
-        return LengthForecast(median=median, most=most, source=source, because=because)
-
-    def _because(self, task: Task) -> tuple[Influence, ...]:
-        """The codes of the text that move the forecast most."""
-        codes = codes_of(task.text, task.service, task.prompt_tokens, task.max_tokens, task.model)
-        moves = influences(self._texts[task.tenant].weights, codes)[: -len(BESIDE)]
-        strongest = np.argsort(-np.abs(moves), kind="stable")[:EXPLAINED]
         sent = text_codes(task.text)
-        factors = {i: 2.0 ** (moves[i] / BINS_PER_DOUBLING) for i in strongest.tolist()}
-        return tuple(Influence(code=sent[i], factor=round(f, 3)) for i, f in factors.items() if abs(f - 1.0) >= 0.05)
+        factors = [(sent[i], 2.0 ** (move / BINS_PER_DOUBLING)) for i, move in zip(at, moves, strict=True)]
+        because = tuple(Influence(code=c, factor=round(f, 3)) for c, f in factors if abs(f - 1.0) >= 0.05)
+        return LengthForecast(median=median, most=most, source="text" if text > histogram else "class", because=because)
 
-    def _place(
-        self,
-        known: _Class,
-        tenant: str,
-        sketch: Sketch,
-        service: str,
-        prompt: int,
-        max_tokens: int,
-        model: str | None,
-    ) -> Place:
+    def _place(self, known: _Class, tenant: str, sketch: Sketch, codes: Codes) -> Place:
         """What the text says of the length."""
         of_tenant = self._texts.get(tenant)
-        if not sketch or of_tenant is None or known.text is None or not self._use_text:
+        if of_tenant is None or known.text is None:
             return NOWHERE
-        codes = codes_of(sketch, service, prompt, max_tokens, model)
         return Place(
             *locate(
                 of_tenant.weights,
@@ -480,8 +485,8 @@ class Lengths:
                 cell.weight,
                 known.whole.counts,
                 known.whole.weight,
-                self._log_hint(None) if hinted < 0 else hinted / _HINTS_PER_OCTAVE * math.log(2),
-                np.array(known.hints.line()),
+                math.nan if hinted < 0 else hinted / _HINTS_PER_OCTAVE * math.log(2),
+                np.array(known.hints.line()) if hinted >= 0 else _NO_FIT,
                 known.text.errors,
                 known.text.experts,
                 np.array(place),
@@ -530,6 +535,7 @@ class Lengths:
             known.rows.clear()
             known.text_rows.clear()
             known.growth = 0.0
+        self._asked = _NOT_ASKED
         self._count = 0
         self._tenant_rows.clear()
         self._stale.clear()

@@ -430,9 +430,16 @@ def _step(weights: Weights, codes: Codes, state: Floats, middle: float) -> None:
 
 
 @compiled
-def influences(weights: Weights, codes: Codes) -> Floats:
-    """How many bins each code moves the place by, (len(codes),)."""
-    found = np.empty(len(codes))
+def strongest(weights: Weights, codes: Codes, count: int) -> tuple[Codes, Floats]:
+    """The positions of the `count` codes that move the place most, and by how many bins."""
+    count = min(count, len(codes))
+    at, moves = np.zeros(count, np.int64), np.zeros(count)
     for j in range(len(codes)):
-        found[j] = weights[codes[j], 0] * CODE
-    return found
+        move = weights[codes[j], 0] * CODE
+        k = count
+        while k > 0 and abs(move) > abs(moves[k - 1]):
+            k -= 1
+        if k < count:
+            at[k + 1 :], moves[k + 1 :] = at[k:-1].copy(), moves[k:-1].copy()
+            at[k], moves[k] = j, move
+    return at, moves
