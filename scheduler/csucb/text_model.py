@@ -35,6 +35,7 @@ Weights = NDArray[np.float32]
 
 #: Hashed codes a tenant's models have weights for (power of two).
 BUCKETS = 1 << 14
+_SENT = np.dtype("<u2")
 #: What has codes beside the text.
 BESIDE = ("size", "limit", "model")  # of the prompt and in the task, by doublings
 #: Rates of a code never seen, of the place and of the log spread; and how often a code counts as seen at most, so that
@@ -175,26 +176,35 @@ class ClassText:
 
 
 @lru_cache(maxsize=4096)
-def _beside(service: str, size: int, limit: int, model: str | None) -> tuple[int, ...]:
+def _beside(service: str, size: int, limit: int, model: str | None) -> tuple[int, int, int, int]:
     """A class's own number, and the codes of what is known beside the text, as BESIDE has it."""
-    own, *beside = (crc32(name.encode()) for name in (service, f"size {size}", f"limit {limit}", f"model {model}"))
-    return own, *beside
+    own, a, b, c = (crc32(name.encode()) for name in (service, f"size {size}", f"limit {limit}", f"model {model}"))
+    return own, a, b, c
 
 
+@lru_cache(maxsize=4096)  # a task is asked about when it is decided, when it is placed, and when it ends
 def codes_of(sketch: Sketch, service: str, size: int, max_tokens: int, model: str | None) -> Codes:
-    """The rows of the tenant's weights a task with this text has: the same word has another in another class."""
-    own, *beside = _beside(service, max(size, 1).bit_length(), max_tokens.bit_length(), model)
-    codes = np.empty((len(sketch) - DIGEST_BYTES) // 2 + len(BESIDE), np.int64)
-    codes[: -len(BESIDE)] = np.frombuffer(sketch, "<u2", offset=DIGEST_BYTES)
-    codes[-len(BESIDE) :] = beside
-    codes ^= own
-    codes &= BUCKETS - 1
+    """The rows of the tenant's weights that a task with this text has: the same word has another in another class.
+    Nobody may change them."""
+    own, a, b, c = _beside(service, max(size, 1).bit_length(), max_tokens.bit_length(), model)
+    return _rows(np.frombuffer(sketch, _SENT, offset=DIGEST_BYTES), own, a, b, c)
+
+
+@compiled
+def _rows(sent: NDArray[np.uint16], own: int, a: int, b: int, c: int) -> Codes:
+    n = len(sent)
+    codes = np.empty(n + 3, np.int64)
+    for i in range(n):
+        codes[i] = (sent[i] ^ own) & (BUCKETS - 1)
+    codes[n], codes[n + 1], codes[n + 2] = a, b, c
+    for i in range(n, n + 3):
+        codes[i] = (codes[i] ^ own) & (BUCKETS - 1)
     return codes
 
 
 def text_codes(sketch: Sketch) -> list[int]:
     """The codes as they were sent."""
-    codes: list[int] = np.frombuffer(sketch, "<u2", offset=DIGEST_BYTES).tolist()
+    codes: list[int] = np.frombuffer(sketch, _SENT, offset=DIGEST_BYTES).tolist()
     return codes
 
 
