@@ -17,7 +17,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -441,15 +441,17 @@ class Lengths:
         _, of_text, place, codes = self._asked
         known, of_tenant = self._classes.get(task.tenant, task.service), self._texts.get(task.tenant)
         if not task.text or row != of_text or known.text is None or of_tenant is None:
-            return LengthForecast(median=median, most=most, source="class")
+            return LengthForecast.model_construct(median=median, most=most, source="class")
         histogram, text, repeat = known.text.experts.tolist()
         at, moves = strongest(of_tenant.weights, codes[: -len(BESIDE)], EXPLAINED)
         if place.repeat >= 0 and repeat > max(histogram, text):
-            return LengthForecast(median=median, most=most, source="prompt")
-        sent = text_codes(task.text)
-        factors = [(sent[i], 2.0 ** (move / BINS_PER_DOUBLING)) for i, move in zip(at, moves, strict=True)]
-        because = tuple(Influence(code=c, factor=round(f, 3)) for c, f in factors if abs(f - 1.0) >= 0.05)
-        return LengthForecast(median=median, most=most, source="text" if text > histogram else "class", because=because)
+            return LengthForecast.model_construct(median=median, most=most, source="prompt")
+        sent, because = text_codes(task.text), []
+        for i, move in zip(at.tolist(), moves.tolist(), strict=True):
+            if abs(factor := 2.0 ** (move / BINS_PER_DOUBLING) - 1.0) >= 0.05:
+                because.append(Influence.model_construct(code=sent[i], factor=round(factor + 1.0, 3)))
+        source: Literal["class", "text"] = "text" if text > histogram else "class"
+        return LengthForecast.model_construct(median=median, most=most, source=source, because=tuple(because))
 
     def _place(self, known: _Class, tenant: str, sketch: Sketch, codes: Codes) -> Place:
         """What the text says of the length."""
