@@ -418,6 +418,7 @@ class Submitted(_TaskEvent):
     payload_bytes: Count = 0
     max_tokens: Count = 128
     expected_tokens: Annotated[int, Field(ge=1, lt=2**32)] | None = None
+    text: str = ""  # as `perllm.broker.text_features.sketch` makes it
     strikes: Count = 0
     attempt: Count = 0  # attempts made before, where this tells of a task that is older
 
@@ -518,6 +519,25 @@ class Candidate(TolerantModel):
     note: str = ""
 
 
+class Influence(TolerantModel):
+    """Part of a text that makes a longer (`factor` above 1) or shorter output likely. `words` are filled in where the
+    text is at hand; only their `code` travels."""
+
+    code: int
+    factor: float
+    words: str = ""
+
+
+class LengthForecast(TolerantModel):
+    """The output length a task was believed to have: half are shorter than `median` tokens, 90 % than `most`. It goes
+    by earlier tasks of its `class`, by those with like `text`, or by earlier runs of this very `prompt`."""
+
+    median: float
+    most: float
+    source: Literal["class", "text", "prompt"]
+    because: tuple[Influence, ...] = ()
+
+
 class Explanation(TolerantModel):
     """Why a task went where it went: kept with the task, shown by `perllm explain`."""
 
@@ -526,3 +546,4 @@ class Explanation(TolerantModel):
     sentence: str
     node: str | None = None
     candidates: tuple[Candidate, ...] = ()
+    length: LengthForecast | None = None

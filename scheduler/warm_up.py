@@ -4,6 +4,7 @@ a real task waits for it."""
 from __future__ import annotations
 
 from perllm.broker.messages import Claimed, Counters, Heartbeat, NodeUp
+from perllm.broker.text_features import sketch
 from perllm.scheduler.core.scheduler import SchedulerCore
 from perllm.scheduler.examples import completed, node_info, submitted
 
@@ -15,7 +16,7 @@ def warm_up(core: SchedulerCore) -> None:
     """Let `core`, which is not used afterwards, see every common event and decide three tasks, one of them hopeless."""
     core.handle(NodeUp(at=0.0, info=node_info(_NODE, slots=2)))
     for name in ("first", "second"):
-        core.handle(submitted(name, left=60.0, max_tokens=64))
+        core.handle(submitted(name, left=60.0, max_tokens=64, text=sketch(["a prompt"])))
         core.decide(0.1)
         core.handle(Claimed(at=0.2, id=name, node=_NODE, attempt=1))
         core.handle(Heartbeat(at=0.3, node=_NODE, boot=f"{_NODE}.1", counters=Counters(active=1)))

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from perllm.broker.messages import Counters, Explanation, Heartbeat, NodeInfo, Result, State
+from perllm.broker.messages import Counters, Explanation, Heartbeat, LengthForecast, NodeInfo, Result, State
 
 out = Console()
 err = Console(stderr=True)
@@ -131,6 +131,8 @@ def node_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def explanation(task_id: str, why: Explanation) -> Group:
     """One decision: its sentence, and how every node looked."""
     head = Text(f"Why {task_id}: {why.action} by {why.policy}.\n{why.sentence}")
+    if why.length is not None:
+        head.append(f"\n{_length(why.length)}")
     if not why.candidates:
         return Group(head)
     table = Table(show_edge=False)
@@ -152,6 +154,20 @@ def explanation(task_id: str, why: Explanation) -> Group:
             style="bold" if chosen else "",
         )
     return Group(head, table)
+
+
+_SOURCES = {
+    "class": "earlier tasks of its class",
+    "text": "earlier tasks with such texts",
+    "prompt": "earlier runs of this prompt",
+}
+
+
+def _length(length: LengthForecast) -> str:
+    """'About 120 tokens, 9 in 10 below 300, by …'"""
+    words = [f"'{i.words}' (×{i.factor:.2f})" for i in length.because if i.words]
+    sentence = f"About {length.median:.0f} tokens, 9 in 10 below {length.most:.0f}, by {_SOURCES[length.source]}"
+    return f"{sentence}: {', '.join(words)}" if words else sentence
 
 
 def nodes(rows: Sequence[tuple[NodeInfo, Heartbeat | None, bool]]) -> Table:

@@ -25,6 +25,7 @@ from perllm.broker.messages import (
     Submitted,
     TaskSpec,
 )
+from perllm.broker.text_features import sketch_task, with_words
 
 #: Bytes of a task beside its payload, features and result, about (as in ledger.lua).
 TASK_BYTES = 1024
@@ -173,6 +174,7 @@ def _features(spec: TaskSpec, payload_bytes: int) -> str:
         "payload_bytes": payload_bytes,
         "max_tokens": spec.max_tokens,
         "preview": spec.preview(),
+        "text": sketch_task(spec),
     }
     if spec.model is not None:
         features["model"] = spec.model
@@ -193,9 +195,9 @@ def state_of(raw: bytes | None) -> State | None:
         return None
 
 
-def _why(task_id: str, raw: bytes | None) -> Explanation | None:
+def _why(task_id: str, raw: bytes | None, spec: TaskSpec) -> Explanation | None:
     try:
-        return Explanation.model_validate_json(raw) if raw else None
+        return with_words(Explanation.model_validate_json(raw), spec) if raw else None
     except ValidationError as error:
         log.warning("explanation_unreadable", task_id=task_id, reason=field_errors(error))
         return None
@@ -237,17 +239,18 @@ def record_of(task_id: str, raw: dict[bytes, bytes], result: bytes | None) -> Ta
         return text_of(raw[name]) if name in raw else None
 
     try:
+        spec = TaskSpec.model_validate_json(raw[b"payload"])
         return TaskRecord(
             id=task_id,
             state=State(text_of(raw[b"state"])),
-            spec=TaskSpec.model_validate_json(raw[b"payload"]),
+            spec=spec,
             submitted=float(raw[b"submitted"]),
             deadline=float(raw[b"deadline"]),
             attempt=int(raw[b"attempt"]),
             strikes=int(raw[b"strikes"]),
             node=text(b"node"),
             model=text(b"model"),
-            why=_why(task_id, raw.get(b"why")),
+            why=_why(task_id, raw.get(b"why"), spec),
             result=result_of(task_id, result, [raw.get(name.encode()) for name in ENDING_FIELDS]),
         )
     except (KeyError, ValueError) as error:

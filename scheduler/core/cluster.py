@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import exp
 
 from perllm.broker.messages import Counters, NodeInfo
+from perllm.broker.text_features import Sketch
 
 #: Time constant of a node's completion rate, s.
 COMPLETION_WINDOW = 1.0
@@ -27,6 +28,7 @@ class Task:
     max_tokens: int
     tenant: str = "default"
     expected_tokens: int | None = None  # the producer's hint
+    text: Sketch = b""
     strikes: int = 0
     attempt: int = 0  # of the last one
     # Set while it is placed

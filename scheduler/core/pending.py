@@ -28,6 +28,7 @@ _ROW = np.dtype(
         ("service", "O"),
         ("tenant", "O"),
         ("model", "O"),
+        ("text", "O"),
         ("deadline", "f8"),
         ("submitted", "f8"),
         ("wake_at", "f8"),  # when it is fresh again or expires, s
@@ -118,6 +119,7 @@ class Pending:
             intern(task.service),
             intern(task.tenant),
             task.model if task.model is None else intern(task.model),
+            task.text,
             task.deadline,
             task.submitted,
             task.deadline,
@@ -186,7 +188,7 @@ class Pending:
         if not lane.live:
             del self._lanes[model]
         self._avoid.pop(row, None)
-        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, *(0,) * 13)
+        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, None, *(0,) * 13)
         self._free.append(row)
         if len(self._wakeups) > 4 * len(self._index) + 64:
             self._tidy_wakeups()
@@ -280,8 +282,8 @@ class Pending:
 
     def _task(self, row: int) -> Task:
         values: Any = self._record(row).item()
-        task_id, service, tenant, model, deadline, submitted, _, value, payload = values[:9]
-        prompt, most, expected, attempt = values[9:13]
+        task_id, service, tenant, model, text, deadline, submitted, _, value, payload = values[:10]
+        prompt, most, expected, attempt = values[10:14]
         return Task(
             id=task_id,
             submitted=submitted,
@@ -294,6 +296,7 @@ class Pending:
             payload_bytes=payload,
             max_tokens=most,
             expected_tokens=expected or None,
+            text=text,
             strikes=values[-2],
             attempt=attempt,
             avoid=self._avoid.get(row, {}),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from perllm.broker.messages import Candidate, Event
+from perllm.broker.messages import Candidate, Event, LengthForecast
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 
 
@@ -60,6 +60,10 @@ class Policy(Protocol):
     def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
         """Each candidate's score for this task. Called right after `choose` with the same arguments; changes
         nothing."""
+
+    def forecast_length(self, task: Task) -> LengthForecast | None:  # noqa: ARG002
+        """What it believes of the task's output length, where it has such a belief. Called after `explain`."""
+        return None
 
     def snapshot(self) -> dict[str, Any]:
         """The learned state as JSON-able data. After `restore` of it, decisions are identical."""

@@ -24,6 +24,7 @@ from perllm.broker.messages import (
     Returned,
     Submitted,
 )
+from perllm.broker.text_features import parse
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.pending import Pending
 from perllm.scheduler.core.policy import Place, Policy, Reject, Wait
@@ -294,6 +295,7 @@ class SchedulerCore:
         if isinstance(choice, Wait):
             return choice
         scores = self.policy.explain(task, candidates, self.cluster, now) if self._explain else ()
+        length = self.policy.forecast_length(task) if self._explain else None
         match choice:
             case Reject(reason):
                 return self._end(task, "reject", reason, scores)
@@ -304,7 +306,12 @@ class SchedulerCore:
                 self._place(task, name, task.attempt + 1, now)
                 sentence = self._sentence(task, name, scores, len(candidates), now)
                 explanation = Explanation(
-                    policy=self.policy.name, action="dispatch", sentence=sentence, node=name, candidates=scores
+                    policy=self.policy.name,
+                    action="dispatch",
+                    sentence=sentence,
+                    node=name,
+                    candidates=scores,
+                    length=length,
                 )
                 return Decision(task, "dispatch", explanation, node, offer.name)
             case _:
@@ -397,6 +404,7 @@ def task_of(event: Submitted) -> Task:
         payload_bytes=event.payload_bytes,
         max_tokens=event.max_tokens,
         expected_tokens=event.expected_tokens,
+        text=parse(event.text),
         strikes=event.strikes,
         attempt=event.attempt,
     )

@@ -231,7 +231,7 @@ class ClusterArrays:
             deadline=task.deadline,
             max_tokens=task.max_tokens,
             value=task.value,
-            lengths=self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens, task.tenant),
+            lengths=self._lengths.row_of(task),
             arm=self._arm(entry.node, task.model),
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from perllm.broker.messages import Candidate, Completed, Event, State
+from perllm.broker.messages import Candidate, Completed, Event, LengthForecast, State
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.policy import Choice, Place, Policy, Reject, Wait
 from perllm.scheduler.csucb import admission, constraints, scoring
@@ -32,6 +32,7 @@ class Mechanisms:
     - `spread`: the whole histogram of output lengths, not the mean alone.
     - `sizes`: output lengths are learned by prompt size as well as by class.
     - `hints`: producers' length hints are heeded.
+    - `text`: output lengths are learned from tasks' texts as well, where those travel.
     - `price`: the congestion price.
     - `admission`: a task not worth its cost waits or is refused; without, every task goes to the best node at once.
     - `patience`: long-deadline work waits for cheap capacity.
@@ -44,6 +45,7 @@ class Mechanisms:
     spread: bool = True
     sizes: bool = True
     hints: bool = True
+    text: bool = True
     price: bool = True
     admission: bool = True
     patience: bool = True
@@ -71,7 +73,7 @@ class CsUcb(Policy):
         on = self._on = mechanisms or Mechanisms()
         self._value_weight, self._fixed_scale = value_weight, energy_scale
         self._harm_weight = value_weight * HARM_FACTOR * on.harm
-        self._lengths = Lengths(by_size=on.sizes, use_hints=on.hints, spread=on.spread)
+        self._lengths = Lengths(by_size=on.sizes, use_hints=on.hints, use_text=on.text, spread=on.spread)
         self._node_models = NodeModels(
             value_weight, learning=on.learning, optimism=on.optimism, foresight=on.foresight, price=on.price
         )
@@ -100,6 +102,9 @@ class CsUcb(Policy):
                 ended=not cut,
                 hint=task.expected_tokens,
                 tenant=task.tenant,
+                text=task.text,
+                max_tokens=task.max_tokens,
+                model=task.model,
             )
             self._scale.observe(receipt.energy.transfer + receipt.energy.inference)
 
@@ -114,7 +119,7 @@ class CsUcb(Policy):
                 deadline=task.deadline,
                 max_tokens=task.max_tokens,
                 value=task.value,
-                lengths=self._lengths.row(task.service, task.prompt_tokens, task.expected_tokens, task.tenant),
+                lengths=self._lengths.row_of(task),
             )
         )
         best = self._score(task, candidates, now)
@@ -221,6 +226,10 @@ class CsUcb(Policy):
             for i, spread, stands_still in zip(order.tolist(), spreads, stalled, strict=True)
         )
 
+    @override
+    def forecast_length(self, task: Task) -> LengthForecast | None:
+        return self._lengths.forecast(task)
+
     # --- kept over a restart
 
     @override
@@ -231,6 +240,7 @@ class CsUcb(Policy):
         return {
             "node_models": self._node_models.snapshot(),
             "lengths": self._lengths.snapshot(),
+            "texts": self._lengths.snapshot_texts(),
             "scale": self._scale.snapshot(),
         }
 
@@ -238,7 +248,7 @@ class CsUcb(Policy):
     def restore(self, state: dict[str, Any]) -> None:
         scale = EnergyScale(**state["scale"])
         self._node_models.restore(state["node_models"])
-        self._lengths.restore(state["lengths"])
+        self._lengths.restore(state["lengths"], state.get("texts", ()))
         self._scale = scale
         self._arrays.forget()
 

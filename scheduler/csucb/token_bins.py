@@ -19,8 +19,9 @@ _FIRST = int(np.float64(8.0).view(np.int64)) >> _SHIFT
 _MASK = (1 << _SHIFT) - 1
 _SCALE = 1.0 / (1 << _SHIFT)
 
-#: Number of bins.
-BINS = 14 * 8
+#: Number of bins, and of those per doubling of tokens + 8.
+BINS_PER_DOUBLING = 8
+BINS = 14 * BINS_PER_DOUBLING
 #: Their edges, tokens; bin i holds counts in (EDGES[i], EDGES[i+1]].
 EDGES: Floats = np.array([(8 + i % 8) * 2.0 ** (i // 8) - 8 for i in range(BINS + 1)])
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perllm.broker.messages import Submitted
+from perllm.broker.text_features import sketch
 from perllm.scheduler.simulator.csv_trace import RequestTrace, read_csv_trace
 from perllm.scheduler.simulator.scenario import (
     Arrivals,
@@ -96,6 +97,7 @@ def make_arrivals(scenario: Scenario, rate: float, seed: int) -> list[Arrival]:
                 line = lines[position]
                 prompt, output = texts.prompts[line], min(texts.outputs[line], service.max_tokens)
             at = float(times[position])
+            text = texts.texts[lines[position]] if texts is not None else None
             event = Submitted.model_construct(
                 id=f"t{position}",
                 at=at,
@@ -108,8 +110,8 @@ def make_arrivals(scenario: Scenario, rate: float, seed: int) -> list[Arrival]:
                 max_tokens=service.max_tokens,
                 expected_tokens=int(hint) if hint > 0 else None,
                 strikes=0,
+                text="" if text is None else sketch([text]),
             )
-            text = texts.texts[lines[position]] if texts is not None else None
             found[position] = Arrival(event, int(output), text)
     return [a for a in found if a is not None]
 

@@ -22,7 +22,7 @@ from perllm.broker.messages import (
 )
 from perllm.scheduler import examples
 from perllm.scheduler.core.cluster import Cluster, Node, Task
-from perllm.scheduler.core.policy import Choice, Place, Reject, Wait
+from perllm.scheduler.core.policy import Choice, Place, Policy, Reject, Wait
 from perllm.scheduler.core.scheduler import AVOID_SECONDS, LOOKAHEAD, MAX_LONG_WAITS, MAX_RETRIES, SchedulerCore
 from perllm.scheduler.examples import node_info
 
@@ -39,7 +39,7 @@ def completed(task_id: str, node: str, at: float, attempt: int = 1) -> Completed
     return examples.completed(task_id, node, at=at, attempt=attempt)
 
 
-class Scripted:
+class Scripted(Policy):
     """Answers what it is told to and keeps what it was asked."""
 
     name = "scripted"
