@@ -64,7 +64,7 @@ REPEATS = 5
 #: Memory of a histogram of errors, and what the shape it begins with counts for, tasks.
 ERROR_MEMORY, ERROR_PRIOR = 400.0, 8.0
 
-#: Experts, their weights at the start, and the share of all weight that is given back to those after each task.
+#: Experts, their weights at the start, and the share of the awake ones' weight that is dealt out anew after each task.
 HISTOGRAM, TEXT, REPEAT = 0, 1, 2
 START: Floats = np.array([0.3, 0.3, 0.4])
 SHARE = 0.001
@@ -321,20 +321,20 @@ def mix(histogram: Floats, likelihood: Floats, errors: Floats, experts: Floats, 
 def _judge(each: Floats, experts: Floats, place: Codes, target: Floats) -> None:
     """Weights of the experts that are awake by the probability each gave to `target` (BINS,): one, at the bin the
     length was in, or of those beyond a cut the share that lies beyond."""
-    before, after = 0.0, 0.0
+    awake = np.array([True, place[1] >= 0, place[3] >= 0])
+    before, after, start = 0.0, 0.0, 0.0
     for k in range(3):
-        if k == HISTOGRAM or (k == TEXT and place[1] >= 0) or (k == REPEAT and place[3] >= 0):
+        if awake[k]:
             p = 0.0
             for i in range(BINS):
                 p += each[k, i] * target[i]
             before += experts[k]
+            start += START[k]
             experts[k] *= max(p, 1e-12)
             after += experts[k]
     for k in range(3):
-        if k == HISTOGRAM or (k == TEXT and place[1] >= 0) or (k == REPEAT and place[3] >= 0):
-            experts[k] *= before / after
-    for k in range(3):
-        experts[k] = (1.0 - SHARE) * experts[k] + SHARE * START[k]
+        if awake[k]:
+            experts[k] = before * ((1.0 - SHARE) * experts[k] / after + SHARE * START[k] / start)
 
 
 @compiled
