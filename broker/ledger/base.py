@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from perllm.broker.connection import REPLY_TIMEOUT, connect, of_a_record, reaching
-from perllm.broker.ledger.script import Argument, Script
+from perllm.broker.ledger.script import Argument, Call, Script, call
 
 if TYPE_CHECKING:  # loaded when settings are read: half of what importing a client would take
     from perllm.broker.settings import Settings
@@ -19,13 +19,15 @@ class LedgerBase:
         self.settings = settings
         self._prefix = f"{{{settings.cell}}}:"
         self._client = connect(settings, reply_timeout=reply_timeout)
-        self._script = Script(self._client, self._prefix, (settings.stream_length, settings.retention))
+        self._script = Script(
+            self._client, self._prefix, stream_length=settings.stream_length, retention=settings.retention
+        )
 
-    def _call(self, operation: str, *arguments: Argument) -> Any:
+    def _call(self, operation: str, each: Sequence[Argument] = (), /, **arguments: Argument) -> Any:
         with reaching(self.settings):
-            return self._script.call(operation, *arguments)
+            return self._script.run(call(operation, each, **arguments))
 
-    def _pipeline(self, calls: Sequence[tuple[Argument, ...]]) -> list[Any]:
+    def _pipeline(self, calls: Sequence[Call]) -> list[Any]:
         with reaching(self.settings):
             replies = self._script.pipeline(calls)
             for reply in replies:

@@ -1,6 +1,10 @@
 -- The ledger: every transition of a task's life, each one atomic call.
 --
---   FCALL <library>_submit|<library>_call 1 <prefix> <operation> [argument ...]        prefix: "{cell}:"
+--   FCALL <library>_submit|<library>_call 1 <prefix> <operation> <stream length> <retention> [argument ...]
+--
+-- prefix: "{cell}:". Then the limits of whoever calls, then the operation's own arguments: their names and their order
+-- are those of the function `ops.<operation>` below and nowhere else, for Python reads them off this file (`script.py`) and
+-- calls by name. `-- each:` names what follows them, any number of times.
 --
 -- States: pending → dispatched → running → succeeded | failed | expired | rejected | cancelled. The last five are final.
 -- Every operation checks the state it leaves, writes the state it enters, moves the task between the state sets and
@@ -53,13 +57,19 @@
 -- token changes nothing. Calls may be repeated: the same claim or completion again gets the same answer.
 -- A strike is an attempt that ended without a result by fault (lease lost while running, engine error).
 -- Time is the server's. Numbers are seconds.
+--
+-- JSON is written by hand: payloads, features, outputs and receipts are passed on as they came, never decoded and encoded
+-- again. That would be work on the one thread that serves everybody, and cjson does not give back what it was given: an
+-- empty list comes back as an empty object, a number with 14 digits. Texts go through `str`.
 
 -- A call runs with its caller's rights, and every role may write what its operations write, past these functions too. So
 -- roles write to different keys wherever it matters who wrote (users.acl): a producer can spoil the tasks and sets it
 -- needs for submitting, but write no result, no other role's event, no node. And whoever does more with what a producer
 -- may have written checks it first (`read`).
 
-local P, ARGV, now -- of the call that runs
+local P, ARGV, now, stream_length, retention -- of the call that runs
+local FIRST = 4 -- where an operation's own arguments begin in ARGV
+local MOST_NAMED = 16 -- and how many of them have a name of their own at most
 
 local FINAL = { succeeded = true, failed = true, expired = true, rejected = true, cancelled = true }
 local EXCEPTION = { failed = 'TaskFailed', expired = 'TaskExpired', rejected = 'TaskRejected' }
@@ -69,12 +79,8 @@ local function task_key(id) return P .. 'task:' .. id end
 local function set_key(state) return P .. 'in:' .. state end
 local function str(x) return cjson.encode(x) end
 
-local function config(name) -- limits travel with each call: [stream length, retention] are always the last two arguments
-    return tonumber(ARGV[#ARGV - (name == 'stream' and 1 or 0)])
-end
-
 local function append(stream, json)
-    redis.call('XADD', P .. stream, 'MAXLEN', '~', config('stream'), '*', 'e', json)
+    redis.call('XADD', P .. stream, 'MAXLEN', '~', stream_length, '*', 'e', json)
 end
 
 local function event(json) append('events', json) end
@@ -124,7 +130,7 @@ local function tell_celery(id, status, said)
     end
     local meta = '{"status":"' .. status .. '","result":' .. result .. ',"traceback":null,"children":[],"task_id":' .. str(id) .. '}'
     local name = 'celery-task-meta-' .. id
-    redis.call('SET', name, meta, 'EX', math.ceil(config('retention')))
+    redis.call('SET', name, meta, 'EX', math.ceil(retention))
     redis.call('PUBLISH', name, meta)
 end
 
@@ -259,12 +265,12 @@ local function cancel(id)
     return t.state
 end
 
--- submit (id payload features deadline key tenant)+ → the id in force for each: its own, or the one its idempotency key had
-function ops.submit()
+-- → the id in force for each: its own, or the one its idempotency key had
+function ops.submit() -- each: id, payload, features, window, key, tenant
     local out, fresh, pending, of = {}, 0, {}, {}
-    if #ARGV > 6 * MOST + 3 then return redis.error_reply('ERR too many tasks at once') end
+    if #ARGV >= FIRST + 6 * MOST then return redis.error_reply('ERR too many tasks at once') end
     local revoked = redis.call('EXISTS', P .. 'revoked') == 1 and {} -- before they were submitted
-    for i = 2, #ARGV - 2, 6 do
+    for i = FIRST, #ARGV, 6 do
         local id, payload, features, window, key, tenant = unpack(ARGV, i, i + 5)
         local first = key ~= '' and redis.call('GET', P .. 'key:' .. key)
         if first then
@@ -301,9 +307,8 @@ function ops.submit()
     return out
 end
 
--- dispatch epoch id attempt node boot model queue message why lease → ok | not_leader | refused | node_gone
-function ops.dispatch()
-    local epoch, id, attempt, node, boot, model, queue, message, why, lease = unpack(ARGV, 2, 11)
+-- → ok | not_leader | refused | node_gone
+function ops.dispatch(epoch, id, attempt, node, boot, model, queue, message, why, lease)
     if not leads(epoch) then return 'not_leader' end
     local t = read(id, 'attempt', 'features', 'deadline')
     if not t or t.state ~= 'pending' or tonumber(t.attempt) + 1 ~= tonumber(attempt) then return 'refused' end
@@ -323,9 +328,8 @@ function ops.dispatch()
     return 'ok'
 end
 
--- end epoch id rejected|expired reason why → ok | not_leader | refused        the scheduler's own final decisions
-ops['end'] = function()
-    local epoch, id, state, reason, why = unpack(ARGV, 2, 6)
+-- → ok | not_leader | refused        the scheduler's own final decisions; `state` is rejected or expired
+ops['end'] = function(epoch, id, state, reason, why)
     if not leads(epoch) then return 'not_leader' end
     local t = read(id, 'submitted')
     if not t or t.state ~= 'pending' then return 'refused' end
@@ -334,9 +338,8 @@ ops['end'] = function()
     return 'ok'
 end
 
--- claim id attempt node token lease → {payload, seconds to the deadline, model} | nothing when the attempt is void
-function ops.claim()
-    local id, attempt, node, token, lease = unpack(ARGV, 2, 6)
+-- → {payload, seconds to the deadline, model} | nothing when the attempt is void
+function ops.claim(id, attempt, node, token, lease)
     local t = read(id, 'attempt', 'node', 'token', 'strikes', 'deadline', 'submitted', 'payload', 'model')
     if not t or t.attempt ~= attempt or t.node ~= node then return false end
     if t.state == 'dispatched' then
@@ -354,9 +357,8 @@ function ops.claim()
     return { t.payload, num(tonumber(t.deadline) - now), t.model }
 end
 
--- complete id attempt token succeeded|expired output receipt reason → ok | void
-function ops.complete()
-    local id, attempt, token, state, output, receipt, reason = unpack(ARGV, 2, 8)
+-- → ok | void        `state` is succeeded or expired, `reason` may be empty
+function ops.complete(id, attempt, token, state, output, receipt, reason)
     local t = running_under(id, attempt, token)
     if not t then return 'void' end
     if t.state ~= 'running' then return t.state == state and 'ok' or 'void' end
@@ -368,9 +370,8 @@ function ops.complete()
     return 'ok'
 end
 
--- fail id attempt token reason retry(0|1) max_strikes → ok | void
-function ops.fail()
-    local id, attempt, token, reason, retry, max_strikes = unpack(ARGV, 2, 7)
+-- → ok | void        `retry` is 0 or 1
+function ops.fail(id, attempt, token, reason, retry, max_strikes)
     local t = running_under(id, attempt, token)
     if not t or t.state ~= 'running' then return 'void' end
     if retry == '1' then
@@ -381,10 +382,9 @@ function ops.fail()
     return 'ok'
 end
 
--- say id attempt token text most → ok | void        a piece of its text, for whoever watches; beyond `most` pieces
+-- → ok | void        a piece of its text, for whoever watches; beyond `most` pieces
 -- nothing more is kept: the rest comes with the result
-function ops.say()
-    local id, attempt, token, text, most = unpack(ARGV, 2, 6)
+function ops.say(id, attempt, token, text, most)
     local t = running_under(id, attempt, token)
     if not t or t.state ~= 'running' then return 'void' end
     local key = P .. 'text:' .. id
@@ -394,40 +394,38 @@ function ops.say()
     return 'ok'
 end
 
--- hand_back id attempt token reason → ok | void        running work a stopping worker gives up, no strike
-function ops.hand_back()
-    local id, attempt, token, reason = unpack(ARGV, 2, 5)
+-- → ok | void        running work a stopping worker gives up, no strike
+function ops.hand_back(id, attempt, token, reason)
     local t = running_under(id, attempt, token)
     if not t or t.state ~= 'running' then return 'void' end
     give_back(id, t, 'handed_back', reason)
     return 'ok'
 end
 
--- cancel id → the state it found, or nothing for an unknown task
-function ops.cancel() return cancel(ARGV[2]) end
+-- → the state it found, or nothing for an unknown task
+function ops.cancel(id) return cancel(id) end
 
--- revoke keep most (id)+ → for each the state it found, or '' for one not known yet: it is cancelled when it is submitted
+-- → for each the state it found, or '' for one not known yet: it is cancelled when it is submitted
 -- within `keep` s. The latest `most` of these are kept.
-function ops.revoke()
-    local out, keep, most = {}, tonumber(ARGV[2]), tonumber(ARGV[3])
-    if #ARGV > MOST then return redis.error_reply('ERR too many ids at once') end
-    for i = 4, #ARGV - 2 do
+function ops.revoke(keep, most) -- each: id
+    local out = {}
+    if #ARGV >= FIRST + 2 + MOST then return redis.error_reply('ERR too many ids at once') end
+    for i = FIRST + 2, #ARGV do
         out[#out + 1] = cancel(ARGV[i]) or ''
-        if out[#out] == '' then redis.call('ZADD', P .. 'revoked', num(now + keep), ARGV[i]) end
+        if out[#out] == '' then redis.call('ZADD', P .. 'revoked', num(now + tonumber(keep)), ARGV[i]) end
     end
     redis.call('ZREMRANGEBYSCORE', P .. 'revoked', '-inf', num(now))
-    redis.call('ZREMRANGEBYRANK', P .. 'revoked', 0, -(most + 1))
+    redis.call('ZREMRANGEBYRANK', P .. 'revoked', 0, -(tonumber(most) + 1))
     return out
 end
 
--- refuse id REVOKED|FAILURE reason → ok        a message becomes no task: its Celery producer is to be told
-function ops.refuse()
-    local id, status, reason = unpack(ARGV, 2, 4)
+-- → ok        a message becomes no task: its Celery producer is to be told; `status` is REVOKED or FAILURE
+function ops.refuse(id, status, reason)
     redis.call('HSET', P .. 'refused', id, status .. ' ' .. reason)
     return 'ok'
 end
 
--- announce limit → how many were told        cancelled tasks to their nodes and, as refusals, to Celery's producers
+-- → how many were told        cancelled tasks to their nodes and, as refusals, to Celery's producers
 local function announce(limit)
     local function some(key, tell)
         local pairs_ = redis.call('HRANDFIELD', P .. key, limit, 'WITHVALUES')
@@ -450,11 +448,10 @@ local function announce(limit)
         if status and not state then tell_celery(id, status == 'REVOKED' and status or 'FAILURE', reason) end
     end)
 end
-function ops.announce() return announce(tonumber(ARGV[2])) end
+function ops.announce(limit) return announce(tonumber(limit)) end
 
--- forget id → ok, or nothing for an unknown task        drop it at its producer's wish, cancelled first if it goes on
-function ops.forget()
-    local id = ARGV[2]
+-- → ok, or nothing for an unknown task        drop it at its producer's wish, cancelled first if it goes on
+function ops.forget(id)
     local state = cancel(id)
     if not state then return false end
     drop(id, FINAL[state] and state or 'cancelled')
@@ -462,9 +459,8 @@ function ops.forget()
     return 'ok'
 end
 
--- register name boot info queue ttl max_strikes → 'ok' | seconds until a live namesake's registration would lapse
-function ops.register()
-    local name, boot, info, queue, ttl, max_strikes = unpack(ARGV, 2, 7)
+-- → 'ok' | seconds until a live namesake's registration would lapse
+function ops.register(name, boot, info, queue, ttl, max_strikes)
     local key = P .. 'node:' .. name
     local before = redis.call('HGET', key, 'boot')
     if before and before ~= boot then
@@ -481,9 +477,8 @@ function ops.register()
     return 'ok'
 end
 
--- beat name boot beat ttl lease (id attempt token)* → {'ok', ids to stop ...} | {'unknown'}
-function ops.beat()
-    local name, boot, beat, ttl, lease = unpack(ARGV, 2, 6)
+-- → {'ok', ids to stop ...} | {'unknown'}
+function ops.beat(name, boot, beat, ttl, lease) -- each: id, attempt, token
     local key = P .. 'node:' .. name
     local known = redis.call('HMGET', key, 'boot', 'rests')
     if known[1] ~= boot or not redis.call('ZSCORE', P .. 'nodes', name) then return { 'unknown' } end
@@ -496,7 +491,7 @@ function ops.beat()
     redis.call('HSET', key, 'beat', json)
     event(json)
     local out = { 'ok' }
-    for i = 7, #ARGV - 2, 3 do
+    for i = FIRST + 5, #ARGV, 3 do
         local id, attempt, token = ARGV[i], ARGV[i + 1], ARGV[i + 2]
         local readable, t = pcall(running_under, id, attempt, token)
         local deadline = readable and t and t.state == 'running' and tonumber(t.deadline)
@@ -509,9 +504,8 @@ function ops.beat()
     return out
 end
 
--- drain name boot reason → ok | unknown        no new work; what waits unclaimed goes back at once
-function ops.drain()
-    local name, boot, reason = unpack(ARGV, 2, 4)
+-- → ok | unknown        no new work; what waits unclaimed goes back at once
+function ops.drain(name, boot, reason)
     local key = P .. 'node:' .. name
     if redis.call('HGET', key, 'boot') ~= boot then return 'unknown' end
     redis.call('HSET', key, 'draining', '1')
@@ -520,9 +514,8 @@ function ops.drain()
     return 'ok'
 end
 
--- leave name boot reason → ok | unknown        gone for good; anything still there goes back
-function ops.leave()
-    local name, boot, reason = unpack(ARGV, 2, 4)
+-- → ok | unknown        gone for good; anything still there goes back
+function ops.leave(name, boot, reason)
     if redis.call('HGET', P .. 'node:' .. name, 'boot') ~= boot then return 'unknown' end
     node_down(name, reason)
     placed_tasks(name, { running = true }, function(id, t) give_back(id, t, 'handed_back', reason) end)
@@ -530,12 +523,13 @@ function ops.leave()
     return 'ok'
 end
 
--- sweep limit max_strikes max_kept unclaimed wait shortest_rest longest_rest → how many things were mended; call again
+-- → how many things were mended; call again
 -- while it returns `limit` or more. What is dispatched is looked at every `unclaimed` s, and may wait `wait` s for others
 -- to make room.
-function ops.sweep()
-    local limit, max_strikes, max_kept = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-    local unclaimed, wait, shortest_rest, longest_rest = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+function ops.sweep(limit, max_strikes, max_kept, unclaimed, wait, shortest_rest, longest_rest)
+    limit, max_strikes, max_kept = tonumber(limit), tonumber(max_strikes), tonumber(max_kept)
+    unclaimed, wait = tonumber(unclaimed), tonumber(wait)
+    shortest_rest, longest_rest = tonumber(shortest_rest), tonumber(longest_rest)
     local done = 0
     local function due(key, score)
         return redis.call('ZRANGEBYSCORE', key, '-inf', num(score), 'LIMIT', 0, limit)
@@ -594,7 +588,7 @@ function ops.sweep()
         done = done + 1
     end
     for state in pairs(FINAL) do
-        local old = due(set_key(state), now - config('retention'))
+        local old = due(set_key(state), now - retention)
         if #old == 0 then
             local beyond = redis.call('ZCARD', set_key(state)) - max_kept
             if beyond > 0 then old = redis.call('ZRANGE', set_key(state), 0, math.min(beyond, limit) - 1) end
@@ -610,9 +604,9 @@ function ops.sweep()
     return announce(limit) < limit and done or math.max(done, limit)
 end
 
--- lead holder ttl → the epoch this holder leads under, or nothing while another leads
-function ops.lead()
-    local holder, ttl = ARGV[2], math.ceil(tonumber(ARGV[3]) * 1000)
+-- → the epoch this holder leads under, or nothing while another leads
+function ops.lead(holder, ttl)
+    ttl = math.ceil(tonumber(ttl) * 1000)
     local leader = redis.call('GET', P .. 'leader')
     if leader and leader ~= holder then return false end
     if not leader then redis.call('INCR', P .. 'epoch') end
@@ -620,16 +614,16 @@ function ops.lead()
     return redis.call('GET', P .. 'epoch')
 end
 
--- resign holder → ok        lets a standby take over at once
-function ops.resign()
-    if redis.call('GET', P .. 'leader') == ARGV[2] then redis.call('DEL', P .. 'leader') end
+-- → ok        lets a standby take over at once
+function ops.resign(holder)
+    if redis.call('GET', P .. 'leader') == holder then redis.call('DEL', P .. 'leader') end
     return 'ok'
 end
 
--- snapshot epoch state → ok | not_leader
-function ops.snapshot()
-    if not leads(ARGV[2]) then return 'not_leader' end
-    redis.call('SET', P .. 'snapshot', ARGV[3])
+-- → ok | not_leader
+function ops.snapshot(epoch, state)
+    if not leads(epoch) then return 'not_leader' end
+    redis.call('SET', P .. 'snapshot', state)
     return 'ok'
 end
 
@@ -637,7 +631,7 @@ end
 local function run(submitting)
     return function(keys, args)
         local op = args[1]
-        P, ARGV = keys[1], args
+        P, ARGV, stream_length, retention = keys[1], args, args[2], tonumber(args[3])
         if not P or not string.match(P, '^{[%w_-]+}:$') then return redis.error_reply('ERR no prefix of a cell') end
         if not ops[op] or (op == 'submit') ~= submitting then
             return redis.error_reply('ERR unknown operation ' .. tostring(op))
@@ -647,7 +641,7 @@ local function run(submitting)
         end
         local clock = redis.call('TIME')
         now = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
-        return ops[op]()
+        return ops[op](unpack(args, FIRST, FIRST + MOST_NAMED - 1))
     end
 end
 

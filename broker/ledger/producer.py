@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from perllm.broker.connection import reaching
 from perllm.broker.ledger.base import LedgerBase
 from perllm.broker.ledger.records import Entry, entry, idempotency_name, state_of, text_of
-from perllm.broker.ledger.script import Argument
+from perllm.broker.ledger.script import Argument, Call, call
 from perllm.broker.messages import State, TaskSpec
 
 #: Tasks and bytes of payload per call of `submit`: bounds how long one call holds the server.
@@ -43,17 +43,17 @@ class Producer(LedgerBase):
             return [task_id for replies in self._script.stream(pieces) for task_id in _ids(replies)]
 
     @staticmethod
-    def _submissions(entries: Iterable[Entry]) -> Iterator[tuple[Argument, ...]]:
-        call: list[Argument] = ["submit"]
+    def _submissions(entries: Iterable[Entry]) -> Iterator[Call]:
+        each: list[Argument] = []
         size = 0
         for written in entries:
-            call += written
+            each += written
             size += len(written.payload)
-            if len(call) > 6 * SUBMIT_TASKS or size > SUBMIT_BYTES:
-                yield tuple(call)
-                call, size = ["submit"], 0
-        if len(call) > 1:
-            yield tuple(call)
+            if len(each) >= len(Entry._fields) * SUBMIT_TASKS or size > SUBMIT_BYTES:
+                yield call("submit", each)
+                each, size = [], 0
+        if each:
+            yield call("submit", each)
 
     def holders(self, tenant: str, keys: Sequence[str]) -> list[str | None]:
         """The tasks that were submitted with these idempotency keys, None where there is none, in order."""
@@ -65,17 +65,17 @@ class Producer(LedgerBase):
 
     def cancel(self, task_id: str) -> State | None:
         """End a task as cancelled. Returns the state it was found in (a final one stays as it is), None if unknown."""
-        return state_of(self._call("cancel", task_id))
+        return state_of(self._call("cancel", id=task_id))
 
     def cancel_many(self, task_ids: Sequence[str]) -> list[State | None]:
         """`cancel` for many, in one round trip."""
-        return [state_of(r) for r in self._pipeline([("cancel", i) for i in task_ids])]
+        return [state_of(r) for r in self._pipeline([call("cancel", id=i) for i in task_ids])]
 
     def revoke(self, task_ids: Sequence[str]) -> list[State | None]:
         """`cancel` for Celery's producers, whose message may still be on its way: an id that is not known (None) is
         cancelled as soon as it is submitted."""
-        calls: list[tuple[Argument, ...]] = [
-            ("revoke", REVOKED_FOR, REVOKED, *task_ids[start : start + SUBMIT_TASKS])
+        calls = [
+            call("revoke", task_ids[start : start + SUBMIT_TASKS], keep=REVOKED_FOR, most=REVOKED)
             for start in range(0, len(task_ids), SUBMIT_TASKS)
         ]
         return [State(was.decode()) if was else None for reply in self._pipeline(calls) for was in reply]
@@ -83,16 +83,16 @@ class Producer(LedgerBase):
     def refuse(self, task_id: str, status: Literal["FAILURE", "REVOKED"], reason: str) -> None:
         """Have the Celery producer of a message told that it becomes no task. Where a task has the id, nothing comes of
         it."""
-        self._call("refuse", *(word.encode("utf-8", "replace") for word in (task_id, status, reason)))
+        self._call("refuse", id=_whole(task_id), status=status, reason=_whole(reason))
 
     def forget(self, task_id: str) -> bool:
         """Drop a task and all that is kept of it, its prompt, text and result; it is cancelled first if it goes on.
         False if there is none."""
-        return self._call("forget", task_id) is not None
+        return self._call("forget", id=task_id) is not None
 
     def forget_many(self, task_ids: Sequence[str]) -> None:
         """`forget` for many, in one round trip."""
-        self._pipeline([("forget", i) for i in task_ids])
+        self._pipeline([call("forget", id=i) for i in task_ids])
 
 
 def _ids(replies: list[Any]) -> list[str]:
@@ -100,3 +100,7 @@ def _ids(replies: list[Any]) -> list[str]:
         if isinstance(reply, Exception):
             raise reply
     return [task_id.decode() for reply in replies for task_id in reply]
+
+
+def _whole(text: str) -> bytes:
+    return text.encode("utf-8", "replace")

@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     id: str
     payload: str
     features: str
-    deadline: float  # s from now
+    window: float  # the deadline, s from now
     key: str
     tenant: str
 

@@ -10,9 +10,9 @@ from perllm.broker.connection import of_a_record, reaching
 from perllm.broker.ledger.base import LedgerBase, readable
 from perllm.broker.ledger.events import START, Mark, event_of, in_order
 from perllm.broker.ledger.records import PLACEMENT_FIELDS, Dispatch, End, Placement, Ruling, placement_of
-from perllm.broker.ledger.script import Argument
+from perllm.broker.ledger.script import Call, call
 from perllm.broker.logs import LazyLogger
-from perllm.broker.messages import Event
+from perllm.broker.messages import Event, Explanation
 
 #: Seconds after which a dispatched task that is not claimed is looked at, and taken back (its old message is void then)
 #: where its node has a slot for it; behind others that run it may wait for so long in all.
@@ -34,26 +34,39 @@ class Scheduler(LedgerBase):
     def lead(self, holder: str, ttl: float) -> int | None:
         """Become or stay leader for `ttl` s. Returns the epoch to dispatch under, None while another leads. `holder` is
         the same text as long as it leads: a `Leader.dump()`, so that others see who it is."""
-        reply = self._call("lead", holder, ttl)
+        reply = self._call("lead", holder=holder, ttl=ttl)
         return int(reply) if reply else None
 
     def resign(self, holder: str) -> None:
         """Stop leading, so a standby takes over at once."""
-        self._call("resign", holder)
+        self._call("resign", holder=holder)
 
     def dispatch(self, epoch: int, dispatches: Sequence[Dispatch]) -> list[Ruling]:
         """Send pending tasks to their nodes' queues: state, event and message are one call each, all one round trip."""
         return self._rulings(
-            ("dispatch", epoch, *d[:7], d.why.model_dump_json(exclude_defaults=True), UNCLAIMED) for d in dispatches
+            call(
+                "dispatch",
+                epoch=epoch,
+                id=d.id,
+                attempt=d.attempt,
+                node=d.node,
+                boot=d.boot,
+                model=d.model,
+                queue=d.queue,
+                message=d.message,
+                why=_json(d.why),
+                lease=UNCLAIMED,
+            )
+            for d in dispatches
         )
 
     def end(self, epoch: int, ends: Sequence[End]) -> list[Ruling]:
         """Reject or expire pending tasks, in one round trip."""
         return self._rulings(
-            ("end", epoch, e.id, e.state, e.why.sentence, e.why.model_dump_json(exclude_defaults=True)) for e in ends
+            call("end", epoch=epoch, id=e.id, state=e.state, reason=e.why.sentence, why=_json(e.why)) for e in ends
         )
 
-    def _rulings(self, calls: Iterable[tuple[Argument, ...]]) -> list[Ruling]:
+    def _rulings(self, calls: Iterable[Call]) -> list[Ruling]:
         """One that fails on its task's record is refused, and the sweep ends the task in time."""
         with reaching(self.settings):
             return [self._ruling(reply) for reply in self._script.pipeline(list(calls))]
@@ -70,17 +83,26 @@ class Scheduler(LedgerBase):
     def sweep(self) -> int:
         """Mend what time has broken: lapsed leases, passed deadlines, silent nodes; forget old finished tasks. Returns
         how many; a full sweep is done when it is less than SWEEP_LIMIT."""
-        s = self.settings
-        limits = (SWEEP_LIMIT, s.max_strikes, s.retention_tasks)
-        return int(self._call("sweep", *limits, UNCLAIMED, DISPATCH_LEASE, *RESTS))
+        return int(
+            self._call(
+                "sweep",
+                limit=SWEEP_LIMIT,
+                max_strikes=self.settings.max_strikes,
+                max_kept=self.settings.retention_tasks,
+                unclaimed=UNCLAIMED,
+                wait=DISPATCH_LEASE,
+                shortest_rest=RESTS[0],
+                longest_rest=RESTS[1],
+            )
+        )
 
     def announce(self) -> None:
         """Tell cancelled tasks' nodes and Celery producers. The sweep does so too; this is sooner."""
-        self._call("announce", SWEEP_LIMIT)
+        self._call("announce", limit=SWEEP_LIMIT)
 
     def save_snapshot(self, epoch: int, state: dict[str, Any]) -> bool:
         """Keep the scheduler's learned state; False when this epoch no longer leads."""
-        return bool(self._call("snapshot", epoch, json.dumps(state)) == b"ok")
+        return bool(self._call("snapshot", epoch=epoch, state=json.dumps(state)) == b"ok")
 
     def load_snapshot(self) -> dict[str, Any] | None:
         """The state last saved, or None."""
@@ -137,3 +159,7 @@ class Scheduler(LedgerBase):
         whatever was read from the one before need not be true any more."""
         with reaching(self.settings):
             return str(self._client.info("server")["run_id"])
+
+
+def _json(why: Explanation) -> str:
+    return why.model_dump_json(exclude_defaults=True)

@@ -6,17 +6,56 @@ function of its own, and only that one runs under the limit (valkey.io, "Scripti
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 
 from perllm.broker.functions import Argument, Library, load_or_raise, missing
 
-__all__ = ["LEDGER", "Argument", "Script"]
+__all__ = ["LEDGER", "OPERATIONS", "Argument", "Call", "Script", "call"]
 
-LEDGER = Library("ledger", Path(__file__).with_name("ledger.lua").read_text(encoding="utf-8"))
+_LUA = Path(__file__).with_name("ledger.lua").read_text(encoding="utf-8")
+LEDGER = Library("ledger", _LUA)
+
+
+class Operation(NamedTuple):
+    """The names of an operation's arguments in order, and of those that follow for `each` thing it is about."""
+
+    arguments: tuple[str, ...]
+    each: tuple[str, ...]
+
+
+def _operations() -> dict[str, Operation]:
+    head = re.compile(r"^(?:function ops\.(\w+)|ops\['(\w+)'\] = function)\((.*?)\)(?: -- each: (.*))?", re.MULTILINE)
+    found = (match.groups(default="") for match in head.finditer(_LUA))
+    return {plain or quoted: Operation(_names(given), _names(each)) for plain, quoted, given, each in found}
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(listed.split(", ")) if listed else ()
+
+
+#: As their functions in `ledger.lua` name their parameters.
+OPERATIONS = _operations()
+
+#: An operation and its arguments, in order.
+Call = tuple[Argument, ...]
+
+
+def call(name: str, each: Sequence[Argument] = (), /, **arguments: Argument) -> Call:
+    """An operation with these arguments, and in one row those of each thing it is about. Raises TypeError where they
+    are not those that `ledger.lua` names."""
+    operation = OPERATIONS[name]
+    whole = not each or (operation.each and len(each) % len(operation.each) == 0)
+    if len(arguments) != len(operation.arguments) or not whole:
+        raise TypeError(f"{name} takes {operation}, not {(*arguments,)} and {len(each)} more")
+    try:
+        return (name, *[arguments[argument] for argument in operation.arguments], *each)
+    except KeyError as error:
+        raise TypeError(f"{name} lacks {error}") from None
 
 
 def _function(operation: Argument) -> str:
@@ -24,21 +63,22 @@ def _function(operation: Argument) -> str:
 
 
 class Script:
-    """The ledger's functions bound to a client and a key prefix. `tail` is appended to every call's arguments."""
+    """The ledger's functions bound to a client, a key prefix, and the limits that are part of every call: the streams'
+    length, and s for which what has ended is kept."""
 
-    def __init__(self, client: redis.Redis, prefix: str, tail: Sequence[Argument]) -> None:
+    def __init__(self, client: redis.Redis, prefix: str, *, stream_length: int, retention: float) -> None:
         self._client = client
         self._prefix = prefix
-        self._tail = tuple(tail)
+        self._limits = (stream_length, retention)
 
-    def call(self, operation: str, *arguments: Argument) -> Any:
+    def run(self, one: Call) -> Any:
         """Run one operation and return its reply."""
-        reply = self.pipeline([(operation, *arguments)])[0]
+        reply = self.pipeline([one])[0]
         if isinstance(reply, Exception):
             raise reply
         return reply
 
-    def pipeline(self, calls: Sequence[tuple[Argument, ...]]) -> list[Any]:
+    def pipeline(self, calls: Sequence[Call]) -> list[Any]:
         """Run many operations in one round trip, not as one transaction: each stands or fails for itself. Returns the
         replies in order; a failed call's reply is its exception."""
         if not calls:
@@ -51,7 +91,7 @@ class Script:
                 replies[i] = reply
         return replies
 
-    def stream(self, pieces: Iterator[Sequence[tuple[Argument, ...]]]) -> Iterator[list[Any]]:
+    def stream(self, pieces: Iterator[Sequence[Call]]) -> Iterator[list[Any]]:
         """`pipeline` for many pieces on one connection: the server works on one while the next is being made. Replies
         come piece by piece; each piece's must fit the socket's buffers (some 100 kB)."""
         first = next(pieces, None)
@@ -63,7 +103,7 @@ class Script:
         try:
             awaited = 0
             for piece in pieces:
-                words = [self._words(call) for call in piece]
+                words = [self._words(one) for one in piece]
                 connection.send_packed_command(connection.pack_commands(words))  # type: ignore[no-untyped-call]
                 if awaited:
                     yield [connection.read_response() for _ in range(awaited)]
@@ -76,11 +116,12 @@ class Script:
         finally:
             pool.release(connection)
 
-    def _send(self, calls: Sequence[tuple[Argument, ...]]) -> list[Any]:
+    def _send(self, calls: Sequence[Call]) -> list[Any]:
         pipe = self._client.pipeline(transaction=False)
-        for call in calls:
-            pipe.execute_command(*self._words(call))  # type: ignore[no-untyped-call]
+        for one in calls:
+            pipe.execute_command(*self._words(one))  # type: ignore[no-untyped-call]
         return pipe.execute(raise_on_error=False)
 
-    def _words(self, call: tuple[Argument, ...]) -> tuple[Argument, ...]:
-        return ("FCALL", _function(call[0]), 1, self._prefix, *call, *self._tail)
+    def _words(self, one: Call) -> tuple[Argument, ...]:
+        operation, *arguments = one
+        return ("FCALL", _function(operation), 1, self._prefix, operation, *self._limits, *arguments)

@@ -22,9 +22,14 @@ class Worker(LedgerBase):
 
     def register(self, info: NodeInfo) -> float | None:
         """Put a node in service. None when done, or the seconds until a live namesake's registration could lapse."""
-        s = self.settings
         reply = self._call(
-            "register", info.name, info.boot, info.model_dump_json(), info.queue, self._node_ttl, s.max_strikes
+            "register",
+            name=info.name,
+            boot=info.boot,
+            info=info.model_dump_json(),
+            queue=info.queue,
+            ttl=self._node_ttl,
+            max_strikes=self.settings.max_strikes,
         )
         return None if reply == b"ok" else float(reply)
 
@@ -32,8 +37,15 @@ class Worker(LedgerBase):
         """A heartbeat and the renewal of every running attempt's lease (id, attempt, token), in one call. Returns the
         ids that must stop (cancelled, or no longer this worker's), or None when the node must register again."""
         beat = heartbeat.model_dump_json(exclude={"at"})
-        words = [w for attempt in running for w in attempt]
-        reply = self._call("beat", heartbeat.node, heartbeat.boot, beat, self._node_ttl, self.settings.lease, *words)
+        reply = self._call(
+            "beat",
+            [word for attempt in running for word in attempt],
+            name=heartbeat.node,
+            boot=heartbeat.boot,
+            beat=beat,
+            ttl=self._node_ttl,
+            lease=self.settings.lease,
+        )
         return None if reply[0] == b"unknown" else [i.decode() for i in reply[1:]]
 
     @property
@@ -44,7 +56,7 @@ class Worker(LedgerBase):
     def claim(self, task_id: str, attempt: int, node: str, token: str) -> Claim | None:
         """Start an attempt under a token of the caller's choice. None when the attempt is void (drop the message).
         Repeating a claim with its token gives the same answer."""
-        reply = self._call("claim", task_id, attempt, node, token, self.settings.lease)
+        reply = self._call("claim", id=task_id, attempt=attempt, node=node, token=token, lease=self.settings.lease)
         return Claim(reply[0], float(reply[1]), reply[2].decode()) if reply else None
 
     def complete(
@@ -60,34 +72,42 @@ class Worker(LedgerBase):
         """Store the result: the first completion wins, repeating it is harmless, a void attempt changes nothing."""
         return self._verdict(
             "complete",
-            task_id,
-            attempt,
-            token,
-            state,
-            output.model_dump_json(exclude_none=True),
-            receipt.model_dump_json(exclude_defaults=True),
-            reason,
+            id=task_id,
+            attempt=attempt,
+            token=token,
+            state=state,
+            output=output.model_dump_json(exclude_none=True),
+            receipt=receipt.model_dump_json(exclude_defaults=True),
+            reason=reason,
         )
 
     def fail(self, task_id: str, attempt: int, token: str, reason: str, *, retry: bool) -> Verdict:
         """End an attempt by an error: pending again with a strike if `retry` and strikes are left, else failed."""
-        return self._verdict("fail", task_id, attempt, token, reason, int(retry), self.settings.max_strikes)
+        return self._verdict(
+            "fail",
+            id=task_id,
+            attempt=attempt,
+            token=token,
+            reason=reason,
+            retry=int(retry),
+            max_strikes=self.settings.max_strikes,
+        )
 
     def say(self, task_id: str, attempt: int, token: str, text: str) -> Verdict:
         """Publish a piece of a running attempt's text."""
-        return self._verdict("say", task_id, attempt, token, text, TEXT_PIECES)
+        return self._verdict("say", id=task_id, attempt=attempt, token=token, text=text, most=TEXT_PIECES)
 
     def hand_back(self, task_id: str, attempt: int, token: str, reason: str) -> Verdict:
         """Give up running work without fault: pending again, no strike."""
-        return self._verdict("hand_back", task_id, attempt, token, reason)
+        return self._verdict("hand_back", id=task_id, attempt=attempt, token=token, reason=reason)
 
     def drain(self, node: str, boot: str, reason: str) -> None:
         """Take a node out of service: no new work, what waits there unclaimed is pending again at once."""
-        self._call("drain", node, boot, reason)
+        self._call("drain", name=node, boot=boot, reason=reason)
 
     def leave(self, node: str, boot: str, reason: str) -> None:
         """Forget a node; whatever it still holds is pending again."""
-        self._call("leave", node, boot, reason)
+        self._call("leave", name=node, boot=boot, reason=reason)
 
     def signals(self, node: str) -> redis.client.PubSub:
         """A subscription to the node's signal channel: a message means a task there must stop. To be closed."""
@@ -95,5 +115,5 @@ class Worker(LedgerBase):
         subscription.subscribe(f"{self._prefix}signal:{node}")
         return subscription
 
-    def _verdict(self, *words: Argument) -> Verdict:
-        return cast(Verdict, self._call(*cast("tuple[str, ...]", words)).decode())
+    def _verdict(self, operation: str, **arguments: Argument) -> Verdict:
+        return cast(Verdict, self._call(operation, **arguments).decode())

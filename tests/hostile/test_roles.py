@@ -87,20 +87,20 @@ def test_one_call_does_not_hold_the_server_for_long(own_server: Server, ledger: 
         task = ["{}", '{"type":"submitted"}', "60", "", "default"]
         many = [word for n in range(50_000) for word in (f"t{n}", *task)]
         with pytest.raises(redis.exceptions.ResponseError, match="too many tasks at once"):
-            client.execute_command("FCALL", f"{LEDGER.name}_submit", 1, P, "submit", *many, 1000, 60)
+            client.execute_command("FCALL", f"{LEDGER.name}_submit", 1, P, "submit", 1000, 60, *many)
     assert ledger.known(["t0"]) == [False]
 
 
 def test_calls_past_the_memory_limit_or_into_other_keys_are_refused(own_server: Server, ledger: Ledger) -> None:
     """`submit` by the function that runs on a full server; and prefixes under which he may read any may:<operation>."""
-    task = ["t", "{}", '{"type":"submitted"}', "60", "", "default", 1000, 60]
+    task = [1000, 60, "t", "{}", '{"type":"submitted"}', "60", "", "default"]
     before = set(redis_of(ledger).scan_iter())
     with client_of("producer", own_server) as client:
         with pytest.raises(redis.exceptions.ResponseError, match="unknown operation"):
             client.execute_command("FCALL", f"{LEDGER.name}_call", 1, P, "submit", *task)
         for prefix in (f"{P}task:", "inbox", f"{P}task:x", ""):
             with pytest.raises(redis.exceptions.ResponseError):
-                client.execute_command("FCALL", f"{LEDGER.name}_call", 1, prefix, "lead", "me", 60, 1000, 60)
+                client.execute_command("FCALL", f"{LEDGER.name}_call", 1, prefix, "lead", 1000, 60, "me", 60)
     assert set(redis_of(ledger).scan_iter()) == before
 
 
@@ -316,7 +316,7 @@ def test_versions_lie_side_by_side(own_server: Server, ledger: Ledger, capsys: p
     redis_of(ledger).execute_command("FUNCTION", "LOAD", LEDGER.source.replace(LEDGER.name, older))
     with client_of("producer", own_server) as client:
         for name in (older, LEDGER.name):
-            assert client.execute_command("FCALL", f"{name}_call", 1, P, "cancel", "nobody", 1000, 60) is None
+            assert client.execute_command("FCALL", f"{name}_call", 1, P, "cancel", 1000, 60, "nobody") is None
     assert functions.load_all(redis_of(ledger)) == sorted(functions.Library.known)
     assert functions.others(redis_of(ledger)) == [older]
     functions.load_all(redis_of(ledger), only=True)

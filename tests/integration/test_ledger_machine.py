@@ -133,6 +133,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.listener.close()
+        self.ledger.close()
         self.redis.close()
 
     # --- what must come of each transition
