@@ -28,7 +28,7 @@ from perllm.scheduler.csucb.policy import CsUcb
 
 
 def _agod(seed: int = 0, **options: Any) -> Policy:
-    """AGOD: diffusion soft actor-critic over the nodes, trained as it goes; needs torch."""
+    """AGOD: diffusion soft actor-critic over the nodes, trained as it goes; needs torch (Du et al., IEEE TMC 2024)."""
     try:
         from perllm.scheduler.baselines.agod import Agod  # noqa: PLC0415  torch is large and optional
     except ImportError:

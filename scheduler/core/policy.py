@@ -41,7 +41,7 @@ Choice = Place | Wait | Reject
 class Policy(Protocol):
     """Chooses a node per task and learns from what happened.
 
-    The first line of a policy's docstring describes it to users (`scheduler.policies.describe_policies`).
+    The first sentence of the class's docstring describes it to users (`perllm.scheduler.policies.describe_policies`).
 
     Deterministic: the same calls in the same order give the same choices (randomness is seeded and part of the
     snapshot). No I/O and no clock; `now` is the server's clock in s.
