@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import IO, Any
 
 from perllm.broker.api.batches.lines import FAILED, UNSUBMITTED, task_id
@@ -18,10 +19,10 @@ OUTPUT, ERROR = "out", "err"
 
 
 class ResultFiles:
-    """Writes results. A part is written whole or not at all, and may be written again."""
+    """Writes results. A part is written whole or not at all, and may be written again. `renew` is called meanwhile."""
 
-    def __init__(self, ledger: Ledger, files: Files, submitter: LineSubmitter) -> None:
-        self._ledger, self._files, self._submitter = ledger, files, submitter
+    def __init__(self, ledger: Ledger, files: Files, submitter: LineSubmitter, renew: Callable[[], None]) -> None:
+        self._ledger, self._files, self._submitter, self._renew = ledger, files, submitter, renew
 
     # --- lines
 
@@ -61,7 +62,7 @@ class ResultFiles:
     def put_part(self, batch: BatchDocument, kind: str, number: int, content: IO[bytes]) -> None:
         """Store a part."""
         content.seek(0)
-        self._files.write(self._part(batch, kind, number), [content])
+        self._files.write(self._part(batch, kind, number), [content], self._renew)
 
     def make_files(self, batch: BatchDocument) -> dict[str, str]:
         """Put the parts together. Returns the files' ids, by the batch's field."""
@@ -77,6 +78,7 @@ class ResultFiles:
                     contents,
                     lasts=batch.output_lasts,
                     identity=f"file-{batch.id.removeprefix('batch_')}-{suffix}",
+                    going_on=self._renew,
                 )
                 made[field] = file.id
         return made
