@@ -25,7 +25,7 @@ class Unreachable(PerLLMError):
     """The Redis server cannot be used: not there, wrong password, too old, or out of memory."""
 
 
-class StoreUnavailable(PerLLMError):
+class StoreUnavailable(PerLLMError, OSError):
     """Where the HTTP API keeps files cannot be used now: not there, full, or it refuses us."""
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import IO, Any
 
 from perllm.broker.api.batches.lines import FAILED, UNSUBMITTED, task_id
 from perllm.broker.api.batches.store import BatchDocument
 from perllm.broker.api.batches.submitter import LineSubmitter
 from perllm.broker.api.files.store import Files
+from perllm.broker.errors import StoreUnavailable
 from perllm.broker.ledger import Ledger
 from perllm.broker.messages import Result, State
 from perllm.broker.openai.batch_file import BadLine, Line, error_line, output_line
@@ -84,10 +86,11 @@ class ResultFiles:
         return made
 
     def discard_parts(self, batch: BatchDocument) -> None:
-        """Remove the parts."""
+        """Remove the parts. Where that cannot be done now, `Files.sweep_orphans` will."""
         for kind in (OUTPUT, ERROR):
             for number in range(batch.parts):
-                self._files.discard(self._part(batch, kind, number))
+                with suppress(StoreUnavailable):
+                    self._files.discard(self._part(batch, kind, number))
 
     def _part(self, batch: BatchDocument, kind: str, number: int) -> str:
         return self._files.path(batch.tenant, f"{batch.id}.{kind}.{number}")

@@ -134,8 +134,8 @@ class Files:
         return True
 
     def discard(self, path: str) -> None:
-        """Remove content, if it is there. Where that cannot be done now, `sweep_orphans` will."""
-        with suppress(StoreUnavailable, FileNotFoundError), self._reaching():
+        """Remove content, if it is there. Raises StoreUnavailable."""
+        with suppress(FileNotFoundError), self._reaching():
             if self._local is not None:
                 self._local.discard(*_folder_and_name(path))
             else:
@@ -224,7 +224,8 @@ class Files:
         try:
             self._add(file, within_quota)
         except ApiError:
-            self.discard(path)
+            with suppress(StoreUnavailable):  # `sweep_orphans` will
+                self.discard(path)
             raise
         return file
 
@@ -259,7 +260,8 @@ class Files:
 
         with reaching(self._settings):
             self._store.client.transaction(delete, self.documents.key(file.id))
-        self.discard(self.path(file.tenant, file.id))
+        with suppress(StoreUnavailable):  # `sweep_orphans` will
+            self.discard(self.path(file.tenant, file.id))
 
     def sweep(self, in_use: set[str]) -> None:
         """Forget the files that have expired, but for those of which the ids are `in_use`."""
@@ -286,7 +288,7 @@ class Files:
                 ours = name.startswith(("file-", "batch_"))  # the folder may be another's too
                 if document is not None or not ours or name.partition(".")[0] in batches_open:
                     continue
-                with suppress(FileNotFoundError):
+                with suppress(FileNotFoundError, StoreUnavailable):
                     with self._reaching():
                         old = self._fs.modified(path) < long_ago
                     if old:
