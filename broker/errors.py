@@ -25,6 +25,10 @@ class Unreachable(PerLLMError):
     """The Redis server cannot be used: not there, wrong password, too old, or out of memory."""
 
 
+class StoreUnavailable(PerLLMError, OSError):
+    """Where the HTTP API keeps files cannot be used now: not there, full, or it refuses us."""
+
+
 class TaskNotFound(PerLLMError):
     """No task has this id (it may have been finished and forgotten after the retention time)."""
 

@@ -88,6 +88,14 @@ class Drawers:
         finally:
             os.close(inside)
 
+    def rename(self, folder: str, old: str, new: str) -> None:
+        """Give a file another name, in place of what has it. Raises OSError."""
+        inside = self._enter(folder)
+        try:
+            os.replace(old, new, src_dir_fd=inside, dst_dir_fd=inside)
+        finally:
+            os.close(inside)
+
     def discard(self, folder: str, name: str) -> None:
         """Remove it, if it is there."""
         with suppress(FileNotFoundError):

@@ -72,7 +72,7 @@ def run(settings: ApiSettings) -> None:
     LimitedProtocol.head_timeout = settings.api_patience
     LimitedProtocol.max_connections = min(settings.api_connections, _open_files() - RESERVED_FILES)
     LimitedProtocol.max_connections_per_address = settings.api_connections_per_address
-    Files(settings, ApiStore(settings))  # raises BadSetting for a file store that cannot be used
+    Files(settings, ApiStore(settings)).check()
     listening = _listen(settings.api_host, settings.api_port)
     config = uvicorn.Config(
         make_app(settings),

@@ -12,7 +12,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from perllm.broker.errors import InvalidTask, TaskNotFound, TryAgain, Unreachable, Unreadable, WaitTimeout
+from perllm.broker.errors import (
+    InvalidTask,
+    StoreUnavailable,
+    TaskNotFound,
+    TryAgain,
+    Unreachable,
+    Unreadable,
+    WaitTimeout,
+)
 
 log = structlog.get_logger(__name__)
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -106,6 +114,11 @@ def install(app: FastAPI) -> None:
         log.error("ledger_unreachable", reason=str(error))
         message = "the queue cannot be reached now; nothing was stored, try again"
         return JSONResponse(error_body(503, message, code="unavailable"), 503, {"Retry-After": "2"})
+
+    @app.exception_handler(StoreUnavailable)
+    async def _no_files(_: Request, __: StoreUnavailable) -> JSONResponse:
+        message = "files cannot be stored or read now: try again later"
+        return JSONResponse(error_body(503, message, code="unavailable"), 503, {"Retry-After": "5"})
 
     @app.exception_handler(Exception)
     async def _bug(_: Request, __: Exception) -> JSONResponse:

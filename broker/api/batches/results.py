@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from typing import IO, Any
 
 from perllm.broker.api.batches.lines import FAILED, UNSUBMITTED, task_id
 from perllm.broker.api.batches.store import BatchDocument
 from perllm.broker.api.batches.submitter import LineSubmitter
 from perllm.broker.api.files.store import Files
+from perllm.broker.errors import StoreUnavailable
 from perllm.broker.ledger import Ledger
 from perllm.broker.messages import Result, State
 from perllm.broker.openai.batch_file import BadLine, Line, error_line, output_line
@@ -18,10 +21,10 @@ OUTPUT, ERROR = "out", "err"
 
 
 class ResultFiles:
-    """Writes results. A part is written whole or not at all, and may be written again."""
+    """Writes results. A part is written whole or not at all, and may be written again. `renew` is called meanwhile."""
 
-    def __init__(self, ledger: Ledger, files: Files, submitter: LineSubmitter) -> None:
-        self._ledger, self._files, self._submitter = ledger, files, submitter
+    def __init__(self, ledger: Ledger, files: Files, submitter: LineSubmitter, renew: Callable[[], None]) -> None:
+        self._ledger, self._files, self._submitter, self._renew = ledger, files, submitter, renew
 
     # --- lines
 
@@ -61,7 +64,7 @@ class ResultFiles:
     def put_part(self, batch: BatchDocument, kind: str, number: int, content: IO[bytes]) -> None:
         """Store a part."""
         content.seek(0)
-        self._files.write(self._part(batch, kind, number), [content])
+        self._files.write(self._part(batch, kind, number), [content], self._renew)
 
     def make_files(self, batch: BatchDocument) -> dict[str, str]:
         """Put the parts together. Returns the files' ids, by the batch's field."""
@@ -77,15 +80,17 @@ class ResultFiles:
                     contents,
                     lasts=batch.output_lasts,
                     identity=f"file-{batch.id.removeprefix('batch_')}-{suffix}",
+                    going_on=self._renew,
                 )
                 made[field] = file.id
         return made
 
     def discard_parts(self, batch: BatchDocument) -> None:
-        """Remove the parts."""
+        """Remove the parts. Where that cannot be done now, `Files.sweep_orphans` will."""
         for kind in (OUTPUT, ERROR):
             for number in range(batch.parts):
-                self._files.discard(self._part(batch, kind, number))
+                with suppress(StoreUnavailable):
+                    self._files.discard(self._part(batch, kind, number))
 
     def _part(self, batch: BatchDocument, kind: str, number: int) -> str:
         return self._files.path(batch.tenant, f"{batch.id}.{kind}.{number}")

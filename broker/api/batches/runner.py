@@ -21,7 +21,7 @@ from perllm.broker.api.keys import Keys
 from perllm.broker.api.leased_worker import ROUND_PAUSE, LeasedWorker, LeaseLost
 from perllm.broker.api.settings import ApiSettings
 from perllm.broker.api.store import ApiStore
-from perllm.broker.errors import Unreachable
+from perllm.broker.errors import StoreUnavailable, Unreachable
 from perllm.broker.ledger import Ledger
 
 #: Batches of one tenant, and of all, that are worked on at once.
@@ -118,6 +118,9 @@ class BatchRunner(LeasedWorker):
             self._steps.fail(batch, *error.args)
         except FileNotFoundError:
             self._steps.fail(batch, "no_file", f"the input file {batch.input_file_id} is gone")
+        except StoreUnavailable as error:  # nothing is lost: it goes on when the store does
+            log.warning("batch_delayed", batch=batch.id, reason=str(error))
+            self._steps.progress(batch.id).due = time.monotonic() + FAILURE_PAUSE
         except Exception:
             log.exception("batch_failed", batch=batch.id)
             progress = self._steps.progress(batch.id)

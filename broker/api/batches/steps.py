@@ -79,7 +79,7 @@ class BatchSteps:
         self._keys, self._on_end, self._renew = keys, on_end, renew
         self._reader = LineReader(files)
         self._submitter = LineSubmitter(settings, ledger, keys)
-        self._results = ResultFiles(ledger, files, self._submitter)
+        self._results = ResultFiles(ledger, files, self._submitter, renew)
         self.slice = TimeSlice()
         self._progress: dict[str, Progress] = {}
 
@@ -339,7 +339,9 @@ class BatchSteps:
     def _end(self, batch: BatchDocument, status: Status, **changes: Any) -> None:
         now = self._store.now()
         ended = self._batches.documents.change(
-            batch.id, lambda b: b.with_status(status, now, **changes), lasts=self._settings.api_file_retention
+            batch.id,
+            lambda b: None if b.status in ENDED else b.with_status(status, now, **changes),  # another runner was first
+            lasts=self._settings.api_file_retention,
         )
         log.info("batch_ended", batch=batch.id, status=status)
         self._close(ended or batch)

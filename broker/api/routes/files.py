@@ -164,13 +164,16 @@ async def get_file_content(id: str, api: TheApi, caller: TheCaller) -> Response:
     file = await _file(api, caller, id)
     try:
         content = await api.disk.run(caller.tenant, api.files.read, file)
+        first = await api.disk.run(caller.tenant, content.read, _CHUNK)  # while an error can still be answered
     except FileNotFoundError:
         raise not_found("content of file", id) from None
 
     async def chunks() -> AsyncIterator[bytes]:
         with content:
-            while chunk := await api.disk.run(caller.tenant, content.read, _CHUNK):
+            chunk = first
+            while chunk:
                 yield chunk
+                chunk = await api.disk.run(caller.tenant, content.read, _CHUNK)
 
     headers = {
         "Content-Length": str(file.bytes),
