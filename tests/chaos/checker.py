@@ -34,6 +34,8 @@ WINDOW = 2.0
 AMPLE = 120.0
 FINAL = ("succeeded", "failed", "expired", "rejected", "cancelled")
 STATES = ("pending", "dispatched", "running", *FINAL)
+#: What the ledger counts for a task beside its texts, bytes.
+TASK_BYTES = 1024
 #: Keys that outlive all work: the ledger's own; idempotency keys and streamed texts, which expire; and what Celery
 #: keeps per kind of queue.
 _LASTING = re.compile(
@@ -188,6 +190,11 @@ class _Check:
                 self.found("drift", task_id, f"in:{state} and the task's own state disagree")
         for task_id in set().union(*dump.tenants.values()) ^ dump.tasks.keys():
             self.found("drift", task_id, "in a tenant's list and in the ledger disagree")
+        for tenant in dump.held.keys() | dump.tenants.keys():
+            rows = [dump.tasks[i] for i in dump.tenants.get(tenant, set()) if i in dump.tasks]
+            holds = sum(TASK_BYTES + row.stored for row in rows)
+            if dump.held.get(tenant, 0) != holds:
+                self.found("drift", tenant, f"counted as holding {dump.held.get(tenant, 0)} bytes, holds {holds}")
         held = Counter(row.state for row in dump.tasks.values() if row.state in FINAL)
         if sum(dump.totals.get(s, 0) for s in FINAL) - dump.totals.get("forgotten", 0) != held.total():
             self.found("drift", "forgotten", f"totals {dump.totals}, held {dict(held)}")

@@ -63,6 +63,7 @@ class Row(NamedTuple):
     result: str | None  # digest of the result as stored
     result_state: str | None = None
     result_attempt: int | None = None  # of the receipt, where there is one
+    stored: int = 0  # bytes of payload, features, and twice the result: Celery has a copy
 
 
 @dataclass
@@ -73,6 +74,7 @@ class Dump:
     sets: dict[str, set[str]] = field(default_factory=dict)  # state → ids
     tenants: dict[str, set[str]] = field(default_factory=dict)  # tenant → ids
     totals: dict[str, int] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)  # tenant → bytes that the ledger counts as held for it
     celery_results: set[str] = field(default_factory=set)  # ids that Celery's backend has a result for
     other_keys: set[str] = field(default_factory=set)  # every key that is none of the above
 

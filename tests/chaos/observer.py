@@ -122,6 +122,9 @@ def dump(ledger: Ledger) -> Dump:
             out.tenants[key.removeprefix(tenant)] = _members(ledger, key)
         elif key.startswith(result):
             results.add(key.removeprefix(result))
+        elif key == f"{prefix_of(ledger)}bytes":
+            counted = cast("dict[bytes, bytes]", redis_of(ledger).hgetall(key))
+            out.held = {name.decode(): int(size) for name, size in counted.items()}
         elif key.startswith("celery-task-meta-"):
             out.celery_results.add(key.removeprefix("celery-task-meta-"))
         else:
@@ -132,8 +135,13 @@ def dump(ledger: Ledger) -> Dump:
         for task_id in chunk:
             pipe.hmget(task + task_id, "state", "attempt", "strikes")
             pipe.get(result + task_id)
+            pipe.hstrlen(task + task_id, "payload")
+            pipe.hstrlen(task + task_id, "features")
         rows = pipe.execute()
-        out.tasks |= {i: _row(*fields, raw) for i, fields, raw in zip(chunk, rows[::2], rows[1::2], strict=True)}
+        out.tasks |= {
+            i: _row(*fields, raw, payload + features)
+            for i, fields, raw, payload, features in zip(chunk, *(rows[k::4] for k in range(4)), strict=True)
+        }
     cancelled = {i for i, row in out.tasks.items() if row.state == "cancelled"}
     out.other_keys |= {result + i for i in results - (out.tasks.keys() - cancelled)}
     return out
@@ -143,7 +151,8 @@ def _members(ledger: Ledger, key: str) -> set[str]:
     return {m.decode() for m in cast("list[bytes]", redis_of(ledger).zrange(key, 0, -1))}
 
 
-def _row(state: bytes, attempt: bytes, strikes: bytes, result: bytes | None) -> Row:
+def _row(state: bytes, attempt: bytes, strikes: bytes, result: bytes | None, record: int) -> Row:
+    stored = record + 2 * len(result or b"")
     if state == b"cancelled":  # its record is its result
         result = result or b'{"state":"cancelled"}'
     says = json.loads(result) if result else {}
@@ -154,6 +163,7 @@ def _row(state: bytes, attempt: bytes, strikes: bytes, result: bytes | None) -> 
         digest(result) if result else None,
         says.get("state"),
         says["receipt"]["attempt"] if "receipt" in says else None,
+        stored,
     )
 
 

@@ -64,6 +64,7 @@ def good() -> History:
         sets={"succeeded": {"a", "b"}, "failed": {"c"}},
         tenants={"default": {"a", "b", "c"}},
         totals={"submitted": 4, "succeeded": 2, "failed": 1, "expired": 1, "forgotten": 1},
+        held={"default": 3 * 1024},
         celery_results={"a", "b", "c"},
         other_keys={"{perllm}:events", "{perllm}:totals", "{perllm}:key:default key-a", "_kombu.binding.celeryev"},
     )
@@ -110,6 +111,10 @@ def lose_long_before_the_outage(h: History) -> None:
 def complete_twice(h: History) -> None:
     add(h, "completed", id="a", node="n", attempt=1, state="succeeded")
     h.dump.totals["succeeded"] += 1
+
+
+def count_bytes_of_what_is_gone(h: History) -> None:
+    h.dump.held["default"] += 1
 
 
 def submit_twice(h: History) -> None:
@@ -252,6 +257,7 @@ PLANTED: list[tuple[Callable[[History], None], str, str]] = [
     (lose_long_before_the_outage, "lost", "e"),
     (complete_twice, "doubled", "a"),
     (submit_twice, "doubled", "key-a"),
+    (count_bytes_of_what_is_gone, "drift", "default"),
     (overwrite_seen_result, "overwritten", "a"),
     (overwrite_by_late_attempt, "overwritten", "b"),
     (overwrite_state, "overwritten", "c"),
