@@ -151,6 +151,12 @@ EXPLANATION = {
             "note": "",
         }
     ],
+    "length": {
+        "median": 48.0,
+        "most": 130.0,
+        "source": "text",
+        "because": [{"code": 1742, "factor": 0.7, "words": "in one sentence"}],
+    },
 }
 FILE = {
     "id": "file-3f2a",

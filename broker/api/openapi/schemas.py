@@ -245,6 +245,24 @@ class SubmittedTasks(Shape):
     data: list[SubmittedTask]
 
 
+class InfluenceObject(Shape):
+    """Words of the prompt that make a longer answer likely (`factor` above 1) or a shorter one."""
+
+    code: int
+    factor: float
+    words: str
+
+
+class LengthObject(Shape):
+    """The length of the answer, in tokens, that was believed: half are shorter than `median`, 90 % than `most`. It
+    goes by the tenant's earlier tasks: those of the same class, with like text, or with this very prompt."""
+
+    median: float
+    most: float
+    source: Literal["class", "text", "prompt"]
+    because: list[InfluenceObject]
+
+
 class ExplanationObject(Shape):
     """Why a task was placed or refused. The fields with a default are there once that is decided."""
 
@@ -256,6 +274,7 @@ class ExplanationObject(Shape):
     sentence: str | None = None
     node: str | None = None
     candidates: list[dict[str, Any]] | None = None
+    length: LengthObject | None = None
 
 
 class NodeEnergy(Shape):
