@@ -15,7 +15,7 @@ PAGES = (*TOP, *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.m
 PACKAGES = ("broker", "scheduler", "edge_worker", "cloud_worker")
 FOLDERS = (*PACKAGES, "perllm", "compose", "tests", "benchmarks", "docs", "scripts", ".ci", ".github")
 #: Results of runs that need a GPU, or ten minutes: named as the place where they go.
-TO_BE_RECORDED = {"benchmarks/results/cloud.json", "benchmarks/results/attack.json"}
+TO_BE_RECORDED = {"benchmarks/results/cloud.json"}
 
 
 def read(page: str) -> str:
