@@ -121,6 +121,9 @@ class BatchRunner(LeasedWorker):
         except StoreUnavailable as error:  # nothing is lost: it goes on when the store does
             log.warning("batch_delayed", batch=batch.id, reason=str(error))
             self._steps.progress(batch.id).due = time.monotonic() + FAILURE_PAUSE
+            current = self._batches.documents.get(batch.id)
+            if current and current.status == "validating" and self._store.now() > current.expires:
+                self._steps.fail(batch, "unavailable", "the input file could not be read within the window")
         except Exception:
             log.exception("batch_failed", batch=batch.id)
             progress = self._steps.progress(batch.id)
