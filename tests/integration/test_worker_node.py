@@ -140,6 +140,7 @@ def test_a_cancel_is_heard_at_once_not_at_the_next_beat(stage: Stage) -> None:
     stage.running(task_id)
     eventually(lambda: redis_of(stage.ledger).pubsub_numsub(f"{prefix_of(stage.ledger)}signal:n")[0][1], "it listens")
     stage.ledger.cancel(task_id)
+    stage.ledger.announce()  # as the scheduler does
     assert "stopped after" in run.result(timeout=30)  # half a beat
     assert stage.state(task_id) == "cancelled"
 
@@ -205,6 +206,7 @@ def test_the_next_attempt_waits_for_the_last_one_to_leave_the_engine(stage: Stag
     stage.running(task_id)
     assert stage.state(task_id) == "running"
     assert stage.ledger.cancel(task_id) is State.RUNNING
+    stage.ledger.announce()  # as the scheduler does
     assert "stopped" in second.result(timeout=30)
 
 
@@ -216,6 +218,7 @@ def test_the_same_message_twice_runs_once(stage: Stage) -> None:
     assert not first.done()
     assert stage.state(task_id) == "running"
     stage.ledger.cancel(task_id)
+    stage.ledger.announce()  # as the scheduler does
     first.result(timeout=30)
 
 
@@ -261,6 +264,7 @@ def test_a_stopping_node_that_was_given_up_does_not_come_back_for_more(valkey: E
     stage.ledger.leave("n", "boot-1", "as if its registration had lapsed")
     eventually(lambda: any(draining for _, _, draining in stage.ledger.nodes()), "it is back, and draining")
     stage.ledger.cancel(task_id)
+    stage.ledger.announce()  # as the scheduler does
     run.result(timeout=30)
     stop.join()
     stage.close()
