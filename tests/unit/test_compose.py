@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import functools
 import os
 import re
 import shlex
@@ -45,14 +45,21 @@ def words(command: list[str]) -> list[str]:
     return shlex.split(command[-1]) if command[0] in ("CMD-SHELL", "sh") else command
 
 
+@functools.cache
+def installed(module: str) -> bool:
+    """Whether an interpreter finds it as in an image, where neither the checkout nor tests/unit is on its path."""
+    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([sys.executable, "-I", "-c", look], cwd="/", stderr=subprocess.DEVNULL).returncode == 0
+
+
 def missing_module(command: list[str]) -> str | None:
     """The module a command names that is not there."""
     said = words(command)
     for flag, suffix in (("-A", ".celery"), ("-m", "")):
         if flag in said:
-            package = said[said.index(flag) + 1]
-            if importlib.util.find_spec(package) is None or importlib.util.find_spec(package + suffix) is None:
-                return package + suffix
+            module = said[said.index(flag) + 1] + suffix
+            if not installed(module):
+                return module
     return None
 
 
