@@ -49,7 +49,8 @@ def words(command: list[str]) -> list[str]:
 def installed(module: str) -> bool:
     """Whether an interpreter finds it as in an image, where neither the checkout nor tests/unit is on its path."""
     look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
-    return subprocess.run([sys.executable, "-I", "-c", look], cwd="/", stderr=subprocess.DEVNULL).returncode == 0
+    asked = subprocess.run([sys.executable, "-I", "-c", look], cwd="/", stderr=subprocess.DEVNULL, check=False)
+    return asked.returncode == 0
 
 
 def missing_module(command: list[str]) -> str | None:
