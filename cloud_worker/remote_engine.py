@@ -27,7 +27,7 @@ from perllm.broker.engine.contract import (
     EngineError,
     FinishReason,
     Generation,
-    OnText,
+    OnDelta,
     Stop,
     Stuck,
     counters_or_none,
@@ -38,6 +38,7 @@ from perllm.broker.errors import BadSetting
 from perllm.broker.messages import (
     BYTES_PER_TOKEN,
     Counters,
+    Delta,
     Energy,
     ModelOffer,
     Output,
@@ -234,17 +235,17 @@ class RemoteEngine:
 
     # --- one request
 
-    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
+    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         """Run one task to its end or until `stop`. Raises EngineError."""
         check_model(spec.model, (self._name,))
         loop = self._loop
         if loop is None:
             raise EngineError("the engine is closed", retry=True)
         try:
-            if on_text is None:
+            if on_delta is None:
                 return loop.run(self._generate(_Request(task_id, spec, stop)))
             pieces: Pieces = SimpleQueue()
-            return loop.run_streaming(self._generate(_Request(task_id, spec, stop, pieces)), pieces, on_text, stop)
+            return loop.run_streaming(self._generate(_Request(task_id, spec, stop, pieces)), pieces, on_delta, stop)
         except CancelledError:
             raise EngineError("the engine is closing", retry=True) from None
 
@@ -390,7 +391,7 @@ class RemoteEngine:
                 request.last = now
                 request.text.append(text)
                 if request.pieces is not None:
-                    request.pieces.put(text)
+                    request.pieces.put(Delta(text=text))
             request.finish = choice.finish_reason or request.finish
 
     def _body(self, spec: TaskSpec) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from perllm.broker.engine.contract import (
     EngineError,
     FinishReason,
     Generation,
-    OnText,
+    OnDelta,
     Stop,
     Stuck,
     counters_or_none,
@@ -40,7 +40,7 @@ from perllm.broker.engine.energy import WINDOW, Attribution, power_of
 from perllm.broker.engine.step_time import decode_work, is_stall, step_time
 from perllm.broker.engine.totals import EngineTotals
 from perllm.broker.errors import BadSetting
-from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, StepCost, TaskSpec
+from perllm.broker.messages import Counters, Delta, Energy, ModelOffer, Output, Power, StepCost, TaskSpec
 from perllm.cloud_worker.backoff import backoff
 from perllm.cloud_worker.event_loop import LoopThread, Pieces
 from perllm.cloud_worker.nvml import GPU, NVMLDevice, NVMLMeter, PowerLimitMeter, Unreadable, make_meter, visible_gpus
@@ -254,7 +254,7 @@ class VLLMEngine:
 
     # --- one request
 
-    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
+    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         """Run one task to its end or until `stop`. Raises EngineError."""
         check_model(spec.model, (self._name, *self._loras))
         accepted = time.monotonic()
@@ -268,7 +268,7 @@ class VLLMEngine:
             prompt,
             self._api.sampling_params(spec, spec.max_tokens),
             self._loras.get(spec.model or ""),
-            None if on_text is None else SimpleQueue(),
+            None if on_delta is None else SimpleQueue(),
             accepted,
         )
         before = self.counters()  # raises EngineDown
@@ -276,10 +276,10 @@ class VLLMEngine:
         if loop is None:
             raise EngineError("the engine is closed", retry=True)
         try:
-            if on_text is None or request.pieces is None:
+            if on_delta is None or request.pieces is None:
                 loop.run(self._serve(request))
             else:
-                loop.run_streaming(self._serve(request), request.pieces, on_text, stop)
+                loop.run_streaming(self._serve(request), request.pieces, on_delta, stop)
         except CancelledError:
             raise EngineError("the engine is closing", retry=True) from None
         return self._generation(request, before)
@@ -342,7 +342,7 @@ class VLLMEngine:
         if completion.text:
             request.text.append(completion.text)
             if request.pieces is not None:
-                request.pieces.put(completion.text)
+                request.pieces.put(Delta(text=completion.text))
         if completion.logprobs:
             request.logprobs.extend(completion.logprobs)
         request.finish = completion.finish_reason

@@ -20,7 +20,7 @@ from perllm.broker.engine.contract import EngineError, FinishReason, Stop
 from perllm.broker.engine.energy import Attribution
 from perllm.broker.engine.step_time import decode_work, is_stall, step_time
 from perllm.broker.engine.totals import EngineTotals
-from perllm.broker.messages import Counters, StepCost, TaskSpec
+from perllm.broker.messages import Counters, Delta, StepCost, TaskSpec
 from perllm.edge_worker import llama
 from perllm.edge_worker.batch_plan import Widths, choose_victim, share_prefill
 from perllm.edge_worker.kv_cells import KVCells
@@ -45,8 +45,8 @@ class Request:
     sampler: Sampler | None  # None: always the most likely token
     text: TextStream
     accepted: float
-    streams: bool = False  # put pieces of text into `outbox`
-    outbox: SimpleQueue[str | None] = field(default_factory=SimpleQueue)  # None: it ended
+    streams: bool = False  # put pieces of the answer into `outbox`
+    outbox: SimpleQueue[Delta | None] = field(default_factory=SimpleQueue)  # None: it ended
     prompt_tokens: int = 0
 
     # In the batch
@@ -374,7 +374,7 @@ class Batch:
             request.tokens.append(token)
             piece = request.text.push(self.model.piece(token))
             if request.streams and piece:
-                request.outbox.put(piece)
+                request.outbox.put(Delta(text=piece))
             if request.text.stopped:
                 request.finish = "stop"
             elif request.generated == request.spec.max_tokens:
@@ -405,6 +405,6 @@ class Batch:
         if request.sampler is not None:
             request.sampler.close()
         if (rest := request.text.finish()) and request.streams:
-            request.outbox.put(rest)
+            request.outbox.put(Delta(text=rest))
         request.after = self._counters()
         request.outbox.put(None)

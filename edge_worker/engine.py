@@ -18,10 +18,10 @@ from queue import Empty
 import structlog
 
 from perllm.broker.engine.checks import check_context
-from perllm.broker.engine.contract import EngineError, Generation, OnText, Stop, Stuck
+from perllm.broker.engine.contract import EngineError, Generation, OnDelta, Stop, Stuck
 from perllm.broker.engine.cores import ThreadClaim, available_cores
 from perllm.broker.engine.energy import Attribution, Meter, power_of
-from perllm.broker.engine.text import TextSink
+from perllm.broker.engine.text import DeltaSink
 from perllm.broker.engine.totals import EngineTotals
 from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, TaskSpec
 from perllm.edge_worker.batch import Batch, Request
@@ -156,7 +156,7 @@ class LlamaEngine:
 
     # --- generating
 
-    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
+    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         """Run one task to its end or until `stop`. Raises EngineError."""
         accepted = time.monotonic()
         served = self._pool.get(spec.model)
@@ -165,10 +165,10 @@ class LlamaEngine:
         try:
             with self._pool.using(served, stop) as loaded:
                 request = self._request(task_id, spec, stop, served, loaded, accepted)
-                request.streams = on_text is not None
+                request.streams = on_delta is not None
                 self._enqueue(loaded.batch, request)
                 try:
-                    self._wait(loaded.batch, request, on_text)
+                    self._wait(loaded.batch, request, on_delta)
                 finally:
                     with self._changed:
                         del self._requests[request]
@@ -197,9 +197,9 @@ class LlamaEngine:
             self._changed.notify_all()
 
     @staticmethod
-    def _wait(batch: Batch, request: Request, on_text: OnText | None) -> None:
+    def _wait(batch: Batch, request: Request, on_delta: OnDelta | None) -> None:
         """Until the decode thread is done with the request. Passes text on, and cancels it if that fails."""
-        sink = TextSink(on_text, request.stop) if on_text is not None else None
+        sink = DeltaSink(on_delta, request.stop) if on_delta is not None else None
         while True:
             remaining = request.stop.remaining
             try:

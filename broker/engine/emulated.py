@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 from perllm.broker.engine.checks import check_context
-from perllm.broker.engine.contract import Generation, OnText, Stop, Stuck
+from perllm.broker.engine.contract import Generation, OnDelta, Stop, Stuck
 from perllm.broker.engine.settings import EngineSettings
-from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, StepCost, TaskSpec
+from perllm.broker.messages import Counters, Delta, Energy, ModelOffer, Output, Power, StepCost, TaskSpec
 
 METHOD = "emulated"
 _IDLE_WATTS, _ACTIVE_WATTS = 1.0, 4.0
@@ -49,12 +49,12 @@ class EmulatedEngine:
     def power(self) -> Power:
         return Power(idle=_IDLE_WATTS, active=_ACTIVE_WATTS, method=METHOD, estimated=True)
 
-    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
+    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         prompt_tokens = spec.text_bytes() // 4 + 1
         check_context(prompt_tokens, spec.max_tokens, self._context)
         before = self.counters()
         began = time.monotonic()
-        tokens, reason = self._work(task_id, spec, stop, on_text)
+        tokens, reason = self._work(task_id, spec, stop, on_delta)
         took = time.monotonic() - began
         with self._lock:
             self._steps += tokens
@@ -76,15 +76,15 @@ class EmulatedEngine:
         )
 
     def _work(
-        self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None
+        self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None
     ) -> tuple[int, Literal["length", "deadline", "cancelled"]]:
         """Tokens "generated" and why it ended."""
         published = 0
 
         def publish(tokens: int) -> None:
             nonlocal published
-            if on_text is not None and tokens > published:
-                on_text(" ".join([""] * (published > 0) + ["word"] * (tokens - published)))
+            if on_delta is not None and tokens > published:
+                on_delta(Delta(text=" ".join([""] * (published > 0) + ["word"] * (tokens - published))))
                 published = tokens
 
         if self._speed is None:

@@ -15,6 +15,7 @@ from perllm.broker.ledger.records import (
     Glance,
     Leader,
     TaskRecord,
+    deltas_of,
     glance_of,
     node_of,
     record_of,
@@ -23,7 +24,7 @@ from perllm.broker.ledger.records import (
     text_of,
 )
 from perllm.broker.logs import LazyLogger
-from perllm.broker.messages import Heartbeat, NodeInfo, Result, State
+from perllm.broker.messages import Delta, Heartbeat, NodeInfo, Result, State
 
 log = LazyLogger(__name__)
 
@@ -112,12 +113,13 @@ class Query(LedgerBase):
                 pipe.exists(f"{self._prefix}task:{task_id}")
             return [bool(n) for n in pipe.execute()]
 
-    def text(self, task_id: str, start: int = 0) -> list[tuple[int, str]]:
-        """The pieces of a streamed task's text from number `start` on, each with the attempt that generated it."""
+    def deltas(self, task_id: str, start: int = 0) -> list[tuple[int, list[Delta]]]:
+        """What was published of a streamed task's answer from number `start` on, each with the attempt that generated
+        it. What cannot be read is passed over."""
         with reaching(self.settings):
             raw = cast("list[bytes]", self._client.lrange(f"{self._prefix}text:{task_id}", start, -1))
         pairs = (text_of(piece).partition(" ") for piece in raw)
-        return [(int(attempt) if attempt.isdecimal() else 0, text) for attempt, _, text in pairs]
+        return [(int(attempt) if attempt.isdecimal() else 0, deltas_of(text)) for attempt, _, text in pairs]
 
     def news(self, watched: Sequence[tuple[str, int]]) -> list[bool]:
         """For tasks, each with how many pieces of its text are known (-1: they do not matter): whether there is more,

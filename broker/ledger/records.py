@@ -15,7 +15,9 @@ from perllm.broker.errors import InvalidTask, Unreadable, field_errors
 from perllm.broker.logs import LazyLogger
 from perllm.broker.messages import (
     BYTES_PER_TOKEN,
+    DELTAS,
     Claimed,
+    Delta,
     Dispatched,
     Explanation,
     Heartbeat,
@@ -175,12 +177,25 @@ def _features(spec: TaskSpec, payload_bytes: int) -> str:
         "max_tokens": spec.max_tokens,
         "preview": spec.preview(),
         "text": sketch_task(spec),
+        "needs": spec.needs(),
     }
+    if spec.kind != "generate":
+        features["kind"] = spec.kind
+    if spec.n > 1:
+        features["n"] = spec.n
     if spec.model is not None:
         features["model"] = spec.model
     if spec.expected_tokens is not None:
         features["expected_tokens"] = spec.expected_tokens
     return json.dumps(features)
+
+
+def deltas_of(text: str) -> list[Delta]:
+    try:
+        return DELTAS.validate_json(text)
+    except ValidationError as error:
+        log.warning("deltas_unreadable", reason=field_errors(error))
+        return []
 
 
 def text_of(raw: bytes) -> str:

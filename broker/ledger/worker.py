@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, cast
 
 import redis
@@ -10,9 +10,9 @@ import redis
 from perllm.broker.ledger.base import LedgerBase
 from perllm.broker.ledger.records import Claim, Verdict
 from perllm.broker.ledger.script import Argument
-from perllm.broker.messages import Heartbeat, NodeInfo, Output, Receipt
+from perllm.broker.messages import DELTAS, Delta, Heartbeat, NodeInfo, Output, Receipt
 
-#: Pieces of a streamed task's text that are kept; a worker adds at most one every `SAY_EVERY` s.
+#: Pieces of a streamed task's answer that are kept; a worker adds at most one every `SAY_EVERY` s.
 TEXT_PIECES = 20_000
 SAY_EVERY = 0.05
 
@@ -93,8 +93,9 @@ class Worker(LedgerBase):
             max_strikes=self.settings.max_strikes,
         )
 
-    def say(self, task_id: str, attempt: int, token: str, text: str) -> Verdict:
-        """Publish a piece of a running attempt's text."""
+    def say(self, task_id: str, attempt: int, token: str, deltas: Sequence[Delta]) -> Verdict:
+        """Publish pieces of a running attempt's answer."""
+        text = DELTAS.dump_json(list(deltas), exclude_defaults=True)
         return self._verdict("say", id=task_id, attempt=attempt, token=token, text=text, most=TEXT_PIECES)
 
     def hand_back(self, task_id: str, attempt: int, token: str, reason: str) -> Verdict:

@@ -190,7 +190,7 @@ class NodeWorker:
         ledger, number, token = self._ledger, attempt.number, attempt.token
         cost = f"{done.completion_tokens} tokens, {receipt.energy.total:.2f} J ({receipt.energy.method})"
         match done.output.finish_reason:
-            case "stop" | "length":
+            case "stop" | "length" | "tool_calls":
                 verdict = self._until_delivered(
                     lambda: ledger.complete(task_id, number, token, "succeeded", done.output, receipt)
                 )

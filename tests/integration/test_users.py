@@ -23,7 +23,7 @@ from support.servers import Server
 
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import Dispatch, End, Ledger
-from perllm.broker.messages import Counters, Heartbeat, TaskSpec
+from perllm.broker.messages import Counters, Delta, Heartbeat, TaskSpec
 from perllm.broker.queues.app import node_message
 from perllm.broker.settings import Settings
 
@@ -43,7 +43,7 @@ OPERATIONS: dict[str, Callable[[Ledger], object]] = {
     "register": lambda x: x.register(node_info("m")),
     "beat": lambda x: x.beat(Heartbeat(at=0, node="n", boot="boot-1", counters=Counters()), [("running", 1, "token")]),
     "claim": lambda x: x.claim("dispatched", 1, "n", "token"),
-    "say": lambda x: x.say("running", 1, "token", "some text"),
+    "say": lambda x: x.say("running", 1, "token", [Delta(text="some text")]),
     "complete": lambda x: x.complete("running", 1, "token", "succeeded", output(), receipt("n")),
     "fail": lambda x: x.fail("running", 1, "token", "broke", retry=True),
     "hand_back": lambda x: x.hand_back("running", 1, "token", "stopping"),

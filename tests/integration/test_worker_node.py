@@ -15,7 +15,7 @@ from support.make import node_info, why
 from support.raw import prefix_of, redis_of
 from support.wait import eventually
 
-from perllm.broker.engine.contract import EngineDown, EngineError, Generation, OnText, Stop
+from perllm.broker.engine.contract import EngineDown, EngineError, Generation, OnDelta, Stop
 from perllm.broker.engine.emulated import EmulatedEngine
 from perllm.broker.errors import BadSetting, TaskExpired, TaskFailed
 from perllm.broker.ledger import Dispatch, Ledger
@@ -38,13 +38,13 @@ class TestEngine(EmulatedEngine):
         self.fault: Callable[[], Exception | None] = lambda: None
         self.inside: list[str] = []  # tasks in it now; never one twice
 
-    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
+    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         if fault := self.fault():
             raise fault
         assert task_id not in self.inside
         self.inside.append(task_id)
         try:
-            return super().generate(task_id, spec, stop, on_text)
+            return super().generate(task_id, spec, stop, on_delta)
         finally:
             self.inside.remove(task_id)
 
