@@ -172,7 +172,9 @@ class Client:
 
     def retry(self, task_id: str) -> Handle:
         """Submit a finished task's work again as a new task, its deadline counted from now. Raises TaskNotFound."""
-        spec = self.status(task_id).spec.model_copy(update={"idempotency_key": None})
+        spec = self.status(task_id).spec
+        now = {"idempotency_key": None, "start_after": 0.0, "deadline": spec.deadline - spec.start_after}
+        spec = spec.model_copy(update=now)
         return self.submit_many([spec])[0]
 
     def close(self) -> None:

@@ -22,7 +22,8 @@ from perllm.broker.capabilities import BEFORE_CAPABILITIES, Capability
 
 WIRE_VERSION = 1
 
-#: Longest accepted deadline, seconds (30 days).
+#: The deadline where none is given, and the longest that is accepted, seconds (30 days).
+DEADLINE = 60.0
 MAX_DEADLINE = 30 * 86_400.0
 #: Longest name of a node, model, service class or tenant, characters.
 MAX_NAME = 128
@@ -217,6 +218,8 @@ class TaskSpec(Sampling):
     is the producer's guess of the output length, used as evidence, not as a limit. `stream` asks the worker to publish
     the answer as it is generated (`AsyncClient.stream`).
 
+    It is not placed before `start_after` seconds have passed from that moment.
+
     `n` answers are made of one prompt. `tools` may be called if `tool_choice` is `auto`, and must be if it is
     `required`; only the `allowed_tools` if some are named. `echo` has the text begin with the prompt; `suffix` is what
     comes after the text that is asked for.
@@ -226,7 +229,7 @@ class TaskSpec(Sampling):
     prompt: Annotated[str, Field(min_length=1)] | None = None
     prompt_ids: TokenIds | None = None
     messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE)] = 60.0
+    deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE)] = DEADLINE
     value: Annotated[float, Field(gt=0, le=MAX_VALUE, allow_inf_nan=False)] = 1.0
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
     model: Name | None = None
@@ -253,6 +256,7 @@ class TaskSpec(Sampling):
     input_ids: Annotated[tuple[TokenIds, ...], Field(max_length=MAX_INPUTS)] = ()
     query: Annotated[str, Field(min_length=1)] | None = None
     dimensions: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    start_after: Annotated[float, Field(ge=0, lt=MAX_DEADLINE)] = 0.0
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -275,6 +279,9 @@ class TaskSpec(Sampling):
             raise ValueError(f"a field of another kind of task is given; this one's is {self.kind!r}")
         if self.json_schema is not None and self.grammar is not None:
             raise ValueError("give at most one of 'json_schema' and 'grammar'")
+        if self.start_after >= self.deadline:
+            both = f"start_after, {self.start_after:g} s, is not before its deadline, {self.deadline:g} s"
+            raise ValueError(f"{both}: both count from the submission")
         return self
 
     @model_validator(mode="after")
@@ -388,6 +395,7 @@ class TaskFields(TypedDict, total=False):
     input_ids: Sequence[Sequence[int]]
     query: str
     dimensions: int
+    start_after: float
 
 
 def new_id() -> str:
@@ -643,6 +651,7 @@ class Submitted(_TaskEvent):
     needs: tuple[str, ...] = ()  # capabilities
     expected_tokens: Annotated[int, Field(ge=1, lt=2**32)] | None = None
     text: str = ""  # as `perllm.broker.text_features.sketch` makes it
+    start_after: NonNegative = 0.0  # s from its submission
     strikes: Count = 0
     attempt: Count = 0  # attempts made before, where this tells of a task that is older
 

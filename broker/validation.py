@@ -12,7 +12,7 @@ from perllm.broker import grammar
 from perllm.broker.engine.checks import context_excess
 from perllm.broker.errors import InvalidTask, field_errors
 from perllm.broker.ledger import Ledger
-from perllm.broker.messages import MAX_VALUE, ModelOffer, TaskSpec
+from perllm.broker.messages import DEADLINE, MAX_DEADLINE, MAX_VALUE, ModelOffer, TaskSpec
 
 if TYPE_CHECKING:  # loaded when settings are read: half of what importing a client would take
     from perllm.broker.settings import Settings
@@ -42,11 +42,14 @@ class TaskValidator:
     def accept_unchecked(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
         """The same, but without the check of a grammar or schema: that is left to the caller.
 
-        A model nobody offers, and more tokens than any context holds, are refused only while nodes are live: without
+        Without a deadline, that of a task which starts later is the usual one from there. A model nobody offers, and more tokens than any context holds, are refused only while nodes are live: without
         any, the task waits for one.
         """
         if "value" not in fields and max_value < 1:
             fields = {**fields, "value": max_value}
+        start = fields.get("start_after")
+        if "deadline" not in fields and isinstance(start, int | float) and 0 < start < MAX_DEADLINE:
+            fields = {**fields, "deadline": min(start + DEADLINE, MAX_DEADLINE)}
         try:
             spec = TaskSpec.model_validate(dict(fields))
         except ValidationError as error:

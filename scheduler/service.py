@@ -233,7 +233,7 @@ class _LeaderSession:
         if decisions:
             self._dispatch([d for d in decisions if d.action == "dispatch"])
             self._end([d for d in decisions if d.action != "dispatch"])
-        return len(self._core.pending) > 0
+        return self._core.pending.awake > 0
 
     def sweep(self) -> bool:
         """Let the ledger mend what time has broken, and read its clock. Returns whether there may be more to mend.

@@ -187,6 +187,8 @@ def _features(spec: TaskSpec, payload_bytes: int) -> str:
         features["model"] = spec.model
     if spec.expected_tokens is not None:
         features["expected_tokens"] = spec.expected_tokens
+    if spec.start_after:
+        features["start_after"] = spec.start_after
     return json.dumps(features)
 
 

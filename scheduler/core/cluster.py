@@ -29,6 +29,7 @@ class Task:
     tenant: str = "default"
     expected_tokens: int | None = None  # the producer's hint
     text: Sketch = b""
+    start: float = 0.0  # it is not to be placed before
     strikes: int = 0
     attempt: int = 0  # of the last one
     # Set while it is placed
@@ -84,4 +85,4 @@ class Cluster:
 
     nodes: dict[str, Node] = field(default_factory=dict)
     serving: dict[str | None, tuple[Node, ...]] = field(default_factory=lambda: {None: ()})  # by model; None: any model
-    waiting: int = 0  # pending tasks when the round began
+    waiting: int = 0  # pending tasks that might be placed, when the round began

@@ -3,7 +3,8 @@
 A task's fields are kept in a row of a structured array and become a `Task` when it is decided about. There is one lane
 per model (and one for tasks that take any), so that work for a model that is full (or nowhere) never stands before work
 that could run. In its lane a task is `fresh`, to be decided about in the next round, or `parked`: nothing good enough
-was free, and it waits until its wake-up time or its turn in a scan. A scan goes through the parked in order of how near
+was free, and it waits until its wake-up time or its turn in a scan. One that may not start yet is `asleep`, in no lane's
+order, until then. A scan goes through the parked in order of how near
 they were to being placed, a few in each round; it begins anew when room appears (`rescan`), goes on when something may
 have changed (`continue_scan`), and stops with the round (`end_scan`). So a round costs what there is to decide, however
 many tasks wait, and no task waits for long beside a node that would take it.
@@ -31,6 +32,7 @@ _ROW = np.dtype(
         ("text", "O"),
         ("deadline", "f8"),
         ("submitted", "f8"),
+        ("start", "f8"),  # it is not to be placed before, s
         ("wake_at", "f8"),  # when it is fresh again or expires, s
         ("value", "f8"),
         ("payload_bytes", "u4"),
@@ -44,9 +46,11 @@ _ROW = np.dtype(
         ("state", "u1"),
     ]
 )
-_FRESH, _PARKED, _OUT = 1, 2, 3
+_FRESH, _PARKED, _OUT, _ASLEEP = 1, 2, 3, 4
 #: The field that must still be what a heap's entry of a task in this state says, or the entry is dead.
 _MARK = {_FRESH: "serial", _PARKED: "ticket"}
+#: Tasks that are let go to their lanes in one call: bounds a round when a million may start at midnight.
+_MAX_WAKING = 2_000
 _UINT32_MAX = 2**32 - 1
 _PUSH_RATIO = 16  # a heap so many times smaller is pushed into another entry by entry, not merged
 
@@ -88,12 +92,18 @@ class Pending:
         self._free: list[int] = []
         self._rows = 0  # rows ever used
         self._serial = self._ticket = 0
+        self._asleep = 0
         self._avoid: dict[int, Mapping[str, float]] = {}  # row → nodes; most tasks avoid none
         self._lanes: dict[str | None, _Lane] = {}
         self._wakeups = Heap()
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def awake(self) -> int:
+        """How many may be placed now."""
+        return len(self._index) - self._asleep
 
     def __contains__(self, task_id: str) -> bool:
         return task_id in self._index
@@ -109,11 +119,13 @@ class Pending:
     # --- in
 
     def add(self, task: Task) -> None:
-        """Add a task, fresh. A task that is here stays as it is."""
+        """Add a task, fresh, or asleep until it may start: `wake_due` knows. A task that is here stays as it is."""
         if task.id in self._index:
             return
         row = self._free.pop() if self._free else self._grow()
         self._serial = serial = self._serial % _UINT32_MAX + 1
+        asleep = task.start > task.submitted and task.attempt == 0
+        wake_at = task.start if asleep else task.deadline
         self._chunks[row // _CHUNK][row % _CHUNK] = (
             task.id,
             intern(task.service),
@@ -122,7 +134,8 @@ class Pending:
             task.text,
             task.deadline,
             task.submitted,
-            task.deadline,
+            task.start,
+            wake_at,
             task.value,
             min(task.payload_bytes, _UINT32_MAX),
             min(task.prompt_tokens, _UINT32_MAX),
@@ -132,7 +145,7 @@ class Pending:
             serial,
             0,
             min(task.strikes, 255),
-            _FRESH,
+            _ASLEEP if asleep else _FRESH,
         )
         self._index[task.id] = row
         if task.avoid:
@@ -142,8 +155,11 @@ class Pending:
             lane = self._lanes[task.model] = _Lane()
         lane.live += 1
         item = serial << 32 | row
-        lane.fresh.push(self._key(task), item)
-        self._wakeups.push(task.deadline, item)
+        if asleep:
+            self._asleep += 1
+        else:
+            lane.fresh.push(self._key(task), item)
+        self._wakeups.push(wake_at, item)
 
     def park(self, task: Task, until: float, rank: float = 0.0) -> None:
         """A taken task waits until `until` (s), or until the next scan of its lane, where higher ranks come first."""
@@ -183,12 +199,13 @@ class Pending:
             return
         record = self._record(row)
         model = record["model"]
+        self._asleep -= bool(record["state"] == _ASLEEP)
         lane = self._lanes[model]
         lane.live -= 1
         if not lane.live:
             del self._lanes[model]
         self._avoid.pop(row, None)
-        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, None, *(0,) * 13)
+        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, None, *(0,) * 14)
         self._free.append(row)
         if len(self._wakeups) > 4 * len(self._index) + 64:
             self._tidy_wakeups()
@@ -248,10 +265,12 @@ class Pending:
             self._tidy(lane.parked, _PARKED)
 
     def wake_due(self, now: float) -> list[Task]:
-        """Parked tasks whose wake-up time has come are fresh again. Returns those whose deadline has passed, taken."""
+        """Parked tasks whose wake-up time has come are fresh again, and those asleep that may start (some of them, where
+        they are many: the others in the next call). Returns those whose deadline has passed, taken."""
         late = []
         wakeups = self._wakeups
-        while len(wakeups) and wakeups.peek()[0] <= now:
+        waking = 0
+        while len(wakeups) and wakeups.peek()[0] <= now and waking < _MAX_WAKING:
             when, item = wakeups.pop()
             row = item & 0xFFFFFFFF
             record = self._record(row)
@@ -260,6 +279,9 @@ class Pending:
             record["wake_at"] = -np.inf  # set anew when it returns
             if record["state"] == _OUT:
                 continue
+            if record["state"] == _ASLEEP:
+                self._asleep -= 1
+                waking += 1
             task = self._task(row)
             if task.deadline <= now:
                 record["state"] = _OUT
@@ -282,8 +304,8 @@ class Pending:
 
     def _task(self, row: int) -> Task:
         values: Any = self._record(row).item()
-        task_id, service, tenant, model, text, deadline, submitted, _, value, payload = values[:10]
-        prompt, most, expected, attempt = values[10:14]
+        task_id, service, tenant, model, text, deadline, submitted, start, _, value, payload = values[:11]
+        prompt, most, expected, attempt = values[11:15]
         return Task(
             id=task_id,
             submitted=submitted,
@@ -297,6 +319,7 @@ class Pending:
             max_tokens=most,
             expected_tokens=expected or None,
             text=text,
+            start=start,
             strikes=values[-2],
             attempt=attempt,
             avoid=self._avoid.get(row, {}),

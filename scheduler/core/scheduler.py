@@ -225,10 +225,10 @@ class SchedulerCore:
         """Decide the pending tasks that can be decided now, most urgent first. A task decided for a node counts as
         placed there at once; the stream's `Dispatched` event confirms it, `forget` or `take_back` undo it."""
         decisions = []
-        self.cluster.waiting = len(self.pending)
         for late in self.pending.wake_due(now):
             self.pending.remove(late.id)
             decisions.append(self._end(late, "expire", "the deadline passed before a node could take it"))
+        self.cluster.waiting = self.pending.awake
         waiting: list[tuple[Task, Wait]] = []
         waits: dict[tuple[str | None, bool], float] = {}
         while True:
@@ -405,6 +405,7 @@ def task_of(event: Submitted) -> Task:
         max_tokens=event.max_tokens,
         expected_tokens=event.expected_tokens,
         text=parse(event.text),
+        start=event.at + event.start_after,
         strikes=event.strikes,
         attempt=event.attempt,
     )

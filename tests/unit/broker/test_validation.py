@@ -12,6 +12,7 @@ from perllm.broker import validation
 from perllm.broker.errors import InvalidTask
 from perllm.broker.ledger import Ledger
 from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import MAX_DEADLINE
 from perllm.broker.settings import Settings
 from perllm.broker.validation import TaskValidator
 
@@ -80,3 +81,10 @@ def test_the_offers_are_not_looked_up_for_every_task(
     for _ in range(100):
         validator.accept({"prompt": "x"})
     assert redis_of(ledger).info("stats")["total_commands_processed"] - before < 5
+
+
+def test_the_usual_deadline_of_a_task_that_starts_later_counts_from_there(validator: TaskValidator) -> None:
+    assert validator.accept({"prompt": "hi", "start_after": 600}).deadline == 660
+    assert validator.accept({"prompt": "hi", "start_after": MAX_DEADLINE - 1}).deadline == MAX_DEADLINE
+    with pytest.raises(InvalidTask, match=r"start_after, 600 s, is not before its deadline, 20 s"):
+        validator.accept({"prompt": "hi", "start_after": 600, "deadline": 20})

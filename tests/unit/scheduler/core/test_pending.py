@@ -29,6 +29,7 @@ class Entry:
     out: bool = False
     ticket: int = 0  # order in which it was parked
     due: bool = False  # to be taken in this scan
+    asleep: bool = False  # it may not start yet
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -44,20 +45,21 @@ class PoolMachine(RuleBasedStateMachine):
         self.count = 0
         self.now = 0.0
 
-    @rule(deadline=st.integers(1, 8), model=st.sampled_from(MODELS), again=st.booleans())
-    def add(self, deadline: int, model: str | None, again: bool) -> None:
+    @rule(deadline=st.integers(1, 8), model=st.sampled_from(MODELS), again=st.booleans(), start=st.integers(0, 6))
+    def add(self, deadline: int, model: str | None, again: bool, start: int) -> None:
         if again and self.model:
             self.pool.add(next(iter(self.model.values())).task)
             return
         self.count += 1
         new = task(f"t{self.count}", self.now + deadline, model)
+        new.start = self.now + start if 0 < start < deadline else new.submitted
         self.pool.add(new)
-        self.model[new.id] = Entry(new, self.count)
+        self.model[new.id] = Entry(new, self.count, asleep=new.start > new.submitted)
 
     @rule(fresh=st.sets(st.sampled_from(MODELS)), parked=st.sets(st.sampled_from(MODELS)))
     def take(self, fresh: set[str | None], parked: set[str | None]) -> None:
         idle = [e for e in self.model.values() if not e.out]
-        able = [e for e in idle if e.until is None and e.task.model in fresh]
+        able = [e for e in idle if e.until is None and not e.asleep and e.task.model in fresh]
         best = min(able, key=lambda e: (e.task.deadline, e.order), default=None)
         was_parked = best is None
         if best is None:
@@ -122,12 +124,14 @@ class PoolMachine(RuleBasedStateMachine):
         for entry in idle:
             if entry.task.id in late:
                 entry.out, entry.due = True, False
-            elif entry.until is not None and entry.until <= self.now:
+            entry.asleep &= entry.task.start > self.now
+            if entry.task.id not in late and entry.until is not None and entry.until <= self.now:
                 entry.until, entry.due = None, False
 
     @invariant()
     def agree(self) -> None:
         assert len(self.pool) == len(self.model)
+        assert self.pool.awake == sum(not e.asleep for e in self.model.values())
         assert {t.id: t for t in self.pool} == {i: e.task for i, e in self.model.items()}
         for task_id in self.model:
             assert task_id in self.pool
@@ -162,10 +166,30 @@ def test_of_the_parked_the_highest_rank_comes_first() -> None:
 def test_every_field_survives() -> None:
     given = task("x", model="m")
     given.value, given.expected_tokens, given.strikes, given.attempt = 0.1, 77, 2, 3
-    given.avoid = {"edge-1": 20.0}
+    given.avoid, given.start = {"edge-1": 20.0}, 4.0
     pool = Pending()
     pool.add(given)
     assert pool.get("x") == given
+
+
+def test_a_million_that_may_start_at_once_do_so_piece_by_piece() -> None:
+    pool = Pending()
+    for i in range(12_000):
+        sleeper = task(f"t{i}", deadline=100.0)
+        sleeper.start = 50.0
+        pool.add(sleeper)
+    pool.add(task("awake", deadline=99.0))
+    assert pool.awake == 1
+    assert pool.wake_due(49.0) == []
+    assert (pool.take([None]) or pytest.fail("it may start"))[0].id == "awake"
+    assert pool.take([None], [None]) is None
+    woken = []
+    while pool.awake < len(pool):
+        before = pool.awake
+        pool.wake_due(50.0)
+        woken.append(pool.awake - before)
+    assert sum(woken) == 12_000
+    assert max(woken) < 12_000
 
 
 def test_parking_for_ever_leaves_no_dead_entries_behind() -> None:

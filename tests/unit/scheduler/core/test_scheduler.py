@@ -158,6 +158,17 @@ def test_parked_tasks_wake_by_themselves() -> None:
     assert [d.action for d in core.decide(50)] == ["dispatch"]
 
 
+def test_a_task_is_not_asked_about_before_it_may_start() -> None:
+    policy = Scripted()
+    core = core_with(policy, info("n"))
+    core.handle(submitted("t", start_after=50.0))
+    assert core.decide(49.9) == []
+    assert policy.asked == []
+    assert [d.action for d in core.decide(50.0)] == ["dispatch"]
+    core.handle(Returned(id="t", at=51.0, node="n", attempt=1, cause="handed_back"))
+    assert [d.action for d in core.decide(51.0)] == ["dispatch"]
+
+
 def test_a_round_is_bounded_whatever_waits() -> None:
     for answer, most in ((Wait(until=1e9), MAX_LONG_WAITS), (Wait(until=0.3), LOOKAHEAD), (Wait(), LOOKAHEAD)):
         policy = Scripted(answer)
