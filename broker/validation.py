@@ -42,8 +42,8 @@ class TaskValidator:
     def accept_unchecked(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
         """The same, but without the check of a grammar or schema: that is left to the caller.
 
-        Without a deadline, that of a task which starts later is the usual one from there. A model nobody offers, and more tokens than any context holds, are refused only while nodes are live: without
-        any, the task waits for one.
+        Without a deadline, that of a task which starts later is the usual one from there. A model nobody offers, and
+        more tokens than any context holds, are refused only while nodes are live: without any, the task waits for one.
         """
         if "value" not in fields and max_value < 1:
             fields = {**fields, "value": max_value}

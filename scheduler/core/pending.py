@@ -3,11 +3,11 @@
 A task's fields are kept in a row of a structured array and become a `Task` when it is decided about. There is one lane
 per model (and one for tasks that take any), so that work for a model that is full (or nowhere) never stands before work
 that could run. In its lane a task is `fresh`, to be decided about in the next round, or `parked`: nothing good enough
-was free, and it waits until its wake-up time or its turn in a scan. One that may not start yet is `asleep`, in no lane's
-order, until then. A scan goes through the parked in order of how near
-they were to being placed, a few in each round; it begins anew when room appears (`rescan`), goes on when something may
-have changed (`continue_scan`), and stops with the round (`end_scan`). So a round costs what there is to decide, however
-many tasks wait, and no task waits for long beside a node that would take it.
+was free, and it waits until its wake-up time or its turn in a scan. One that may not start yet is `asleep`, in no order
+but that of wake-up times. A scan goes through the parked in order of how near they were to being placed, a few in each
+round; it begins anew when room appears (`rescan`), goes on when something may have changed (`continue_scan`), and stops
+with the round (`end_scan`). So a round costs what there is to decide, however many tasks wait, and no task waits for
+long beside a node that would take it.
 """
 
 from __future__ import annotations
@@ -265,8 +265,8 @@ class Pending:
             self._tidy(lane.parked, _PARKED)
 
     def wake_due(self, now: float) -> list[Task]:
-        """Parked tasks whose wake-up time has come are fresh again, and those asleep that may start (some of them, where
-        they are many: the others in the next call). Returns those whose deadline has passed, taken."""
+        """Parked tasks whose wake-up time has come are fresh again, and those asleep that may start (of very many, some:
+        the others in the next calls). Returns those whose deadline has passed, taken."""
         late = []
         wakeups = self._wakeups
         waking = 0
