@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 from celery import Task, signals
@@ -18,7 +18,7 @@ from celery.exceptions import Ignore, Reject
 
 from perllm.broker import connection, logs
 from perllm.broker.errors import InvalidTask, PerLLMError, Unreachable, exit_with
-from perllm.broker.ledger import Ledger, is_id
+from perllm.broker.ledger import EndKind, Ledger, is_id
 from perllm.broker.queues import control
 from perllm.broker.queues.app import GENERATE, configuration, lazy_app
 from perllm.broker.settings import load_settings
@@ -68,13 +68,13 @@ class _Inbox:
     # Messages that Celery itself lets become no task
 
     def _unknown(self, name: str = "", id: str = "", **_: Any) -> None:
-        self._refuse(id, "FAILURE", f"there is no task {name[:80]!r}: send {GENERATE!r}")
+        self._refuse(id, "refused", f"there is no task {name[:80]!r}: send {GENERATE!r}")
 
     def _expired(self, request: Any = None, expired: bool = False, **_: Any) -> None:
         if expired:
-            self._refuse(request.id, "REVOKED", "expired")
+            self._refuse(request.id, "revoked", "expired")
 
-    def _refuse(self, task_id: str, status: Literal["FAILURE", "REVOKED"], reason: str) -> None:
+    def _refuse(self, task_id: str, status: EndKind, reason: str) -> None:
         try:
             self.ledger.refuse(task_id, status, reason)
         except Unreachable as error:
@@ -102,7 +102,7 @@ def generate(task: Task, *args: Any, **fields: Any) -> None:
     except InvalidTask as error:
         reason = str(error)
         log.info("task_refused", task_id=task_id, reason=reason)
-        _retry(task_id, lambda: _inbox.ledger.refuse(task_id, "FAILURE", reason))
+        _retry(task_id, lambda: _inbox.ledger.refuse(task_id, "refused", reason))
         raise
     raise Ignore
 

@@ -2,7 +2,19 @@
 
 from perllm.broker.ledger.events import gap, later
 from perllm.broker.ledger.ledger import Ledger
-from perllm.broker.ledger.records import Claim, Dispatch, End, Entry, Glance, Leader, TaskRecord, entry, is_id, weight
+from perllm.broker.ledger.records import (
+    Claim,
+    Dispatch,
+    End,
+    EndKind,
+    Entry,
+    Glance,
+    Leader,
+    TaskRecord,
+    entry,
+    is_id,
+    weight,
+)
 from perllm.broker.ledger.scheduler import SWEEP_LIMIT
 from perllm.broker.ledger.worker import SAY_EVERY
 
@@ -12,6 +24,7 @@ __all__ = [
     "Claim",
     "Dispatch",
     "End",
+    "EndKind",
     "Entry",
     "Glance",
     "Leader",

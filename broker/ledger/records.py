@@ -35,6 +35,8 @@ TASK_BYTES = 1024
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,254}")
 
 Verdict = Literal["ok", "void"]
+#: What a Celery producer sees of an end without a result; see EXCEPTION in `ledger.lua`.
+EndKind = Literal["failed", "expired", "rejected", "refused", "revoked", "chord"]
 Ruling = Literal["ok", "refused", "not_leader", "node_gone"]
 
 log = LazyLogger(__name__)
@@ -49,11 +51,13 @@ class Entry(NamedTuple):
     window: float  # the deadline, s from now
     key: str
     tenant: str
+    celery: str = ""  # what Celery is to be told on the way, if its producer is Celery's
+    followers: str = ""  # what that producer wants to follow it
 
     @property
     def size(self) -> int:
         """Bytes it takes before it has a result, as the ledger counts them."""
-        return TASK_BYTES + len(self.payload.encode()) + len(self.features.encode())
+        return TASK_BYTES + sum(len(text.encode()) for text in (self.payload, self.features, self.followers))
 
 
 class Dispatch(NamedTuple):
