@@ -41,13 +41,21 @@ class _Results(RedisBackend):  # type: ignore[misc]
         return result
 
     def on_chord_part_return(self, *_: Any, **__: Any) -> None:
-        """No task of ours is a part of a chord, whatever a message says."""
+        """What follows a task is the inbox's to send, after the task's end and a check (`perllm.broker.inbox`)."""
+
+    def _fail_chain(self, *_: Any, **__: Any) -> None:
+        """The same."""
+
+    def _call_task_errbacks(self, *_: Any, **__: Any) -> None:
+        """The same."""
 
 
 class _App(Celery):  # type: ignore[misc]
-    def _get_backend(self) -> _Results:
+    results: Callable[..., RedisBackend] = _Results
+
+    def _get_backend(self) -> RedisBackend:
         _, url = backends.by_url(self.conf.result_backend, self.loader)
-        return _Results(app=self, url=url)
+        return self.results(app=self, url=url)
 
 
 def configuration(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) -> dict[str, Any]:
@@ -98,9 +106,10 @@ def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) ->
     return lazy_app(lambda: configuration(settings, queue=queue, concurrency=concurrency))
 
 
-def lazy_app(configure: Callable[[], dict[str, Any]]) -> Celery:
+def lazy_app(configure: Callable[[], dict[str, Any]], results: Callable[..., RedisBackend] = _Results) -> Celery:
     """An app whose configuration is made when Celery first asks for it, as every command of its does. So its module can
-    be imported anywhere, whatever the settings; a wrong one ends the command with one line and status 2."""
+    be imported anywhere, whatever the settings; a wrong one ends the command with one line and status 2. `results`
+    makes its result backend."""
 
     def configure_or_exit() -> dict[str, Any]:
         try:
@@ -109,6 +118,7 @@ def lazy_app(configure: Callable[[], dict[str, Any]]) -> Celery:
             exit_with(error)
 
     app = _App("perllm")
+    app.results = results
     app.add_defaults(configure_or_exit)
     return app
 

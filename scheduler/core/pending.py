@@ -265,7 +265,7 @@ class Pending:
             self._tidy(lane.parked, _PARKED)
 
     def wake_due(self, now: float) -> list[Task]:
-        """Parked tasks whose wake-up time has come are fresh again, and those asleep that may start (of very many, some:
+        """Parked tasks whose wake-up time has come are fresh again, and those asleep that may start (of very many some,
         the others in the next calls). Returns those whose deadline has passed, taken."""
         late = []
         wakeups = self._wakeups
