@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
-from perllm.broker.capabilities import BEFORE_CAPABILITIES, Capability
+from perllm.broker.capabilities import BEFORE_CAPABILITIES, Capability, lacking
 
 WIRE_VERSION = 1
 
@@ -577,7 +577,7 @@ class ModelOffer(TolerantModel):
 
     def lacks(self, needs: Iterable[str]) -> list[str]:
         """Those of the needed capabilities this model does not have."""
-        return [need for need in needs if need not in self.capabilities]
+        return lacking(needs, self.capabilities)
 
 
 class Power(TolerantModel):
@@ -608,11 +608,10 @@ class NodeInfo(TolerantModel):
         """The Celery queue this node consumes."""
         return f"{self.tier}.{self.name}"
 
-    def offer(self, model: str | None) -> ModelOffer | None:
-        """The offer for `model`, or the first one when any model will do; None when not served here."""
-        if model is None:
-            return self.models[0]
-        return next((m for m in self.models if m.name == model), None)
+    def offer(self, model: str | None, needs: Sequence[str] = ()) -> ModelOffer | None:
+        """The offer for `model`, or the first of those that can do what is needed when any model will do; None when
+        not served here."""
+        return next((m for m in self.models if model in (None, m.name) and not m.lacks(needs)), None)
 
 
 # --- what happened: the event stream
@@ -640,7 +639,8 @@ class Submitted(_TaskEvent):
     max_tokens: Count = 128
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1  # answers, each of at most max_tokens
     kind: str = "generate"
-    needs: tuple[str, ...] = ()  # capabilities
+    needs: Annotated[tuple[str, ...], Field(max_length=64)] = ()  # capabilities
+    fit_context: bool = False  # it ends where the context does; `max_tokens` is not the producer's
     expected_tokens: Annotated[int, Field(ge=1, lt=2**32)] | None = None
     text: str = ""  # as `perllm.broker.text_features.sketch` makes it
     strikes: Count = 0

@@ -127,7 +127,7 @@ class Model:
     @property
     def infills(self) -> bool:
         """Whether the vocabulary has tokens that mark what comes before and after a gap."""
-        return lib.llama_vocab_fim_pre(self._vocab) >= 0 and lib.llama_vocab_fim_suf(self._vocab) >= 0
+        return bool(lib.llama_vocab_fim_pre(self._vocab) >= 0 and lib.llama_vocab_fim_suf(self._vocab) >= 0)
 
     @property
     def classes(self) -> int:
