@@ -33,12 +33,11 @@ class Task:
     deadline: float
     value: float  # of being on time
     service: str  # class of service
-    model: str | None  # None: any
+    demand: Demand  # of a node
     prompt_tokens: int  # estimated
     payload_bytes: int
     max_tokens: int
     tenant: str = "default"
-    needs: tuple[str, ...] = ()  # capabilities, sorted
     fit_context: bool = False  # it may end where the context does; its `max_tokens` is not the producer's
     expected_tokens: int | None = None  # the producer's hint
     text: Sketch = b""
@@ -52,9 +51,9 @@ class Task:
     avoid: Mapping[str, float] = field(default_factory=dict)  # nodes that lost it, until when they are avoided (s)
 
     @property
-    def demand(self) -> Demand:
-        """What it asks of a node."""
-        return Demand(self.model, self.needs)
+    def model(self) -> str | None:
+        """The one it names."""
+        return self.demand.model
 
     @property
     def least_output(self) -> int:

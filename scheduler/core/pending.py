@@ -66,6 +66,8 @@ class _Lane:
 
     def restart_scan(self) -> None:
         """The scan begins anew with the first of the parked."""
+        if not len(self.scanned):
+            return
         if len(self.scanned) * _PUSH_RATIO < len(self.parked):
             while len(self.scanned):
                 self.parked.push(*self.scanned.pop())
@@ -288,7 +290,7 @@ class Pending:
 
     def _task(self, row: int) -> Task:
         values: Any = self._record(row).item()
-        task_id, service, tenant, (model, needs), text, deadline, submitted, _, value, payload = values[:10]
+        task_id, service, tenant, demand, text, deadline, submitted, _, value, payload = values[:10]
         prompt, most, expected, attempt = values[10:14]
         return Task(
             id=task_id,
@@ -297,8 +299,7 @@ class Pending:
             value=value,
             service=service,
             tenant=tenant,
-            model=model,
-            needs=needs,
+            demand=demand,
             prompt_tokens=prompt,
             payload_bytes=payload,
             max_tokens=most,

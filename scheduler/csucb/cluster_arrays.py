@@ -148,9 +148,11 @@ class ClusterArrays:
     def _arm(self, node: Node, demand: Demand) -> int:
         """The row in `arms` of the model that serves this on a node that has an entry; of its first one, should none
         (a task may be there from before the node was registered anew)."""
+        if len(node.info.models) == 1:
+            return self._entries[node.name].arm
         offer = node.offer(demand)
         at = 0 if offer is None else next(i for i, each in enumerate(node.info.models) if each is offer)
-        return self._entries[node.info.name].arm + at
+        return self._entries[node.name].arm + at
 
     def _entry(self, node: Node) -> _Entry:
         entry = self._entries.get(node.name)
