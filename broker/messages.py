@@ -217,6 +217,10 @@ class TaskSpec(Sampling):
     is the producer's guess of the output length, used as evidence, not as a limit. `stream` asks the worker to publish
     the answer as it is generated (`AsyncClient.stream`).
 
+    An answer has at most `max_tokens`. With `fit_context` one that is longer than the context has room for, or the time
+    to the deadline, ends there (`length`), where it is refused, or expires, without: so it is for a task whose producer
+    did not say `max_tokens` (`TaskValidator`).
+
     `n` answers are made of one prompt. `tools` may be called if `tool_choice` is `auto`, and must be if it is
     `required`; only the `allowed_tools` if some are named. `echo` has the text begin with the prompt; `suffix` is what
     comes after the text that is asked for.
@@ -229,6 +233,7 @@ class TaskSpec(Sampling):
     deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE)] = 60.0
     value: Annotated[float, Field(gt=0, le=MAX_VALUE, allow_inf_nan=False)] = 1.0
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    fit_context: bool = False
     model: Name | None = None
     service: Name = "default"
     tenant: Name = "default"
@@ -353,6 +358,7 @@ class TaskFields(TypedDict, total=False):
     deadline: float
     value: float
     max_tokens: int
+    fit_context: bool
     model: str
     service: str
     tenant: str
@@ -457,6 +463,7 @@ class Receipt(TolerantModel):
     cached_tokens: int = 0  # of prompt_tokens, not prefilled because a shared prefix was there
     completion_tokens: int = 0  # of all choices
     reasoning_tokens: int = 0  # of completion_tokens
+    cut: bool = False  # an answer ended at a limit and would have gone on
     energy: Energy
     before: Counters = Counters()
     after: Counters = Counters()

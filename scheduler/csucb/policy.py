@@ -93,8 +93,8 @@ class CsUcb(Policy):
         if isinstance(event, Completed) and task is not None:
             receipt = event.receipt
             tokens, cut = receipt.completion_tokens, event.state is not State.SUCCEEDED
-            if not cut and tokens >= task.max_tokens:  # it ended at its limit: it would have been at least so long
-                tokens, cut = task.max_tokens - 1, True
+            if not cut and (receipt.cut or tokens >= task.max_tokens):  # ended at a limit: it is at least so long
+                tokens, cut = min(tokens, task.max_tokens) - 1, True
             self._lengths.observe(
                 task.service,
                 task.prompt_tokens,
