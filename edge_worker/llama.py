@@ -124,6 +124,16 @@ class Model:
             and not lib.llama_model_is_diffusion(self._model)
         )
 
+    @property
+    def infills(self) -> bool:
+        """Whether the vocabulary has tokens that mark what comes before and after a gap."""
+        return bool(lib.llama_vocab_fim_pre(self._vocab) >= 0 and lib.llama_vocab_fim_suf(self._vocab) >= 0)
+
+    @property
+    def classes(self) -> int:
+        """Outputs of its classifier; 1 also where there is none."""
+        return int(lib.llama_model_n_cls_out(self._model))
+
     def chat_template(self) -> str | None:
         """The Jinja template in the GGUF."""
         raw = lib.llama_model_chat_template(self._model, None)

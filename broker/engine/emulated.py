@@ -11,12 +11,15 @@ import time
 from collections.abc import Mapping
 from typing import Literal
 
-from perllm.broker.engine.checks import check_context
+from perllm.broker.capabilities import Capability
+from perllm.broker.engine.checks import fitted
 from perllm.broker.engine.contract import Generation, OnDelta, Stop, Stuck
 from perllm.broker.engine.settings import EngineSettings
 from perllm.broker.messages import Counters, Delta, Energy, ModelOffer, Output, Power, StepCost, TaskSpec
 
 METHOD = "emulated"
+#: Whatever is asked, it says the same words: nothing that would show in them is offered.
+CAPABILITIES = (Capability.CHAT, Capability.GENERATE, Capability.TOKENS)
 _IDLE_WATTS, _ACTIVE_WATTS = 1.0, 4.0
 #: Seconds between two polls of `Stop`, at most.
 _STOP_POLL = 0.02
@@ -43,7 +46,13 @@ class EmulatedEngine:
         step = 0.0 if self._speed is None else 1.0 / self._speed
         cost = StepCost(step=step, sequence=0.0, prefill=0.0)
         return (
-            ModelOffer(name=self._name, context=self._context, kv_tokens=self._context * self.slots, calibration=cost),
+            ModelOffer(
+                name=self._name,
+                context=self._context,
+                kv_tokens=self._context * self.slots,
+                calibration=cost,
+                capabilities=CAPABILITIES,
+            ),
         )
 
     def power(self) -> Power:
@@ -51,7 +60,7 @@ class EmulatedEngine:
 
     def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         prompt_tokens = spec.text_bytes() // 4 + 1
-        check_context(prompt_tokens, spec.max_tokens, self._context)
+        spec = fitted(spec, prompt_tokens, self._context)
         before = self.counters()
         began = time.monotonic()
         tokens, reason = self._work(task_id, spec, stop, on_delta)
