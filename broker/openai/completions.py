@@ -71,12 +71,17 @@ def body(results: Sequence[Result], submitted: float) -> dict[str, Any]:
         "created": int(submitted),
         "model": first.receipt.model,
         "choices": [
-            {"index": index, "finish_reason": finish_reason(choice), "text": choice.text, "logprobs": _logprobs(choice)}
+            {"index": index, "finish_reason": _reason(choice), "text": choice.text, "logprobs": _logprobs(choice)}
             for index, choice in enumerate(choices)
         ],
         "usage": usage(results),
         **receipts_fields(results),
     }
+
+
+def _reason(choice: Choice) -> str:
+    reason = finish_reason(choice)
+    return "stop" if reason == "tool_calls" else reason  # calls are not shown here
 
 
 def _logprobs(choice: Choice) -> dict[str, Any] | None:
@@ -134,7 +139,7 @@ class CompletionStream:
         choices = result.output.choices
         everything = len(self._results) == len(self._sent)
         for index, choice in enumerate(choices):
-            chunk = self._chunk(first + index, "", finish_reason(choice), _logprobs(choice))
+            chunk = self._chunk(first + index, "", _reason(choice), _logprobs(choice))
             last = everything and index == len(choices) - 1
             yield {**chunk, **receipts_fields(self._results)} if last else chunk
         if everything and self._with_usage:

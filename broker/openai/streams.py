@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from perllm.broker.messages import Choice, Delta
 
@@ -36,13 +36,15 @@ class Sent:
         for index, choice in enumerate(choices):
             thought = "".join(self._reasoning.get(index, ()))
             text = "".join(self._text.get(index, ()))
-            if not (choice.reasoning or "").startswith(thought) or not choice.text.startswith(text):
-                return None
-            left += _pieces(index, (choice.reasoning or "")[len(thought) :], choice.text[len(text) :])
             calls = self._rest_of_calls(index, choice)
-            if calls is None:
+            if calls is None or not (choice.reasoning or "").startswith(thought) or not choice.text.startswith(text):
                 return None
-            left += calls
+            if reasoning := (choice.reasoning or "")[len(thought) :]:
+                left.append(Delta(index=index, reasoning=reasoning))
+            left += [call for call in calls if call.name is None]  # what has begun is ended before anything begins
+            if text := choice.text[len(text) :]:
+                left.append(Delta(index=index, text=text))
+            left += [call for call in calls if call.name is not None]
         everything = {index for index, _ in self._calls} | self._text.keys() | self._reasoning.keys()
         return left if all(index < len(choices) for index in everything) else None
 
@@ -60,10 +62,3 @@ class Sent:
                 left.append(Delta(index=index, call=number, arguments=rest))
         known = {(index, number) for number in range(len(choice.tool_calls))}
         return None if any(place[0] == index and place not in known for place in self._calls) else left
-
-
-def _pieces(index: int, reasoning: str, text: str) -> Iterator[Delta]:
-    if reasoning:
-        yield Delta(index=index, reasoning=reasoning)
-    if text:
-        yield Delta(index=index, text=text)
