@@ -225,7 +225,8 @@ class TaskSpec(Sampling):
 
     `n` answers are made of one prompt. `tools` may be called if `tool_choice` is `auto`, and must be if it is
     `required`; only the `allowed_tools` if some are named. `echo` has the text begin with the prompt; `suffix` is what
-    comes after the text that is asked for.
+    comes after the text that is asked for. `request` is what the HTTP API's answer repeats of its request, and means
+    nothing to the task.
     """
 
     kind: Literal["generate", "embed", "rerank"] = "generate"
@@ -261,8 +262,11 @@ class TaskSpec(Sampling):
     query: Annotated[str, Field(min_length=1)] | None = None
     dimensions: Annotated[int, Field(ge=1, le=65_536)] | None = None
     start_after: Annotated[float, Field(ge=0, lt=MAX_DEADLINE)] = 0.0
+    request: Annotated[dict[Annotated[str, Field(max_length=64)], Any], Field(max_length=16)] = Field(
+        default_factory=dict
+    )
 
-    @field_validator("chat_template_kwargs")
+    @field_validator("chat_template_kwargs", "request")
     @classmethod
     def _small_json(cls, given: dict[str, Any]) -> dict[str, Any]:
         return checked_json(given, MAX_SCHEMA)
