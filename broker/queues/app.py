@@ -45,6 +45,8 @@ class _Results(RedisBackend):  # type: ignore[misc]
 
 
 class _App(Celery):  # type: ignore[misc]
+    events_cls = "perllm.broker.queues.events:Events"
+
     def _get_backend(self) -> _Results:
         _, url = backends.by_url(self.conf.result_backend, self.loader)
         return _Results(app=self, url=url)
@@ -72,7 +74,6 @@ def configuration(settings: Settings, *, queue: str = INBOX, concurrency: int = 
         "worker_pool": "threads",
         "worker_concurrency": concurrency,
         "worker_prefetch_multiplier": 1,
-        "worker_disable_prefetch": True,
         "worker_send_task_events": True,
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
