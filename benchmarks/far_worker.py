@@ -106,7 +106,12 @@ class Bench:
 
     @contextmanager
     def worker(self, app: str, there: str, slots: int) -> Iterator[psutil.Process]:
-        settings = {"PERLLM_REDIS_URL": there, "PERLLM_SLOTS": str(slots), "PERLLM_NODE_NAME": "far", "PLAIN_EVENTS": "1"}
+        settings = {
+            "PERLLM_REDIS_URL": there,
+            "PERLLM_SLOTS": str(slots),
+            "PERLLM_NODE_NAME": "far",
+            "PLAIN_EVENTS": "1",
+        }
         with child(self.folder / "worker.log", celery_worker(app), **settings) as process:
             yield psutil.Process(process.pid)
 

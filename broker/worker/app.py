@@ -53,7 +53,7 @@ class _Node(Generic[S]):
         self._worker: NodeWorker | None = None
         self.app = lazy_app(self._configure)
         # Failures are results here: they are in the ledger before Celery hears of them, so no traceback in the log.
-        # Acknowledged late: what is not is what has a place here, and there are as many places as slots.
+        # Acknowledged late, so that what is at hand and not yet done is bounded.
         self.app.task(bind=True, name=RUN, typing=False, acks_late=True, throws=(TaskFailed, TaskExpired))(
             self._make_task()
         )
