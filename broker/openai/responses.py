@@ -96,7 +96,7 @@ def _effort(value: Any) -> Any:
 
 def _repeated(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What the response repeats of its request, beside what the task tells by itself: short values, all checked."""
-    flags = ("background", "instructions", "max_output_tokens")
+    flags = ("background", "instructions")
     kept: dict[str, Any] = {name: True for name in flags if asked.get(name, False) is not False}
     if isinstance(previous := asked.get("previous_response_id"), str):
         kept["previous_response_id"] = previous

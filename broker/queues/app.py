@@ -51,6 +51,7 @@ class _Results(RedisBackend):  # type: ignore[misc]
 
 
 class _App(Celery):  # type: ignore[misc]
+    events_cls = "perllm.broker.queues.events:Events"
     results: Callable[..., RedisBackend] = _Results
 
     def _get_backend(self) -> RedisBackend:
@@ -59,9 +60,11 @@ class _App(Celery):  # type: ignore[misc]
 
 
 def configuration(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) -> dict[str, Any]:
-    """Celery's settings (JSON only) for workers that consume `queue` with `concurrency` threads and no prefetch
-    beyond, and for those who send to them."""
-    transport.install(node=queue != INBOX)
+    """Celery's settings (JSON only) for workers that consume `queue` with `concurrency` threads, and for those who send
+    to them. A node's worker has as many messages again at hand, so that a thread that is free need not wait for the way
+    to the server: a message is no more than a hint to claim."""
+    is_node = queue != INBOX
+    transport.install(node=is_node)
     made = {
         "broker_url": settings.celery_url,
         "result_backend": settings.celery_url,
@@ -79,8 +82,7 @@ def configuration(settings: Settings, *, queue: str = INBOX, concurrency: int = 
         "worker_disable_rate_limits": True,
         "worker_pool": "threads",
         "worker_concurrency": concurrency,
-        "worker_prefetch_multiplier": 1,
-        "worker_disable_prefetch": True,
+        "worker_prefetch_multiplier": 2 if is_node else 1,
         "worker_send_task_events": True,
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,

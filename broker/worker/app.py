@@ -53,7 +53,10 @@ class _Node(Generic[S]):
         self._worker: NodeWorker | None = None
         self.app = lazy_app(self._configure)
         # Failures are results here: they are in the ledger before Celery hears of them, so no traceback in the log.
-        self.app.task(bind=True, name=RUN, typing=False, throws=(TaskFailed, TaskExpired))(self._make_task())
+        # Acknowledged late, so that what is at hand and not yet done is bounded.
+        self.app.task(bind=True, name=RUN, typing=False, acks_late=True, throws=(TaskFailed, TaskExpired))(
+            self._make_task()
+        )
 
     def _configure(self) -> dict[str, Any]:
         """Celery's configuration. Raises PerLLMError."""
