@@ -172,7 +172,11 @@ class LimitedProtocol(H11Protocol):
             (HEADER, new_request_id().encode()),
             (b"connection", b"close"),
         ]
-        events = (h11.Response(status_code=400, reason=b"Bad Request", headers=headers), h11.Data(data=body), h11.EndOfMessage())
+        events = (
+            h11.Response(status_code=400, reason=b"Bad Request", headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        )
         for event in events:
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

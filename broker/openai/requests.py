@@ -107,11 +107,11 @@ class StreamOptions(_Part):
 class OpenAIRequest(StrictModel):
     """What every request for text may say."""
 
-    model: ModelName | None = None
-    deadline: Deadline | None = None
+    model: ModelName | None = Field(None, description="a model on offer (`/v1/models`); `auto`, or none: any")
+    deadline: Deadline | None = Field(None, description="ours: by when the answer is needed: seconds, or a time")
     value: Value = 1.0
     service: Service = "default"
-    expected_tokens: ExpectedTokens | None = None
+    expected_tokens: ExpectedTokens | None = Field(None, description="ours: a guess of the output's length, no limit")
     metadata: Metadata = Field(default_factory=dict)
 
     temperature: Annotated[float, Field(ge=0, le=2)] = Field(0.0, description="0 unless given: the likeliest token")
@@ -145,7 +145,6 @@ class OpenAIRequest(StrictModel):
     structured_outputs: Schema | None = Field(None, description="vLLM's: `json`, `choice` or `grammar`")
 
     stream: bool = Field(False, description="server-sent events as OpenAI's")
-    stream_options: StreamOptions | None = Field(None, description="`include_usage`: the tokens follow the last chunk")
 
     cache_prompt: Annotated[Any, Ignored("llama.cpp's; shared prefixes are kept where that helps")] = None
     safety_identifier: Annotated[Any, Ignored("nothing is reported about end users")] = None
@@ -158,6 +157,7 @@ class _WithMaxTokens(OpenAIRequest):
     max_tokens: Tokens | None = Field(None, description="most tokens of each answer")
     max_completion_tokens: Tokens | None = Field(None, description="the same; goes before `max_tokens`")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = Field(1, description="so many answers, up to 16")
+    stream_options: StreamOptions | None = Field(None, description="`include_usage`: the tokens follow the last chunk")
 
 
 class _WithTools(OpenAIRequest):
@@ -248,6 +248,7 @@ class ResponseRequest(_WithTools):
 
     access_programs: Annotated[Any, Ignored("there are no access programs here")] = None
     image: Annotated[Any, _NO_IMAGES] = None
+    stream_options: Annotated[Any, Ignored("the last event has the tokens in any case")] = None
     max_tool_calls: Annotated[Any, Ignored("it bounds calls of built-in tools, of which there are none")] = None
 
     context_management: Annotated[Any, Refused("contexts are not compacted here: shorten the input", [])] = None

@@ -102,11 +102,17 @@ class BatchRequest(Shape):
 
     model_config = ConfigDict(extra="forbid")
 
-    input_file_id: str
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
-    completion_window: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,6}[smhd]$")]
-    metadata: Metadata | None = None
-    output_expires_after: OutputExpiry | None = None
+    input_file_id: str = Field(description="a file of requests, one a line")
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"] = Field(
+        description="of all its lines: chat completions, completions or responses"
+    )
+    completion_window: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,6}[smhd]$")] = Field(
+        description="any duration from `1s` to `30d`"
+    )
+    metadata: Metadata | None = Field(None, description="up to 16 pairs of text")
+    output_expires_after: OutputExpiry | None = Field(
+        None, description="how long the files that come of it are kept, from `created_at` on"
+    )
 
 
 EventName = Literal[
