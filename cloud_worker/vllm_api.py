@@ -214,7 +214,8 @@ class Prompter:
     def __init__(self, llm: Any) -> None:
         self._tokenizer: Any = copy.deepcopy(llm.get_tokenizer())  # vLLM's own is in use by its loop
         self._lock = threading.Lock()
-        self._template = self._rendered if getattr(self._tokenizer, "chat_template", None) else None
+        source = getattr(self._tokenizer, "chat_template", None)
+        self.template = ChatTemplate(str(source), self._rendered) if source else None
 
     def tokens(self, spec: TaskSpec) -> list[int]:
         """The prompt's tokens. Raises EngineError (retry=False)."""
