@@ -141,8 +141,14 @@ class Tool(StrictModel):
 
     @field_validator("parameters")
     @classmethod
-    def _is_json(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
-        return None if schema is None else checked_json(schema, MAX_SCHEMA)
+    def _is_an_objects_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schema is None:
+            return None
+        schema = checked_json(schema, MAX_SCHEMA)
+        kind = schema.get("type", "object")
+        if "object" not in (kind if isinstance(kind, list) else [kind]):
+            raise ValueError(f"arguments are always an object: its 'type' is {json.dumps(kind)[:40]}, not \"object\"")
+        return schema
 
 
 class ToolCall(TolerantModel):

@@ -26,7 +26,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from perllm.broker import grammar
-from perllm.broker.engine.chat_template import TemplateFacts, look_at_template
+from perllm.broker.chat import ChatTemplate
 from perllm.broker.engine.contract import EngineError
 from perllm.broker.engine.text import prompt_text
 from perllm.broker.errors import BadSetting, InvalidTask, TryAgain
@@ -150,7 +150,7 @@ def limits(llm: Any) -> Limits:
     )
 
 
-def facts(llm: Any, tasks: frozenset[str], template: TemplateFacts) -> Facts:
+def facts(llm: Any, tasks: frozenset[str], template: ChatTemplate | None) -> Facts:
     """What there is to see of an engine `open_engine` started, beside the `tasks` it says it can do."""
     config, vocabulary = llm.vllm_config, llm.get_tokenizer().get_vocab()
     return Facts(
@@ -159,7 +159,6 @@ def facts(llm: Any, tasks: frozenset[str], template: TemplateFacts) -> Facts:
         infills=any(before in vocabulary and after in vocabulary for before, after in INFILL_MARKS),
         max_logprobs=int(config.model_config.max_logprobs),
         labels=int(getattr(config.model_config.hf_config, "num_labels", 0)),
-        reasoning_parser=config.structured_outputs_config.reasoning_parser,
     )
 
 
@@ -232,18 +231,22 @@ class Prompter:
         self._lock = threading.Lock()
         source = getattr(self._tokenizer, "chat_template", None) or ""
         named = "\n".join(source.values()) if isinstance(source, dict) else source
-        self.template = look_at_template(named, self._rendered)
-        self._template = self._rendered if self.template.chats else None
+        template = ChatTemplate(named, self._rendered)
+        self.template = template if template.chats else None
 
     def tokens(self, spec: TaskSpec) -> list[int]:
         """The prompt's tokens. Raises EngineError (retry=False)."""
         with self._lock:
-            text = prompt_text(spec, self._template)
-            if self._template is None:
+            text, _ = prompt_text(spec, self.template)
+            if self.template is None:
                 return list(self._tokenizer.encode(text))
             return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def _rendered(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+    def _rendered(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, more: dict[str, Any]
+    ) -> str:
         return str(
-            self._tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+            self._tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=False, **more
+            )
         )

@@ -1,5 +1,5 @@
-"""What a model can do in vLLM, found by looking at the started engine: the tasks its runner has, its chat template, its
-vocabulary and the parsers it was started with.
+"""What a model can do in vLLM, found by looking at the started engine: the tasks its runner has, its chat template and
+its vocabulary.
 
 Each capability is one line of `capabilities`. What our side of vLLM does not do is not in `SERVED`, whatever vLLM can.
 """
@@ -10,7 +10,7 @@ from collections.abc import Set
 from typing import NamedTuple
 
 from perllm.broker.capabilities import Capability
-from perllm.broker.engine.chat_template import TemplateFacts
+from perllm.broker.chat import ChatTemplate
 
 #: What `vllm_engine` does.
 SERVED = frozenset(
@@ -31,24 +31,22 @@ class Facts(NamedTuple):
     """What was seen of a started engine. `tasks` are vLLM's names (its `SupportedTask`)."""
 
     tasks: frozenset[str]
-    template: TemplateFacts
+    template: ChatTemplate | None
     infills: bool
     max_logprobs: int
     labels: int  # of a classifier
-    tool_parser: str = ""
-    reasoning_parser: str = ""
 
 
 def capabilities(facts: Facts, *, served: Set[Capability] = SERVED) -> tuple[Capability, ...]:
     """What such an engine can do where our side does what is `served`, sorted."""
     generates = "generate" in facts.tasks
     embeds = "embed" in facts.tasks
-    chats = generates and facts.template.chats
+    chats = generates and facts.template is not None
     can = {
         Capability.GENERATE: generates,
         Capability.CHAT: chats,
-        Capability.TOOLS: chats and facts.template.shows_tools and bool(facts.tool_parser),
-        Capability.REASONING: chats and facts.template.thinks and bool(facts.reasoning_parser),
+        Capability.TOOLS: chats,  # shown in our own words where the template has none for them
+        Capability.REASONING: chats and facts.template is not None and facts.template.thought is not None,
         Capability.LOGPROBS: generates and facts.max_logprobs != 0,
         Capability.LOGIT_BIAS: generates,
         Capability.GRAMMAR: generates,

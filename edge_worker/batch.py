@@ -25,7 +25,7 @@ from perllm.edge_worker import llama
 from perllm.edge_worker.batch_plan import Widths, choose_victim, share_prefill
 from perllm.edge_worker.kv_cells import KVCells
 from perllm.edge_worker.prefix_cache import SHORTEST, PrefixCache, common_prefix
-from perllm.edge_worker.sampling import GrammarError, Sampler, token_logprobs
+from perllm.edge_worker.sampling import GrammarError, Sampler, constraint, token_logprobs
 from perllm.edge_worker.text_stream import TextStream
 
 log = structlog.get_logger(__name__)
@@ -367,8 +367,7 @@ class Batch:
         try:
             token = int(logits.argmax()) if request.sampler is None else request.sampler.sample(logits)
         except GrammarError as error:
-            field = "grammar" if request.spec.grammar is not None else "json_schema"
-            request.error = EngineError(f"{field}: {error}", retry=False)
+            request.error = EngineError(f"{constraint(request.spec)}: {error}", retry=False)
             return
         now = time.monotonic()
         request.first = request.first or now
@@ -381,13 +380,17 @@ class Batch:
                 entry = token_logprobs(self.model, logits, token, request.spec.logprobs)
                 request.logprobs.append((request.text.length, entry))
             request.tokens.append(token)
-            piece = request.text.push(self.model.piece(token))
-            if request.streams and piece:
-                request.outbox.put(Delta(text=piece))
+            self._say(request, request.text.take(token, self.model.piece(token)))
             if request.text.stopped:
                 request.finish = "stop"
             elif request.generated == request.spec.max_tokens:
                 request.finish = "length"
+
+    @staticmethod
+    def _say(request: Request, deltas: list[Delta]) -> None:
+        if request.streams:
+            for delta in deltas:
+                request.outbox.put(delta)
 
     # --- leaving
 
@@ -413,7 +416,6 @@ class Batch:
             self.waiting.remove(request)
         if request.sampler is not None:
             request.sampler.close()
-        if (rest := request.text.finish()) and request.streams:
-            request.outbox.put(Delta(text=rest))
+        self._say(request, request.text.finish(cut=request.finish != "stop"))
         request.after = self._counters()
         request.outbox.put(None)

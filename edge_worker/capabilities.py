@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
 from perllm.broker.capabilities import Capability
-from perllm.broker.engine.chat_template import NO_TEMPLATE, TemplateFacts, look_at_template
+from perllm.broker.chat import ChatTemplate
 from perllm.edge_worker.llama import Model
 
 #: `<architecture>.pooling_type` in a GGUF's metadata (`enum llama_pooling_type` in llama.h): how the embeddings of its
@@ -21,7 +19,15 @@ NO_POOLING, RANK_POOLING = 0, 4
 
 #: What the engine does.
 SERVED = frozenset(
-    {Capability.GENERATE, Capability.CHAT, Capability.LOGPROBS, Capability.GRAMMAR, Capability.JSON_SCHEMA}
+    {
+        Capability.GENERATE,
+        Capability.CHAT,
+        Capability.TOOLS,
+        Capability.REASONING,
+        Capability.LOGPROBS,
+        Capability.GRAMMAR,
+        Capability.JSON_SCHEMA,
+    }
 )
 
 
@@ -33,14 +39,14 @@ class LoadedFacts(NamedTuple):
     classes: int  # outputs of its classifier
 
 
-def look(metadata: Mapping[str, Any], model: Model) -> tuple[Capability, ...]:
+def look(metadata: Mapping[str, Any], model: Model, template: ChatTemplate | None) -> tuple[Capability, ...]:
     """What a loaded model can do here."""
     facts = LoadedFacts(decodes=model.generates, infills=model.infills, classes=model.classes)
-    return capabilities(metadata, look_at_gguf_template(model.chat_template()), facts)
+    return capabilities(metadata, template, facts)
 
 
 def capabilities(
-    metadata: Mapping[str, Any], template: TemplateFacts, facts: LoadedFacts, *, served: Set[Capability] = SERVED
+    metadata: Mapping[str, Any], template: ChatTemplate | None, facts: LoadedFacts, *, served: Set[Capability] = SERVED
 ) -> tuple[Capability, ...]:
     """What a model with this metadata, template and vocabulary can do on an engine that does what is `served`,
     sorted."""
@@ -49,11 +55,12 @@ def capabilities(
     causal = metadata.get(f"{architecture}.attention.causal", True)
     generates = facts.decodes and bool(causal) and pooling == NO_POOLING
     embeds = pooling not in (NO_POOLING, RANK_POOLING)
+    chats = generates and template is not None
     can = {
         Capability.GENERATE: generates,
-        Capability.CHAT: generates and template.chats,
-        Capability.TOOLS: generates and template.chats,  # shown in our own words where the template has none for them
-        Capability.REASONING: generates and template.thinks,
+        Capability.CHAT: chats,
+        Capability.TOOLS: chats,  # shown in our own words where the template has none for them
+        Capability.REASONING: chats and template is not None and template.thought is not None,
         Capability.LOGPROBS: generates,
         Capability.LOGIT_BIAS: generates,
         Capability.GRAMMAR: generates,
@@ -65,14 +72,3 @@ def capabilities(
         Capability.RERANK: pooling == RANK_POOLING and facts.classes == 1,
     }
     return tuple(sorted(capability for capability, able in can.items() if able and capability in served))
-
-
-def look_at_gguf_template(source: str | None) -> TemplateFacts:
-    """What the Jinja template of a GGUF can do."""
-    if not source:
-        return NO_TEMPLATE
-    try:
-        formatter: Any = Jinja2ChatFormatter(source, eos_token="", bos_token="")
-    except Exception:  # it is no template: a Jinja error, of many kinds
-        return NO_TEMPLATE
-    return look_at_template(source, lambda messages, tools: str(formatter(messages=messages, tools=tools).prompt))

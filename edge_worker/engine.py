@@ -181,10 +181,11 @@ class LlamaEngine:
     def _request(
         task_id: str, spec: TaskSpec, stop: Stop, served: ServedModel, loaded: LoadedModel, accepted: float
     ) -> Request:
-        tokens = loaded.prompter.tokens(spec)
-        spec = fitted(spec, len(tokens), served.context)
-        sampler = None if greedy(spec) else make_sampler(loaded.model, spec, served.context)
-        return Request(task_id, spec, stop, tokens, sampler, TextStream(spec.stop), accepted)
+        prompt = loaded.prompter.prompt(spec)
+        spec = fitted(spec, len(prompt.tokens), served.context)
+        sampler = None if greedy(spec) else make_sampler(loaded.model, spec, served.context, prompt)
+        text = TextStream(spec.stop, prompt.form, prompt.marks, task_id)
+        return Request(task_id, spec, stop, prompt.tokens, sampler, text, accepted)
 
     def _enqueue(self, batch: Batch, request: Request) -> None:
         with self._changed:
@@ -221,15 +222,22 @@ class LlamaEngine:
             raise request.error
         assert request.finish is not None
         assert request.after is not None
-        text = request.text.text
+        answer = request.text
         logprobs = None
         if request.spec.logprobs is not None:
-            logprobs = [entry for begins, entry in request.logprobs if begins < len(text)]
+            logprobs = [entry for begins, entry in request.logprobs if begins < answer.extent]
         ended = time.monotonic()
         began = request.began or ended
         first = request.first or ended
         return Generation(
-            output=Output(text=text, finish_reason=request.finish, logprobs=logprobs),
+            output=Output(
+                text=answer.text,
+                finish_reason=answer.finish_reason(request.finish),
+                logprobs=logprobs,
+                reasoning=answer.reasoning,
+                tool_calls=answer.calls,
+                tokens=request.generated,
+            ),
             model=served.name,
             prompt_tokens=request.prompt_tokens,
             completion_tokens=request.generated,
@@ -244,6 +252,7 @@ class LlamaEngine:
             ),
             before=request.before or request.after,
             after=request.after,
+            reasoning_tokens=answer.reasoning_tokens,
             cached_tokens=request.cached,
             stalled=request.stalled,
         )

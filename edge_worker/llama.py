@@ -196,8 +196,9 @@ class _Vocabulary:
 
     def __init__(self, model: Model) -> None:
         tokens = range(model.vocab_size)
-        self.tokens = [model.piece(token) for token in tokens]
-        self.special_token_ids = [token for token in tokens if not self.tokens[token]]
+        self.special_token_ids = [token for token in tokens if not model.piece(token)]
+        # control tokens are told apart by their names, and are never matched by text that spells one
+        self.tokens = [model.piece(token) or model.token_text(token).encode() for token in tokens]
         self.bos_token_id = model.bos if model.bos >= 0 else None
         self.ends: list[int] = [token for token in tokens if model.ends(token)]
         self.eos_token_id = model.eos if model.eos >= 0 else None

@@ -247,7 +247,8 @@ class ModelPool:
         except LlamaError as error:
             raise BadSetting(f"llama.cpp cannot load {path}: {error}") from None
         try:
-            capabilities = look(served.gguf.metadata, model)
+            prompter = Prompter(model)
+            capabilities = look(served.gguf.metadata, model, prompter.template)
             if Capability.GENERATE not in capabilities:
                 raise BadSetting(f"{path} ({served.gguf.architecture}) is not a text generation model")
             cached_prompts = self._cached_prompts if model.shares_prefixes else 0
@@ -256,7 +257,6 @@ class ModelPool:
                 model, kv_tokens=served.kv_tokens, sequences=sequences, batch=BATCH, threads=self._threads
             )
             tuning = served.tuning or calibrate(context, slots=self._slots, token=max(0, model.eos), budget=budget)
-            prompter = Prompter(model)
         except LlamaError as error:
             model.close()
             raise BadSetting(f"llama.cpp cannot run {path} with {served.kv_tokens} tokens of KV: {error}") from None

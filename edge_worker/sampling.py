@@ -9,16 +9,19 @@ from typing import Any
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
+import structlog
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from llguidance import LLMatcher
 
 from perllm.broker import grammar
+from perllm.broker.chat import ChatTemplate
 from perllm.broker.engine.contract import EngineError
-from perllm.broker.engine.text import prompt_text
+from perllm.broker.engine.text import Prompt, prompt_text
 from perllm.broker.errors import InvalidTask, TryAgain
 from perllm.broker.messages import TaskSpec
-from perllm.edge_worker.capabilities import look_at_gguf_template
 from perllm.edge_worker.llama import Logits, Model, SamplerChain
+
+log = structlog.get_logger(__name__)
 
 #: CPU time a request may spend on its grammar, s: so much, and so much more per token. Others in the batch wait
 #: meanwhile. What people mean takes far less; one token is bounded by `perllm.broker.grammar.limits` (about 0.5 s).
@@ -33,7 +36,16 @@ class GrammarError(Exception):
 
 def greedy(spec: TaskSpec) -> bool:
     """Whether the most likely token is taken as it is."""
-    return spec.temperature == 0 and not _penalised(spec) and spec.grammar is None and spec.json_schema is None
+    return spec.temperature == 0 and not _penalised(spec) and constraint(spec) is None
+
+
+def constraint(spec: TaskSpec) -> str | None:
+    """The field that constrains what may be generated; None where nothing does."""
+    if spec.grammar is not None:
+        return "grammar"
+    if spec.json_schema is not None:
+        return "json_schema"
+    return "tools" if spec.offered_tools else None
 
 
 class Sampler:
@@ -79,11 +91,11 @@ def _limit(matcher: LLMatcher) -> str:
     return f"too many possibilities to follow: simplify it, or write recursion as repetition ({error})"
 
 
-def make_sampler(model: Model, spec: TaskSpec, penalty_window: int) -> Sampler:
-    """The sampler `spec` asks for. Penalties look at up to `penalty_window` generated tokens (not at the prompt, as in
-    the OpenAI API). Raises EngineError (retry=False) for a grammar or schema that cannot be used.
-    """
-    matcher = _matcher(model, spec)
+def make_sampler(model: Model, spec: TaskSpec, penalty_window: int, prompt: Prompt) -> Sampler:
+    """The sampler `spec` asks for, for the answer to `prompt`. Penalties look at up to `penalty_window` generated
+    tokens (not at the prompt, as in the OpenAI API). Raises EngineError (retry=False) for a grammar, schema or tools
+    that cannot be used."""
+    matcher = _matcher(model, spec, prompt)
     chain: list[Callable[[], Any]] = []
     if _penalised(spec):
         chain.append(
@@ -110,17 +122,16 @@ def _penalised(spec: TaskSpec) -> bool:
     return spec.repeat_penalty != 1 or spec.frequency_penalty != 0 or spec.presence_penalty != 0
 
 
-def _matcher(model: Model, spec: TaskSpec) -> LLMatcher | None:
+def _matcher(model: Model, spec: TaskSpec, prompt: Prompt) -> LLMatcher | None:
     try:
-        text = grammar.lark(spec)
+        text = grammar.lark(spec, prompt.form, prompt.controls)
     except InvalidTask as error:
         raise EngineError(str(error), retry=isinstance(error, TryAgain)) from None
     if text is None:
         return None
     matcher = LLMatcher(model.vocabulary, text, log_level=0, limits=grammar.limits())
     if matcher.is_error():  # it passed the check, so this is about the model's vocabulary
-        field = "grammar" if spec.grammar is not None else "json_schema"
-        raise EngineError(f"{field}: cannot be used with this model: {_limit(matcher)}", retry=False)
+        raise EngineError(f"{constraint(spec)}: cannot be used with this model: {_limit(matcher)}", retry=False)
     return matcher
 
 
@@ -129,19 +140,46 @@ class Prompter:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._template = None
-        source = model.chat_template()
-        if source is not None and look_at_gguf_template(source).chats:
-            eos, bos = model.token_text(model.eos), model.token_text(model.bos)
-            formatter: Any = Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos)
-            self._template = lambda messages: str(formatter(messages=messages).prompt)
+        self.template = _chat_template(model)
+        self._controls = _controls(model, self.template) if self.template is not None else {}
 
-    def tokens(self, spec: TaskSpec) -> list[int]:
-        """The prompt's tokens. Raises EngineError (retry=False)."""
-        text = prompt_text(spec, self._template)
-        if self._template is None:
-            return self._model.tokenize(text, special=False, add_bos=self._model.adds_bos)
-        return self._model.tokenize(text, special=True, add_bos=False)
+    def prompt(self, spec: TaskSpec) -> Prompt:
+        """Raises EngineError (retry=False)."""
+        text, form = prompt_text(spec, self.template)
+        if self.template is None:
+            return Prompt(self._model.tokenize(text, special=False, add_bos=self._model.adds_bos))
+        return Prompt(self._model.tokenize(text, special=True, add_bos=False), form, self._controls)
+
+
+def _chat_template(model: Model) -> ChatTemplate | None:
+    source = model.chat_template()
+    if source is None:
+        return None
+    template = gguf_template(source, eos=model.token_text(model.eos), bos=model.token_text(model.bos))
+    if template is None:
+        log.warning("chat_template_unusable", hint="the model completes prompts, and takes no chats")
+    return template
+
+
+def gguf_template(source: str, *, eos: str = "", bos: str = "") -> ChatTemplate | None:
+    """The template in a model's file, run in Jinja's sandbox as Hugging Face's libraries run it. None for one that
+    cannot be used."""
+    try:
+        formatter: Any = Jinja2ChatFormatter(source, eos, bos)
+    except Exception:  # it is whatever the file's makers wrote
+        return None
+
+    def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, more: dict[str, Any]) -> str:
+        return str(formatter(messages=messages, tools=tools, **more).prompt)
+
+    template = ChatTemplate(source, render)
+    return template if template.chats else None
+
+
+def _controls(model: Model, template: ChatTemplate) -> dict[str, int]:
+    """Those of the marks in answers that are, or contain, control tokens: text never has them."""
+    tokens = {t for mark in template.marks for t in model.tokenize(mark, special=True, add_bos=False)}
+    return {model.token_text(token): token for token in sorted(tokens) if not model.piece(token)}
 
 
 def token_logprobs(model: Model, logits: Logits, token: int, top: int) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from perllm.broker.chat import PLAIN, AnswerForm, ChatTemplate, TemplateError
 from perllm.broker.engine.contract import EngineError, OnDelta, Stop
 from perllm.broker.messages import Delta, Message, TaskSpec
-
-#: A chat template: messages (role and content) to text.
-Template = Callable[[list[dict[str, Any]]], str]
 
 
 def chat_messages(spec: TaskSpec) -> list[dict[str, Any]]:
@@ -33,19 +32,36 @@ def _chat_message(message: Message) -> dict[str, Any]:
     return said
 
 
-def prompt_text(spec: TaskSpec, template: Template | None) -> str:
-    """The messages rendered with the model's template. Without one a prompt is completed as it is, and messages are
-    refused. Raises EngineError (retry=False)."""
+def prompt_text(spec: TaskSpec, template: ChatTemplate | None) -> tuple[str, AnswerForm]:
+    """The task rendered with the model's template, and how its answer will be written. Without a template a prompt is
+    completed as it is, and messages and tools are refused. Raises EngineError (retry=False)."""
     if spec.prompt_ids is not None:
         raise EngineError("prompt_ids: this engine takes text only", retry=False)
     if template is None:
         if spec.prompt is None:
             raise EngineError("messages: this model has no chat template; give a prompt", retry=False)
-        return spec.prompt
+        if spec.offered_tools:
+            raise EngineError("tools: this model has no chat template", retry=False)
+        return spec.prompt, PLAIN
     try:
-        return template(chat_messages(spec))
-    except Exception as error:  # templates are programs; theirs are the errors
+        return template.render(spec)
+    except TemplateError as error:
         raise EngineError(f"messages: the model's chat template refuses them: {error}", retry=False) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A task's prompt in tokens, and how the answer to it is written. `controls` are the marks in answers that are
+    control tokens of the model."""
+
+    tokens: list[int]
+    form: AnswerForm = PLAIN
+    controls: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def marks(self) -> dict[int, bytes]:
+        """Control tokens and what they are called."""
+        return {token: name.encode() for name, token in self.controls.items()}
 
 
 class DeltaSink:

@@ -89,6 +89,8 @@ def test_the_usual_deadline_of_a_task_that_starts_later_counts_from_there(valida
     assert validator.accept({"prompt": "hi", "start_after": MAX_DEADLINE - 1}).deadline == MAX_DEADLINE
     with pytest.raises(InvalidTask, match=r"start_after, 600 s, is not before its deadline, 20 s"):
         validator.accept({"prompt": "hi", "start_after": 600, "deadline": 20})
+
+
 def able(name: str, model: str, *capabilities: str) -> NodeInfo:
     return examples.node_info(name, models=(model,), capabilities=capabilities)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from perllm.broker.capabilities import Capability as C
-from perllm.broker.engine.chat_template import NO_TEMPLATE, TemplateFacts
+from perllm.broker.chat import ChatTemplate
 from perllm.cloud_worker.vllm_capabilities import SERVED, Facts, capabilities
 
-GENERATOR = Facts(frozenset({"generate"}), NO_TEMPLATE, infills=False, max_logprobs=20, labels=0)
-CHAT = GENERATOR._replace(template=TemplateFacts(chats=True, shows_tools=True, thinks=True))
+GENERATOR = Facts(frozenset({"generate"}), None, infills=False, max_logprobs=20, labels=0)
+CHAT = GENERATOR._replace(template=ChatTemplate("", lambda messages, *_: messages[-1]["content"]))
+THINKS = GENERATOR._replace(template=ChatTemplate("<think></think>", lambda messages, *_: messages[-1]["content"]))
 PLAIN = {C.GENERATE, C.LOGPROBS, C.LOGIT_BIAS, C.GRAMMAR, C.JSON_SCHEMA, C.CHOICES, C.TOKENS}
 POOLING = GENERATOR._replace(tasks=frozenset({"embed", "token_embed"}))
 
@@ -18,10 +19,8 @@ POOLING = GENERATOR._replace(tasks=frozenset({"embed", "token_embed"}))
     ("facts", "can"),
     [
         (GENERATOR, PLAIN),
-        (CHAT, PLAIN | {C.CHAT}),  # without parsers, what it writes of calls and thoughts stays text
-        (CHAT._replace(tool_parser="hermes"), PLAIN | {C.CHAT, C.TOOLS}),
-        (CHAT._replace(reasoning_parser="qwen3"), PLAIN | {C.CHAT, C.REASONING}),
-        (GENERATOR._replace(tool_parser="hermes", reasoning_parser="qwen3"), PLAIN),
+        (CHAT, PLAIN | {C.CHAT, C.TOOLS}),
+        (THINKS, PLAIN | {C.CHAT, C.TOOLS, C.REASONING}),
         (GENERATOR._replace(max_logprobs=0), PLAIN - {C.LOGPROBS}),
         (GENERATOR._replace(max_logprobs=-1, infills=True), PLAIN | {C.INFILL}),
         (POOLING, {C.EMBEDDINGS, C.TOKENS}),
