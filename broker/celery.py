@@ -18,6 +18,7 @@ import structlog
 from celery import Task, signals
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject
+from kombu.exceptions import OperationalError
 
 from perllm.broker import connection, logs
 from perllm.broker.errors import InvalidTask, PerLLMError, Unreachable, exit_with
@@ -26,6 +27,7 @@ from perllm.broker.inbox.followers import Followers
 from perllm.broker.inbox.following import Following
 from perllm.broker.inbox.sender import Sender, Unsendable
 from perllm.broker.ledger import EndKind, Ledger, is_id
+from perllm.broker.messages import Result, State
 from perllm.broker.queues import control
 from perllm.broker.queues.app import GENERATE, configuration, lazy_app
 from perllm.broker.settings import load_settings
@@ -57,7 +59,7 @@ class _Inbox:
         self.ledger = Ledger(self.settings, reply_timeout=connection.NEAR_REPLY_TIMEOUT)
         self.validator = TaskValidator(self.settings, self.ledger)
         self.sender = Sender(self.settings, self.ledger)
-        self.following = Following(self.ledger, self.sender)
+        self.following = Following(self.ledger, self.sender, self._show_end)
         made = configuration(self.settings, concurrency=4)
         made["broker_transport_options"] |= {"visibility_timeout": REDELIVERY, **UNACKED}
         signals.setup_logging.connect(self._log, weak=False)
@@ -78,8 +80,18 @@ class _Inbox:
         except PerLLMError as error:
             exit_with(error)
 
-    def _follow(self, **_: Any) -> None:
+    def _follow(self, sender: Any = None, **_: Any) -> None:
+        self._hostname = sender.hostname
         self.following.start()
+
+    def _show_end(self, result: Result) -> None:
+        """In Flower."""
+        with suppress(OperationalError), app.events.default_dispatcher(hostname=self._hostname) as events:
+            if result.state is State.CANCELLED:
+                events.send("task-revoked", uuid=result.id, terminated=False, signum=None, expired=False)
+            else:
+                said = f"{result.state}: {result.reason}"
+                events.send("task-failed", uuid=result.id, exception=said, traceback="")
 
     def _stop(self, **_: Any) -> None:
         _stopping.set()

@@ -1,4 +1,4 @@
-"""Sends what is to follow tasks as they end, beside the inbox's worker."""
+"""What the inbox does as tasks end, beside its worker: sends what is to follow them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ log = structlog.get_logger(__name__)
 
 
 class Following:
-    """A thread that sends what the ledger says is to follow. Several processes may have one."""
+    """A thread that sends what the ledger says is to follow, and has `show` tell Flower of ends that no worker saw.
+    Several processes may have one."""
 
-    def __init__(self, ledger: Ledger, sender: Sender) -> None:
-        self._ledger, self._sender = ledger, sender
+    def __init__(self, ledger: Ledger, sender: Sender, show: Callable[[Result], None]) -> None:
+        self._ledger, self._sender, self._show = ledger, sender, show
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="perllm-following", daemon=True)
 
@@ -90,6 +91,13 @@ class Following:
                 self._closing.wait(random.uniform(*PAUSE))
 
     def _send(self, task_id: str, written: str, result: Result | None) -> None:
+        if result is not None and result.state is not State.SUCCEEDED and result.queued is None:
+            self._show(result)
+        if written:
+            self._send_followers(task_id, written, result)
+        self._ledger.followed([task_id])
+
+    def _send_followers(self, task_id: str, written: str, result: Result | None) -> None:
         try:
             followers = Followers.model_validate_json(written)
         except ValidationError:
@@ -105,4 +113,3 @@ class Following:
             except Unsendable as error:
                 log.warning("followers_unsendable", task_id=task_id, reason=str(error))
                 self._sender.refuse(followers, f"it could not be sent after {task_id}: {error}")
-        self._ledger.followed([task_id])

@@ -47,13 +47,14 @@
 --   refused            hash    id of a message that became no task → what its Celery producer is still to be told
 --   followers          hash    task → what its Celery producer wants to follow it (callbacks, the rest of a chain, a
 --                              chord's body), JSON, until that was sent
---   to_follow          zset    tasks that have ended and have followers, by when these are sent (again)
+--   to_follow          zset    tasks by Celery producers that have ended and have followers, or ended before they began,
+--                              by when the inbox is told of them (again)
 --   totals             hash    submitted, succeeded, failed, expired, rejected, cancelled, forgotten: ever
 --   revoked            zset    ids revoked before they were submitted, by when that is forgotten
 --   epoch, leader      string  the scheduler's fencing number, and who leads under it (expires)
 --   snapshot           string  what the scheduler learned, JSON, with the stream position it stands for
 --   signal:<name>      channel a task id whose generation on that node must stop
---   signal:@inbox      channel something is to follow
+--   signal:@inbox      channel something was added to to_follow
 --   said:<id>          channel a piece was added to text:<id>
 --   may:<operation>    never a key: whoever may read it by the server's access rules (ACL) may call that operation
 --
@@ -152,10 +153,12 @@ end
 
 local function wants(celery, word) return celery and string.find(celery, word, 1, true) ~= nil end
 
--- What its producer wants to follow is to be sent now.
-local function to_follow(id)
-    redis.call('ZADD', P .. 'to_follow', num(now), id)
-    redis.call('PUBLISH', P .. 'signal:@inbox', '')
+-- It has ended: the inbox sends what its producer wants to follow, and shows in Flower what no worker has.
+local function to_follow(id, celery, unseen)
+    if wants(celery, 'followers') or (celery and unseen) then
+        redis.call('ZADD', P .. 'to_follow', num(now), id)
+        redis.call('PUBLISH', P .. 'signal:@inbox', '')
+    end
 end
 
 -- Enter a final state but cancelled: the result document, the set, the totals, Celery's copy and the announcement.
@@ -173,7 +176,7 @@ local function finish(id, t, state, on_time, reason, extra)
     if t.node then redis.call('SREM', P .. 'node:' .. t.node .. ':tasks', id) end
     count(state, 1)
     if state == 'succeeded' then show_celery(id, 'SUCCESS', doc) else fail_celery(id, state, reason or state) end
-    if wants(celery, 'followers') then to_follow(id) end
+    to_follow(id, celery, state ~= 'succeeded' and not t.claimed)
     return latency
 end
 
@@ -471,17 +474,12 @@ function ops.refuse(id, kind, reason)
     return 'ok'
 end
 
--- → {id, what is to follow it, ...} of tasks that have ended; again after `again` s, until `followed`
+-- → {id, what is to follow it or '', ...} of tasks that have ended; again after `again` s, until `followed`
 function ops.follow(limit, again)
     local out = {}
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'to_follow', '-inf', num(now), 'LIMIT', 0, tonumber(limit))) do
-        local followers = redis.call('HGET', P .. 'followers', id)
-        if followers then
-            redis.call('ZADD', P .. 'to_follow', num(now + tonumber(again)), id)
-            out[#out + 1], out[#out + 2] = id, followers
-        else
-            redis.call('ZREM', P .. 'to_follow', id)
-        end
+        redis.call('ZADD', P .. 'to_follow', num(now + tonumber(again)), id)
+        out[#out + 1], out[#out + 2] = id, redis.call('HGET', P .. 'followers', id) or ''
     end
     return out
 end
@@ -501,22 +499,21 @@ local function announce(limit)
         local pairs_ = redis.call('HRANDFIELD', P .. key, limit, 'WITHVALUES')
         for i = 1, #pairs_, 2 do
             redis.call('HDEL', P .. key, pairs_[i])
-            local t = read(pairs_[i])
-            tell(pairs_[i], pairs_[i + 1], t and t.state)
+            tell(pairs_[i], pairs_[i + 1], read(pairs_[i], 'celery', 'claimed') or {})
         end
         return #pairs_ / 2
     end
-    return some('untold', function(id, node, state)
-        if state and state ~= 'cancelled' then return end
+    return some('untold', function(id, node, t)
+        if t.state and t.state ~= 'cancelled' then return end
         if node ~= '' then
             redis.call('SREM', P .. 'node:' .. node .. ':tasks', id)
             redis.call('PUBLISH', P .. 'signal:' .. node, id)
         end
-        if state then fail_celery(id, 'revoked', 'cancelled') end
-        if redis.call('HEXISTS', P .. 'followers', id) == 1 then to_follow(id) end
-    end) + some('refused', function(id, said, state)
+        if t.state then fail_celery(id, 'revoked', 'cancelled') end
+        to_follow(id, redis.call('HEXISTS', P .. 'followers', id) == 1 and 'followers' or t.celery, not t.claimed)
+    end) + some('refused', function(id, said, t)
         local kind, reason = string.match(said, '^(%a+) (.*)$')
-        if kind and not state then fail_celery(id, kind, reason, true) end
+        if kind and not t.state then fail_celery(id, kind, reason, true) end
     end)
 end
 function ops.announce(limit) return announce(tonumber(limit)) end

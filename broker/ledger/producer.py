@@ -92,8 +92,8 @@ class Producer(LedgerBase):
         self._call("refuse", id=_whole(task_id), kind=kind, reason=_whole(reason))
 
     def follow(self, limit: int, again: float) -> list[tuple[str, str]]:
-        """Some tasks that have ended, and what their Celery producers want to follow. Each is told of again after
-        `again` s, to whoever asks, until `followed`."""
+        """Some tasks of Celery's producers that have ended, and what is to follow them; '' for one of which nobody but
+        the ledger knows that it has ended. Each is told of again after `again` s, to whoever asks, until `followed`."""
         reply = [text_of(raw) for raw in self._call("follow", limit=limit, again=again)]
         return list(zip(reply[::2], reply[1::2], strict=True))
 
