@@ -4,16 +4,18 @@
 contexts and steps them while there is work.
 
 With a seed and nothing else in the batch, or at temperature 0 alone in the batch, the same request gives the same
-tokens every time. In company, or after a shared prefix, it may not: llama.cpp's kernels round differently at different
-widths, so a near tie between two tokens can fall the other way.
+tokens every time. In company, that of its other answers too, or after a shared prefix, it may not: llama.cpp's kernels
+round differently at different widths, so a near tie between two tokens can fall the other way. Answer i of a request
+with seed s draws as a request for one answer with seed s + i would (`answer_seed`).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from queue import Empty
+from typing import Any
 
 import structlog
 
@@ -23,12 +25,12 @@ from perllm.broker.engine.cores import ThreadClaim, available_cores
 from perllm.broker.engine.energy import Attribution, Meter, power_of
 from perllm.broker.engine.text import DeltaSink
 from perllm.broker.engine.totals import EngineTotals
-from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, TaskSpec
-from perllm.edge_worker.batch import Batch, Request
+from perllm.broker.messages import Choice, Counters, Energy, ModelOffer, Output, Power, TaskSpec
+from perllm.edge_worker.batch import Answer, Batch, Request
 from perllm.edge_worker.llama import MAX_SEQUENCES, VERSION
 from perllm.edge_worker.meters import make_meter
 from perllm.edge_worker.model_pool import LoadedModel, ModelPool, ServedModel, Stopped
-from perllm.edge_worker.sampling import greedy, make_sampler
+from perllm.edge_worker.sampling import Sampler, make_samplers
 from perllm.edge_worker.settings import EdgeSettings
 from perllm.edge_worker.text_stream import TextStream
 
@@ -173,8 +175,10 @@ class LlamaEngine:
                     with self._changed:
                         del self._requests[request]
         except Stopped:
-            request = Request(task_id, spec, stop, [], None, TextStream(), accepted)
-            request.finish, request.after = stop.reason, self.counters()
+            request = _new_request(task_id, spec, stop, [], [None] * spec.n, accepted)
+            request.after = self.counters()
+            for answer in request.answers:
+                answer.finish = stop.reason
         return self._generation(served, request)
 
     @staticmethod
@@ -183,8 +187,7 @@ class LlamaEngine:
     ) -> Request:
         tokens = loaded.prompter.tokens(spec)
         check_context(len(tokens), spec.max_tokens, served.context)
-        sampler = None if greedy(spec) else make_sampler(loaded.model, spec, served.context)
-        return Request(task_id, spec, stop, tokens, sampler, TextStream(spec.stop), accepted)
+        return _new_request(task_id, spec, stop, tokens, make_samplers(loaded.model, spec, served.context), accepted)
 
     def _enqueue(self, batch: Batch, request: Request) -> None:
         with self._changed:
@@ -193,7 +196,7 @@ class LlamaEngine:
             if not self._requests:
                 self._totals.last_progress = time.monotonic()
             self._requests[request] = None
-            batch.waiting.append(request)
+            batch.waiting.extend(request.answers)
             self._changed.notify_all()
 
     @staticmethod
@@ -219,23 +222,20 @@ class LlamaEngine:
     def _generation(self, served: ServedModel, request: Request) -> Generation:
         if request.error is not None:
             raise request.error
-        assert request.finish is not None
         assert request.after is not None
-        text = request.text.text
-        logprobs = None
-        if request.spec.logprobs is not None:
-            logprobs = [entry for begins, entry in request.logprobs if begins < len(text)]
         ended = time.monotonic()
         began = request.began or ended
-        first = request.first or ended
+        first = min((a.first for a in request.answers if a.first), default=ended)
+        last = max((a.last for a in request.answers if a.last), default=first)
+        head, *more = [_choice(answer) for answer in request.answers]
         return Generation(
-            output=Output(text=text, finish_reason=request.finish, logprobs=logprobs),
+            output=Output(**head, more=tuple(Choice(**each) for each in more)),
             model=served.name,
-            prompt_tokens=request.prompt_tokens,
+            prompt_tokens=len(request.prompt),
             completion_tokens=request.generated,
             wait=began - request.accepted,
             prefill=first - began,
-            decode=(request.last or first) - first,
+            decode=last - first,
             energy=Energy(
                 inference=request.inference,
                 idle=request.idle,
@@ -270,3 +270,20 @@ class LlamaEngine:
         except Exception as error:  # the engine must outlive whatever happens to a batch
             log.exception("step_failed")
             batch.fail(EngineError(f"the engine failed: {type(error).__name__}: {error}", retry=True))
+
+
+def _new_request(
+    task_id: str, spec: TaskSpec, stop: Stop, prompt: list[int], samplers: Sequence[Sampler | None], accepted: float
+) -> Request:
+    request = Request(task_id, spec, stop, prompt, accepted)
+    request.answers += [Answer(request, i, sampler, TextStream(spec.stop)) for i, sampler in enumerate(samplers)]
+    return request
+
+
+def _choice(answer: Answer) -> dict[str, Any]:
+    """An answer that is over, as the fields of a `Choice`."""
+    text = answer.text.text
+    logprobs = None
+    if answer.request.spec.logprobs is not None:
+        logprobs = [entry for begins, entry in answer.logprobs if begins < len(text)]
+    return {"text": text, "finish_reason": answer.finish, "logprobs": logprobs, "tokens": answer.generated}

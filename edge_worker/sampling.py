@@ -13,6 +13,8 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from llguidance import LLMatcher
 
 from perllm.broker import grammar
+from perllm.broker.engine.answers import answer_seed
+from perllm.broker.engine.checks import check_tokens
 from perllm.broker.engine.contract import EngineError
 from perllm.broker.engine.text import prompt_text
 from perllm.broker.errors import InvalidTask, TryAgain
@@ -30,17 +32,18 @@ class GrammarError(Exception):
     """A grammar came to its end, or to a limit, where none should be: that request is over."""
 
 
-def greedy(spec: TaskSpec) -> bool:
-    """Whether the most likely token is taken as it is."""
-    return spec.temperature == 0 and not _penalised(spec) and spec.grammar is None and spec.json_schema is None
+class Allowance:
+    """The CPU time, s, a request still has for its grammar, all its answers together."""
+
+    def __init__(self) -> None:
+        self.left = GRAMMAR_BURST
 
 
 class Sampler:
-    """Samples one request's tokens: by a chain of samplers, within a grammar if there is one."""
+    """Samples one answer's tokens: by a chain of samplers, within a grammar if there is one."""
 
-    def __init__(self, chain: SamplerChain, matcher: LLMatcher | None) -> None:
-        self._chain, self._matcher = chain, matcher
-        self._budget = GRAMMAR_BURST
+    def __init__(self, chain: SamplerChain, matcher: LLMatcher | None, allowance: Allowance) -> None:
+        self._chain, self._matcher, self._allowance = chain, matcher, allowance
 
     def sample(self, logits: Logits) -> int:
         """The next token. Raises GrammarError when the grammar allows none, or takes too much."""
@@ -61,8 +64,8 @@ class Sampler:
                 matcher.consume_token(token)
         if matcher.is_error():
             raise GrammarError(_limit(matcher))
-        self._budget += GRAMMAR_RATE - (time.thread_time() - began)
-        if self._budget < 0:
+        self._allowance.left += GRAMMAR_RATE - (time.thread_time() - began)
+        if self._allowance.left < 0:
             raise GrammarError("finding what it allows takes too long: simplify it")
         return token
 
@@ -78,12 +81,32 @@ def _limit(matcher: LLMatcher) -> str:
     return f"too many possibilities to follow: simplify it, or write recursion as repetition ({error})"
 
 
-def make_sampler(model: Model, spec: TaskSpec, penalty_window: int) -> Sampler:
-    """The sampler `spec` asks for. Penalties look at up to `penalty_window` generated tokens (not at the prompt, as in
-    the OpenAI API). Raises EngineError (retry=False) for a grammar or schema that cannot be used.
+def make_samplers(model: Model, spec: TaskSpec, penalty_window: int) -> list[Sampler | None]:
+    """The samplers `spec` asks for, one per answer; None takes the most likely token as it is. Penalties look at up to
+    `penalty_window` generated tokens (not at the prompt, as in the OpenAI API). Raises EngineError (retry=False) for a
+    grammar or schema that cannot be used, and for a bias on a token that the model does not have.
     """
-    matcher = _matcher(model, spec)
+    check_tokens("logit_bias", spec.logit_bias, model.vocab_size)
+    matcher, allowance = _matcher(model, spec), Allowance()
+    if matcher is None and spec.temperature == 0 and not spec.logit_bias and not _penalised(spec):
+        return [None] * spec.n
+    seed = spec.seed if spec.seed is not None else int.from_bytes(os.urandom(4), "little")
+    return [
+        Sampler(
+            SamplerChain(model, _chain(model, spec, penalty_window, answer_seed(seed, i))),
+            None if matcher is None else matcher.deep_copy(),
+            allowance,
+        )
+        for i in range(spec.n)
+    ]
+
+
+def _chain(model: Model, spec: TaskSpec, penalty_window: int, seed: int) -> list[Callable[[], Any]]:
+    """What makes the samplers, in order."""
     chain: list[Callable[[], Any]] = []
+    if spec.logit_bias:
+        biases = (lib.llama_logit_bias * len(spec.logit_bias))(*spec.logit_bias.items())
+        chain.append(lambda: lib.llama_sampler_init_logit_bias(model.vocab_size, len(biases), biases))
     if _penalised(spec):
         chain.append(
             lambda: lib.llama_sampler_init_penalties(
@@ -92,17 +115,16 @@ def make_sampler(model: Model, spec: TaskSpec, penalty_window: int) -> Sampler:
         )
     if spec.temperature == 0:
         chain.append(lib.llama_sampler_init_greedy)
-    else:
-        seed = spec.seed if spec.seed is not None else int.from_bytes(os.urandom(4), "little")
-        if spec.top_k:
-            chain.append(lambda: lib.llama_sampler_init_top_k(spec.top_k))
-        if spec.top_p < 1:
-            chain.append(lambda: lib.llama_sampler_init_top_p(spec.top_p, 1))
-        if spec.min_p > 0:
-            chain.append(lambda: lib.llama_sampler_init_min_p(spec.min_p, 1))
-        chain.append(lambda: lib.llama_sampler_init_temp(spec.temperature))
-        chain.append(lambda: lib.llama_sampler_init_dist(seed))
-    return Sampler(SamplerChain(model, chain), matcher)
+        return chain
+    if spec.top_k:
+        chain.append(lambda: lib.llama_sampler_init_top_k(spec.top_k))
+    if spec.top_p < 1:
+        chain.append(lambda: lib.llama_sampler_init_top_p(spec.top_p, 1))
+    if spec.min_p > 0:
+        chain.append(lambda: lib.llama_sampler_init_min_p(spec.min_p, 1))
+    chain.append(lambda: lib.llama_sampler_init_temp(spec.temperature))
+    chain.append(lambda: lib.llama_sampler_init_dist(seed))
+    return chain
 
 
 def _penalised(spec: TaskSpec) -> bool:

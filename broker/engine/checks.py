@@ -14,6 +14,12 @@ def check_model(model: str | None, served: Iterable[str]) -> None:
         raise EngineError(f"model: {model!r} is not served here, only {', '.join(served)}", retry=False)
 
 
+def check_tokens(field: str, ids: Iterable[int], vocabulary: int) -> None:
+    """Raises EngineError (retry=False) for a token id of `field` that is none of the model's `vocabulary`."""
+    if (highest := max(ids, default=0)) >= vocabulary:
+        raise EngineError(f"{field}: there is no token {highest}: the model has {vocabulary}, from 0 on", retry=False)
+
+
 def check_context(prompt_tokens: int, max_tokens: int, context: int) -> None:
     """Raises EngineError (retry=False) for an empty prompt, and for a request that does not fit into the context."""
     if not prompt_tokens:
