@@ -27,11 +27,13 @@ from perllm.edge_worker import llama
 from perllm.edge_worker.batch_plan import Widths, choose_victim, share_prefill
 from perllm.edge_worker.kv_cells import KVCells
 from perllm.edge_worker.prefix_cache import SHORTEST, PrefixCache, common_prefix
-from perllm.edge_worker.sampling import GrammarError, Sampler, token_logprobs
+from perllm.edge_worker.sampling import GrammarError, Sampler, first_logprobs, token_logprobs
 from perllm.edge_worker.text_stream import TextStream
 
 log = structlog.get_logger(__name__)
 
+#: Tokens of a prompt whose log-probabilities are asked for that are computed in one step: each takes a row of logits.
+SCORED = 32
 #: A request joins others only if, beyond its prompt, each of them and itself has so many free cells to grow into.
 HEADROOM = 16
 
@@ -46,11 +48,13 @@ class Request:
     prompt: list[int]
     accepted: float
     answers: list[Answer] = field(default_factory=list)  # as many as the spec wants
+    echo: str = ""  # what the text of each answer begins with
     streams: bool = False  # put pieces of the answers into `outbox`
     outbox: SimpleQueue[Delta | None] = field(default_factory=SimpleQueue)  # None: it ended
 
     # In the batch
     cached: int = 0  # tokens of the prompt that were there already
+    prompt_logprobs: list[dict[str, Any]] = field(default_factory=list)  # where they are echoed
     before: Counters | None = None
     began: float | None = None  # first prefill step
     stalled: bool = False
@@ -65,6 +69,12 @@ class Request:
     def generated(self) -> int:
         """Tokens of output so far, of all answers."""
         return sum(answer.generated for answer in self.answers)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of its prompt are still to be found: then all of it must be computed."""
+        wanted = self.spec.echo and self.spec.logprobs is not None
+        return wanted and len(self.prompt_logprobs) < len(self.prompt)
 
     @property
     def in_batch(self) -> int:
@@ -301,6 +311,8 @@ class Batch:
 
     def _find_prefix(self, answer: Answer) -> None:
         """Share the longest prefix that another answer or a cached prompt has computed, or is computing."""
+        if answer.request.scores_prompt:
+            return
         source, shared = self._prefixes.longest_match(answer.tokens)
         if shared:
             self._prefixes.touch(source)
@@ -337,6 +349,9 @@ class Batch:
         """The decodes of this step: (answer, tokens) each. Beside a prefill all go in one."""
         if prefilling:
             remaining = [len(a.tokens) - self._cells.length(a.sequence) for a in prefilling]
+            remaining = [
+                min(n, SCORED) if a.request.scores_prompt else n for a, n in zip(prefilling, remaining, strict=True)
+            ]
             chunks = share_prefill(remaining, min(self.tuning.chunk, self.context.batch_tokens - len(decoding)))
             parts = [(a, n) for a, n in zip(prefilling, chunks, strict=True) if n]
             return [[*((a, 1) for a in decoding), *parts]]
@@ -370,23 +385,36 @@ class Batch:
             return []
         for answer, tokens in group:
             self._cells.grow(answer.sequence, tokens)
-        for answer, row in rows:
+        for (answer, tokens), row in zip(group, rows, strict=True):
+            if answer.request.scores_prompt:
+                self._score(answer, tokens, row)
+            if answer.over or self._cells.length(answer.sequence) < len(answer.tokens):
+                continue  # another answer of its request failed, or there is more to prefill
             answer.prefilling = False
             for each in (answer, *(() if answer.generated else self._fork(answer))):
                 self._sample(each, row)
         return group
 
-    def _fill(self, group: list[tuple[Answer, int]]) -> list[tuple[Answer, int]]:
-        """Fill the context's batch; returns (answer, row) for each that gets a token out of it."""
+    def _fill(self, group: list[tuple[Answer, int]]) -> list[int]:
+        """Fill the context's batch; returns the row of each one's last token."""
         rows = []
         self.context.begin()
         for answer, tokens in group:
             start = self._cells.length(answer.sequence)
             last = start + tokens == len(answer.tokens)
-            row = self.context.add(answer.sequence, start, answer.tokens[start : start + tokens], output=last)
-            if last:
-                rows.append((answer, row))
+            part, every = answer.tokens[start : start + tokens], answer.request.scores_prompt
+            rows.append(self.context.add(answer.sequence, start, part, output=last, every=every))
         return rows
+
+    def _score(self, answer: Answer, tokens: int, row: int) -> None:
+        """The log-probabilities of the prompt's tokens that come after each of the last `tokens`, up to `row`."""
+        request, end = answer.request, self._cells.length(answer.sequence)
+        known, top = request.prompt_logprobs, request.spec.logprobs or 0
+        if not known:
+            known.append(first_logprobs(self.model, request.prompt[0]))
+        for position in range(max(len(known), end - tokens + 1), min(end + 1, len(request.prompt))):
+            logits = self.context.logits(row - (end - position))
+            known.append(token_logprobs(self.model, logits, request.prompt[position], top))
 
     def _lose(self, group: list[tuple[Answer, int]], status: int) -> None:
         """llama.cpp failed: what it left in memory for these requests is unknown."""

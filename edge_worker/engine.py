@@ -25,7 +25,7 @@ from perllm.broker.engine.cores import ThreadClaim, available_cores
 from perllm.broker.engine.energy import Attribution, Meter, power_of
 from perllm.broker.engine.text import DeltaSink
 from perllm.broker.engine.totals import EngineTotals
-from perllm.broker.messages import Choice, Counters, Energy, ModelOffer, Output, Power, TaskSpec
+from perllm.broker.messages import Choice, Counters, Delta, Energy, ModelOffer, Output, Power, TaskSpec
 from perllm.edge_worker.batch import Answer, Batch, Request
 from perllm.edge_worker.llama import MAX_SEQUENCES, VERSION
 from perllm.edge_worker.meters import make_meter
@@ -168,6 +168,9 @@ class LlamaEngine:
             with self._pool.using(served, stop) as loaded:
                 request = self._request(task_id, spec, stop, served, loaded, accepted)
                 request.streams = on_delta is not None
+                if request.streams and request.echo:
+                    for answer in request.answers:
+                        request.outbox.put(Delta(index=answer.index, text=request.echo))
                 self._enqueue(loaded.batch, request)
                 try:
                     self._wait(loaded.batch, request, on_delta)
@@ -187,7 +190,10 @@ class LlamaEngine:
     ) -> Request:
         tokens = loaded.prompter.tokens(spec)
         check_context(len(tokens), spec.max_tokens, served.context)
-        return _new_request(task_id, spec, stop, tokens, make_samplers(loaded.model, spec, served.context), accepted)
+        samplers = make_samplers(loaded.model, spec, served.context)
+        request = _new_request(task_id, spec, stop, tokens, samplers, accepted)
+        request.echo = loaded.prompter.echo(spec)
+        return request
 
     def _enqueue(self, batch: Batch, request: Request) -> None:
         with self._changed:
@@ -286,4 +292,10 @@ def _choice(answer: Answer) -> dict[str, Any]:
     logprobs = None
     if answer.request.spec.logprobs is not None:
         logprobs = [entry for begins, entry in answer.logprobs if begins < len(text)]
-    return {"text": text, "finish_reason": answer.finish, "logprobs": logprobs, "tokens": answer.generated}
+        logprobs = answer.request.prompt_logprobs + logprobs
+    return {
+        "text": answer.request.echo + text,
+        "finish_reason": answer.finish,
+        "logprobs": logprobs,
+        "tokens": answer.generated,
+    }

@@ -158,10 +158,33 @@ class Prompter:
 
     def tokens(self, spec: TaskSpec) -> list[int]:
         """The prompt's tokens. Raises EngineError (retry=False)."""
+        if spec.prompt_ids is not None:
+            check_tokens("prompt_ids", spec.prompt_ids, self._model.vocab_size)
+            return list(spec.prompt_ids)
+        if spec.suffix is not None:
+            tokens = self._model.tokenize_gap(spec.prompt or "", spec.suffix)
+            if tokens is None:
+                raise EngineError("suffix: this model has no tokens to fill in with; leave it out", retry=False)
+            return tokens
         text = prompt_text(spec, self._template)
         if self._template is None:
             return self._model.tokenize(text, special=False, add_bos=self._model.adds_bos)
         return self._model.tokenize(text, special=True, add_bos=False)
+
+    def echo(self, spec: TaskSpec) -> str:
+        """What the text is to begin with. Raises EngineError (retry=False) where log-probabilities are asked for of a
+        prompt that is only part of what the model is given."""
+        if not spec.echo:
+            return ""
+        if spec.prompt_ids is not None:
+            return b"".join(map(self._model.piece, spec.prompt_ids)).decode(errors="replace")
+        if spec.logprobs is not None and (self._template is not None or spec.suffix is not None):
+            raise EngineError(
+                "echo: the log-probabilities of a prompt are those of its own tokens, and here it is put into a "
+                "template: give the tokens as prompt_ids, or leave out logprobs",
+                retry=False,
+            )
+        return spec.prompt or ""
 
 
 def token_logprobs(model: Model, logits: Logits, token: int, top: int) -> dict[str, Any]:
@@ -179,10 +202,19 @@ def token_logprobs(model: Model, logits: Logits, token: int, top: int) -> dict[s
     return entry
 
 
+def first_logprobs(model: Model, token: int) -> dict[str, Any]:
+    """The entry of a text's first token, which nothing foretells."""
+    return _named(model, token, None) | {"top_logprobs": []}
+
+
 def _logprob(model: Model, token: int, logprobs: Logits) -> dict[str, Any]:
+    return _named(model, token, float(logprobs[token]))
+
+
+def _named(model: Model, token: int, logprob: float | None) -> dict[str, Any]:
     piece = model.piece(token)
     return {
         "token": piece.decode(errors="replace") or model.token_text(token),
-        "logprob": float(logprobs[token]),
+        "logprob": logprob,
         "bytes": list(piece),
     }
