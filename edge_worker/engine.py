@@ -288,13 +288,12 @@ def _new_request(
 
 def _choice(answer: Answer) -> dict[str, Any]:
     """An answer that is over, as the fields of a `Choice`."""
-    text = answer.text.text
+    request, text = answer.request, answer.text.text
     logprobs = None
-    if answer.request.spec.logprobs is not None:
-        logprobs = [entry for begins, entry in answer.logprobs if begins < len(text)]
-        logprobs = answer.request.prompt_logprobs + logprobs
+    if request.spec.logprobs is not None:
+        logprobs = request.prompt_logprobs + [entry for begins, entry in answer.logprobs if begins < len(text)]
     return {
-        "text": answer.request.echo + text,
+        "text": request.echo + text,
         "finish_reason": answer.finish,
         "logprobs": logprobs,
         "tokens": answer.generated,

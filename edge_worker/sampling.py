@@ -14,7 +14,7 @@ from llguidance import LLMatcher
 
 from perllm.broker import grammar
 from perllm.broker.engine.answers import answer_seed
-from perllm.broker.engine.checks import check_tokens
+from perllm.broker.engine.checks import check_echo, check_tokens
 from perllm.broker.engine.contract import EngineError
 from perllm.broker.engine.text import prompt_text
 from perllm.broker.errors import InvalidTask, TryAgain
@@ -105,7 +105,8 @@ def _chain(model: Model, spec: TaskSpec, penalty_window: int, seed: int) -> list
     """What makes the samplers, in order."""
     chain: list[Callable[[], Any]] = []
     if spec.logit_bias:
-        biases = (lib.llama_logit_bias * len(spec.logit_bias))(*spec.logit_bias.items())
+        each = [lib.llama_logit_bias(token, bias) for token, bias in spec.logit_bias.items()]
+        biases = (lib.llama_logit_bias * len(each))(*each)
         chain.append(lambda: lib.llama_sampler_init_logit_bias(model.vocab_size, len(biases), biases))
     if _penalised(spec):
         chain.append(
@@ -172,18 +173,12 @@ class Prompter:
         return self._model.tokenize(text, special=True, add_bos=False)
 
     def echo(self, spec: TaskSpec) -> str:
-        """What the text is to begin with. Raises EngineError (retry=False) where log-probabilities are asked for of a
-        prompt that is only part of what the model is given."""
+        """What the text is to begin with. Raises EngineError (retry=False)."""
         if not spec.echo:
             return ""
         if spec.prompt_ids is not None:
             return b"".join(map(self._model.piece, spec.prompt_ids)).decode(errors="replace")
-        if spec.logprobs is not None and (self._template is not None or spec.suffix is not None):
-            raise EngineError(
-                "echo: the log-probabilities of a prompt are those of its own tokens, and here it is put into a "
-                "template: give the tokens as prompt_ids, or leave out logprobs",
-                retry=False,
-            )
+        check_echo(spec, as_it_is=self._template is None and spec.suffix is None)
         return spec.prompt or ""
 
 
