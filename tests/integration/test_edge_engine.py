@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from perllm.broker.engine.contract import EngineError, Generation, Stop
-from perllm.broker.messages import Message, TaskSpec
+from perllm.broker.messages import Delta, Message, TaskSpec
 from perllm.edge_worker.engine import LlamaEngine
 from perllm.edge_worker.settings import EdgeSettings
 
@@ -101,17 +101,17 @@ def test_stop_strings_end_the_text_before_them(engine: LlamaEngine) -> None:
 
 
 def test_pieces_are_whole_characters_and_make_the_text(engine: LlamaEngine) -> None:
-    pieces: list[str] = []
+    pieces: list[Delta] = []
     spec = TaskSpec(prompt="日本の首都はどこですか？", max_tokens=24)
     done = engine.generate("t", spec, Stop(60), pieces.append)
-    assert "".join(pieces) == done.output.text
+    assert "".join(piece.text for piece in pieces) == done.output.text
     assert len(pieces) > 3
-    assert all("�" not in piece and piece for piece in pieces)
+    assert all("�" not in piece.text and piece.text for piece in pieces)
     assert not done.output.text.isascii()
 
 
 def test_a_failing_listener_ends_the_generation(engine: LlamaEngine) -> None:
-    def broken(_: str) -> None:
+    def broken(_: Delta) -> None:
         raise RuntimeError("no more, please")
 
     with pytest.raises(RuntimeError, match="no more, please"):
@@ -186,7 +186,7 @@ def test_cancel_ends_within_one_step_and_spares_the_others(engine: LlamaEngine) 
     stop, running = Stop(120), threading.Event()
     at: list[int] = []
 
-    def cancel(_: str) -> None:
+    def cancel(_: Delta) -> None:
         if not running.is_set():
             running.set()
             stop.cancel()

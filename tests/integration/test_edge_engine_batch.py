@@ -18,7 +18,7 @@ from support.wait import eventually
 
 from perllm.broker.engine.contract import EngineError, Generation, Stop
 from perllm.broker.errors import BadSetting
-from perllm.broker.messages import Message, TaskSpec
+from perllm.broker.messages import Delta, Message, TaskSpec
 from perllm.edge_worker import sampling
 from perllm.edge_worker.batch import Batch
 from perllm.edge_worker.engine import LlamaEngine
@@ -315,7 +315,7 @@ def test_any_mix_of_requests_leaves_nothing_behind(tiny: Path) -> None:
         stop = Stop(pick.choice([0.0, 0.02, 60, 60, 60]))
         seen = [0]
 
-        def listen(_: str) -> None:
+        def listen(_: Delta) -> None:
             seen[0] += 1
             if seen[0] == cancel_at:
                 stop.cancel()
