@@ -40,6 +40,7 @@ _ROW = np.dtype(
         ("attempt", "u4"),
         ("serial", "u4"),  # order of arrival here; 0: the row is free
         ("ticket", "u4"),  # order in which it was parked last
+        ("n", "u1"),
         ("strikes", "u1"),
         ("state", "u1"),
     ]
@@ -131,6 +132,7 @@ class Pending:
             task.attempt,
             serial,
             0,
+            task.n,
             min(task.strikes, 255),
             _FRESH,
         )
@@ -188,7 +190,7 @@ class Pending:
         if not lane.live:
             del self._lanes[model]
         self._avoid.pop(row, None)
-        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, None, *(0,) * 13)
+        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, None, *(0,) * 14)
         self._free.append(row)
         if len(self._wakeups) > 4 * len(self._index) + 64:
             self._tidy_wakeups()
@@ -297,6 +299,7 @@ class Pending:
             max_tokens=most,
             expected_tokens=expected or None,
             text=text,
+            n=values[-3],
             strikes=values[-2],
             attempt=attempt,
             avoid=self._avoid.get(row, {}),

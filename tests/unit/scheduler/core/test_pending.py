@@ -162,6 +162,7 @@ def test_of_the_parked_the_highest_rank_comes_first() -> None:
 def test_every_field_survives() -> None:
     given = task("x", model="m")
     given.value, given.expected_tokens, given.strikes, given.attempt = 0.1, 77, 2, 3
+    given.n = 16
     given.avoid = {"edge-1": 20.0}
     pool = Pending()
     pool.add(given)
