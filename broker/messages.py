@@ -36,6 +36,8 @@ MAX_SCHEMA = 65_536
 MAX_TOOLS, MAX_TOOLS_BYTES = 128, 262_144
 #: Most answers to one prompt, and most inputs of one embedding or rerank task.
 MAX_CHOICES = 16
+#: Most log-probabilities at one position of all answers to a prompt together.
+MAX_LOGPROBS = 64
 MAX_INPUTS = 2048
 #: Deepest nesting of JSON that comes from outside, levels: below what any of our readers can take (pydantic's: 199),
 #: so that whatever is accepted can be read again, also where it is part of something larger.
@@ -309,8 +311,12 @@ class TaskSpec(Sampling):
             raise ValueError("'tool_choice' is 'required': give 'tools'")
         if sum(len(tool.model_dump_json()) for tool in self.tools) > MAX_TOOLS_BYTES:
             raise ValueError(f"'tools' take more than {MAX_TOOLS_BYTES} bytes")
-        if (self.suffix is not None or self.echo) and self.prompt is None:
-            raise ValueError(f"{'echo' if self.suffix is None else 'suffix'!r} needs a 'prompt'")
+        if self.logprobs is not None and self.n * (self.logprobs + 1) > MAX_LOGPROBS:
+            raise ValueError(f"'n' times 'logprobs' + 1 is above {MAX_LOGPROBS}: lower one of them")
+        if self.suffix is not None and self.prompt is None:
+            raise ValueError("'suffix' needs a 'prompt'")
+        if self.echo and self.prompt is None and self.prompt_ids is None:
+            raise ValueError("'echo' needs a 'prompt' or 'prompt_ids'")
         return self
 
     @property
@@ -479,6 +485,7 @@ class Receipt(TolerantModel):
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of prompt_tokens, not prefilled because a shared prefix was there
     completion_tokens: int = 0  # of all choices
+    choice_tokens: tuple[int, ...] = ()  # of each, where there are several
     reasoning_tokens: int = 0  # of completion_tokens
     cut: bool = False  # an answer ended at a limit and would have gone on
     energy: Energy

@@ -14,7 +14,16 @@ from perllm.broker.chat import ChatTemplate
 
 #: What `vllm_engine` does.
 SERVED = frozenset(
-    {Capability.GENERATE, Capability.CHAT, Capability.LOGPROBS, Capability.GRAMMAR, Capability.JSON_SCHEMA}
+    {
+        Capability.GENERATE,
+        Capability.CHAT,
+        Capability.LOGPROBS,
+        Capability.LOGIT_BIAS,
+        Capability.GRAMMAR,
+        Capability.JSON_SCHEMA,
+        Capability.CHOICES,
+        Capability.TOKENS,
+    }
 )
 #: Marks of what comes before and after a gap, by families of models, as their vocabularies spell them.
 INFILL_MARKS = (

@@ -25,8 +25,12 @@ SERVED = frozenset(
         Capability.TOOLS,
         Capability.REASONING,
         Capability.LOGPROBS,
+        Capability.LOGIT_BIAS,
         Capability.GRAMMAR,
         Capability.JSON_SCHEMA,
+        Capability.CHOICES,
+        Capability.INFILL,
+        Capability.TOKENS,
     }
 )
 

@@ -154,6 +154,17 @@ class Model:
                 return list(out[:count])
             room = -count
 
+    def tokenize_gap(self, before: str, after: str) -> list[int] | None:
+        """Token ids that ask for what comes between two texts; None for a model that was not taught to fill in."""
+        pre, suf, mid = (
+            get(self._vocab) for get in (lib.llama_vocab_fim_pre, lib.llama_vocab_fim_suf, lib.llama_vocab_fim_mid)
+        )
+        if pre < 0 or suf < 0:
+            return None
+        texts = [self.tokenize(text, special=False, add_bos=False) for text in (before, after)]
+        tokens = [pre, *texts[0], suf, *texts[1], *([mid] if mid >= 0 else [])]
+        return [self.bos, *tokens] if self.adds_bos else tokens
+
     def ends(self, token: int) -> bool:
         """Whether `token` ends a generation."""
         return bool(lib.llama_vocab_is_eog(self._vocab, token))
@@ -269,14 +280,15 @@ class Context:
         """Start filling the next batch."""
         self._filled = 0
 
-    def add(self, sequence: int, position: int, tokens: Sequence[int], *, output: bool) -> int:
-        """Add `tokens` of a sequence from `position` on; `output` asks for the last one's logits. Returns its row."""
+    def add(self, sequence: int, position: int, tokens: Sequence[int], *, output: bool, every: bool = False) -> int:
+        """Add `tokens` of a sequence from `position` on; `output` asks for the last one's logits, `every` for those of
+        each. Returns the row of the last."""
         start, end = self._filled, self._filled + len(tokens)
         self._tokens[start:end] = tokens
         self._positions[start:end] = np.arange(position, position + len(tokens), dtype=np.int32)
         self._sequences[start:end] = sequence
-        self._outputs[start:end] = 0
-        self._outputs[end - 1] = output
+        self._outputs[start:end] = every
+        self._outputs[end - 1] = output or every
         self._filled = end
         return end - 1
 

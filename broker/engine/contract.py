@@ -71,6 +71,12 @@ class Generation:
     cached_tokens: int = 0
     stalled: bool = False
 
+    @property
+    def finish(self) -> FinishReason:
+        """Why all of it ended: cut, if one of the answers was."""
+        reasons = [choice.finish_reason for choice in self.output.choices]
+        return next((reason for reason in reasons if reason in ("cancelled", "deadline")), reasons[0])
+
 
 class EngineError(Exception):
     """The engine could not serve this request. `retry` says whether another node, or a later try, might."""

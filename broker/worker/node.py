@@ -216,7 +216,7 @@ class NodeWorker:
     def _deliver(self, task_id: str, attempt: _Attempt, done: Generation, receipt: Receipt) -> str:
         ledger, number, token = self._ledger, attempt.number, attempt.token
         cost = f"{done.completion_tokens} tokens, {receipt.energy.total:.2f} J ({receipt.energy.method})"
-        match done.output.finish_reason:
+        match done.finish:
             case "stop" | "length" | "tool_calls":
                 verdict = self._until_delivered(
                     lambda: ledger.complete(task_id, number, token, "succeeded", done.output, receipt)
@@ -234,7 +234,7 @@ class NodeWorker:
                     return f"handed back after {cost}"
                 return f"stopped after {cost}"
             case _:
-                assert_never(done.output.finish_reason)
+                assert_never(done.finish)
 
     def _failed(self, task_id: str, attempt: _Attempt, reason: str, *, retry: bool) -> str:
         reason = whole_text(reason[:MAX_REASON])
@@ -264,6 +264,7 @@ class NodeWorker:
             cached_tokens=done.cached_tokens,
             completion_tokens=done.completion_tokens,
             cut=any(choice.finish_reason in ("length", "deadline") for choice in done.output.choices),
+            choice_tokens=tuple(choice.tokens for choice in done.output.choices) if done.output.more else (),
             energy=energy,
             before=done.before,
             after=done.after,

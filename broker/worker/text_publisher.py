@@ -39,17 +39,21 @@ class TextPublisher:
 
 
 def joined(deltas: Sequence[Delta]) -> list[Delta]:
-    """The same, with those that go on with the same text, thought or call made one."""
+    """The same, with those of an answer that go on with the same text, thought or call made one. The order of pieces of
+    different answers says nothing."""
     out: list[Delta] = []
+    latest: dict[int, int] = {}  # answer → where its last piece is
     for delta in deltas:
-        if out and delta.name is None and _what(out[-1]) == _what(delta):
-            last = out[-1]
+        at = latest.get(delta.index)
+        if at is not None and delta.name is None and _what(out[at]) == _what(delta):
+            last = out[at]
             together = {name: getattr(last, name) + getattr(delta, name) for name in ("text", "reasoning", "arguments")}
-            out[-1] = last.model_copy(update=together)
+            out[at] = last.model_copy(update=together)
         else:
+            latest[delta.index] = len(out)
             out.append(delta)
     return out
 
 
-def _what(delta: Delta) -> tuple[int, int | None, bool]:
-    return delta.index, delta.call, bool(delta.text)
+def _what(delta: Delta) -> tuple[int | None, bool]:
+    return delta.call, bool(delta.text)

@@ -14,7 +14,8 @@ PRIOR_SHARE, PRIOR_TOKENS = 0.5, 128
 
 
 class MeanLength:
-    """Mean output length per service class, tokens. `sums` has [finished tasks, their tokens] of each class."""
+    """Mean length of an answer per service class, tokens. `sums` has [finished tasks, Σ tokens of their mean answers]
+    of each class."""
 
     def __init__(self) -> None:
         self.sums: Classes[list[float]] = Classes(lambda: [0.0, 0.0])
@@ -38,10 +39,10 @@ class MeanLength:
         if not (task.fit_context and event.receipt.cut):
             entry = self.sums.get(task.tenant, task.service)
             entry[0] += 1
-            entry[1] += event.receipt.completion_tokens
+            entry[1] += event.receipt.completion_tokens / task.n
 
     def tokens(self, task: Task) -> float:
-        """Expected output of `task`, tokens."""
+        """Expected length of each answer of `task`, tokens."""
         count, total = self.sums.get(task.tenant, task.service)
         prior = PRIOR_TOKENS if task.fit_context else task.max_tokens * PRIOR_SHARE
         return min((total + prior) / (count + 1), task.max_tokens)

@@ -36,9 +36,10 @@ class Task:
     demand: Demand  # of a node
     prompt_tokens: int  # estimated
     payload_bytes: int
-    max_tokens: int
+    max_tokens: int  # of each answer
     tenant: str = "default"
     fit_context: bool = False  # it may end where the context does; its `max_tokens` is not the producer's
+    n: int = 1  # answers
     expected_tokens: int | None = None  # the producer's hint
     text: Sketch = b""
     start: float = 0.0  # it is not to be placed before
@@ -48,7 +49,7 @@ class Task:
     node: str | None = None
     dispatched: float | None = None
     claimed: float | None = None
-    generated: int = 0  # tokens, as of the node's last heartbeat
+    generated: int = 0  # tokens of all answers, as of the node's last heartbeat
     avoid: Mapping[str, float] = field(default_factory=dict)  # nodes that lost it, until when they are avoided (s)
 
     @property
@@ -79,11 +80,15 @@ class Node:
     counters: Counters = field(default_factory=Counters)  # the engine's totals, as of the last heartbeat …
     heard: float = 0.0  # … and when that was, s
     in_flight: dict[str, Task] = field(default_factory=dict)  # dispatched or running here, oldest first
+    taken: int = 0  # slots they take or wait for: one for each answer, and no more than there are
     version: int = 0
     changed: float = 0.0
     completion_rate: float = 0.0  # tasks/s it finished lately, as of `completed_at`
     completed_at: float = 0.0  # when it last finished one, s
     has_room: bool = True  # for one more task, in its slots or its queue
+
+    def __post_init__(self) -> None:
+        self.taken = sum(min(task.n, self.info.slots) for task in self.in_flight.values())
 
     @property
     def name(self) -> str:
@@ -92,6 +97,19 @@ class Node:
     def offer(self, demand: Demand) -> ModelOffer | None:
         """The model here that serves such tasks."""
         return self.info.offer(*demand)
+
+    def hold(self, task: Task) -> None:
+        """A task was sent here."""
+        self.release(task.id)
+        self.in_flight[task.id] = task
+        self.taken += min(task.n, self.info.slots)
+
+    def release(self, task_id: str) -> bool:
+        """A task is not here any more. Whether it was."""
+        task = self.in_flight.pop(task_id, None)
+        if task is not None:
+            self.taken -= min(task.n, self.info.slots)
+        return task is not None
 
     def completed(self, at: float) -> None:
         """Note that it finished a task: the completion rate fades with COMPLETION_WINDOW."""

@@ -42,6 +42,7 @@ _ROW = np.dtype(
         ("attempt", "u4"),
         ("serial", "u4"),  # order of arrival here; 0: the row is free
         ("ticket", "u4"),  # order in which it was parked last
+        ("n", "u1"),
         ("strikes", "u1"),
         ("fit_context", "u1"),
         ("state", "u1"),
@@ -156,6 +157,7 @@ class Pending:
             task.attempt,
             serial,
             0,
+            task.n,
             min(task.strikes, 255),
             task.fit_context,
             _ASLEEP if asleep else _FRESH,
@@ -214,7 +216,7 @@ class Pending:
         if not lane.live:
             del self._lanes[lane.demand]
         self._avoid.pop(row, None)
-        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, None, *(0,) * 15)
+        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, None, *(0,) * 16)
         self._free.append(row)
         if len(self._wakeups) > 4 * len(self._index) + 64:
             self._tidy_wakeups()
@@ -329,6 +331,7 @@ class Pending:
             expected_tokens=expected or None,
             text=text,
             start=start,
+            n=values[-4],
             strikes=values[-3],
             attempt=attempt,
             avoid=self._avoid.get(row, {}),

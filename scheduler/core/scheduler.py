@@ -150,7 +150,7 @@ class SchedulerCore:
         task.node, task.attempt, task.dispatched, task.claimed, task.generated = node_name, attempt, at, None, 0
         self._placed[task.id] = task
         if node := self.cluster.nodes.get(node_name):
-            node.in_flight[task.id] = task
+            node.hold(task)
             node.touch(at)
             self._note_room(node)
 
@@ -172,7 +172,7 @@ class SchedulerCore:
         self._placed.pop(task.id, None)
         if task.node is None or (node := self.cluster.nodes.get(task.node)) is None:
             return
-        if node.in_flight.pop(task.id, None) is not None:
+        if node.release(task.id):
             node.touch(at)
             self._note_room(node)
             self._freed.add(node.name)
@@ -180,8 +180,8 @@ class SchedulerCore:
     # --- nodes
 
     def _node_up(self, event: NodeUp) -> None:
-        node = Node(event.info, since=event.at, heard=event.at, changed=event.at)
-        node.in_flight = {t.id: t for t in self._placed.values() if t.node == node.name}
+        mine = {t.id: t for t in self._placed.values() if t.node == event.info.name}
+        node = Node(event.info, since=event.at, heard=event.at, changed=event.at, in_flight=mine)
         self._note_room(node)
         self.cluster.nodes[node.name] = node
         self._gone.pop(node.name, None)
@@ -222,7 +222,7 @@ class SchedulerCore:
         beyond = self._queue_beyond_slots
         if beyond is not None:
             beyond = max(beyond, min(MAX_QUEUE, int(node.completion_rate * QUEUE_SECONDS)))
-        has_room = beyond is None or len(node.in_flight) < node.info.slots + beyond
+        has_room = beyond is None or node.taken < node.info.slots + beyond
         if has_room != node.has_room:
             node.has_room = has_room
             self.cluster.room_changed(node.name)
@@ -528,6 +528,7 @@ def task_of(event: Submitted) -> Task:
         payload_bytes=event.payload_bytes,
         max_tokens=event.max_tokens,
         fit_context=event.fit_context,
+        n=event.n,
         expected_tokens=event.expected_tokens,
         text=parse(event.text),
         start=event.at + event.start_after,

@@ -180,6 +180,7 @@ class ClusterArrays:
             NodeRow(
                 first=entry.first,
                 count=len(entry.ids),
+                taken=node.taken,
                 slots=node.info.slots,
                 heard=node.heard,
                 changed=max(node.changed, node.heard),
@@ -237,6 +238,8 @@ class ClusterArrays:
             payload_bytes=task.payload_bytes,
             deadline=task.deadline,
             max_tokens=task.max_tokens,
+            n=task.n,
+            width=min(task.n, entry.node.info.slots),
             value=task.value,
             lengths=self._lengths.row_of(task),
             arm=self._arm(entry.node, task.demand),

@@ -92,21 +92,25 @@ class CsUcb(Policy):
         self._node_models.observe(event, task, cluster)
         if isinstance(event, Completed) and task is not None:
             receipt = event.receipt
-            tokens, cut = receipt.completion_tokens, event.state is not State.SUCCEEDED
-            if not cut and (receipt.cut or tokens >= task.max_tokens):  # ended at a limit: it is at least so long
-                tokens, cut = min(tokens, task.max_tokens) - 1, True
-            self._lengths.observe(
-                task.service,
-                task.prompt_tokens,
-                tokens,
-                ended=not cut,
-                hint=task.expected_tokens,
-                tenant=task.tenant,
-                text=task.text,
-                max_tokens=task.max_tokens,
-                model=task.model,
-            )
+            for tokens in receipt.choice_tokens or (receipt.completion_tokens,):
+                self._observe_length(task, tokens, cut=event.state is not State.SUCCEEDED, at_limit=receipt.cut)
             self._scale.observe(receipt.energy.transfer + receipt.energy.inference)
+
+    def _observe_length(self, task: Task, tokens: int, *, cut: bool, at_limit: bool) -> None:
+        """An answer had so many tokens; one that was `cut`, or ended at a limit, would have had more."""
+        if not cut and (at_limit or tokens >= task.max_tokens):
+            tokens, cut = min(tokens, task.max_tokens) - 1, True
+        self._lengths.observe(
+            task.service,
+            task.prompt_tokens,
+            tokens,
+            ended=not cut,
+            hint=task.expected_tokens,
+            tenant=task.tenant,
+            text=task.text,
+            max_tokens=task.max_tokens,
+            model=task.model,
+        )
 
     # --- deciding
 
@@ -118,6 +122,7 @@ class CsUcb(Policy):
                 payload_bytes=task.payload_bytes,
                 deadline=task.deadline,
                 max_tokens=task.max_tokens,
+                n=task.n,
                 value=task.value,
                 lengths=self._lengths.row_of(task),
             )

@@ -169,7 +169,7 @@ def test_every_field_survives() -> None:
     given = task("x", demand=Demand("m", ("chat", "tools")))
     given.fit_context = True
     given.value, given.expected_tokens, given.strikes, given.attempt = 0.1, 77, 2, 3
-    given.avoid, given.start = {"edge-1": 20.0}, 4.0
+    given.avoid, given.start, given.n = {"edge-1": 20.0}, 4.0, 16
     pool = Pending()
     pool.add(given)
     assert pool.get("x") == given

@@ -92,6 +92,20 @@ def test_most_urgent_first_until_the_nodes_are_full() -> None:
     assert [d.task.id for d in core.decide(1)] == ["t1"]
 
 
+def test_answers_take_slots_and_an_idle_node_takes_any_number_of_them() -> None:
+    core = core_with(Scripted(), info("n", slots=2))  # holds 2 + 2
+    for i, n in enumerate((16, 1, 2, 1)):
+        core.handle(submitted(f"t{i}", deadline=50 + i, n=n))
+    assert [d.task.id for d in core.decide(0)] == ["t0", "t1", "t2"]  # the first takes all slots, and no more
+    node = core.cluster.nodes["n"]
+    assert node.taken == 2 + 1 + 2
+    assert core.find("t0").n == 16  # type: ignore[union-attr]
+    core.handle(completed("t0", "n", at=1.0))
+    core.handle(NodeUp(at=2.0, info=info("n", slots=2)))
+    assert core.cluster.nodes["n"].taken == 3
+    assert [d.task.id for d in core.decide(2.0)] == ["t3"]
+
+
 def test_beside_an_idle_node_every_parked_task_has_its_turn() -> None:
     """Not the two of the highest rank again and again; and beside a node at work nobody is asked for a heartbeat."""
 
