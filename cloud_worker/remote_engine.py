@@ -93,9 +93,9 @@ class _Answer:
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """One request to the server, for these answers."""
+    """One request to the server, and the answers it gave."""
 
-    answers: list[_Answer]
+    answers: list[_Answer] = field(default_factory=list)
     usage: Usage | None = None
 
     @property
@@ -457,13 +457,13 @@ class RemoteEngine:
         request.sent = request.sent or now
         for answer in answers:
             answer.last = now
-        asked = _Asked(answers)
+        asked = _Asked()
         request.asked.append(asked)
         path, body = self._body(request, answers)
         try:
             async with aclosing(self._client.complete(path, body)) as chunks:
                 async for chunk in chunks:
-                    self._take(request, asked, chunk)
+                    self._take(request, asked, answers, chunk)
                     if not request.limited and all(a.finish or a.tokens >= request.spec.max_tokens for a in answers):
                         for answer in answers:
                             answer.finish = answer.finish or "length"
@@ -473,16 +473,17 @@ class RemoteEngine:
                 request.asked.remove(asked)
             if any(answer.finish is None for answer in answers):
                 raise
-        if not any(answer.finish for answer in answers) or any(a.tokens and a.finish is None for a in answers):
+        if not asked.answers or any(answer.finish is None for answer in asked.answers):
             raise Malformed("the stream broke off before it was finished")
 
-    def _take(self, request: _Request, asked: _Asked, chunk: Chunk) -> None:
+    def _take(self, request: _Request, asked: _Asked, answers: list[_Answer], chunk: Chunk) -> None:
         asked.usage = chunk.usage or asked.usage
-        answers = asked.answers
         for choice in chunk.choices if len(answers) > 1 else chunk.choices[:1]:
             if len(answers) > 1 and not 0 <= choice.index < len(answers):
                 raise Malformed(f"it sent choice {choice.index} of {len(answers)}")
             answer = answers[choice.index if len(answers) > 1 else 0]
+            if answer not in asked.answers:
+                asked.answers.append(answer)
             entries = choice.logprobs.entries() if choice.logprobs else []
             answer.logprobs += entries
             if text := choice.text if choice.text is not None else choice.delta.content:
@@ -600,7 +601,8 @@ def _share(tokens: int, answers: list[_Answer]) -> None:
     for answer in answers[:-1]:
         answer.tokens = answer.tokens * tokens // max(1, seen)
         left -= answer.tokens
-    answers[-1].tokens = left
+    if answers:
+        answers[-1].tokens = left
 
 
 def _latency(request: _Request) -> float:
