@@ -297,9 +297,7 @@ class AsyncClient:
     ) -> tuple[list[Result], list[tuple[int, list[Delta]]]]:
         if everything:
             found = self._client._look([task_id], everything=True)
-            return found, self.ledger.deltas(
-                task_id, heard
-            )  # in this order: what was said before it ended is all there
+            return found, self.ledger.deltas(task_id, heard)  # in this order, so that all that was said is there
         result, pieces = self.ledger.result_and_deltas(task_id, heard)
         return [] if result is None else [result], pieces
 
