@@ -297,8 +297,11 @@ class AsyncClient:
     def _look_and_hear(
         self, task_id: str, heard: int, everything: bool
     ) -> tuple[list[Result], list[tuple[int, list[Delta]]]]:
-        found = self._client._look([task_id], everything=everything)
-        return found, self.ledger.deltas(task_id, heard)  # in this order: what was said before it ended is all there
+        if everything:
+            found = self._client._look([task_id], everything=True)
+            return found, self.ledger.deltas(task_id, heard)  # in this order, so that all that was said is there
+        result, pieces = self.ledger.result_and_deltas(task_id, heard)
+        return [] if result is None else [result], pieces
 
     @asynccontextmanager
     async def _waiter(self, task_id: str, *channels: str) -> AsyncIterator[_Waiter]:

@@ -16,10 +16,10 @@ from perllm.broker.ledger.records import (
     weight,
 )
 from perllm.broker.ledger.scheduler import SWEEP_LIMIT
-from perllm.broker.ledger.worker import SAY_EVERY
+from perllm.broker.ledger.worker import SAY_TIME
 
 __all__ = [
-    "SAY_EVERY",
+    "SAY_TIME",
     "SWEEP_LIMIT",
     "Claim",
     "Dispatch",

@@ -118,9 +118,18 @@ class Query(LedgerBase):
         """What was published of a streamed task's answer from number `start` on, each with the attempt that generated
         it. What cannot be read is passed over."""
         with reaching(self.settings):
-            raw = cast("list[bytes]", self._client.lrange(f"{self._prefix}text:{task_id}", start, -1))
-        pairs = (text_of(piece).partition(" ") for piece in raw)
-        return [(int(attempt) if attempt.isdecimal() else 0, deltas_of(text)) for attempt, _, text in pairs]
+            return _pieces(cast("list[bytes]", self._client.lrange(f"{self._prefix}text:{task_id}", start, -1)))
+
+    def result_and_deltas(self, task_id: str, start: int) -> tuple[Result | None, list[tuple[int, list[Delta]]]]:
+        """A task's result, None unless it is final, and `deltas`, in one round trip: where there is a result, what was
+        published before it is all there."""
+        with reaching(self.settings):
+            pipe = self._client.pipeline(transaction=False)
+            pipe.get(f"{self._prefix}result:{task_id}")
+            pipe.hmget(f"{self._prefix}task:{task_id}", *ENDING_FIELDS)
+            pipe.lrange(f"{self._prefix}text:{task_id}", start, -1)
+            raw, ending, pieces = readable(pipe.execute(raise_on_error=False))
+        return result_of(task_id, raw, ending), _pieces(pieces or [])
 
     def news(self, watched: Sequence[tuple[str, int]]) -> list[bool]:
         """For tasks, each with how many pieces of its text are known (-1: they do not matter): whether there is more,
@@ -218,3 +227,8 @@ class Query(LedgerBase):
         with reaching(self.settings):
             seconds, micros = self._client.time()
         return seconds + micros / 1e6
+
+
+def _pieces(raw: list[bytes]) -> list[tuple[int, list[Delta]]]:
+    pairs = (text_of(piece).partition(" ") for piece in raw)
+    return [(int(attempt) if attempt.isdecimal() else 0, deltas_of(text)) for attempt, _, text in pairs]

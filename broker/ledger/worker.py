@@ -12,9 +12,9 @@ from perllm.broker.ledger.records import Claim, Verdict
 from perllm.broker.ledger.script import Argument
 from perllm.broker.messages import DELTAS, Delta, Heartbeat, NodeInfo, Output, Receipt
 
-#: Pieces of a streamed task's answer that are kept; a worker adds at most one every `SAY_EVERY` s.
-TEXT_PIECES = 20_000
-SAY_EVERY = 0.05
+#: Pieces of a streamed task's answer that are kept. A worker adds one for each `SAY_TIME` s, times those there are: at
+#: first ten thousand a second, at last ten, so that they are enough for a quarter of an hour.
+TEXT_PIECES, SAY_TIME = 20_000, 5e-6
 
 
 class Worker(LedgerBase):

@@ -32,7 +32,11 @@ def tools(value: Any, field: str = "tools") -> list[dict[str, Any]]:
         raise InvalidTask(f"{field}: a list of functions is required")
     if len(value) > MAX_TOOLS:
         raise InvalidTask(f"{field}: {len(value)} tools; the limit is {MAX_TOOLS}")
-    return [_tool(each, f"{field}.{number}") for number, each in enumerate(value)]
+    made = [_tool(each, f"{field}.{number}") for number, each in enumerate(value)]
+    names = [tool["name"] for tool in made]
+    if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
+        raise InvalidTask(f"{field}: two are named {twice!r}")
+    return made
 
 
 def _tool(value: Any, field: str) -> dict[str, Any]:
