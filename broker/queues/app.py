@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +17,7 @@ from celery import Celery
 from celery.app import backends
 from celery.backends.redis import RedisBackend
 
-from perllm.broker.connection import CONNECT_TIMEOUT, NEAR_REPLY_TIMEOUT
+from perllm.broker.connection import CONNECT_TIMEOUT, NEAR_REPLY_TIMEOUT, connect, reaching
 from perllm.broker.errors import PerLLMError, exit_with
 from perllm.broker.messages import WIRE_VERSION
 from perllm.broker.queues import transport
@@ -26,6 +26,8 @@ from perllm.broker.settings import Settings
 #: The task plain Celery producers send, and the queue they send it to.
 GENERATE = "perllm.generate"
 INBOX = "inbox"
+#: What is added to a queue's name for each priority (kombu.transport.redis).
+_PRIORITIES = ("", "\x06\x163", "\x06\x166", "\x06\x169")
 #: How kombu notices a server that is gone without a word: a reply is awaited for so long, and a connection that should
 #: have said something within 1 s + health_check_interval is dropped when next looked at (kombu.transport.redis).
 NOTICE = {"socket_timeout": NEAR_REPLY_TIMEOUT, "health_check_interval": 5}
@@ -123,6 +125,20 @@ def lazy_app(configure: Callable[[], dict[str, Any]], results: Callable[..., Red
     app.results = results
     app.add_defaults(configure_or_exit)
     return app
+
+
+def queue_lengths(settings: Settings, names: Iterable[str]) -> dict[str, int]:
+    """Messages that wait in these queues, of all priorities; without those that this user may not see. Raises
+    Unreachable."""
+    names = list(names)
+    with reaching(settings), connect(settings, reply_timeout=NEAR_REPLY_TIMEOUT) as client:
+        pipe = client.pipeline(transaction=False)
+        for step in _PRIORITIES:
+            for name in names:
+                pipe.llen(f"{name}{step}")
+        replies = pipe.execute(raise_on_error=False)
+    lengths = {name: replies[i :: len(names)] for i, name in enumerate(names)}
+    return {name: sum(counts) for name, counts in lengths.items() if all(isinstance(n, int) for n in counts)}
 
 
 #: Where the ledger puts the start of the prompt in a node's message, for Flower and other people.

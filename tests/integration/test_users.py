@@ -20,6 +20,7 @@ from support.make import node_info, output, receipt, why
 from support.ports import free_port
 from support.raw import prefix_of, redis_of
 from support.servers import Server
+from support.wait import eventually
 
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import Dispatch, End, Ledger
@@ -180,15 +181,24 @@ def test_flower_sees_workers_and_tasks_as_the_monitor(own_server: Server, tmp_pa
         redis_of(cluster.ledger).flushall()
         port = free_port()
         listen = ["--address=127.0.0.1", f"--port={port}"]
-        flower = cluster.start(
-            "flower", "celery", "-A", "perllm.broker", "flower", *listen, redis_url=cluster.url_of("monitor")
-        )
+        flower = cluster.start("flower", "perllm.broker.local.flower", *listen, redis_url=cluster.url_of("monitor"))
         cluster.watch(flower, redis_of(cluster.ledger).pubsub_numpat, "listens to events")
+        cluster.start_inbox()
         cluster.scheduler()
-        cluster.start_nodes("a")
+        cluster.start_nodes("a", slots=1, context=100_000, emulated_speed=100)
         users.denied(own_server.url)
         (task_id,) = cluster.submit()
         assert cluster.result(task_id).state == "succeeded"
         cluster.watch(flower, lambda: "SUCCESS" in page(f"/task/{task_id}"), "shows the task")
         assert "a@test" in page("/workers")
+        assert all(queue in page("/broker") for queue in ("edge.a", "inbox", "pending (ledger)"))
+        # Cancelled by another door than Celery's: a producer's task that runs, and one that has come and waits.
+        endless = {"prompt": "hi", "max_tokens": 90_000, "deadline": 600}
+        producer = cluster.producer()
+        sent = [producer.send_task("perllm.generate", kwargs=endless, queue="inbox").id for _ in range(6)]
+        eventually(lambda: all(cluster.ledger.known(sent)), "all are handed in")
+        eventually(lambda: any(cluster.in_state(i, "running") for i in sent), "one runs")
+        cluster.ledger.cancel_many(sent)
+        for task in sent:
+            cluster.watch(flower, lambda: "REVOKED" in page(f"/task/{task}"), "shows it revoked")  # noqa: B023
         assert users.denied(own_server.url) == []
