@@ -38,13 +38,13 @@ from perllm.broker.errors import BadSetting
 from perllm.broker.messages import (
     BYTES_PER_TOKEN,
     Counters,
-    Delta,
     Energy,
     ModelOffer,
     Output,
     Power,
     StepCost,
     TaskSpec,
+    Tool,
 )
 from perllm.cloud_worker.backoff import backoff
 from perllm.cloud_worker.event_loop import LoopThread, Pieces
@@ -58,6 +58,7 @@ from perllm.cloud_worker.openai_api import (
     Unreachable,
     Usage,
 )
+from perllm.cloud_worker.remote_answer import RemoteAnswer
 from perllm.cloud_worker.settings import CloudSettings
 
 log = structlog.get_logger(__name__)
@@ -88,10 +89,8 @@ class _Request:
     sent: float | None = None
     first: float | None = None
     last: float | None = None
-    text: list[str] = field(default_factory=list)
-    tokens: int = 0
+    answer: RemoteAnswer = field(default_factory=RemoteAnswer)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
-    finish: str | None = None  # the server's finish reason
     usage: Usage | None = None
 
 
@@ -112,6 +111,7 @@ class RemoteEngine:
         # What servers differ in, learned from what they refuse:
         self._limit = "max_tokens"  # newer OpenAI models call it max_completion_tokens
         self._own_schema = False  # llama-cpp-python's server has a form of its own for JSON schemas
+        self._tells_thoughts = True  # what the model thought in earlier turns: not every server takes it
         self._totals = EngineTotals()
         self._joules = 0.0
         self._requests: dict[_Request, None] = {}
@@ -227,7 +227,7 @@ class RemoteEngine:
 
     def progress(self) -> Mapping[str, int]:
         """Task id → tokens generated so far."""
-        return {request.task_id: request.tokens for request in list(self._requests)}
+        return {request.task_id: request.answer.tokens for request in list(self._requests)}
 
     def stuck(self) -> Stuck | None:
         """Never: every request has its time-outs."""
@@ -272,7 +272,7 @@ class RemoteEngine:
 
     @staticmethod
     def _finish(request: _Request) -> FinishReason:
-        match request.finish:
+        match request.answer.finish:
             case None:
                 assert request.stop.reason is not None
                 return request.stop.reason
@@ -281,25 +281,30 @@ class RemoteEngine:
             case "content_filter":
                 raise EngineError("the server's content filter stopped it", retry=False)
             case _:
-                return "stop"
+                return "tool_calls" if request.answer.called else "stop"
 
     def _generation(self, request: _Request, before: Counters, finish: FinishReason) -> Generation:
-        usage = request.usage or Usage()
-        prompt, tokens = _prompt_tokens(request), usage.completion_tokens or request.tokens
+        usage, answer = request.usage or Usage(), request.answer
+        prompt, tokens = _prompt_tokens(request), usage.completion_tokens or answer.tokens
         cached = (usage.prompt_tokens_details.cached_tokens or 0) if usage.prompt_tokens_details else 0
+        details = usage.completion_tokens_details
+        thought = details.reasoning_tokens if details is not None else None
         joules = prompt * self._settings.openai_joules_per_prompt_token + tokens * self._price
         if request.sent is None:  # it was never sent: nothing to pay
             prompt, joules = 0, 0.0
         self._joules += joules
         self._totals.prefilled += max(0, prompt - cached)
-        self._totals.generated += tokens - request.tokens
+        self._totals.generated += tokens - answer.tokens
         now = time.monotonic()
         sent, first = request.sent or now, request.first or now
         return Generation(
             output=Output(
-                text="".join(request.text),
+                text=answer.text,
                 finish_reason=finish,
                 logprobs=request.logprobs if request.spec.logprobs is not None else None,
+                reasoning=answer.reasoning,
+                tool_calls=answer.calls,
+                tokens=tokens,
             ),
             model=self._name,
             prompt_tokens=prompt,
@@ -310,13 +315,14 @@ class RemoteEngine:
             energy=Energy(inference=joules, method=METHOD, estimated=True),
             before=before,
             after=counters_or_none(self),
+            reasoning_tokens=answer.reasoning_tokens if thought is None else thought,
             cached_tokens=cached,
         )
 
     async def _ask(self, request: _Request) -> None:
         """Ask, and ask again after a pause while the server fails. Raises EngineError."""
         tries = 0
-        while request.finish is None:
+        while request.answer.finish is None:
             await self._wait_until_open()
             try:
                 await self._stream(request)
@@ -336,6 +342,9 @@ class RemoteEngine:
         if "response_format" in error and spec.json_schema is not None and not self._own_schema:
             self._own_schema = True
             return True
+        if "reasoning_content" in error and self._tells_thoughts:
+            self._tells_thoughts = False
+            return True
         return False
 
     def _pause(self, request: _Request, error: ServerError, tries: int) -> float:
@@ -347,14 +356,14 @@ class RemoteEngine:
                 raise self._go_down(self._explained(error)) from None
             case Refused():
                 raise EngineError(f"the server refuses it: {error}", retry=False) from None
-            case Unavailable() if tries < MAX_TRIES and not request.tokens:
+            case Unavailable() if tries < MAX_TRIES and not request.answer.tokens:
                 pause = backoff(tries, first=self._first_pause, longest=MAX_PAUSE) if error.wait is None else error.wait
                 remaining = request.stop.remaining
                 if remaining is None or pause < remaining:
                     if error.wait is not None:
                         self._open_at = max(self._open_at, time.monotonic() + pause)  # it asks this of everybody
                     return pause
-        after = f" after {request.tokens} tokens" if request.tokens else ""
+        after = f" after {request.answer.tokens} tokens" if request.answer.tokens else ""
         raise EngineError(f"{self._url}{after}: {error}", retry=True) from None
 
     async def _wait_until_open(self) -> None:
@@ -370,9 +379,9 @@ class RemoteEngine:
                 async for chunk in chunks:
                     self._take(request, chunk)
         except ServerError:
-            if request.finish is None:
+            if request.answer.finish is None:
                 raise
-        if request.finish is None:
+        if request.answer.finish is None:
             raise Malformed("the stream broke off before it was finished")
 
     def _take(self, request: _Request, chunk: Chunk) -> None:
@@ -380,25 +389,24 @@ class RemoteEngine:
         for choice in chunk.choices[:1]:
             entries = (choice.logprobs.content or []) if choice.logprobs else []
             request.logprobs += entries
-            if text := choice.delta.content:
+            tokens = max(1, len(entries))
+            if deltas := request.answer.take(choice.delta, tokens):
                 now = time.monotonic()
                 assert request.last is not None
                 self._totals.step(request.last, now, sequences=1, prefilled=0, context=0)
-                tokens = max(1, len(entries))
                 self._totals.generated += tokens
-                request.tokens += tokens
                 request.first = request.first or now
                 request.last = now
-                request.text.append(text)
                 if request.pieces is not None:
-                    request.pieces.put(Delta(text=text))
-            request.finish = choice.finish_reason or request.finish
+                    for delta in deltas:
+                        request.pieces.put(delta)
+            request.answer.finish = choice.finish_reason or request.answer.finish
 
     def _body(self, spec: TaskSpec) -> dict[str, Any]:
         """The request. What not every server knows is sent only where it is asked for."""
         body: dict[str, Any] = {
             "model": self._model,
-            "messages": chat_messages(spec),
+            "messages": self._messages(spec),
             "stream": True,
             "stream_options": {"include_usage": True},
             self._limit: spec.max_tokens,
@@ -418,7 +426,24 @@ class RemoteEngine:
             body["response_format"] = (
                 {"type": "json_object", "schema": spec.json_schema} if self._own_schema else standard
             )
+        if spec.offered_tools:
+            body["tools"] = [_tool(tool) for tool in spec.offered_tools]
+            if spec.tool_choice != "auto":
+                body["tool_choice"] = spec.tool_choice
+            if not spec.parallel_tool_calls:
+                body["parallel_tool_calls"] = False
+        if spec.reasoning_effort is not None:
+            body["reasoning_effort"] = spec.reasoning_effort
+        if spec.chat_template_kwargs:
+            body["chat_template_kwargs"] = spec.chat_template_kwargs
         return body
+
+    def _messages(self, spec: TaskSpec) -> list[dict[str, Any]]:
+        messages = chat_messages(spec)
+        if not self._tells_thoughts:
+            for message in messages:
+                message.pop("reasoning_content", None)
+        return messages
 
     # --- when the server is away
 
@@ -445,6 +470,12 @@ class RemoteEngine:
             return
 
 
+def _tool(tool: Tool) -> dict[str, Any]:
+    """As the OpenAI API has it."""
+    function = tool.model_dump(exclude_none=True, exclude_defaults=True)
+    return {"type": "function", "function": function}
+
+
 def _latency(request: _Request) -> float:
     """Seconds to the first token (to the end, where there was none)."""
     return (request.first or request.last or 0.0) - (request.sent or 0.0)
@@ -452,8 +483,8 @@ def _latency(request: _Request) -> float:
 
 def _token_interval(request: _Request) -> float:
     """Mean seconds from token to token."""
-    if request.tokens > 1 and request.first and request.last:
-        return (request.last - request.first) / (request.tokens - 1)
+    if request.answer.tokens > 1 and request.first and request.last:
+        return (request.last - request.first) / (request.answer.tokens - 1)
     return _latency(request)
 
 
