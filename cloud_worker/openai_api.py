@@ -13,7 +13,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 #: Most bytes of one line of a stream, and of an error's body that is read.
 MAX_LINE, MAX_ERROR = 1 << 20, 1 << 16
@@ -68,8 +68,31 @@ class _Models(_Tolerant):
     data: list[Model]
 
 
-class _Delta(_Tolerant):
+class _Function(_Tolerant):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallPiece(_Tolerant):
+    """Part of a call of a tool; some servers leave out `index` where there is one call."""
+
+    index: int | None = None
+    id: str | None = None
+    function: _Function = _Function()
+
+    @field_validator("function", mode="before")
+    @classmethod
+    def _none(cls, given: Any) -> Any:
+        return {} if given is None else given
+
+
+class ChunkDelta(_Tolerant):
+    """What an event adds to an answer."""
+
     content: str | None = None
+    reasoning_content: str | None = None  # DeepSeek's name for it, llama.cpp's and older vLLM's
+    reasoning: str | None = None  # vLLM's and OpenRouter's
+    tool_calls: list[ToolCallPiece] | None = None
 
 
 class _Logprobs(_Tolerant):
@@ -99,7 +122,7 @@ class Choice(_Tolerant):
     """A piece of one answer: of a chat in `delta`, of a plain completion in `text`."""
 
     index: int = 0
-    delta: _Delta = _Delta()
+    delta: ChunkDelta = ChunkDelta()
     text: str | None = None
     logprobs: _Logprobs | None = None
     finish_reason: str | None = None
@@ -109,12 +132,17 @@ class _Cached(_Tolerant):
     cached_tokens: int | None = None
 
 
+class _Reasoning(_Tolerant):
+    reasoning_tokens: int | None = None
+
+
 class Usage(_Tolerant):
     """Tokens, as the server counted them."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _Cached | None = None
+    completion_tokens_details: _Reasoning | None = None
 
 
 class Chunk(_Tolerant):

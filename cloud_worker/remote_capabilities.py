@@ -20,6 +20,8 @@ SERVED = frozenset(
     {
         Capability.GENERATE,
         Capability.CHAT,
+        Capability.TOOLS,
+        Capability.REASONING,
         Capability.LOGPROBS,
         Capability.LOGIT_BIAS,
         Capability.GRAMMAR,

@@ -46,11 +46,13 @@ from perllm.broker.messages import (
     Power,
     StepCost,
     TaskSpec,
+    Tool,
 )
 from perllm.cloud_worker.backoff import backoff
 from perllm.cloud_worker.event_loop import LoopThread, Pieces
 from perllm.cloud_worker.openai_api import (
     Chunk,
+    ChunkDelta,
     Malformed,
     OpenAIClient,
     Refused,
@@ -59,6 +61,7 @@ from perllm.cloud_worker.openai_api import (
     Unreachable,
     Usage,
 )
+from perllm.cloud_worker.remote_answer import RemoteAnswer
 from perllm.cloud_worker.remote_capabilities import look
 from perllm.cloud_worker.settings import CloudSettings
 
@@ -78,17 +81,14 @@ PROBES = (10, 300)
 WORDS = ("sun", "tree", "river", "stone", "cloud", "bird", "house", "road", "night", "light", "water", "wind")
 
 
-@dataclass(slots=True, eq=False)
-class _Answer:
+class _Answer(RemoteAnswer):
     """One answer to a task. Times are `time.monotonic()`."""
 
-    index: int
-    first: float | None = None
-    last: float | None = None
-    text: list[str] = field(default_factory=list)
-    tokens: int = 0  # seen, or in the end as the server counted them
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
-    finish: str | None = None  # the server's finish reason
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.first: float | None = None
+        self.last: float | None = None
+        self.logprobs: list[dict[str, Any]] = []
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +102,13 @@ class _Asked:
     def tokens(self) -> int:
         """Of its answers, as the server counted them, or seen."""
         return (self.usage.completion_tokens if self.usage else 0) or sum(answer.tokens for answer in self.answers)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Those of them that are thoughts, as the server counted them, or seen."""
+        details = self.usage.completion_tokens_details if self.usage else None
+        counted = details.reasoning_tokens if details is not None else None
+        return sum(answer.reasoning_tokens for answer in self.answers) if counted is None else counted
 
 
 @dataclass(slots=True, eq=False)
@@ -139,9 +146,10 @@ class _Request:
         """What the text of each answer begins with; where its prompt is token ids, the server knows their text."""
         return self.spec.prompt or "" if self.spec.echo else ""
 
-    def say(self, answer: _Answer, text: str) -> None:
-        if text and self.pieces is not None:
-            self.pieces.put(Delta(index=answer.index, text=text))
+    def say(self, deltas: Iterable[Delta]) -> None:
+        if self.pieces is not None:
+            for delta in deltas:
+                self.pieces.put(delta)
 
 
 class RemoteEngine:
@@ -162,6 +170,7 @@ class RemoteEngine:
         self._limit = "max_tokens"  # newer OpenAI models call it max_completion_tokens
         self._own_schema = False  # llama-cpp-python's server has a form of its own for JSON schemas
         self._several = True  # it gives several answers to one request
+        self._tells_thoughts = True  # what the model thought in earlier turns: not every server takes it
         self._totals = EngineTotals()
         self._joules = 0.0
         self._requests: dict[_Request, None] = {}
@@ -318,8 +327,8 @@ class RemoteEngine:
         if not self._requests:
             self._totals.last_progress = time.monotonic()
         self._requests[request] = None
-        for answer in request.answers:
-            request.say(answer, request.echo)
+        if request.echo:
+            request.say(Delta(index=answer.index, text=request.echo) for answer in request.answers)
         asking = asyncio.ensure_future(self._ask(request))
         try:
             while not asking.done():
@@ -347,7 +356,7 @@ class RemoteEngine:
             case "content_filter":
                 raise EngineError("the server's content filter stopped it", retry=False)
             case _:
-                return "stop"
+                return "tool_calls" if answer.called else "stop"
 
     def _generation(self, request: _Request, before: Counters) -> Generation:
         seen, prompt = request.tokens, _prompt_tokens(request)
@@ -365,8 +374,10 @@ class RemoteEngine:
         sent, first, last = request.sent or now, request.first or now, request.last
         head, *more = [
             {
-                "text": request.echo + "".join(answer.text),
+                "text": request.echo + answer.text,
                 "finish_reason": self._finish(request, answer),
+                "reasoning": answer.reasoning,
+                "tool_calls": answer.calls,
                 "logprobs": answer.logprobs if request.spec.logprobs is not None else None,
                 "tokens": answer.tokens,
             }
@@ -383,6 +394,7 @@ class RemoteEngine:
             energy=Energy(inference=joules, method=METHOD, estimated=True),
             before=before,
             after=counters_or_none(self),
+            reasoning_tokens=sum(asked.reasoning_tokens for asked in request.asked),
             cached_tokens=cached,
         )
 
@@ -424,6 +436,9 @@ class RemoteEngine:
             return True
         if "response_format" in error and spec.json_schema is not None and not self._own_schema:
             self._own_schema = True
+            return True
+        if "reasoning_content" in error and self._tells_thoughts:
+            self._tells_thoughts = False
             return True
         return False
 
@@ -486,17 +501,16 @@ class RemoteEngine:
                 asked.answers.append(answer)
             entries = choice.logprobs.entries() if choice.logprobs else []
             answer.logprobs += entries
-            if text := choice.text if choice.text is not None else choice.delta.content:
+            tokens = max(1, len(entries))
+            delta = choice.delta if choice.text is None else ChunkDelta(content=choice.text)
+            if deltas := answer.take(delta, tokens):
                 now = time.monotonic()
                 assert answer.last is not None
                 self._totals.step(answer.last, now, sequences=1, prefilled=0, context=0)
-                tokens = max(1, len(entries))
                 self._totals.generated += tokens
-                answer.tokens += tokens
                 answer.first = answer.first or now
                 answer.last = now
-                answer.text.append(text)
-                request.say(answer, text)
+                request.say(deltas)
             answer.finish = choice.finish_reason or answer.finish
 
     def _body(self, request: _Request, answers: list[_Answer]) -> tuple[str, dict[str, Any]]:
@@ -537,11 +551,21 @@ class RemoteEngine:
             if spec.logprobs is not None:
                 body["logprobs"] = spec.logprobs
             return "completions", body
-        body["messages"] = chat_messages(spec)
+        body["messages"] = self._messages(spec)
         if request.limited:
             body[self._limit] = self._most_tokens(spec)
         if spec.logprobs is not None:
             body["logprobs"], body["top_logprobs"] = True, spec.logprobs
+        if spec.offered_tools:
+            body["tools"] = [_tool(tool) for tool in spec.offered_tools]
+            if spec.tool_choice != "auto":
+                body["tool_choice"] = spec.tool_choice
+            if not spec.parallel_tool_calls:
+                body["parallel_tool_calls"] = False
+        if spec.reasoning_effort is not None:
+            body["reasoning_effort"] = spec.reasoning_effort
+        if spec.chat_template_kwargs:
+            body["chat_template_kwargs"] = spec.chat_template_kwargs
         return "chat/completions", body
 
     def _most_tokens(self, spec: TaskSpec) -> int:
@@ -550,6 +574,13 @@ class RemoteEngine:
         if not spec.fit_context:
             return spec.max_tokens
         return max(1, min(spec.max_tokens, self._context - spec.text_bytes() // BYTES_PER_TOKEN - 1))
+
+    def _messages(self, spec: TaskSpec) -> list[dict[str, Any]]:
+        messages = chat_messages(spec)
+        if not self._tells_thoughts:
+            for message in messages:
+                message.pop("reasoning_content", None)
+        return messages
 
     # --- when the server is away
 
@@ -603,6 +634,12 @@ def _share(tokens: int, answers: list[_Answer]) -> None:
         left -= answer.tokens
     if answers:
         answers[-1].tokens = left
+
+
+def _tool(tool: Tool) -> dict[str, Any]:
+    """As the OpenAI API has it."""
+    function = tool.model_dump(exclude_none=True, exclude_defaults=True)
+    return {"type": "function", "function": function}
 
 
 def _latency(request: _Request) -> float:
