@@ -2,6 +2,9 @@
 
 - submission: POST /v1/tasks, ours stored in the ledger against a bare endpoint that checks the same body and stores
   nothing; the same connections and requests, alternating, medians over the rounds; requests/s and p50, p99 in ms;
+- streams: from the moment the engine made a piece of an answer until a client of the API has it, ms: of the last piece
+  in each event (what the way costs), and of each piece (with the time pieces are gathered for); one stream, and 16 at
+  once, of a piece every 20 ms;
 - batch: upload and creation until every line is checked and in the ledger (accepted, s), the API process's largest
   resident memory (MB), and whether every line is in the output or the error file, once. The system runs meanwhile: one
   node with the emulated engine, which does nothing at once.
@@ -39,6 +42,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=3000, help="requests per round and side")
     parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--pieces", type=int, default=250, help="pieces of each stream")
     parser.add_argument("--lines", type=int, default=50_000, help="lines of the batch")
     options = parser.parse_args()
     with ExitStack() as stack:
@@ -55,7 +59,8 @@ def main() -> None:
         samples: dict[str, list[float]] = {}
         for number in range(options.rounds):
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-            for name, value in submissions(folder, options.requests, options.connections).items():
+            round_figures = submissions(folder, options.requests, options.connections) | streams(folder, options.pieces)
+            for name, value in round_figures.items():
                 samples.setdefault(name, []).append(value)
         figures, spread = median_and_spread(samples)
         print(f"a batch of {options.lines} lines", file=sys.stderr)
@@ -67,6 +72,7 @@ def main() -> None:
         rounds=options.rounds,
         requests=options.requests,
         connections=options.connections,
+        pieces=options.pieces,
         batch_lines=options.lines,
         engine="emulated, no delay",
     )
@@ -129,6 +135,56 @@ async def _load(port: int, requests: int, connections: int) -> list[float]:
 
     await asyncio.gather(*(one() for _ in range(connections)))
     return latencies
+
+
+# --- streams
+
+
+def streams(folder: Path, pieces: int) -> dict[str, float]:
+    """One stream, then 16 at once."""
+    port = _free_port()
+    with ExitStack() as stack:
+        stack.enter_context(child(folder / "scheduler.log", SCHEDULER))
+        stack.enter_context(child(folder / "node.log", celery_worker("benchmarks.stamping_worker")))
+        stack.enter_context(child(folder / "api.log", [sys.executable, "-m", "perllm.broker.api", "--port", str(port)]))
+        _await(port)
+        while httpx.get(f"http://127.0.0.1:{port}/ready").status_code != 200:
+            time.sleep(0.1)
+        asyncio.run(_watch(port, 20))  # warm
+        figures = {}
+        for count, name in ((1, "stream"), (16, "stream_of_16")):
+            event, each = asyncio.run(_watch_many(port, pieces, count))
+            cuts = statistics.quantiles(event, n=100)
+            figures |= {f"{name}_event_p50_ms": 1e3 * cuts[49], f"{name}_event_p99_ms": 1e3 * cuts[98]}
+            figures |= {f"{name}_piece_p50_ms": 1e3 * statistics.median(each)}
+            figures |= {f"{name}_pieces_per_event": len(each) / len(event)}
+    with Client() as client, connect(client.settings) as server:
+        server.flushdb()
+    return figures
+
+
+async def _watch_many(port: int, pieces: int, count: int) -> tuple[list[float], list[float]]:
+    watched = await asyncio.gather(*(_watch(port, pieces) for _ in range(count)))
+    return [delay for event, _ in watched for delay in event], [delay for _, each in watched for delay in each]
+
+
+async def _watch(port: int, pieces: int) -> tuple[list[float], list[float]]:
+    """Seconds each event's last piece, and each piece, was on its way. The engine and we read the same clock."""
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "max_tokens": pieces, "stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(head.encode() + body)
+    event, each = [], []
+    while (line := await reader.readline()) != b"data: [DONE]\n":
+        now = time.monotonic_ns()
+        assert line, "the stream was cut"
+        if line.startswith(b"data: ") and (choices := json.loads(line[6:])["choices"]):
+            stamps = [int(stamp) for stamp in (choices[0]["delta"].get("content") or "").split()]
+            event += [(now - stamp) / 1e9 for stamp in stamps[-1:]]
+            each += [(now - stamp) / 1e9 for stamp in stamps]
+    writer.close()
+    await writer.wait_closed()
+    return event, each
 
 
 # --- a batch

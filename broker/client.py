@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar, Unpack
 
 import redis
 import redis.asyncio
@@ -27,7 +27,7 @@ from perllm.broker import grammar
 from perllm.broker.connection import connect, connect_async, reaching
 from perllm.broker.errors import TaskNotFound, Unreachable, WaitTimeout
 from perllm.broker.ledger import Ledger, TaskRecord
-from perllm.broker.messages import MAX_VALUE, Explanation, Result, State, TaskFields, TaskSpec, new_id
+from perllm.broker.messages import MAX_VALUE, Delta, Explanation, Result, State, TaskFields, TaskSpec, new_id
 from perllm.broker.validation import TaskValidator
 
 if TYPE_CHECKING:  # loaded when settings are read: half of what importing a client would take
@@ -172,7 +172,9 @@ class Client:
 
     def retry(self, task_id: str) -> Handle:
         """Submit a finished task's work again as a new task, its deadline counted from now. Raises TaskNotFound."""
-        spec = self.status(task_id).spec.model_copy(update={"idempotency_key": None})
+        spec = self.status(task_id).spec
+        now = {"idempotency_key": None, "start_after": 0.0, "deadline": spec.deadline - spec.start_after}
+        spec = spec.model_copy(update=now)
         return self.submit_many([spec])[0]
 
     def close(self) -> None:
@@ -262,11 +264,20 @@ class AsyncClient:
                 everything = await waiter.rung()
 
     async def stream(self, task_id: str) -> AsyncIterator[str | Result]:
-        """The text of a task submitted with `stream`, in pieces as it is generated, and last its Result.
+        """The text of a task submitted with `stream`, in pieces as it is generated, and last its Result: `deltas` for
+        who wants the text of the first answer only. Raises TaskNotFound."""
+        async for delta in self.deltas(task_id):
+            if isinstance(delta, Result):
+                yield delta
+            elif delta.text and delta.index == 0:
+                yield delta.text
+
+    async def deltas(self, task_id: str) -> AsyncIterator[Delta | Result]:
+        """The answer of a task submitted with `stream`, in pieces as it is generated, and last its Result.
 
         Reading again gives the same pieces, so who has left may come back and skip what he had. When an attempt was
-        lost, the next one's text is passed on as far as it goes on from what was said; what it says otherwise is in the
-        Result only, as is the whole text of a task submitted without `stream`. Raises TaskNotFound.
+        lost, what the next one says is passed on as far as it goes on from what was said; what it says otherwise is in
+        the Result only, as is all of a task submitted without `stream`. Raises TaskNotFound.
         """
         said, everything = _Said(), True
         async with self._waiter(task_id, _channel(task_id), self.ledger.said(task_id)) as waiter:
@@ -274,16 +285,23 @@ class AsyncClient:
                 look = partial(self._look_and_hear, task_id, waiter.heard, everything)
                 found, pieces = await self._through_outages(look)
                 waiter.heard += len(pieces)
-                for attempt, text in pieces:
-                    yield said.add(attempt, text)
+                for attempt, deltas in pieces:
+                    for delta in deltas:
+                        if (news := said.add(attempt, delta)) is not None:
+                            yield news
                 if found:
                     yield found[0]
                     return
                 everything = await waiter.rung()
 
-    def _look_and_hear(self, task_id: str, heard: int, everything: bool) -> tuple[list[Result], list[tuple[int, str]]]:
-        found = self._client._look([task_id], everything=everything)
-        return found, self.ledger.text(task_id, heard)  # in this order: what was said before it ended is all there
+    def _look_and_hear(
+        self, task_id: str, heard: int, everything: bool
+    ) -> tuple[list[Result], list[tuple[int, list[Delta]]]]:
+        if everything:
+            found = self._client._look([task_id], everything=True)
+            return found, self.ledger.deltas(task_id, heard)  # in this order, so that all that was said is there
+        result, pieces = self.ledger.result_and_deltas(task_id, heard)
+        return [] if result is None else [result], pieces
 
     @asynccontextmanager
     async def _waiter(self, task_id: str, *channels: str) -> AsyncIterator[_Waiter]:
@@ -434,19 +452,40 @@ class _Said:
     """What a watcher has been told, over the attempts that told it."""
 
     def __init__(self) -> None:
-        self._said, self._retold, self._attempt = "", "", 0
+        self._attempt = 0
+        self._said: dict[_Part, str] = {}
+        self._retold: dict[_Part, str] = {}
 
-    def add(self, attempt: int, text: str) -> str:
-        """The part of this piece that goes on from what was said; empty while a later attempt repeats that, and for
+    def add(self, attempt: int, delta: Delta) -> Delta | None:
+        """The part of this piece that goes on from what was said; None while a later attempt repeats that, and for
         good once it differs."""
         if attempt != self._attempt:
-            self._attempt, self._retold = attempt, ""
-        self._retold += text
-        if not self._retold.startswith(self._said):
-            return ""
-        news = self._retold[len(self._said) :]
-        self._said = self._retold
-        return news
+            self._attempt, self._retold = attempt, {}
+        part, text = _part(delta)
+        said, retold = self._said.get(part), self._retold.get(part, "") + text
+        self._retold[part] = retold
+        if said is None:
+            self._said[part] = retold
+            return delta
+        if not retold.startswith(said) or len(retold) == len(said):
+            return None
+        self._said[part] = retold
+        return delta.model_copy(update={part.field: retold[len(said) :], "id": None, "name": None})
+
+
+class _Part(NamedTuple):
+    """What a piece goes on with: a choice's text or thought, or a call's arguments."""
+
+    choice: int
+    call: int | None
+    field: Literal["text", "reasoning", "arguments"]
+
+
+def _part(delta: Delta) -> tuple[_Part, str]:
+    field: Literal["text", "reasoning", "arguments"] = (
+        "arguments" if delta.call is not None else "reasoning" if delta.reasoning else "text"
+    )
+    return _Part(delta.index, delta.call, field), getattr(delta, field)
 
 
 class _Announcements:

@@ -11,16 +11,19 @@ seconds since the epoch; durations are measured on one machine with its monotoni
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self, TypedDict, cast
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
+from perllm.broker.capabilities import BEFORE_CAPABILITIES, Capability, lacking
+
 WIRE_VERSION = 1
 
-#: Longest accepted deadline, seconds (30 days).
+#: The deadline where none is given, and the longest that is accepted, seconds (30 days).
+DEADLINE = 60.0
 MAX_DEADLINE = 30 * 86_400.0
 #: Longest name of a node, model, service class or tenant, characters.
 MAX_NAME = 128
@@ -29,6 +32,13 @@ MAX_VALUE = 1e6
 #: Most chat turns in a task, and longest grammar or JSON schema, bytes.
 MAX_MESSAGES = 4096
 MAX_SCHEMA = 65_536
+#: Most tools of a task, and bytes of all of them together as JSON.
+MAX_TOOLS, MAX_TOOLS_BYTES = 128, 262_144
+#: Most answers to one prompt, and most inputs of one embedding or rerank task.
+MAX_CHOICES = 16
+#: Most log-probabilities at one position of all answers to a prompt together.
+MAX_LOGPROBS = 64
+MAX_INPUTS = 2048
 #: Deepest nesting of JSON that comes from outside, levels: below what any of our readers can take (pydantic's: 199),
 #: so that whatever is accepted can be read again, also where it is part of something larger.
 MAX_DEPTH = 64
@@ -57,6 +67,20 @@ def check_depth(value: Any) -> None:
             return
         level = inner
     raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
+
+
+def checked_json(value: dict[str, Any], most: int) -> dict[str, Any]:
+    """An object as it will be read again once it is written: tuples are lists, keys text. Raises ValueError for one
+    that is nested too deep, is no JSON, or takes more than `most` bytes."""
+    check_depth(value)
+    try:
+        written = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        size = len(written.encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from None
+    if size > most:
+        raise ValueError(f"{size} bytes; the limit is {most} bytes")
+    return cast("dict[str, Any]", json.loads(written))
 
 
 def whole_text(text: str) -> str:
@@ -101,11 +125,67 @@ class TolerantModel(BaseModel):
 # --- what a producer submits
 
 
+#: Any bound has pydantic see to it that the text can be written.
+Text = Annotated[str, Field(min_length=0)]
+ToolName = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9_.:/-]+$")]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1)]
+
+
+class Tool(StrictModel):
+    """A function the model may call. `parameters` is the JSON schema of its arguments, an object; None: it takes none.
+    With `strict` what the model writes is held to that schema."""
+
+    name: ToolName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool = False
+
+    @field_validator("parameters")
+    @classmethod
+    def _is_an_objects_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schema is None:
+            return None
+        schema = checked_json(schema, MAX_SCHEMA)
+        kind = schema.get("type", "object")
+        if "object" not in (kind if isinstance(kind, list) else [kind]):
+            raise ValueError(f"arguments are always an object: its 'type' is {json.dumps(kind)[:40]}, not \"object\"")
+        return schema
+
+
+class ToolCall(TolerantModel):
+    """A call of a tool: by the model, or in an assistant's turn. `arguments` is JSON as the model wrote it."""
+
+    id: Annotated[str, Field(min_length=1, max_length=128)]
+    name: ToolName
+    arguments: Text = "{}"
+
+
 class Message(StrictModel):
-    """One chat turn."""
+    """One chat turn. An assistant's may be calls of tools, with or without text; each of them is answered by a turn of
+    the role `tool` with its id. `reasoning` is what an assistant thought before it said this."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: Annotated[str, Field(min_length=0)]  # any bound has pydantic see to it that the text can be written
+    content: Text | None = None
+    name: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+    reasoning: Text | None = None
+    tool_calls: Annotated[tuple[ToolCall, ...], Field(max_length=MAX_TOOLS)] = ()
+    tool_call_id: Annotated[str, Field(max_length=128)] | None = None
+
+    @model_validator(mode="after")
+    def _of_its_role(self) -> Self:
+        if (self.tool_calls or self.reasoning is not None) and self.role != "assistant":
+            raise ValueError("only an assistant's turn may have 'tool_calls' or 'reasoning'")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError("only a tool's turn may have a 'tool_call_id'")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("give a 'content'")
+        return self
+
+    def size(self) -> int:
+        """Bytes of text in it."""
+        calls = (text for call in self.tool_calls for text in (call.name, call.arguments))
+        return sum(len(text.encode(errors="replace")) for text in (self.content, self.reasoning, *calls) if text)
 
 
 class Sampling(StrictModel):
@@ -123,37 +203,48 @@ class Sampling(StrictModel):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     json_schema: dict[str, Any] | None = None
     grammar: Annotated[str, Field(max_length=MAX_SCHEMA)] | None = None
+    #: Added to the logits of these tokens before one is drawn.
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] = Field(
+        default_factory=dict
+    )
 
     @field_validator("json_schema")
     @classmethod
     def _is_json(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
-        if schema is None:
-            return None
-        check_depth(schema)
-        try:
-            written = json.dumps(schema, allow_nan=False, ensure_ascii=False)
-            size = len(written.encode())
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"is not JSON: {error}") from None
-        if size > MAX_SCHEMA:
-            raise ValueError(f"{size} bytes; the limit is {MAX_SCHEMA} bytes")
-        return cast("dict[str, Any]", json.loads(written))  # as it will be read again: tuples are lists, keys text
+        return None if schema is None else checked_json(schema, MAX_SCHEMA)
 
 
 class TaskSpec(Sampling):
-    """One LLM task as its producer states it. Exactly one of `prompt` and `messages` is given.
+    """One LLM task as its producer states it.
+
+    `kind` says what is made of the input. `generate`: text, of exactly one of `prompt`, `prompt_ids` (its
+    token ids) and `messages`. `embed`: a vector for each of `inputs` or `input_ids`. `rerank`: for each of `inputs`,
+    how well it answers `query`.
 
     `deadline` is in seconds from the moment the ledger accepts the task. `value` weighs the task against others when
     not all can be on time. `service` is the class whose lengths and rewards are learned together. `expected_tokens`
     is the producer's guess of the output length, used as evidence, not as a limit. `stream` asks the worker to publish
-    the text as it is generated (`AsyncClient.stream`).
+    the answer as it is generated (`AsyncClient.stream`).
+
+    It is not placed before `start_after` seconds have passed from that moment.
+    An answer has at most `max_tokens`. With `fit_context` one that is longer than the context has room for, or the time
+    to the deadline, ends there (`length`), where it is refused, or expires, without: so it is for a task whose producer
+    did not say `max_tokens` (`TaskValidator`).
+
+    `n` answers are made of one prompt. `tools` may be called if `tool_choice` is `auto`, and must be if it is
+    `required`; only the `allowed_tools` if some are named. `echo` has the text begin with the prompt; `suffix` is what
+    comes after the text that is asked for. `request` is what the HTTP API's answer repeats of its request, and means
+    nothing to the task.
     """
 
+    kind: Literal["generate", "embed", "rerank"] = "generate"
     prompt: Annotated[str, Field(min_length=1)] | None = None
+    prompt_ids: TokenIds | None = None
     messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE)] = 60.0
+    deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE)] = DEADLINE
     value: Annotated[float, Field(gt=0, le=MAX_VALUE, allow_inf_nan=False)] = 1.0
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    fit_context: bool = False
     model: Name | None = None
     service: Name = "default"
     tenant: Name = "default"
@@ -163,28 +254,121 @@ class TaskSpec(Sampling):
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = Field(
         default_factory=dict, max_length=16
     )
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    echo: bool = False
+    suffix: Annotated[str, Field(min_length=1)] | None = None
+    tools: Annotated[tuple[Tool, ...], Field(max_length=MAX_TOOLS)] = ()
+    tool_choice: Literal["auto", "none", "required"] = "auto"
+    allowed_tools: Annotated[tuple[ToolName, ...], Field(max_length=MAX_TOOLS)] = ()
+    parallel_tool_calls: bool = True
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: Annotated[dict[Annotated[str, Field(max_length=64)], Any], Field(max_length=16)] = Field(
+        default_factory=dict
+    )
+    inputs: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=MAX_INPUTS)] = ()
+    input_ids: Annotated[tuple[TokenIds, ...], Field(max_length=MAX_INPUTS)] = ()
+    query: Annotated[str, Field(min_length=1)] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    start_after: Annotated[float, Field(ge=0, lt=MAX_DEADLINE)] = 0.0
+    request: Annotated[dict[Annotated[str, Field(max_length=64)], Any], Field(max_length=16)] = Field(
+        default_factory=dict
+    )
+
+    @field_validator("chat_template_kwargs", "request")
+    @classmethod
+    def _small_json(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return checked_json(given, MAX_SCHEMA)
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give exactly one of 'prompt' and 'messages'")
+        if self.kind == "generate":
+            if [self.prompt, self.prompt_ids, self.messages].count(None) != 2:
+                raise ValueError("give exactly one of 'prompt', 'prompt_ids' and 'messages'")
+            foreign = bool(self.inputs or self.input_ids) or self.query is not None or self.dimensions is not None
+        else:
+            if bool(self.inputs) == bool(self.input_ids) or (self.kind == "rerank" and self.input_ids):
+                raise ValueError(f"give 'inputs': what to {self.kind}")
+            foreign = any((self.prompt, self.prompt_ids, self.messages, self.tools)) or self.n > 1
+            if (self.query is None) == (self.kind == "rerank"):
+                raise ValueError("give a 'query' to rerank by" if self.kind == "rerank" else "'query' is for rerank")
+        if foreign:
+            raise ValueError(f"a field of another kind of task is given; this one's is {self.kind!r}")
         if self.json_schema is not None and self.grammar is not None:
             raise ValueError("give at most one of 'json_schema' and 'grammar'")
+        if self.start_after >= self.deadline:
+            both = f"start_after, {self.start_after:g} s, is not before its deadline, {self.deadline:g} s"
+            raise ValueError(f"{both}: both count from the submission")
         return self
 
+    @model_validator(mode="after")
+    def _known_tools(self) -> Self:
+        names = [tool.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise ValueError("'tools' has two of one name")
+        if unknown := set(self.allowed_tools) - set(names):
+            raise ValueError(f"'tools' has none named {min(unknown)!r}")
+        if self.tool_choice == "required" and not self.tools:
+            raise ValueError("'tool_choice' is 'required': give 'tools'")
+        if sum(len(tool.model_dump_json()) for tool in self.tools) > MAX_TOOLS_BYTES:
+            raise ValueError(f"'tools' take more than {MAX_TOOLS_BYTES} bytes")
+        if self.logprobs is not None and self.n * (self.logprobs + 1) > MAX_LOGPROBS:
+            raise ValueError(f"'n' times 'logprobs' + 1 is above {MAX_LOGPROBS}: lower one of them")
+        if self.suffix is not None and self.prompt is None:
+            raise ValueError("'suffix' needs a 'prompt'")
+        if self.echo and self.prompt is None and self.prompt_ids is None:
+            raise ValueError("'echo' needs a 'prompt' or 'prompt_ids'")
+        return self
+
+    @property
+    def offered_tools(self) -> tuple[Tool, ...]:
+        """The tools the model may call."""
+        if self.tool_choice == "none":
+            return ()
+        return tuple(t for t in self.tools if not self.allowed_tools or t.name in self.allowed_tools)
+
+    def needs(self) -> tuple[Capability, ...]:
+        """What a model must be able to do to serve this, sorted."""
+        match self.kind:
+            case "embed":
+                wanted = {Capability.EMBEDDINGS: True}
+            case "rerank":
+                wanted = {Capability.RERANK: True}
+            case "generate":
+                wanted = {
+                    Capability.GENERATE: True,
+                    Capability.CHAT: self.messages is not None,
+                    Capability.TOOLS: bool(self.offered_tools),
+                    Capability.REASONING: self.reasoning_effort not in (None, "none"),
+                    Capability.LOGPROBS: self.logprobs is not None,
+                    Capability.LOGIT_BIAS: bool(self.logit_bias),
+                    Capability.GRAMMAR: self.grammar is not None,
+                    Capability.JSON_SCHEMA: self.json_schema is not None,
+                    Capability.CHOICES: self.n > 1,
+                    Capability.INFILL: self.suffix is not None,
+                }
+        wanted[Capability.TOKENS] = bool(self.prompt_ids or self.input_ids)
+        return tuple(sorted(capability for capability, is_needed in wanted.items() if is_needed))
+
+    def texts(self) -> list[str]:
+        """The input's texts, in order: a chat's turns, or what is to be embedded; of token ids, their numbers."""
+        if self.messages is not None:
+            return [message.content or "" for message in self.messages]
+        ids = (self.prompt_ids, *self.input_ids)
+        numbers = (" ".join(map(str, each)) for each in ids if each is not None)
+        return [*(text for text in (self.prompt, self.query, *self.inputs) if text is not None), *numbers]
+
     def text_bytes(self) -> int:
-        """Size of the input text, bytes."""
-        if self.prompt is not None:
-            return len(self.prompt.encode(errors="replace"))
-        return sum(len(m.content.encode(errors="replace")) for m in self.messages or ())
+        """Size of the input text, bytes; of token ids, as many as their text would have about."""
+        if self.messages is not None:
+            texts = sum(message.size() for message in self.messages)
+            return texts + sum(len(tool.model_dump_json()) for tool in self.tools)
+        texts = sum(len(t.encode(errors="replace")) for t in (self.prompt, self.suffix, self.query, *self.inputs) if t)
+        return texts + BYTES_PER_TOKEN * sum(map(len, (self.prompt_ids or (), *self.input_ids)))
 
     def preview(self, width: int = 60) -> str:
         """The start of the input on one line, for people."""
-        text = (
-            self.prompt
-            if self.prompt is not None
-            else (self.messages or (Message(role="user", content=""),))[-1].content
-        )
+        texts = self.texts()
+        text = texts[-1] if self.kind == "generate" else texts[0]
         line = " ".join(text[: width * 4].split())
         return line if len(line) <= width else line[: width - 1] + "…"
 
@@ -192,10 +376,11 @@ class TaskSpec(Sampling):
 class TaskFields(TypedDict, total=False):
     """`TaskSpec`'s optional fields as keyword arguments, for the producers' methods."""
 
-    messages: Sequence[Mapping[str, str] | Message]
+    messages: Sequence[Mapping[str, Any] | Message]
     deadline: float
     value: float
     max_tokens: int
+    fit_context: bool
     model: str
     service: str
     tenant: str
@@ -215,6 +400,23 @@ class TaskFields(TypedDict, total=False):
     logprobs: int
     json_schema: Mapping[str, Any]
     grammar: str
+    logit_bias: Mapping[int, float]
+    n: int
+    echo: bool
+    suffix: str
+    tools: Sequence[Mapping[str, Any] | Tool]
+    tool_choice: Literal["auto", "none", "required"]
+    allowed_tools: Sequence[str]
+    parallel_tool_calls: bool
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+    chat_template_kwargs: Mapping[str, Any]
+    kind: Literal["generate", "embed", "rerank"]
+    prompt_ids: Sequence[int]
+    inputs: Sequence[str]
+    input_ids: Sequence[Sequence[int]]
+    query: str
+    dimensions: int
+    start_after: float
 
 
 def new_id() -> str:
@@ -282,21 +484,28 @@ class Receipt(TolerantModel):
     decode: NonNegative = 0.0  # s
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of prompt_tokens, not prefilled because a shared prefix was there
-    completion_tokens: int = 0
+    completion_tokens: int = 0  # of all choices
+    choice_tokens: tuple[int, ...] = ()  # of each, where there are several
+    reasoning_tokens: int = 0  # of completion_tokens
+    cut: bool = False  # an answer ended at a limit and would have gone on
     energy: Energy
     before: Counters = Counters()
     after: Counters = Counters()
     stalled: bool = False  # a stall overlapped the attempt: useless for learning speed
 
 
-class Output(TolerantModel):
-    """What the engine produced for a task."""
+class Choice(TolerantModel):
+    """One answer an engine produced. `reasoning` is what the model thought before; None: it does not think apart.
+    `tokens` counts all of it."""
 
     text: str
-    finish_reason: Literal["stop", "length", "deadline", "cancelled"]
+    finish_reason: Literal["stop", "length", "tool_calls", "deadline", "cancelled"]
     logprobs: list[dict[str, Any]] | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tokens: int = 0
 
-    @field_validator("text", mode="before")
+    @field_validator("text", "reasoning", mode="before")
     @classmethod
     def _whole(cls, text: Any) -> Any:
         return whole_text(text) if isinstance(text, str) else text
@@ -313,6 +522,43 @@ class Output(TolerantModel):
         except TypeError as error:
             raise ValueError(f"is not JSON: {error}") from None
         return cast("list[dict[str, Any]]", json.loads(written, parse_constant=lambda _: None))
+
+
+class Output(Choice):
+    """What an engine produced for a task: its answer, or the first of several and the others in `more`. Of an embedding
+    task `vectors` are the inputs' embeddings, each base64 of little-endian float32; of a rerank task `scores` say how
+    well each input answers the query; both have an empty text."""
+
+    more: tuple[Choice, ...] = ()
+    vectors: tuple[str, ...] | None = None
+    scores: tuple[Finite, ...] | None = None
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """All answers."""
+        return (self, *self.more)
+
+
+class Delta(TolerantModel):
+    """A piece of an answer while it is generated: of its text, of what the model thinks, or of a call of a tool, never
+    of two of them. `index` is the choice's. `call` counts the calls of a choice; a call's `id` and `name` come once,
+    with its first piece."""
+
+    index: int = 0
+    text: str = ""
+    reasoning: str = ""
+    call: int | None = None
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+    @field_validator("text", "reasoning", "arguments", mode="before")
+    @classmethod
+    def _whole(cls, text: Any) -> Any:
+        return whole_text(text) if isinstance(text, str) else text
+
+
+DELTAS: TypeAdapter[list[Delta]] = TypeAdapter(list[Delta], config=ConfigDict(defer_build=True))
 
 
 class Result(TolerantModel):
@@ -351,12 +597,18 @@ class StepCost(TolerantModel):
 
 
 class ModelOffer(TolerantModel):
-    """One model (or one quantisation of it) a node serves: an arm of the bandit."""
+    """One model (or one quantisation of it) a node serves: an arm of the bandit. `capabilities` are names of
+    `Capability`; one of a newer version is passed on, and never needed."""
 
     name: Name
     context: Annotated[int, Field(gt=0)]  # tokens, prompt and output together
     kv_tokens: Annotated[int, Field(gt=0)]  # KV cache over all sequences, tokens
     calibration: StepCost
+    capabilities: tuple[str, ...] = BEFORE_CAPABILITIES
+
+    def lacks(self, needs: Iterable[str]) -> list[str]:
+        """Those of the needed capabilities this model does not have."""
+        return lacking(needs, self.capabilities)
 
 
 class Power(TolerantModel):
@@ -387,11 +639,10 @@ class NodeInfo(TolerantModel):
         """The Celery queue this node consumes."""
         return f"{self.tier}.{self.name}"
 
-    def offer(self, model: str | None) -> ModelOffer | None:
-        """The offer for `model`, or the first one when any model will do; None when not served here."""
-        if model is None:
-            return self.models[0]
-        return next((m for m in self.models if m.name == model), None)
+    def offer(self, model: str | None, needs: Sequence[str] = ()) -> ModelOffer | None:
+        """The offer for `model`, or the first of those that can do what is needed when any model will do; None when
+        not served here."""
+        return next((m for m in self.models if model in (None, m.name) and not m.lacks(needs)), None)
 
 
 # --- what happened: the event stream
@@ -417,8 +668,13 @@ class Submitted(_TaskEvent):
     prompt_tokens: Count = 1  # estimate
     payload_bytes: Count = 0
     max_tokens: Count = 128
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1  # answers, each of at most max_tokens
+    kind: str = "generate"
+    needs: Annotated[tuple[str, ...], Field(max_length=64)] = ()  # capabilities
+    fit_context: bool = False  # it ends where the context does; `max_tokens` is not the producer's
     expected_tokens: Annotated[int, Field(ge=1, lt=2**32)] | None = None
     text: str = ""  # as `perllm.broker.text_features.sketch` makes it
+    start_after: NonNegative = 0.0  # s from its submission
     strikes: Count = 0
     attempt: Count = 0  # attempts made before, where this tells of a task that is older
 

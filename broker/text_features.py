@@ -40,8 +40,7 @@ _MOST_CHARACTERS = 4 * ((DIGEST_BYTES + 2 * MAX_CODES + 2) // 3)
 
 def sketch_task(spec: TaskSpec) -> str:
     """A task's text as it travels: base64 of its digest and codes, at most 184 characters."""
-    texts = [spec.prompt] if spec.prompt is not None else [m.content for m in spec.messages or ()]
-    return sketch(texts, spec.tenant, _beside(spec))
+    return sketch(spec.texts(), spec.tenant, _beside(spec))
 
 
 def sketch(texts: Sequence[str], tenant: str = "default", beside: Iterable[str] = ()) -> str:
@@ -73,7 +72,7 @@ def parse(text: str) -> Sketch:
 def words_by_code(spec: TaskSpec) -> dict[int, str]:
     """The words, pairs of words and other features of a task by their codes, to explain what codes say of it."""
     key = _key(spec.tenant)
-    texts = [spec.prompt] if spec.prompt is not None else [m.content for m in spec.messages or ()]
+    texts = spec.texts()
     found: dict[int, str] = {}
     for words in _ends(texts):
         plain = [word.decode() for word in words]

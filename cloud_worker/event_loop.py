@@ -8,12 +8,13 @@ from collections.abc import Coroutine
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from perllm.broker.engine.contract import OnText, Stop
-from perllm.broker.engine.text import TextSink
+from perllm.broker.engine.contract import OnDelta, Stop
+from perllm.broker.engine.text import DeltaSink
+from perllm.broker.messages import Delta
 
 T = TypeVar("T")
-#: Pieces of text on their way from the loop to the thread that wants them; None: there are no more.
-Pieces = SimpleQueue[str | None]
+#: Pieces of an answer on their way from the loop to the thread that wants them; None: there are no more.
+Pieces = SimpleQueue[Delta | None]
 
 
 class LoopThread:
@@ -28,12 +29,12 @@ class LoopThread:
         """Run it in the loop and wait for its result. From any thread but the loop's own."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
-    def run_streaming(self, coroutine: Coroutine[Any, Any, T], pieces: Pieces, on_text: OnText, stop: Stop) -> T:
-        """As `run`, while the calling thread passes on what the coroutine puts into `pieces`. Should `on_text` fail,
+    def run_streaming(self, coroutine: Coroutine[Any, Any, T], pieces: Pieces, on_delta: OnDelta, stop: Stop) -> T:
+        """As `run`, while the calling thread passes on what the coroutine puts into `pieces`. Should `on_delta` fail,
         the generation is cancelled, and the failure raised once the coroutine has ended."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         future.add_done_callback(lambda _: pieces.put(None))
-        sink = TextSink(on_text, stop)
+        sink = DeltaSink(on_delta, stop)
         while (piece := pieces.get()) is not None:
             sink.push(piece)
         result = future.result()

@@ -1,6 +1,6 @@
-"""The part of the OpenAI API a worker needs: the list of models, and chat completions as they are generated.
+"""The part of the OpenAI API a worker needs: the list of models, and completions as they are generated.
 
-Source: OpenAI API reference, "Models", "Chat Completions" and their streaming objects.
+Source: OpenAI API reference, "Models", "Chat Completions", "Completions" and their streaming objects.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 #: Most bytes of one line of a stream, and of an error's body that is read.
 MAX_LINE, MAX_ERROR = 1 << 20, 1 << 16
@@ -68,16 +68,62 @@ class _Models(_Tolerant):
     data: list[Model]
 
 
-class _Delta(_Tolerant):
+class _Function(_Tolerant):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallPiece(_Tolerant):
+    """Part of a call of a tool; some servers leave out `index` where there is one call."""
+
+    index: int | None = None
+    id: str | None = None
+    function: _Function = _Function()
+
+    @field_validator("function", mode="before")
+    @classmethod
+    def _none(cls, given: Any) -> Any:
+        return {} if given is None else given
+
+
+class ChunkDelta(_Tolerant):
+    """What an event adds to an answer."""
+
     content: str | None = None
+    reasoning_content: str | None = None  # DeepSeek's name for it, llama.cpp's and older vLLM's
+    reasoning: str | None = None  # vLLM's and OpenRouter's
+    tool_calls: list[ToolCallPiece] | None = None
 
 
 class _Logprobs(_Tolerant):
+    """Of a chat, or the lists of a plain completion."""
+
     content: list[dict[str, Any]] | None = None
+    tokens: list[str] | None = None
+    token_logprobs: list[float | None] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+    def entries(self) -> list[dict[str, Any]]:
+        """In a chat's form."""
+        if self.content is not None or not self.tokens:
+            return self.content or []
+        tops = self.top_logprobs or [None] * len(self.tokens)
+        return [
+            _entry(token, logprob) | {"top_logprobs": [_entry(*one) for one in (top or {}).items()]}
+            for token, logprob, top in zip(self.tokens, self.token_logprobs or (), tops, strict=False)
+        ]
 
 
-class _Choice(_Tolerant):
-    delta: _Delta = _Delta()
+def _entry(token: str, logprob: float | None) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode(errors="replace"))}
+
+
+class Choice(_Tolerant):
+    """A piece of one answer: of a chat in `delta`, of a plain completion in `text`."""
+
+    index: int = 0
+    delta: ChunkDelta = ChunkDelta()
+    text: str | None = None
     logprobs: _Logprobs | None = None
     finish_reason: str | None = None
 
@@ -86,18 +132,23 @@ class _Cached(_Tolerant):
     cached_tokens: int | None = None
 
 
+class _Reasoning(_Tolerant):
+    reasoning_tokens: int | None = None
+
+
 class Usage(_Tolerant):
     """Tokens, as the server counted them."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _Cached | None = None
+    completion_tokens_details: _Reasoning | None = None
 
 
 class Chunk(_Tolerant):
     """One event of a stream."""
 
-    choices: list[_Choice] = []
+    choices: list[Choice] = []
     usage: Usage | None = None
     error: Any = None
 
@@ -125,9 +176,21 @@ class OpenAIClient:
         except ValidationError as error:
             raise Malformed(f"its list of models is not one: {_short(error)}") from None
 
-    async def chat(self, body: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
-        """The chunks of one streamed completion. Closing the iterator tells the server to stop. Raises ServerError."""
-        async with _as_server_error(), self._http.stream("POST", "chat/completions", json=body) as response:
+    async def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON of the answer to one request that is not streamed. Raises ServerError."""
+        async with _as_server_error():
+            response = await self._http.post(path, json=body)
+        if response.status_code != httpx.codes.OK:
+            raise _error_of(response.status_code, response.headers, response.content)
+        try:
+            return response.json()
+        except ValueError as error:
+            raise Malformed(f"it sent what is not JSON: {error}") from None
+
+    async def complete(self, path: str, body: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
+        """The chunks of one streamed completion, of the endpoint at `path`. Closing the iterator tells the server to
+        stop. Raises ServerError."""
+        async with _as_server_error(), self._http.stream("POST", path, json=body) as response:
             if response.status_code != httpx.codes.OK:
                 raise _error_of(response.status_code, response.headers, await _read_error(response))
             done = False

@@ -26,11 +26,15 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from perllm.broker import grammar
+from perllm.broker.chat import ChatTemplate
+from perllm.broker.engine.answers import answer_seed
+from perllm.broker.engine.checks import check_echo, check_tokens
 from perllm.broker.engine.contract import EngineError
 from perllm.broker.engine.text import prompt_text
 from perllm.broker.errors import BadSetting, InvalidTask, TryAgain
 from perllm.broker.messages import TaskSpec
 from perllm.cloud_worker.settings import CloudSettings
+from perllm.cloud_worker.vllm_capabilities import INFILL_MARKS, Facts
 
 __all__ = [
     "EngineDeadError",
@@ -38,6 +42,7 @@ __all__ = [
     "Prompter",
     "calibration_params",
     "engine_args",
+    "facts",
     "limits",
     "lora_requests",
     "open_engine",
@@ -147,6 +152,18 @@ def limits(llm: Any) -> Limits:
     )
 
 
+def facts(llm: Any, tasks: frozenset[str], template: ChatTemplate | None) -> Facts:
+    """What there is to see of an engine `open_engine` started, beside the `tasks` it says it can do."""
+    config, vocabulary = llm.vllm_config, llm.get_tokenizer().get_vocab()
+    return Facts(
+        tasks=tasks,
+        template=template,
+        infills=any(before in vocabulary and after in vocabulary for before, after in INFILL_MARKS),
+        max_logprobs=int(config.model_config.max_logprobs),
+        labels=int(getattr(config.model_config.hf_config, "num_labels", 0)),
+    )
+
+
 def lora_requests(adapters: Mapping[str, Path], prefix: str) -> dict[str, Any]:
     """Name for producers → what vLLM calls the adapter by."""
     return {
@@ -155,31 +172,41 @@ def lora_requests(adapters: Mapping[str, Path], prefix: str) -> dict[str, Any]:
     }
 
 
-def sampling_params(spec: TaskSpec, max_tokens: int) -> Any:
-    """`spec` in vLLM's terms. Raises EngineError (retry=False) for what vLLM does not accept."""
+def sampling_params(spec: TaskSpec, max_tokens: int) -> list[Any]:
+    """`spec` in vLLM's terms, for each of its answers. Raises EngineError (retry=False) for what vLLM does not accept.
+
+    Each answer is a request to vLLM, as it would itself make of `n`: the prompt is computed once, by its prefix cache.
+    (Its own `n` is refused at temperature 0, and ends early when an answer does before the last one was added.)
+    """
     structured = None
     try:
         if (text := grammar.lark(spec)) is not None:
             structured = StructuredOutputsParams(grammar=text)
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=spec.temperature,
-            top_p=spec.top_p,
-            top_k=spec.top_k,
-            min_p=spec.min_p,
-            presence_penalty=spec.presence_penalty,
-            frequency_penalty=spec.frequency_penalty,
-            repetition_penalty=spec.repeat_penalty,
-            seed=spec.seed,
-            stop=list(spec.stop),
-            logprobs=spec.logprobs,
-            structured_outputs=structured,
-            output_kind=RequestOutputKind.DELTA,
-        )
+        return [_answer_params(spec, max_tokens, structured, index) for index in range(spec.n)]
     except InvalidTask as error:
         raise EngineError(str(error), retry=isinstance(error, TryAgain)) from None
     except ValueError as error:
         raise EngineError(f"vLLM does not accept it: {error}", retry=False) from None
+
+
+def _answer_params(spec: TaskSpec, max_tokens: int, structured: Any, index: int) -> Any:
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=spec.temperature,
+        top_p=spec.top_p,
+        top_k=spec.top_k,
+        min_p=spec.min_p,
+        presence_penalty=spec.presence_penalty,
+        frequency_penalty=spec.frequency_penalty,
+        repetition_penalty=spec.repeat_penalty,
+        seed=None if spec.seed is None else answer_seed(spec.seed, index),
+        stop=list(spec.stop),
+        logprobs=spec.logprobs,
+        prompt_logprobs=spec.logprobs if spec.echo and index == 0 else None,
+        logit_bias=dict(spec.logit_bias) or None,
+        structured_outputs=structured,
+        output_kind=RequestOutputKind.DELTA,
+    )
 
 
 def calibration_params(tokens: int) -> Any:
@@ -213,16 +240,50 @@ class Prompter:
 
     def __init__(self, llm: Any) -> None:
         self._tokenizer: Any = copy.deepcopy(llm.get_tokenizer())  # vLLM's own is in use by its loop
+        self._vocabulary = limits(llm).vocabulary
         self._lock = threading.Lock()
-        self._template = self._rendered if getattr(self._tokenizer, "chat_template", None) else None
+        source = getattr(self._tokenizer, "chat_template", None) or ""
+        named = "\n".join(source.values()) if isinstance(source, dict) else source
+        template = ChatTemplate(named, self._rendered)
+        self.template = template if template.chats else None
 
     def tokens(self, spec: TaskSpec) -> list[int]:
         """The prompt's tokens. Raises EngineError (retry=False)."""
+        if spec.prompt_ids is not None:
+            check_tokens("prompt_ids", spec.prompt_ids, self._vocabulary)
+            return list(spec.prompt_ids)
+        if spec.suffix is not None:
+            raise EngineError("suffix: this engine does not fill in; leave it out", retry=False)
         with self._lock:
-            text = prompt_text(spec, self._template)
-            if self._template is None:
+            text, _ = prompt_text(spec, self.template)
+            if self.template is None:
                 return list(self._tokenizer.encode(text))
             return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def _rendered(self, messages: list[dict[str, Any]]) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    def echo(self, spec: TaskSpec) -> str:
+        """What the text is to begin with. Raises EngineError (retry=False)."""
+        if not spec.echo:
+            return ""
+        if spec.prompt_ids is not None:
+            with self._lock:
+                return str(self._tokenizer.decode(list(spec.prompt_ids), skip_special_tokens=True))
+        check_echo(spec, as_it_is=self.template is None)
+        return spec.prompt or ""
+
+    def prompt_logprobs(self, tokens: Sequence[int], positions: Sequence[Any], top: int) -> list[dict[str, Any]]:
+        """As `openai_logprobs`, of a prompt: its first token has none, since nothing foretells it."""
+        if not positions:
+            return []
+        with self._lock:
+            text = str(self._tokenizer.decode(list(tokens[:1])))
+        first = {"token": text, "logprob": None, "bytes": list(text.encode()), "top_logprobs": []}
+        return [first, *openai_logprobs(tokens[1:], positions[1:], top)]
+
+    def _rendered(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, more: dict[str, Any]
+    ) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=False, **more
+            )
+        )

@@ -4,31 +4,33 @@
 contexts and steps them while there is work.
 
 With a seed and nothing else in the batch, or at temperature 0 alone in the batch, the same request gives the same
-tokens every time. In company, or after a shared prefix, it may not: llama.cpp's kernels round differently at different
-widths, so a near tie between two tokens can fall the other way.
+tokens every time. In company, that of its other answers too, or after a shared prefix, it may not: llama.cpp's kernels
+round differently at different widths, so a near tie between two tokens can fall the other way. Answer i of a request
+with seed s draws as a request for one answer with seed s + i would (`answer_seed`).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from queue import Empty
+from typing import Any
 
 import structlog
 
-from perllm.broker.engine.checks import check_context
-from perllm.broker.engine.contract import EngineError, Generation, OnText, Stop, Stuck
+from perllm.broker.engine.checks import fitted
+from perllm.broker.engine.contract import EngineError, Generation, OnDelta, Stop, Stuck
 from perllm.broker.engine.cores import ThreadClaim, available_cores
 from perllm.broker.engine.energy import Attribution, Meter, power_of
-from perllm.broker.engine.text import TextSink
+from perllm.broker.engine.text import DeltaSink, Prompt
 from perllm.broker.engine.totals import EngineTotals
-from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, TaskSpec
-from perllm.edge_worker.batch import Batch, Request
+from perllm.broker.messages import Choice, Counters, Delta, Energy, ModelOffer, Output, Power, TaskSpec
+from perllm.edge_worker.batch import Answer, Batch, Request
 from perllm.edge_worker.llama import MAX_SEQUENCES, VERSION
 from perllm.edge_worker.meters import make_meter
 from perllm.edge_worker.model_pool import LoadedModel, ModelPool, ServedModel, Stopped
-from perllm.edge_worker.sampling import greedy, make_sampler
+from perllm.edge_worker.sampling import Sampler, make_samplers
 from perllm.edge_worker.settings import EdgeSettings
 from perllm.edge_worker.text_stream import TextStream
 
@@ -156,7 +158,7 @@ class LlamaEngine:
 
     # --- generating
 
-    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
+    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         """Run one task to its end or until `stop`. Raises EngineError."""
         accepted = time.monotonic()
         served = self._pool.get(spec.model)
@@ -165,26 +167,33 @@ class LlamaEngine:
         try:
             with self._pool.using(served, stop) as loaded:
                 request = self._request(task_id, spec, stop, served, loaded, accepted)
-                request.streams = on_text is not None
+                request.streams = on_delta is not None
+                if request.streams and request.echo:
+                    for answer in request.answers:
+                        request.outbox.put(Delta(index=answer.index, text=request.echo))
                 self._enqueue(loaded.batch, request)
                 try:
-                    self._wait(loaded.batch, request, on_text)
+                    self._wait(loaded.batch, request, on_delta)
                 finally:
                     with self._changed:
                         del self._requests[request]
         except Stopped:
-            request = Request(task_id, spec, stop, [], None, TextStream(), accepted)
-            request.finish, request.after = stop.reason, self.counters()
+            request = _new_request(task_id, spec, stop, Prompt([]), [None] * spec.n, accepted)
+            request.after = self.counters()
+            for answer in request.answers:
+                answer.finish = stop.reason
         return self._generation(served, request)
 
     @staticmethod
     def _request(
         task_id: str, spec: TaskSpec, stop: Stop, served: ServedModel, loaded: LoadedModel, accepted: float
     ) -> Request:
-        tokens = loaded.prompter.tokens(spec)
-        check_context(len(tokens), spec.max_tokens, served.context)
-        sampler = None if greedy(spec) else make_sampler(loaded.model, spec, served.context)
-        return Request(task_id, spec, stop, tokens, sampler, TextStream(spec.stop), accepted)
+        prompt = loaded.prompter.prompt(spec)
+        spec = fitted(spec, len(prompt.tokens), served.context)
+        samplers = make_samplers(loaded.model, spec, served.context, prompt)
+        request = _new_request(task_id, spec, stop, prompt, samplers, accepted)
+        request.echo = loaded.prompter.echo(spec)
+        return request
 
     def _enqueue(self, batch: Batch, request: Request) -> None:
         with self._changed:
@@ -193,13 +202,13 @@ class LlamaEngine:
             if not self._requests:
                 self._totals.last_progress = time.monotonic()
             self._requests[request] = None
-            batch.waiting.append(request)
+            batch.waiting.extend(request.answers)
             self._changed.notify_all()
 
     @staticmethod
-    def _wait(batch: Batch, request: Request, on_text: OnText | None) -> None:
+    def _wait(batch: Batch, request: Request, on_delta: OnDelta | None) -> None:
         """Until the decode thread is done with the request. Passes text on, and cancels it if that fails."""
-        sink = TextSink(on_text, request.stop) if on_text is not None else None
+        sink = DeltaSink(on_delta, request.stop) if on_delta is not None else None
         while True:
             remaining = request.stop.remaining
             try:
@@ -219,23 +228,20 @@ class LlamaEngine:
     def _generation(self, served: ServedModel, request: Request) -> Generation:
         if request.error is not None:
             raise request.error
-        assert request.finish is not None
         assert request.after is not None
-        text = request.text.text
-        logprobs = None
-        if request.spec.logprobs is not None:
-            logprobs = [entry for begins, entry in request.logprobs if begins < len(text)]
         ended = time.monotonic()
         began = request.began or ended
-        first = request.first or ended
+        first = min((a.first for a in request.answers if a.first), default=ended)
+        last = max((a.last for a in request.answers if a.last), default=first)
+        head, *more = [_choice(answer) for answer in request.answers]
         return Generation(
-            output=Output(text=text, finish_reason=request.finish, logprobs=logprobs),
+            output=Output(**head, more=tuple(Choice(**each) for each in more)),
             model=served.name,
-            prompt_tokens=request.prompt_tokens,
+            prompt_tokens=len(request.prompt),
             completion_tokens=request.generated,
             wait=began - request.accepted,
             prefill=first - began,
-            decode=(request.last or first) - first,
+            decode=last - first,
             energy=Energy(
                 inference=request.inference,
                 idle=request.idle,
@@ -244,6 +250,7 @@ class LlamaEngine:
             ),
             before=request.before or request.after,
             after=request.after,
+            reasoning_tokens=sum(answer.text.reasoning_tokens for answer in request.answers),
             cached_tokens=request.cached,
             stalled=request.stalled,
         )
@@ -270,3 +277,29 @@ class LlamaEngine:
         except Exception as error:  # the engine must outlive whatever happens to a batch
             log.exception("step_failed")
             batch.fail(EngineError(f"the engine failed: {type(error).__name__}: {error}", retry=True))
+
+
+def _new_request(
+    task_id: str, spec: TaskSpec, stop: Stop, prompt: Prompt, samplers: Sequence[Sampler | None], accepted: float
+) -> Request:
+    request = Request(task_id, spec, stop, prompt.tokens, accepted)
+    for index, sampler in enumerate(samplers):
+        text = TextStream(spec.stop, prompt.form, prompt.marks, task_id, index)
+        request.answers.append(Answer(request, index, sampler, text))
+    return request
+
+
+def _choice(answer: Answer) -> dict[str, Any]:
+    """An answer that is over, as the fields of a `Choice`."""
+    request, text = answer.request, answer.text
+    logprobs = None
+    if request.spec.logprobs is not None:
+        logprobs = request.prompt_logprobs + [entry for begins, entry in answer.logprobs if begins < text.extent]
+    return {
+        "text": request.echo + text.text,
+        "finish_reason": text.finish_reason(answer.finish) if answer.finish is not None else None,
+        "logprobs": logprobs,
+        "reasoning": text.reasoning,
+        "tool_calls": text.calls,
+        "tokens": answer.generated,
+    }

@@ -124,6 +124,16 @@ class Model:
             and not lib.llama_model_is_diffusion(self._model)
         )
 
+    @property
+    def infills(self) -> bool:
+        """Whether the vocabulary has tokens that mark what comes before and after a gap."""
+        return bool(lib.llama_vocab_fim_pre(self._vocab) >= 0 and lib.llama_vocab_fim_suf(self._vocab) >= 0)
+
+    @property
+    def classes(self) -> int:
+        """Outputs of its classifier; 1 also where there is none."""
+        return int(lib.llama_model_n_cls_out(self._model))
+
     def chat_template(self) -> str | None:
         """The Jinja template in the GGUF."""
         raw = lib.llama_model_chat_template(self._model, None)
@@ -143,6 +153,17 @@ class Model:
             if count >= 0:
                 return list(out[:count])
             room = -count
+
+    def tokenize_gap(self, before: str, after: str) -> list[int] | None:
+        """Token ids that ask for what comes between two texts; None for a model that was not taught to fill in."""
+        pre, suf, mid = (
+            get(self._vocab) for get in (lib.llama_vocab_fim_pre, lib.llama_vocab_fim_suf, lib.llama_vocab_fim_mid)
+        )
+        if pre < 0 or suf < 0:
+            return None
+        texts = [self.tokenize(text, special=False, add_bos=False) for text in (before, after)]
+        tokens = [pre, *texts[0], suf, *texts[1], *([mid] if mid >= 0 else [])]
+        return [self.bos, *tokens] if self.adds_bos else tokens
 
     def ends(self, token: int) -> bool:
         """Whether `token` ends a generation."""
@@ -186,8 +207,9 @@ class _Vocabulary:
 
     def __init__(self, model: Model) -> None:
         tokens = range(model.vocab_size)
-        self.tokens = [model.piece(token) for token in tokens]
-        self.special_token_ids = [token for token in tokens if not self.tokens[token]]
+        self.special_token_ids = [token for token in tokens if not model.piece(token)]
+        # control tokens are told apart by their names, and are never matched by text that spells one
+        self.tokens = [model.piece(token) or model.token_text(token).encode() for token in tokens]
         self.bos_token_id = model.bos if model.bos >= 0 else None
         self.ends: list[int] = [token for token in tokens if model.ends(token)]
         self.eos_token_id = model.eos if model.eos >= 0 else None
@@ -258,14 +280,15 @@ class Context:
         """Start filling the next batch."""
         self._filled = 0
 
-    def add(self, sequence: int, position: int, tokens: Sequence[int], *, output: bool) -> int:
-        """Add `tokens` of a sequence from `position` on; `output` asks for the last one's logits. Returns its row."""
+    def add(self, sequence: int, position: int, tokens: Sequence[int], *, output: bool, every: bool = False) -> int:
+        """Add `tokens` of a sequence from `position` on; `output` asks for the last one's logits, `every` for those of
+        each. Returns the row of the last."""
         start, end = self._filled, self._filled + len(tokens)
         self._tokens[start:end] = tokens
         self._positions[start:end] = np.arange(position, position + len(tokens), dtype=np.int32)
         self._sequences[start:end] = sequence
-        self._outputs[start:end] = 0
-        self._outputs[end - 1] = output
+        self._outputs[start:end] = every
+        self._outputs[end - 1] = output or every
         self._filled = end
         return end - 1
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import structlog
 
+from perllm.broker.capabilities import Capability
 from perllm.broker.engine.checks import check_model
 from perllm.broker.engine.contract import EngineError, Stop
 from perllm.broker.engine.cores import available_memory
@@ -20,6 +21,7 @@ from perllm.broker.errors import BadSetting
 from perllm.broker.messages import Counters, ModelOffer
 from perllm.edge_worker.batch import Batch, BatchTuning
 from perllm.edge_worker.calibrate import BUDGET, calibrate
+from perllm.edge_worker.capabilities import look
 from perllm.edge_worker.gguf import GGUF, read_gguf
 from perllm.edge_worker.llama import Context, LlamaError, Model
 from perllm.edge_worker.model_files import DEFAULT_QUANTISATION, default_gguf, model_name, quantised
@@ -72,7 +74,8 @@ class ServedModel:
     gguf: GGUF
     context: int  # tokens per request
     kv_tokens: int
-    tuning: BatchTuning | None = None  # measured when first loaded
+    tuning: BatchTuning | None = None  # measured when first loaded, …
+    capabilities: tuple[Capability, ...] = ()  # … as these are found out
     loaded: LoadedModel | None = None
     loading: bool = False
     users: int = 0  # requests inside: it stays loaded while there are any
@@ -87,7 +90,11 @@ class ServedModel:
     def offer(self) -> ModelOffer:
         assert self.tuning is not None
         return ModelOffer(
-            name=self.name, context=self.context, kv_tokens=self.kv_tokens, calibration=self.tuning.step_cost
+            name=self.name,
+            context=self.context,
+            kv_tokens=self.kv_tokens,
+            calibration=self.tuning.step_cost,
+            capabilities=self.capabilities,
         )
 
 
@@ -240,7 +247,9 @@ class ModelPool:
         except LlamaError as error:
             raise BadSetting(f"llama.cpp cannot load {path}: {error}") from None
         try:
-            if not model.generates:
+            prompter = Prompter(model)
+            capabilities = look(served.gguf.metadata, model, prompter.template)
+            if Capability.GENERATE not in capabilities:
                 raise BadSetting(f"{path} ({served.gguf.architecture}) is not a text generation model")
             cached_prompts = self._cached_prompts if model.shares_prefixes else 0
             sequences = self._slots + cached_prompts
@@ -248,7 +257,6 @@ class ModelPool:
                 model, kv_tokens=served.kv_tokens, sequences=sequences, batch=BATCH, threads=self._threads
             )
             tuning = served.tuning or calibrate(context, slots=self._slots, token=max(0, model.eos), budget=budget)
-            prompter = Prompter(model)
         except LlamaError as error:
             model.close()
             raise BadSetting(f"llama.cpp cannot run {path} with {served.kv_tokens} tokens of KV: {error}") from None
@@ -266,7 +274,8 @@ class ModelPool:
             counters=self._counters,
         )
         with self._changed:
-            served.tuning, served.loaded, served.used = tuning, LoadedModel(model, prompter, batch), time.monotonic()
+            served.tuning, served.capabilities = tuning, capabilities
+            served.loaded, served.used = LoadedModel(model, prompter, batch), time.monotonic()
             self._list()
             self._changed.notify_all()
         cost = tuning.step_cost
@@ -276,6 +285,7 @@ class ModelPool:
             seconds=round(time.monotonic() - began, 2),
             threads=self._threads,
             kv_tokens=served.kv_tokens,
+            capabilities=", ".join(capabilities),
             chunk=tuning.chunk,
             decode_ms=round(1e3 * (cost.step + cost.sequence), 2),
             prefill_tokens_per_s=round(1 / cost.prefill),

@@ -9,15 +9,21 @@ from typing import Any
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
+import structlog
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from llguidance import LLMatcher
 
 from perllm.broker import grammar
+from perllm.broker.chat import ChatTemplate
+from perllm.broker.engine.answers import answer_seed
+from perllm.broker.engine.checks import check_echo, check_tokens
 from perllm.broker.engine.contract import EngineError
-from perllm.broker.engine.text import prompt_text
+from perllm.broker.engine.text import Prompt, prompt_text
 from perllm.broker.errors import InvalidTask, TryAgain
 from perllm.broker.messages import TaskSpec
 from perllm.edge_worker.llama import Logits, Model, SamplerChain
+
+log = structlog.get_logger(__name__)
 
 #: CPU time a request may spend on its grammar, s: so much, and so much more per token. Others in the batch wait
 #: meanwhile. What people mean takes far less; one token is bounded by `perllm.broker.grammar.limits` (about 0.5 s).
@@ -30,17 +36,27 @@ class GrammarError(Exception):
     """A grammar came to its end, or to a limit, where none should be: that request is over."""
 
 
-def greedy(spec: TaskSpec) -> bool:
-    """Whether the most likely token is taken as it is."""
-    return spec.temperature == 0 and not _penalised(spec) and spec.grammar is None and spec.json_schema is None
+def constraint(spec: TaskSpec) -> str | None:
+    """The field that constrains what may be generated; None where nothing does."""
+    if spec.grammar is not None:
+        return "grammar"
+    if spec.json_schema is not None:
+        return "json_schema"
+    return "tools" if spec.offered_tools else None
+
+
+class Allowance:
+    """The CPU time, s, a request still has for its grammar, all its answers together."""
+
+    def __init__(self) -> None:
+        self.left = GRAMMAR_BURST
 
 
 class Sampler:
-    """Samples one request's tokens: by a chain of samplers, within a grammar if there is one."""
+    """Samples one answer's tokens: by a chain of samplers, within a grammar if there is one."""
 
-    def __init__(self, chain: SamplerChain, matcher: LLMatcher | None) -> None:
-        self._chain, self._matcher = chain, matcher
-        self._budget = GRAMMAR_BURST
+    def __init__(self, chain: SamplerChain, matcher: LLMatcher | None, allowance: Allowance) -> None:
+        self._chain, self._matcher, self._allowance = chain, matcher, allowance
 
     def sample(self, logits: Logits) -> int:
         """The next token. Raises GrammarError when the grammar allows none, or takes too much."""
@@ -61,8 +77,8 @@ class Sampler:
                 matcher.consume_token(token)
         if matcher.is_error():
             raise GrammarError(_limit(matcher))
-        self._budget += GRAMMAR_RATE - (time.thread_time() - began)
-        if self._budget < 0:
+        self._allowance.left += GRAMMAR_RATE - (time.thread_time() - began)
+        if self._allowance.left < 0:
             raise GrammarError("finding what it allows takes too long: simplify it")
         return token
 
@@ -78,12 +94,34 @@ def _limit(matcher: LLMatcher) -> str:
     return f"too many possibilities to follow: simplify it, or write recursion as repetition ({error})"
 
 
-def make_sampler(model: Model, spec: TaskSpec, penalty_window: int) -> Sampler:
-    """The sampler `spec` asks for. Penalties look at up to `penalty_window` generated tokens (not at the prompt, as in
-    the OpenAI API). Raises EngineError (retry=False) for a grammar or schema that cannot be used.
+def make_samplers(model: Model, spec: TaskSpec, penalty_window: int, prompt: Prompt) -> list[Sampler | None]:
+    """The samplers `spec` asks for, one per answer to `prompt`; None takes the most likely token as it is. Penalties
+    look at up to `penalty_window` generated tokens (not at the prompt, as in the OpenAI API). Raises EngineError
+    (retry=False) for a grammar, schema or tools that cannot be used, and for a bias on a token that the model does not
+    have.
     """
-    matcher = _matcher(model, spec)
+    check_tokens("logit_bias", spec.logit_bias, model.vocab_size)
+    matcher, allowance = _matcher(model, spec, prompt), Allowance()
+    if matcher is None and spec.temperature == 0 and not spec.logit_bias and not _penalised(spec):
+        return [None] * spec.n
+    seed = spec.seed if spec.seed is not None else int.from_bytes(os.urandom(4), "little")
+    return [
+        Sampler(
+            SamplerChain(model, _chain(model, spec, penalty_window, answer_seed(seed, i))),
+            None if matcher is None else matcher.deep_copy(),
+            allowance,
+        )
+        for i in range(spec.n)
+    ]
+
+
+def _chain(model: Model, spec: TaskSpec, penalty_window: int, seed: int) -> list[Callable[[], Any]]:
+    """What makes the samplers, in order."""
     chain: list[Callable[[], Any]] = []
+    if spec.logit_bias:
+        each = [lib.llama_logit_bias(token, bias) for token, bias in spec.logit_bias.items()]
+        biases = (lib.llama_logit_bias * len(each))(*each)
+        chain.append(lambda: lib.llama_sampler_init_logit_bias(model.vocab_size, len(biases), biases))
     if _penalised(spec):
         chain.append(
             lambda: lib.llama_sampler_init_penalties(
@@ -92,34 +130,32 @@ def make_sampler(model: Model, spec: TaskSpec, penalty_window: int) -> Sampler:
         )
     if spec.temperature == 0:
         chain.append(lib.llama_sampler_init_greedy)
-    else:
-        seed = spec.seed if spec.seed is not None else int.from_bytes(os.urandom(4), "little")
-        if spec.top_k:
-            chain.append(lambda: lib.llama_sampler_init_top_k(spec.top_k))
-        if spec.top_p < 1:
-            chain.append(lambda: lib.llama_sampler_init_top_p(spec.top_p, 1))
-        if spec.min_p > 0:
-            chain.append(lambda: lib.llama_sampler_init_min_p(spec.min_p, 1))
-        chain.append(lambda: lib.llama_sampler_init_temp(spec.temperature))
-        chain.append(lambda: lib.llama_sampler_init_dist(seed))
-    return Sampler(SamplerChain(model, chain), matcher)
+        return chain
+    if spec.top_k:
+        chain.append(lambda: lib.llama_sampler_init_top_k(spec.top_k))
+    if spec.top_p < 1:
+        chain.append(lambda: lib.llama_sampler_init_top_p(spec.top_p, 1))
+    if spec.min_p > 0:
+        chain.append(lambda: lib.llama_sampler_init_min_p(spec.min_p, 1))
+    chain.append(lambda: lib.llama_sampler_init_temp(spec.temperature))
+    chain.append(lambda: lib.llama_sampler_init_dist(seed))
+    return chain
 
 
 def _penalised(spec: TaskSpec) -> bool:
     return spec.repeat_penalty != 1 or spec.frequency_penalty != 0 or spec.presence_penalty != 0
 
 
-def _matcher(model: Model, spec: TaskSpec) -> LLMatcher | None:
+def _matcher(model: Model, spec: TaskSpec, prompt: Prompt) -> LLMatcher | None:
     try:
-        text = grammar.lark(spec)
+        text = grammar.lark(spec, prompt.form, prompt.controls)
     except InvalidTask as error:
         raise EngineError(str(error), retry=isinstance(error, TryAgain)) from None
     if text is None:
         return None
     matcher = LLMatcher(model.vocabulary, text, log_level=0, limits=grammar.limits())
     if matcher.is_error():  # it passed the check, so this is about the model's vocabulary
-        field = "grammar" if spec.grammar is not None else "json_schema"
-        raise EngineError(f"{field}: cannot be used with this model: {_limit(matcher)}", retry=False)
+        raise EngineError(f"{constraint(spec)}: cannot be used with this model: {_limit(matcher)}", retry=False)
     return matcher
 
 
@@ -128,18 +164,63 @@ class Prompter:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._template = None
-        if source := model.chat_template():
-            eos, bos = model.token_text(model.eos), model.token_text(model.bos)
-            formatter: Any = Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos)
-            self._template = lambda messages: str(formatter(messages=messages).prompt)
+        self.template = _chat_template(model)
+        self._controls = _controls(model, self.template) if self.template is not None else {}
 
-    def tokens(self, spec: TaskSpec) -> list[int]:
-        """The prompt's tokens. Raises EngineError (retry=False)."""
-        text = prompt_text(spec, self._template)
-        if self._template is None:
-            return self._model.tokenize(text, special=False, add_bos=self._model.adds_bos)
-        return self._model.tokenize(text, special=True, add_bos=False)
+    def prompt(self, spec: TaskSpec) -> Prompt:
+        """Raises EngineError (retry=False)."""
+        if spec.prompt_ids is not None:
+            check_tokens("prompt_ids", spec.prompt_ids, self._model.vocab_size)
+            return Prompt(list(spec.prompt_ids))
+        if spec.suffix is not None:
+            tokens = self._model.tokenize_gap(spec.prompt or "", spec.suffix)
+            if tokens is None:
+                raise EngineError("suffix: this model has no tokens to fill in with; leave it out", retry=False)
+            return Prompt(tokens)
+        text, form = prompt_text(spec, self.template)
+        if self.template is None:
+            return Prompt(self._model.tokenize(text, special=False, add_bos=self._model.adds_bos))
+        return Prompt(self._model.tokenize(text, special=True, add_bos=False), form, self._controls)
+
+    def echo(self, spec: TaskSpec) -> str:
+        """What the text is to begin with. Raises EngineError (retry=False)."""
+        if not spec.echo:
+            return ""
+        if spec.prompt_ids is not None:
+            return b"".join(map(self._model.piece, spec.prompt_ids)).decode(errors="replace")
+        check_echo(spec, as_it_is=self.template is None and spec.suffix is None)
+        return spec.prompt or ""
+
+
+def _chat_template(model: Model) -> ChatTemplate | None:
+    source = model.chat_template()
+    if source is None:
+        return None
+    template = gguf_template(source, eos=model.token_text(model.eos), bos=model.token_text(model.bos))
+    if template is None:
+        log.warning("chat_template_unusable", hint="the model completes prompts, and takes no chats")
+    return template
+
+
+def gguf_template(source: str, *, eos: str = "", bos: str = "") -> ChatTemplate | None:
+    """The template in a model's file, run in Jinja's sandbox as Hugging Face's libraries run it. None for one that
+    cannot be used."""
+    try:
+        formatter: Any = Jinja2ChatFormatter(source, eos, bos)
+    except Exception:  # it is whatever the file's makers wrote
+        return None
+
+    def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, more: dict[str, Any]) -> str:
+        return str(formatter(messages=messages, tools=tools, **more).prompt)
+
+    template = ChatTemplate(source, render)
+    return template if template.chats else None
+
+
+def _controls(model: Model, template: ChatTemplate) -> dict[str, int]:
+    """Those of the marks in answers that are, or contain, control tokens: text never has them."""
+    tokens = {t for mark in template.marks for t in model.tokenize(mark, special=True, add_bos=False)}
+    return {model.token_text(token): token for token in sorted(tokens) if not model.piece(token)}
 
 
 def token_logprobs(model: Model, logits: Logits, token: int, top: int) -> dict[str, Any]:
@@ -157,10 +238,19 @@ def token_logprobs(model: Model, logits: Logits, token: int, top: int) -> dict[s
     return entry
 
 
+def first_logprobs(model: Model, token: int) -> dict[str, Any]:
+    """The entry of a text's first token, which nothing foretells."""
+    return _named(model, token, None) | {"top_logprobs": []}
+
+
 def _logprob(model: Model, token: int, logprobs: Logits) -> dict[str, Any]:
+    return _named(model, token, float(logprobs[token]))
+
+
+def _named(model: Model, token: int, logprob: float | None) -> dict[str, Any]:
     piece = model.piece(token)
     return {
         "token": piece.decode(errors="replace") or model.token_text(token),
-        "logprob": float(logprobs[token]),
+        "logprob": logprob,
         "bytes": list(piece),
     }

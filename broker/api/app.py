@@ -13,8 +13,20 @@ from prometheus_client import CollectorRegistry
 
 from perllm.broker.api import errors, metrics
 from perllm.broker.api.openapi import document
+from perllm.broker.api.request_ids import RequestIds
 from perllm.broker.api.request_limits import RequestLimits
-from perllm.broker.api.routes import batches, completions, files, health, models, nodes, responses, tasks, webhooks
+from perllm.broker.api.routes import (
+    batches,
+    completions,
+    files,
+    health,
+    models,
+    nodes,
+    pages,
+    responses,
+    tasks,
+    webhooks,
+)
 from perllm.broker.api.settings import ApiSettings
 from perllm.broker.api.state import Api
 
@@ -43,6 +55,7 @@ def make_app(settings: ApiSettings) -> FastAPI:
         version=version("perllm"),
         description=_ABOUT,
         lifespan=lifespan,
+        docs_url=None,  # these two are in routes/pages.py
         redoc_url=None,
         separate_input_output_schemas=False,
     )
@@ -58,6 +71,7 @@ def make_app(settings: ApiSettings) -> FastAPI:
         models.router,
         health.router,
         metrics.router,
+        pages.router,
     )
     for router in routers:
         app.include_router(router)
@@ -65,7 +79,13 @@ def make_app(settings: ApiSettings) -> FastAPI:
     app.add_middleware(RequestLimits, settings=settings)
     if settings.api_cors:
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.api_cors, allow_methods=["*"], allow_headers=["*"], max_age=600
+            CORSMiddleware,
+            allow_origins=settings.api_cors,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+            max_age=600,
         )
     app.add_middleware(metrics.Timer, registry=registry)
+    app.add_middleware(RequestIds)
     return app

@@ -22,6 +22,7 @@ from perllm.broker.api.app import make_app
 from perllm.broker.api.callers import is_loopback
 from perllm.broker.api.files.store import Files
 from perllm.broker.api.keys import Key, Keys
+from perllm.broker.api.openapi.fields import markdown
 from perllm.broker.api.request_limits import MAX_HEAD, LimitedProtocol
 from perllm.broker.api.settings import ApiSettings
 from perllm.broker.api.store import ApiStore
@@ -152,6 +153,12 @@ def revoke(
     """Have a key refused from now on."""
     key = _keys().revoke(identity)
     print(json.dumps(_row(key)) if as_json else f"{key.id}: revoked")
+
+
+@app.command("fields")
+def fields() -> None:
+    """Every field of the OpenAI endpoints, as a table: taken, ignored or refused."""
+    print(markdown(), end="")
 
 
 def _keys() -> Keys:

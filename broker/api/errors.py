@@ -75,7 +75,7 @@ def invalid_task(error: InvalidTask) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every failure in this shape."""
+    """Answer every failure that is foreseen in this shape; what is not, `request_ids` answers."""
 
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
@@ -119,7 +119,3 @@ def install(app: FastAPI) -> None:
     async def _no_files(_: Request, __: StoreUnavailable) -> JSONResponse:
         message = "files cannot be stored or read now: try again later"
         return JSONResponse(error_body(503, message, code="unavailable"), 503, {"Retry-After": "5"})
-
-    @app.exception_handler(Exception)
-    async def _bug(_: Request, __: Exception) -> JSONResponse:
-        return JSONResponse(error_body(500, "an internal error; it is in the server's log", code="internal"), 500)

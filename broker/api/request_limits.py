@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from perllm.broker.api.errors import ApiError, error_body
+from perllm.broker.api.request_ids import HEADER, new_request_id
 from perllm.broker.api.settings import ApiSettings
 
 #: Bytes a second at which a body must come, beyond PERLLM_API_PATIENCE seconds that each request has.
@@ -149,7 +150,7 @@ class LimitedProtocol(H11Protocol):
         address = self.client[0] if self.client else ""
         if len(self.connections) > self.max_connections or self._open[address] >= self.max_connections_per_address:
             self.connections.discard(self)
-            transport.write(_TOO_MANY)
+            transport.write(_too_many())
             transport.close()
             self._await_end(transport)
             return
@@ -162,6 +163,23 @@ class LimitedProtocol(H11Protocol):
             return
         super().data_received(data)
         self._watch_head()
+
+    def send_400_response(self, msg: str) -> None:
+        body = json.dumps(error_body(400, f"this is no HTTP request: {msg}")).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (HEADER, new_request_id().encode()),
+            (b"connection", b"close"),
+        ]
+        events = (
+            h11.Response(status_code=400, reason=b"Bad Request", headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        )
+        for event in events:
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head_due, self._linger, self._unread):
@@ -225,7 +243,5 @@ class LimitedProtocol(H11Protocol):
 def _too_many() -> bytes:
     body = json.dumps(error_body(503, "too many connections: try again later", code="unavailable")).encode()
     head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    return head.encode() + b"retry-after: 5\r\nconnection: close\r\n\r\n" + body
-
-
-_TOO_MANY = _too_many()
+    name = b"%s: %s\r\n" % (HEADER, new_request_id().encode())
+    return head.encode() + name + b"retry-after: 5\r\nconnection: close\r\n\r\n" + body

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar, cast
 
@@ -60,17 +60,26 @@ class Results:
     async def wait(self, accepted: Accepted, request: Request) -> Result:
         """The result, once there is one. When the client goes away meanwhile, the task is abandoned. Raises ApiError,
         WaitTimeout."""
-        result = asyncio.create_task(self._client.result(accepted.id, accepted.spec.deadline + RESULT_GRACE))
+        return (await self.wait_for_all([accepted], request))[0]
+
+    async def wait_for_all(self, accepted: Sequence[Accepted], request: Request) -> list[Result]:
+        """The same for the tasks of one request, in order, once all have theirs."""
+        waits = [
+            asyncio.create_task(self._client.result(each.id, each.spec.deadline + RESULT_GRACE)) for each in accepted
+        ]
         disconnected = asyncio.create_task(_disconnect(request))
         try:
-            await asyncio.wait({result, disconnected}, return_when=asyncio.FIRST_COMPLETED)
-            if result.done():
-                return result.result()
-            self.abandon(accepted)
+            results = asyncio.gather(*waits)
+            both: set[asyncio.Future[Any]] = {results, disconnected}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if results.done():
+                return results.result()
+            for each in accepted:
+                self.abandon(each)
             raise ApiError(499, "the client went away")
         finally:
-            result.cancel()
-            disconnected.cancel()
+            for task in (*waits, disconnected):
+                task.cancel()
 
     def abandon(self, accepted: Accepted) -> None:
         """The client that waited has gone: cancel its task, unless it can come back for it."""
@@ -90,12 +99,35 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
+async def merged(sources: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[int, T]]:
+    """What any of the sources gives, as it comes, with the source's number."""
+    following = {_next(source): number for number, source in enumerate(sources)}
+    try:
+        while following:
+            done, _ = await asyncio.wait(following, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                number = following.pop(future)
+                try:
+                    item = future.result()
+                except StopAsyncIteration:
+                    continue
+                following[_next(sources[number])] = number
+                yield number, item
+    finally:
+        for future in following:
+            future.cancel()
+
+
+def _next(source: AsyncIterator[T]) -> asyncio.Future[T]:
+    return asyncio.ensure_future(cast("Coroutine[Any, Any, T]", anext(source)))
+
+
 async def with_heartbeats(source: AsyncIterator[T], every: float = HEARTBEAT_INTERVAL) -> AsyncIterator[T | None]:
     """What the source gives, and None whenever it gave nothing for so long, s."""
     following: asyncio.Future[T] | None = None
     try:
         while True:
-            following = following or asyncio.ensure_future(cast("Coroutine[Any, Any, T]", anext(source)))
+            following = following or _next(source)
             done, _ = await asyncio.wait({following}, timeout=every)
             if not done:
                 yield None

@@ -88,7 +88,7 @@ def _checked(
     try:
         return line, client.accept({**defaults, **line.fields, "idempotency_key": f"{name}:{line.custom_id}"})
     except InvalidTask as error:
-        return batch.BadLine(line.number, line.custom_id, str(error))
+        return line.bad(error)
 
 
 def _lines(path: Path) -> Iterator[str]:

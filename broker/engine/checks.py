@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from perllm.broker.engine.contract import EngineError
+from perllm.broker.messages import TaskSpec
 
 
 def check_model(model: str | None, served: Iterable[str]) -> None:
@@ -14,12 +15,42 @@ def check_model(model: str | None, served: Iterable[str]) -> None:
         raise EngineError(f"model: {model!r} is not served here, only {', '.join(served)}", retry=False)
 
 
+def check_tokens(field: str, ids: Iterable[int], vocabulary: int) -> None:
+    """Raises EngineError (retry=False) for a token id of `field` that is none of the model's `vocabulary`."""
+    if (highest := max(ids, default=0)) >= vocabulary:
+        raise EngineError(f"{field}: there is no token {highest}: the model has {vocabulary}, from 0 on", retry=False)
+
+
+def check_echo(spec: TaskSpec, *, as_it_is: bool) -> None:
+    """Raises EngineError (retry=False) where the log-probabilities are asked for of a prompt that is to be echoed, and
+    the model is not given that prompt `as_it_is`."""
+    if spec.echo and spec.logprobs is not None and spec.prompt_ids is None and not as_it_is:
+        raise EngineError(
+            "echo: the log-probabilities of a prompt are those of its own tokens, and here it is put into a template: "
+            "give the tokens as prompt_ids, or leave out logprobs",
+            retry=False,
+        )
+
+
 def check_context(prompt_tokens: int, max_tokens: int, context: int) -> None:
     """Raises EngineError (retry=False) for an empty prompt, and for a request that does not fit into the context."""
     if not prompt_tokens:
         raise EngineError("prompt: has no tokens", retry=False)
     if (excess := context_excess(prompt_tokens, max_tokens, context)) is not None:
         raise EngineError(f"prompt of {prompt_tokens} tokens and max_tokens {max_tokens} {excess}", retry=False)
+
+
+def fitted(spec: TaskSpec, prompt_tokens: int, context: int) -> TaskSpec:
+    """The task with no more `max_tokens` than its context has room for, if its answer may end there. Raises EngineError
+    (retry=False) as `check_context`."""
+    if spec.fit_context:
+        if prompt_tokens >= context:
+            reason = f"prompt of {prompt_tokens} tokens leaves no room in the context of {context} tokens: shorten it"
+            raise EngineError(reason, retry=False)
+        if spec.max_tokens > context - prompt_tokens:
+            spec = spec.model_copy(update={"max_tokens": context - prompt_tokens})
+    check_context(prompt_tokens, spec.max_tokens, context)
+    return spec
 
 
 def context_excess(prompt_tokens: int, max_tokens: int, context: int) -> str | None:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, TaskSpec
+from perllm.broker.messages import Counters, Delta, Energy, ModelOffer, Output, Power, TaskSpec
 
 #: Why a generation ended.
-FinishReason = Literal["stop", "length", "deadline", "cancelled"]
+FinishReason = Literal["stop", "length", "tool_calls", "deadline", "cancelled"]
 
 
 class Stop:
@@ -28,6 +28,11 @@ class Stop:
     def cancel(self) -> None:
         """End the generation: its task was cancelled, its lease was lost, or the worker stops."""
         self._cancelled.set()
+
+    def bring_forward(self, seconds: float) -> None:
+        """The deadline passes so much earlier."""
+        if self._until is not None:
+            self._until -= seconds
 
     def wait(self, seconds: float) -> None:
         """Sleep for so long, or until cancelled."""
@@ -62,8 +67,15 @@ class Generation:
     energy: Energy
     before: Counters
     after: Counters
+    reasoning_tokens: int = 0
     cached_tokens: int = 0
     stalled: bool = False
+
+    @property
+    def finish(self) -> FinishReason:
+        """Why all of it ended: cut, if one of the answers was."""
+        reasons = [choice.finish_reason for choice in self.output.choices]
+        return next((reason for reason in reasons if reason in ("cancelled", "deadline")), reasons[0])
 
 
 class EngineError(Exception):
@@ -92,8 +104,8 @@ class Stuck:
     tasks: frozenset[str]
 
 
-#: Called with each piece of text (whole UTF-8 characters) as it is generated.
-OnText = Callable[[str], None]
+#: Called with each piece of an answer (whole UTF-8 characters) as it is generated.
+OnDelta = Callable[[Delta], None]
 
 
 class Engine(Protocol):
@@ -113,7 +125,7 @@ class Engine(Protocol):
     def power(self) -> Power:
         """The power model measured or assumed at boot."""
 
-    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
+    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         """Run one task to its end or until `stop`. Thread-safe, blocking.
 
         Raises EngineError: retry=False for a request that can never be served here (prompt beyond the context, bad

@@ -1,7 +1,7 @@
 """An engine without a model, for tests and for measuring everything but the model. It says so wherever it is shown.
 
-It "generates" `max_tokens` words at a set speed shared by nobody (or at once), honours `Stop`, and its joules are
-emulated.
+It "generates" `max_tokens` words for each answer at a set speed shared by nobody (or at once), honours `Stop`, and its
+joules are emulated.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import time
 from collections.abc import Mapping
 from typing import Literal
 
-from perllm.broker.engine.checks import check_context
-from perllm.broker.engine.contract import Generation, OnText, Stop, Stuck
+from perllm.broker.capabilities import Capability
+from perllm.broker.engine.checks import fitted
+from perllm.broker.engine.contract import Generation, OnDelta, Stop, Stuck
 from perllm.broker.engine.settings import EngineSettings
-from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, StepCost, TaskSpec
+from perllm.broker.messages import Choice, Counters, Delta, Energy, ModelOffer, Output, Power, StepCost, TaskSpec
 
 METHOD = "emulated"
+#: Whatever is asked, it says the same words: nothing that would show in them is offered.
+CAPABILITIES = (Capability.CHAT, Capability.CHOICES, Capability.GENERATE, Capability.TOKENS)
 _IDLE_WATTS, _ACTIVE_WATTS = 1.0, 4.0
 #: Seconds between two polls of `Stop`, at most.
 _STOP_POLL = 0.02
@@ -33,7 +36,7 @@ class EmulatedEngine:
         self.description = f"emulated, {'no delay' if self._speed is None else f'{self._speed:g} tokens/s'}"
         self._lock = threading.Lock()
         self._progress: dict[str, int] = {}
-        self._steps = self._generated = self._prefilled = 0
+        self._steps = self._generated = self._prefilled = self._sequence_steps = 0
         self._busy = 0.0
 
     def start(self) -> None:
@@ -43,30 +46,42 @@ class EmulatedEngine:
         step = 0.0 if self._speed is None else 1.0 / self._speed
         cost = StepCost(step=step, sequence=0.0, prefill=0.0)
         return (
-            ModelOffer(name=self._name, context=self._context, kv_tokens=self._context * self.slots, calibration=cost),
+            ModelOffer(
+                name=self._name,
+                context=self._context,
+                kv_tokens=self._context * self.slots,
+                calibration=cost,
+                capabilities=CAPABILITIES,
+            ),
         )
 
     def power(self) -> Power:
         return Power(idle=_IDLE_WATTS, active=_ACTIVE_WATTS, method=METHOD, estimated=True)
 
-    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
+    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         prompt_tokens = spec.text_bytes() // 4 + 1
-        check_context(prompt_tokens, spec.max_tokens, self._context)
+        spec = fitted(spec, prompt_tokens, self._context)
         before = self.counters()
         began = time.monotonic()
-        tokens, reason = self._work(task_id, spec, stop, on_text)
+        echo = spec.prompt or "" if spec.echo else ""
+        say = None if on_delta is None else _to_all(on_delta, spec.n)
+        if say is not None and echo:
+            say(Delta(text=echo))
+        tokens, reason = self._work(task_id, spec, stop, say)
         took = time.monotonic() - began
         with self._lock:
             self._steps += tokens
-            self._generated += tokens
+            self._generated += tokens * spec.n
+            self._sequence_steps += tokens * spec.n
             self._prefilled += prompt_tokens
             self._busy += took
-        text = " ".join(["word"] * tokens)
+        text = echo + " ".join(["word"] * tokens)
+        one = Choice(text=text, finish_reason=reason, tokens=tokens)
         return Generation(
-            output=Output(text=text, finish_reason=reason),
+            output=Output(text=text, finish_reason=reason, tokens=tokens, more=(one,) * (spec.n - 1)),
             model=self._name,
             prompt_tokens=prompt_tokens,
-            completion_tokens=tokens,
+            completion_tokens=tokens * spec.n,
             wait=0.0,
             prefill=0.0,
             decode=took,
@@ -76,15 +91,15 @@ class EmulatedEngine:
         )
 
     def _work(
-        self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None
+        self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None
     ) -> tuple[int, Literal["length", "deadline", "cancelled"]]:
-        """Tokens "generated" and why it ended."""
+        """Tokens "generated" of each answer, and why they ended."""
         published = 0
 
         def publish(tokens: int) -> None:
             nonlocal published
-            if on_text is not None and tokens > published:
-                on_text(" ".join([""] * (published > 0) + ["word"] * (tokens - published)))
+            if on_delta is not None and tokens > published:
+                on_delta(Delta(text=" ".join([""] * (published > 0) + ["word"] * (tokens - published))))
                 published = tokens
 
         if self._speed is None:
@@ -96,7 +111,7 @@ class EmulatedEngine:
         try:
             while True:
                 tokens = min(spec.max_tokens, int((time.monotonic() - began) * self._speed))
-                self._progress[task_id] = tokens
+                self._progress[task_id] = tokens * spec.n
                 publish(tokens)
                 if tokens == spec.max_tokens:
                     return tokens, "length"
@@ -115,7 +130,7 @@ class EmulatedEngine:
                 busy=self._busy,
                 generated=self._generated,
                 prefilled=self._prefilled,
-                sequence_steps=self._steps,
+                sequence_steps=self._sequence_steps,
                 active=len(self._progress),
                 free_kv=self._context * (self.slots - len(self._progress)),
                 energy=self._busy * (_IDLE_WATTS + _ACTIVE_WATTS),
@@ -131,3 +146,13 @@ class EmulatedEngine:
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+def _to_all(on_delta: OnDelta, n: int) -> OnDelta:
+    """Says the same of all answers."""
+
+    def say(delta: Delta) -> None:
+        for index in range(n):
+            on_delta(delta.model_copy(update={"index": index}))
+
+    return say

@@ -1,5 +1,5 @@
-"""Grammars and JSON schemas that users give: into one form (Lark, as llguidance reads it), and checked in a process of
-its own before anything else compiles them.
+"""Grammars, JSON schemas and tools that users give: into one form (Lark, as llguidance reads it), and checked in a
+process of its own before anything else compiles them.
 
 What has passed the check compiles within bounded time, memory and stack, so that the engines' processes may do it too;
 what it costs at each token is bounded there while it runs, by the limits below.

@@ -11,6 +11,7 @@ import atexit
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,9 +27,10 @@ from pathlib import Path
 from queue import LifoQueue
 from typing import Any
 
+from perllm.broker.chat import AnswerForm
 from perllm.broker.errors import InvalidTask, TryAgain
 from perllm.broker.grammar import child
-from perllm.broker.grammar.gbnf import BadGBNF, to_lark
+from perllm.broker.grammar.answer import AnswerGrammar, answer_grammar, is_held
 from perllm.broker.messages import TaskSpec
 
 #: Children, and threads of an event loop's process that wait for them.
@@ -42,23 +44,21 @@ MAX_WAITING = 4
 BURST, RATE, FREE = 5.0, 0.1, 0.02
 #: Seconds after which a child counts as hung, however busy the machine is.
 HUNG = 20.0
-#: White space that schemas allow between the parts of a document: a small model would go on with it for ever.
-WHITE_SPACE = r" |\n{1,2}[ \t]{0,20}"
-_HEAD = '%llguidance {"no_forcing": true}\n'  # forcing would compute all that is certain to follow, however much it is
 
 
-def lark(spec: TaskSpec) -> str | None:
-    """The task's grammar or schema as llguidance takes it, checked; None where it has neither. Waits (seconds at
-    most). Raises InvalidTask, naming the field."""
-    if _source(spec) is None:
-        return None
+def lark(spec: TaskSpec, form: AnswerForm | None = None, controls: Mapping[str, int] | None = None) -> str | None:
+    """The grammar of the task's answer as llguidance takes it, checked; None where any text will do. `form` is how the
+    model writes answers, `controls` are marks that are control tokens of it. Waits (seconds at most). Raises
+    InvalidTask, naming the field."""
     check(spec)
-    return _lark(spec)
+    made = answer_grammar(spec, form, controls)
+    return made.text if made is not None else None
 
 
 def check(spec: TaskSpec, *, hurried: bool = False) -> None:
-    """Whether the task's grammar or schema can be used. Waits for a child; `hurried` says that nobody must be kept
-    waiting for long. Raises InvalidTask, naming the field; TryAgain, if hurried and the tenant has too much checked."""
+    """Whether the task's grammar, schema and tools can be used. Waits for a child; `hurried` says that nobody must be
+    kept waiting for long. Raises InvalidTask, naming the field; TryAgain, if hurried and the tenant has too much
+    checked."""
     checker = _checker
     if (key := _key(spec)) is not None and not checker.known(key):
         with checker.waiting(spec.tenant, hurried=hurried):
@@ -76,33 +76,16 @@ async def check_from_loop(spec: TaskSpec) -> None:
 # --- the text
 
 
-def _source(spec: TaskSpec) -> tuple[str, str] | None:
-    """The field that constrains the output, and its text."""
-    if spec.grammar is not None:
-        return "grammar", spec.grammar
-    if spec.json_schema is not None:
-        return "json_schema", json.dumps(spec.json_schema, ensure_ascii=False)
-    return None
-
-
 def _key(spec: TaskSpec) -> bytes | None:
     """None where there is nothing to check, or nothing to check it with: then the worker does."""
-    source = _source(spec)
-    if source is None or find_spec("llguidance") is None:
+    held = [(tool.name, tool.parameters) for tool in spec.offered_tools if is_held(spec, tool)]
+    if spec.grammar is None and spec.json_schema is None and not held:
         return None
-    return hashlib.sha256("\0".join(source).encode()).digest()
-
-
-def _lark(spec: TaskSpec) -> str:
-    """Raises InvalidTask."""
-    if spec.grammar is not None:
-        try:
-            return _HEAD + to_lark(spec.grammar)
-        except BadGBNF as error:
-            raise InvalidTask(f"grammar: {error}") from None
-    options = {"whitespace_pattern": WHITE_SPACE, "coerce_one_of": True, "lenient": False}
-    schema = {**(spec.json_schema or {}), "x-guidance": options}
-    return f"{_HEAD}start: %json {json.dumps(schema, ensure_ascii=False)}"
+    if find_spec("llguidance") is None:
+        return None
+    others = [tool.name for tool in spec.offered_tools if not is_held(spec, tool)]
+    source = [spec.grammar, spec.json_schema, held, others, spec.tool_choice == "required", spec.parallel_tool_calls]
+    return hashlib.sha256(json.dumps(source, ensure_ascii=False).encode()).digest()
 
 
 # --- the children
@@ -227,8 +210,8 @@ class _Checker:
             tenant = self._tenants.setdefault(name, _Tenant())
             if hurried and (tenant.waiting >= MAX_WAITING or tenant.current_debt() > BURST):
                 raise TryAgain(
-                    "grammar: too many new grammars and schemas of this tenant are being checked, or took long to: "
-                    "try again later, or use one that was used before"
+                    "grammar: too many new grammars, schemas and tools of this tenant are being checked, or took long "
+                    "to: try again later, or use one that was used before"
                 )
             tenant.waiting += 1
         try:
@@ -259,13 +242,14 @@ class _Checker:
     def _judge(self, spec: TaskSpec) -> tuple[str, float]:
         """The verdict, as an error names it, and the CPU time it took. Raises _Hung."""
         try:
-            text = _lark(spec)
+            made = answer_grammar(spec)
         except InvalidTask as error:
             return str(error), 0.0
+        assert made is not None
         for last_try in (False, True):
             one = self._free.get()
             try:
-                wrong, seconds = one.judge(text)
+                wrong, seconds = one.judge(made.text)
             except _Died as died:
                 wrong, seconds = str(died), child.CPU
             except _Hung:
@@ -274,8 +258,7 @@ class _Checker:
                 continue
             finally:
                 self._free.put(one)
-            name = "grammar" if spec.grammar is not None else "json_schema"
-            return wrong and f"{name}: {_plain(wrong, spec)}", seconds
+            return wrong and _plain(wrong, spec, made), seconds
         raise AssertionError("the second try ends otherwise")
 
     def close(self) -> None:
@@ -283,17 +266,50 @@ class _Checker:
             one.end()
 
 
-def _plain(error: str, spec: TaskSpec) -> str:
-    """llguidance's complaint in one line, without our Lark around what the user wrote."""
+def _plain(error: str, spec: TaskSpec, made: AnswerGrammar) -> str:
+    """llguidance's complaint in one line, naming the field, without our Lark around what the user wrote."""
+    at = re.match(r"at (\d+)\(", error)
+    name = made.fields.get(int(at[1]) if at else 0) or _constraint(spec)
     said = error.split("\n<non-verbose", 1)[0]
     _, found, rest = said.partition("failed to compile JSON schema: ")
-    said = (rest if found else said).split("\n   1 | ", 1)[0]
+    said = re.split(r"\n +\d+ \| ", rest if found else said, maxsplit=1)[0]
     said = " ".join(said.split())[:300]
-    if spec.json_schema is not None and said.startswith("Unimplemented keys: "):
+    if (schema := _schema(spec, name)) is None:
+        return f"{name}: cannot be used: {said}"
+    if said.startswith("Unimplemented keys: "):
         keys = json.loads(said.removeprefix("Unimplemented keys: "))
-        where = ", ".join(_path(spec.json_schema, key) for key in keys[:5])
-        return f"cannot be used: {where}: not supported: leave it out"
-    return f"cannot be used: {said}"
+        where = ", ".join(_path(schema, key) for key in keys[:5])
+        return f"{name}: cannot be used: {where}: not supported: leave it out"
+    for begins, key, what in _KEYWORDS:
+        if said.startswith(begins):
+            return f"{name}: cannot be used: {_path(schema, key)}: {what or said}"
+    return f"{name}: cannot be used: {said}"
+
+
+#: How a complaint begins, the keyword it is about, and what to say of it; None: as it is.
+_KEYWORDS = (
+    ("oneOf constraints", "oneOf", "its branches may overlap: use anyOf"),
+    ("min/maxProperties only", "minProperties", "not supported beside properties that are not required: leave it out"),
+    ("Unknown format", "format", None),
+    ("Value for 'multipleOf'", "multipleOf", "has too many digits: round it"),
+    ("regex parse error", "pattern", None),
+)
+
+
+def _constraint(spec: TaskSpec) -> str:
+    """The field that constrains the answer: the one to name where it is not known which part of it is wrong."""
+    if spec.grammar is not None:
+        return "grammar"
+    return "json_schema" if spec.json_schema is not None else "tools"
+
+
+def _schema(spec: TaskSpec, name: str) -> Mapping[str, Any] | None:
+    """The schema a field holds."""
+    if name == "json_schema":
+        return spec.json_schema
+    if name.startswith("tools."):
+        return spec.tools[int(name.split(".")[1])].parameters
+    return None
 
 
 def _path(schema: Mapping[str, Any], key: str) -> str:

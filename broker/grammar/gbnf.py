@@ -70,7 +70,7 @@ class _Rule:
         self.last, self.filled = None, False
 
 
-def to_lark(text: str) -> str:
+def to_lark(text: str, start: str = "start") -> str:
     """The grammar `text` in Lark, its rule `root` as `start`. Raises BadGBNF."""
     tokens = [token for token in _tokens(text) if token.kind != "blank"]
     begins = {
@@ -81,7 +81,7 @@ def to_lark(text: str) -> str:
         and (number == 0 or tokens[number - 1].kind == "newline")
         and not _continues(tokens, number)
     }
-    names = {"root": "start"}
+    names = {"root": start}
     for number in sorted(begins):
         names.setdefault(tokens[number].text, f"r{len(names)}")
     rules: list[_Rule] = []
@@ -131,7 +131,7 @@ def _take(text: str, rule: _Rule, token: _Token, names: dict[str, str]) -> None:
                 raise _error(text, token, f"there is no rule named {name[:60]!r}")
             rule.add(names[name])
         case "literal", _:
-            characters = [_quoted(c) for c in _characters(text, token)]
+            characters = [quoted(c) for c in _characters(text, token)]
             rule.add(characters[0] if len(characters) == 1 else f"({' '.join(characters)})" if characters else '""')
         case "class", _:
             rule.add(_class(text, token))
@@ -236,8 +236,9 @@ def _class(text: str, token: _Token) -> str:
     return f"/[{'^' if negated else ''}{''.join(ranges)}]/"
 
 
-def _quoted(character: str) -> str:
-    return '"\\u007f"' if character == "\x7f" else json.dumps(character, ensure_ascii=False)
+def quoted(text: str) -> str:
+    """A text as Lark spells it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _error(text: str, token: _Token, what: str) -> BadGBNF:

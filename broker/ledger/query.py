@@ -15,7 +15,9 @@ from perllm.broker.ledger.records import (
     Glance,
     Leader,
     TaskRecord,
+    deltas_of,
     glance_of,
+    gone_of,
     node_of,
     record_of,
     result_of,
@@ -23,7 +25,7 @@ from perllm.broker.ledger.records import (
     text_of,
 )
 from perllm.broker.logs import LazyLogger
-from perllm.broker.messages import Heartbeat, NodeInfo, Result, State
+from perllm.broker.messages import Delta, Heartbeat, NodeInfo, Result, State
 
 log = LazyLogger(__name__)
 
@@ -112,12 +114,22 @@ class Query(LedgerBase):
                 pipe.exists(f"{self._prefix}task:{task_id}")
             return [bool(n) for n in pipe.execute()]
 
-    def text(self, task_id: str, start: int = 0) -> list[tuple[int, str]]:
-        """The pieces of a streamed task's text from number `start` on, each with the attempt that generated it."""
+    def deltas(self, task_id: str, start: int = 0) -> list[tuple[int, list[Delta]]]:
+        """What was published of a streamed task's answer from number `start` on, each with the attempt that generated
+        it. What cannot be read is passed over."""
         with reaching(self.settings):
-            raw = cast("list[bytes]", self._client.lrange(f"{self._prefix}text:{task_id}", start, -1))
-        pairs = (text_of(piece).partition(" ") for piece in raw)
-        return [(int(attempt) if attempt.isdecimal() else 0, text) for attempt, _, text in pairs]
+            return _pieces(cast("list[bytes]", self._client.lrange(f"{self._prefix}text:{task_id}", start, -1)))
+
+    def result_and_deltas(self, task_id: str, start: int) -> tuple[Result | None, list[tuple[int, list[Delta]]]]:
+        """A task's result, None unless it is final, and `deltas`, in one round trip: where there is a result, what was
+        published before it is all there."""
+        with reaching(self.settings):
+            pipe = self._client.pipeline(transaction=False)
+            pipe.get(f"{self._prefix}result:{task_id}")
+            pipe.hmget(f"{self._prefix}task:{task_id}", *ENDING_FIELDS)
+            pipe.lrange(f"{self._prefix}text:{task_id}", start, -1)
+            raw, ending, pieces = readable(pipe.execute(raise_on_error=False))
+        return result_of(task_id, raw, ending), _pieces(pieces or [])
 
     def news(self, watched: Sequence[tuple[str, int]]) -> list[bool]:
         """For tasks, each with how many pieces of its text are known (-1: they do not matter): whether there is more,
@@ -192,6 +204,13 @@ class Query(LedgerBase):
             rows = readable(pipe.execute(raise_on_error=False))
             return [node for row in rows if row and (node := node_of(row)) is not None]
 
+    def gone(self) -> list[tuple[NodeInfo, float]]:
+        """Nodes that left or died and did not come back: what they registered, and when they went (s, the server's
+        clock). Some of them, and none for longer than the retention."""
+        with reaching(self.settings):
+            raw = cast("dict[bytes, bytes]", self._client.hgetall(f"{self._prefix}gone"))
+        return [node for said in raw.values() if (node := gone_of(said)) is not None]
+
     def led(self) -> bool:
         """Whether a scheduler leads."""
         with reaching(self.settings):
@@ -208,3 +227,8 @@ class Query(LedgerBase):
         with reaching(self.settings):
             seconds, micros = self._client.time()
         return seconds + micros / 1e6
+
+
+def _pieces(raw: list[bytes]) -> list[tuple[int, list[Delta]]]:
+    pairs = (text_of(piece).partition(" ") for piece in raw)
+    return [(int(attempt) if attempt.isdecimal() else 0, deltas_of(text)) for attempt, _, text in pairs]

@@ -15,7 +15,9 @@ from perllm.broker.errors import InvalidTask, Unreadable, field_errors
 from perllm.broker.logs import LazyLogger
 from perllm.broker.messages import (
     BYTES_PER_TOKEN,
+    DELTAS,
     Claimed,
+    Delta,
     Dispatched,
     Explanation,
     Heartbeat,
@@ -33,6 +35,8 @@ TASK_BYTES = 1024
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,254}")
 
 Verdict = Literal["ok", "void"]
+#: What a Celery producer sees of an end without a result; see EXCEPTION in `ledger.lua`.
+EndKind = Literal["failed", "expired", "rejected", "refused", "revoked", "chord"]
 Ruling = Literal["ok", "refused", "not_leader", "node_gone"]
 
 log = LazyLogger(__name__)
@@ -47,11 +51,13 @@ class Entry(NamedTuple):
     window: float  # the deadline, s from now
     key: str
     tenant: str
+    celery: str = ""  # what Celery is to be told on the way, if its producer is Celery's
+    followers: str = ""  # what that producer wants to follow it
 
     @property
     def size(self) -> int:
         """Bytes it takes before it has a result, as the ledger counts them."""
-        return TASK_BYTES + len(self.payload.encode()) + len(self.features.encode())
+        return TASK_BYTES + sum(len(text.encode()) for text in (self.payload, self.features, self.followers))
 
 
 class Dispatch(NamedTuple):
@@ -175,12 +181,29 @@ def _features(spec: TaskSpec, payload_bytes: int) -> str:
         "max_tokens": spec.max_tokens,
         "preview": spec.preview(),
         "text": sketch_task(spec),
+        "needs": spec.needs(),
     }
+    if spec.kind != "generate":
+        features["kind"] = spec.kind
+    if spec.n > 1:
+        features["n"] = spec.n
+    if spec.fit_context:
+        features["fit_context"] = True
     if spec.model is not None:
         features["model"] = spec.model
     if spec.expected_tokens is not None:
         features["expected_tokens"] = spec.expected_tokens
+    if spec.start_after:
+        features["start_after"] = spec.start_after
     return json.dumps(features)
+
+
+def deltas_of(text: str) -> list[Delta]:
+    try:
+        return DELTAS.validate_json(text)
+    except ValidationError as error:
+        log.warning("deltas_unreadable", reason=field_errors(error))
+        return []
 
 
 def text_of(raw: bytes) -> str:
@@ -310,4 +333,13 @@ def node_of(row: list[bytes | None]) -> tuple[NodeInfo, Heartbeat | None, bool] 
         return NodeInfo.model_validate_json(info), heartbeat, bool(draining)
     except ValidationError as error:  # one node's nonsense must not hide the others
         log.warning("node_unreadable", reason=field_errors(error))
+        return None
+
+
+def gone_of(raw: bytes) -> tuple[NodeInfo, float] | None:
+    at, _, info = text_of(raw).partition(" ")
+    try:
+        return NodeInfo.model_validate_json(info), float(at)
+    except ValueError as error:
+        log.warning("node_unreadable", reason=_reason(error))
         return None

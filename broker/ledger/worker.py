@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, cast
 
 import redis
@@ -10,11 +10,11 @@ import redis
 from perllm.broker.ledger.base import LedgerBase
 from perllm.broker.ledger.records import Claim, Verdict
 from perllm.broker.ledger.script import Argument
-from perllm.broker.messages import Heartbeat, NodeInfo, Output, Receipt
+from perllm.broker.messages import DELTAS, Delta, Heartbeat, NodeInfo, Output, Receipt
 
-#: Pieces of a streamed task's text that are kept; a worker adds at most one every `SAY_EVERY` s.
-TEXT_PIECES = 20_000
-SAY_EVERY = 0.05
+#: Pieces of a streamed task's answer that are kept. A worker adds one for each `SAY_TIME` s, times those there are: at
+#: first ten thousand a second, at last ten, so that they are enough for a quarter of an hour.
+TEXT_PIECES, SAY_TIME = 20_000, 5e-6
 
 
 class Worker(LedgerBase):
@@ -34,12 +34,13 @@ class Worker(LedgerBase):
         return None if reply == b"ok" else float(reply)
 
     def beat(self, heartbeat: Heartbeat, running: Iterable[tuple[str, int, str]]) -> list[str] | None:
-        """A heartbeat and the renewal of every running attempt's lease (id, attempt, token), in one call. Returns the
+        """A heartbeat and the renewal of every running attempt's lease (id, attempt, token), in one call; producers who
+        asked for it are shown the heartbeat's progress of their task. Returns the
         ids that must stop (cancelled, or no longer this worker's), or None when the node must register again."""
         beat = heartbeat.model_dump_json(exclude={"at"})
         reply = self._call(
             "beat",
-            [word for attempt in running for word in attempt],
+            [word for attempt in running for word in (*attempt, heartbeat.progress.get(attempt[0], 0))],
             name=heartbeat.node,
             boot=heartbeat.boot,
             beat=beat,
@@ -93,8 +94,9 @@ class Worker(LedgerBase):
             max_strikes=self.settings.max_strikes,
         )
 
-    def say(self, task_id: str, attempt: int, token: str, text: str) -> Verdict:
-        """Publish a piece of a running attempt's text."""
+    def say(self, task_id: str, attempt: int, token: str, deltas: Sequence[Delta]) -> Verdict:
+        """Publish pieces of a running attempt's answer."""
+        text = DELTAS.dump_json(list(deltas), exclude_defaults=True)
         return self._verdict("say", id=task_id, attempt=attempt, token=token, text=text, most=TEXT_PIECES)
 
     def hand_back(self, task_id: str, attempt: int, token: str, reason: str) -> Verdict:

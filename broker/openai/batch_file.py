@@ -15,7 +15,8 @@ from pydantic_core import from_json
 
 from perllm.broker.errors import InvalidTask
 from perllm.broker.messages import Result, State, TaskSpec
-from perllm.broker.openai.translation import CHAT, ENDPOINTS, EXTENSIONS, response_body, task_fields
+from perllm.broker.openai.sampling import as_asked
+from perllm.broker.openai.translation import ENDPOINTS, EXTENSIONS, endpoint_of, response_body, task_fields
 
 #: Longest `custom_id`, characters.
 MAX_CUSTOM_ID = 512
@@ -25,13 +26,18 @@ MAX_LINE = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One request of a batch file: its number (from 1), the producer's `custom_id`, and a TaskSpec's fields, not yet
-    checked."""
+    """One request of a batch file: its number (from 1), the producer's `custom_id`, a TaskSpec's fields, not yet
+    checked, and the names of the fields its body gave."""
 
     number: int
     custom_id: str
     url: str
     fields: Mapping[str, Any]
+    given: frozenset[str] = frozenset()
+
+    def bad(self, error: InvalidTask) -> BadLine:
+        """The line as one whose task is not acceptable, said of its own fields."""
+        return BadLine(self.number, self.custom_id, as_asked(str(error), self.given))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +100,17 @@ def _parse(number: int, text: str) -> Line | BadLine:
         return BadLine(number, custom_id, str(error))
 
 
-def _fields(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    url, body = raw.get("url", CHAT), raw.get("body")
+def _fields(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any], frozenset[str]]:
+    body = raw.get("body")
+    if not isinstance(body, dict):
+        raise InvalidTask("body: an object is required")
+    url = raw.get("url", endpoint_of(body))
     if raw.get("method", "POST") != "POST":
         raise InvalidTask(f"method: {raw['method']!r} is not POST")
     if url not in ENDPOINTS:
         raise InvalidTask(f"url: {url!r} is none of {', '.join(ENDPOINTS)}")
-    if not isinstance(body, dict):
-        raise InvalidTask("body: an object is required")
     extras = {k: raw[k] for k in EXTENSIONS if k in raw}
-    return url, {**task_fields(body, url), **extras}
+    return url, {**task_fields(body, url), **extras}, frozenset(body)
 
 
 def output_line(line: Line, result: Result, submitted: float) -> dict[str, Any]:

@@ -15,7 +15,10 @@ from queue import Empty
 from typing import Any
 
 import structlog
+from kombu.asynchronous import get_event_loop
 from kombu.transport import TRANSPORT_ALIASES, redis, virtual
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import loads
 from pydantic import BaseModel, ValidationError
 from redis.exceptions import ResponseError
 
@@ -156,19 +159,57 @@ class _NodeQoS(redis.QoS):
         virtual.QoS.append(self, message, delivery_tag)  # type: ignore[no-untyped-call]
 
     def ack(self, delivery_tag: str) -> None:
+        full = not self.can_consume()  # type: ignore[no-untyped-call]
         virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
+        if full and (loop := get_event_loop()) is not None:
+            loop.call_soon(_look_again)  # it waits for other things, for up to a second
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:  # noqa: ARG002  the ledger requeues
-        virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
+        self.ack(delivery_tag)
 
     def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
         """Nothing to restore."""
 
 
+def _look_again() -> None:
+    """Nothing: the loop asks before each wait whether it may fetch more."""
+
+
 class NodeChannel(Channel):
-    """A channel for a node's own queue."""
+    """A channel for a node's own queue, of which one trip to the server fetches as many messages as there are places:
+    with one at a time, as kombu has it, the way there and back would bound a worker's rate whatever its slots."""
 
     QoS = _NodeQoS
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        queues = self._queue_cycle.consume(len(self.active_queues))  # type: ignore[no-untyped-call]
+        keys = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]  # type: ignore[no-untyped-call]
+        places = self.qos.can_consume_max_estimate() or 1  # type: ignore[no-untyped-call]
+        self._in_poll, self._brpop_sent_at = self.client.connection, time.monotonic()
+        wait = timeout or self.brpop_timeout
+        self.client.connection.send_command("BLMPOP", wait, len(keys), *keys, "RIGHT", "COUNT", places)
+
+    def _brpop_read(self, **_: Any) -> bool:
+        """Kombu's, for what `_brpop_start` asked for. What cannot be read is no reason not to deliver the others."""
+        try:
+            reply = self.client.parse_response(self.client.connection, "BLMPOP")
+        except self.connection_errors:
+            self.client.connection.disconnect()
+            raise
+        finally:
+            self._in_poll = None
+        if not reply:
+            raise Empty
+        key, messages = reply
+        queue = bytes_to_str(key).rsplit(self.sep, 1)[0]
+        for message in messages:
+            try:
+                self.connection._deliver(loads(bytes_to_str(message)), queue)
+            except self.connection_errors:
+                raise
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                _report(error)
+        return True
 
 
 class NodeTransport(Transport):

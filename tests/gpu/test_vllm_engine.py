@@ -17,7 +17,7 @@ from support.wait import eventually
 
 from perllm.broker.engine.contract import EngineDown, EngineError, Generation, Stop
 from perllm.broker.errors import BadSetting
-from perllm.broker.messages import Message, TaskSpec
+from perllm.broker.messages import Delta, Message, TaskSpec
 from perllm.cloud_worker.nvml import PowerLimitMeter
 from perllm.cloud_worker.settings import CloudSettings
 from perllm.cloud_worker.vllm_engine import VLLMEngine
@@ -58,10 +58,10 @@ def test_it_says_what_it_is_and_how_fast(engine: VLLMEngine) -> None:
 
 
 def test_text_is_generated_and_streamed(engine: VLLMEngine) -> None:
-    pieces: list[str] = []
+    pieces: list[Delta] = []
     done = engine.generate("a", spec("What is the capital of France?", 24), Stop(60), pieces.append)
     assert "Paris" in done.output.text
-    assert "".join(pieces) == done.output.text
+    assert "".join(piece.text for piece in pieces) == done.output.text
     assert done.prompt_tokens > 10
     assert 0 < done.completion_tokens <= 24
     assert done.prefill > 0
@@ -226,7 +226,7 @@ def test_the_urgent_go_first(engine: VLLMEngine) -> None:
 
 
 def test_text_that_cannot_be_passed_on_ends_the_request(engine: VLLMEngine) -> None:
-    def fail(_: str) -> None:
+    def fail(_: Delta) -> None:
         raise ConnectionError("the reader is gone")
 
     with pytest.raises(ConnectionError):

@@ -126,15 +126,17 @@ def test_the_older_message_protocol(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     ("args", "fields", "says"),
     [
-        ([], {}, "give exactly one of 'prompt' and 'messages'"),
+        ([], {}, "give exactly one of 'prompt'"),
         ([], {"prompt": "hi", "colour": "blue"}, "colour: "),
         ([], {"prompt": "hi", "deadline": -1, "value": "much"}, r"deadline: .*; value: "),
         ([], {"prompt": ""}, "prompt: "),
         ([], {"prompt": "x" * (1 << 21)}, "PERLLM_MAX_PROMPT_BYTES"),
         ([], {"prompt": "hi", "model": "nobody-has-it"}, "model: no live node serves 'nobody-has-it'; .*emulated"),
         ([], {"prompt": "hi", "max_tokens": CONTEXT}, "max_tokens: .*100000"),
-        (["hi"], {}, "keyword arguments, or as one object"),
-        ([{"prompt": "hi"}], {"prompt": "hi"}, "keyword arguments, or as one object"),
+        (["hi", "there"], {}, "keyword arguments, or as one object"),
+        ([{"text": "hi"}], {}, "text: Extra inputs"),
+        ([True], {}, "a positional argument is text, .* not bool"),
+        ([{"prompt": "hi"}], {"prompt": "hi"}, "prompt: given twice"),
     ],
 )
 def test_an_invalid_task_is_told_to_its_producer(
@@ -202,7 +204,7 @@ def test_foreign_entries_do_not_keep_neighbours_from_running(cluster: Cluster, p
     results = [s.get(timeout=PATIENCE) for s in sent]
     assert {r["state"] for r in results} == {"succeeded"}
     assert {r["receipt"]["node"] for r in results} == {"a", "b"}
-    eventually(lambda: not any(map(redis.llen, queues)) and not redis.hlen("unacked"), "nothing is left over")
+    eventually(lambda: not any(map(redis.llen, queues)) and not redis.hlen("inbox:unacked"), "nothing is left over")
     for process in cluster.processes:
         assert process.running
     nodes = [p for p in cluster.processes if p.name in ("a", "b")]
@@ -217,8 +219,8 @@ def test_what_a_killed_inbox_had_taken_is_taken_up_again(cluster: Cluster) -> No
     raw = json.loads(redis.rpop("held") or b"")
     raw["properties"]["delivery_info"]["routing_key"] = "inbox"
     tag = raw["properties"]["delivery_tag"]
-    redis.hset("unacked", tag, json.dumps([raw, "", "inbox"]))
-    redis.zadd("unacked_index", {tag: cluster.ledger.now() - 120})
+    redis.hset("inbox:unacked", tag, json.dumps([raw, "", "inbox"]))
+    redis.zadd("inbox:unacked_index", {tag: cluster.ledger.now() - 120})
     second = cluster.start_worker("broker", "inbox-2")
     assert sent.get(timeout=PATIENCE)["state"] == "succeeded"  # by either
     cluster.watch(second, lambda: "ready" in second.output, "is ready")
@@ -235,7 +237,7 @@ def test_a_full_server_does_not_end_the_inbox_nor_lose_what_it_had_taken(
     try:
         inbox.signal(signal.SIGCONT)
         cluster.watch(inbox, lambda: inbox.output.count("submission_delayed") > 4, "tries to hand them in")
-        assert redis_of(cluster.ledger).hlen("unacked") == 4  # who kills it now loses nothing
+        assert redis_of(cluster.ledger).hlen("inbox:unacked") == 4  # who kills it now loses nothing
         with pytest.raises(OperationalError, match="maxmemory"):
             producer.send_task(GENERATE, kwargs={"prompt": "hello"}, queue="inbox", retry=False)
     finally:

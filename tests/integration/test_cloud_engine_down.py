@@ -10,7 +10,7 @@ from support.make import node_info, why
 from support.raw import redis_of
 from support.wait import eventually
 
-from perllm.broker.engine.contract import EngineDown, Generation, OnText, Stop
+from perllm.broker.engine.contract import EngineDown, Generation, OnDelta, Stop
 from perllm.broker.engine.emulated import EmulatedEngine
 from perllm.broker.errors import TaskFailed
 from perllm.broker.ledger import Dispatch, Ledger
@@ -29,7 +29,7 @@ class MortalEngine(EmulatedEngine):
         self.dead = False
         self.inside = 0
 
-    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None = None) -> Generation:
+    def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         if self.dead:
             raise EngineDown("the engine died", inside=False)
         self.inside += 1

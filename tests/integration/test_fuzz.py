@@ -26,6 +26,11 @@ from perllm.broker.settings import Settings
 OPERATIONS = (
     "submit",
     "cancel",
+    "revoke",
+    "refuse",
+    "announce",
+    "follow",
+    "followed",
     "forget",
     "lead",
     "resign",

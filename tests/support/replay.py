@@ -10,10 +10,10 @@ import time
 from collections.abc import Mapping
 from typing import Literal
 
-from perllm.broker.engine.contract import EngineError, OnText, Stop
+from perllm.broker.engine.contract import EngineError, OnDelta, Stop
 from perllm.broker.engine.emulated import EmulatedEngine
 from perllm.broker.engine.settings import EngineSettings
-from perllm.broker.messages import ModelOffer, TaskSpec
+from perllm.broker.messages import Delta, ModelOffer, TaskSpec
 from perllm.scheduler.simulator.step_table import load_table
 
 #: A prompt with this in it ends the worker's process with this status, as an engine's crash would.
@@ -46,7 +46,7 @@ class ReplayEngine(EmulatedEngine):
             return {i: max(0, int((now - begin) / step)) for i, (begin, step) in self._inside.items()}
 
     def _work(
-        self, task_id: str, spec: TaskSpec, stop: Stop, on_text: OnText | None
+        self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None
     ) -> tuple[int, Literal["length", "deadline", "cancelled"]]:
         prefill = self._table.prefill(spec.text_bytes() // 4 + 1)
         with self._entering:
@@ -63,8 +63,8 @@ class ReplayEngine(EmulatedEngine):
             if FAULT in (spec.prompt or ""):
                 raise EngineError("as the prompt asked for", retry=True)
             tokens = max(0, round((time.monotonic() - begin) / step))
-            if on_text is not None:
-                on_text(" ".join(["word"] * min(tokens, spec.max_tokens)))
+            if on_delta is not None:
+                on_delta(Delta(text=" ".join(["word"] * min(tokens, spec.max_tokens))))
             match stop.reason:
                 case "deadline" | "cancelled" as reason if tokens < spec.max_tokens:
                     return tokens, reason

@@ -80,8 +80,10 @@ def _end(raw: bytes, at: int) -> int:
     return at
 
 
-def tiny_llama(path: Path, *, architecture: str = "llama", context: int = 2048, **changes: int) -> Path:
-    """Write the tiny model. `changes` replace numbers in its metadata, e.g. `head_count=0`."""
+def tiny_llama(
+    path: Path, *, architecture: str = "llama", context: int = 2048, more: Iterable[bytes] = (), **changes: int
+) -> Path:
+    """Write the tiny model. `changes` replace numbers in its metadata, e.g. `head_count=0`; `more` are entries."""
     width, hidden, layers, heads, vocab = 32, 64, 2, 2, 49152
     numbers = {
         "context_length": context, "embedding_length": width, "block_count": layers, "feed_forward_length": hidden,
@@ -95,6 +97,7 @@ def tiny_llama(path: Path, *, architecture: str = "llama", context: int = 2048, 
         *(pair(f"{architecture}.{key}", U32, value) for key, value in numbers.items()),
         pair(f"{architecture}.attention.layer_norm_rms_epsilon", F32, 1e-5),
         *vocabulary(),
+        *more,
     ]
     rng = np.random.default_rng(7)
 

@@ -49,18 +49,24 @@ def file_object(file: FileDocument) -> dict[str, Any]:
     }
 
 
-_FORM: dict[str, dict[str, Any]] = {
-    "file": {"type": "string", "format": "binary"},
-    "purpose": {"type": "string", "enum": list(PURPOSES)},
-    "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-    "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+#: The fields of an upload's form.
+UPLOAD_FIELDS: dict[str, dict[str, Any]] = {
+    "file": {"type": "string", "format": "binary", "description": "its content and its name"},
+    "purpose": {"type": "string", "enum": list(PURPOSES), "description": " or ".join(f"`{p}`" for p in PURPOSES)},
+    "expires_after[anchor]": {"type": "string", "enum": ["created_at"], "description": "only `created_at`"},
+    "expires_after[seconds]": {
+        "type": "integer",
+        "minimum": 3600,
+        "maximum": 2592000,
+        "description": "how long it is kept, from 3600 to 2592000",
+    },
 }
 _UPLOAD = {
     "requestBody": {
         "required": True,
         "content": {
             "multipart/form-data": {
-                "schema": {"type": "object", "required": ["file", "purpose"], "properties": _FORM},
+                "schema": {"type": "object", "required": ["file", "purpose"], "properties": UPLOAD_FIELDS},
                 "example": {"purpose": "batch", "file": '{"custom_id": "1", "body": {"prompt": "Hi"}}'},
             }
         },
@@ -84,7 +90,7 @@ async def upload_file(request: Request, api: TheApi, caller: TheCaller) -> Respo
 async def _store_upload(request: Request, api: Api, caller: Caller) -> FileDocument:
     await api.disk.run(caller.tenant, api.files.check_room, caller.tenant)
     async with request.form(max_files=1, max_fields=8, max_part_size=64 << 10) as form:
-        refuse_unknown(form, _FORM)
+        refuse_unknown(form, UPLOAD_FIELDS)
         upload = form.get("file")
         if not isinstance(upload, UploadFile):
             raise ApiError(400, "file: a file is required, whole, as multipart/form-data", param="file")

@@ -148,6 +148,11 @@ class CellsMachine(RuleBasedStateMachine):
         self.cells.share(source, into, count)
         self.model[into] = self.model[source][:count]
 
+    @rule(source=live, into=live)
+    def fork(self, source: int, into: int) -> None:
+        if not self.model[into]:
+            self.share(source, into, len(self.model[source]))
+
     @precondition(lambda self: self.kept_ids)
     @rule(target=kept, source=live, count=st.integers(1, 20))
     def remember(self, source: int, count: int) -> int:

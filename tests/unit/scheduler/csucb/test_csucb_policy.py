@@ -12,11 +12,13 @@ from perllm.broker.messages import (
     Completed,
     Counters,
     Dispatched,
+    Ended,
     Heartbeat,
     NodeInfo,
     NodeUp,
     Power,
     Returned,
+    State,
     StepCost,
     Submitted,
 )
@@ -245,6 +247,34 @@ def test_memory_spoken_for_is_not_promised_again() -> None:
     core = core_with(info("small", kv_tokens=400, watts=10.0), info("large", watts=500.0))
     assert where(submit(core, "t", 1.0, prompt_tokens=250)) == "small"
     assert where(submit(core, "u", 1.0, prompt_tokens=250)) == "large"
+
+
+def test_of_several_answers_each_one_s_length_is_learned() -> None:
+    """Whether in one task or in four: what is believed of one more is the same."""
+    one, four = core_with(info("a", slots=8)), core_with(info("a", slots=8))
+    lengths = (12, 12, 40, 90)
+    submit(four, "t", 1.0, left=60.0, n=4)
+    four.handle(completed("t", "a", at=3.0, completion_tokens=sum(lengths), choice_tokens=lengths))
+    for i, tokens in enumerate(lengths):
+        submit(one, f"t{i}", 1.0, left=60.0)
+        one.handle(completed(f"t{i}", "a", at=3.0, completion_tokens=tokens))
+    learned = [core.snapshot()["state"]["lengths"] for core in (one, four)]
+    assert learned[0] == learned[1] != []
+
+
+def test_several_answers_need_the_cache_for_each() -> None:
+    """The cache has room for one more usual answer, not for eight."""
+    core = core_with(info("a", slots=12, kv_tokens=400, sequence=1e-6))
+    for i in range(8):
+        submit(core, f"t{i}", 1.0, left=60.0)
+        core.handle(completed(f"t{i}", "a", at=1.5, completion_tokens=60))
+    submit(core, "first", 2.0, left=60.0, max_tokens=60)
+    (few,) = submit(core, "few", 2.0, left=60.0, n=2, max_tokens=60)
+    assert few.action == "dispatch"
+    assert submit(core, "many", 2.0, left=60.0, n=8, max_tokens=60) == []
+    core.handle(Ended(at=2.1, id="many", state=State.CANCELLED))
+    (one,) = submit(core, "one", 2.2, left=60.0, max_tokens=60)
+    assert one.action == "dispatch"
 
 
 def test_every_decision_is_explained() -> None:

@@ -1,0 +1,96 @@
+"""What a JSON schema says beyond what llguidance keeps to, refused before it is compiled.
+
+llguidance refuses most of what it cannot do by itself. The rest was found by comparing what it lets through with a
+validator, over random schemas (`make bench-tools`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+#: The formats JSON Schema defines. All others are notes to people: nobody checks them, so neither need the grammar.
+FORMATS = (
+    *("date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6"),
+    *("uri", "uri-reference", "iri", "iri-reference", "uri-template", "uuid", "regex"),
+    *("json-pointer", "relative-json-pointer"),
+)
+#: Significant digits of a number that survive being read and written.
+DIGITS = 15
+_LARGEST = 10**22
+#: Keywords whose value is a schema, a list of them, or schemas by name.
+_ONE = ("additionalProperties", "additionalItems", "contains", "else", "if", "items", "not", "propertyNames", "then")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_BY_NAME = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
+
+
+class BadSchema(ValueError):
+    """It cannot be kept to; the message says where (a JSON pointer) and why."""
+
+
+def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema without what nobody checks. Raises BadSchema. Recurses as deep as the schema, which is at most
+    `MAX_DEPTH`."""
+    return _prepared(schema, "#")
+
+
+def _prepared(schema: Mapping[str, Any], where: str) -> dict[str, Any]:
+    out = dict(schema)
+    if isinstance(name := out.get("format"), str) and name not in FORMATS:
+        del out["format"]
+    if out.get("uniqueItems") is False:
+        del out["uniqueItems"]
+    _check(out, where)
+    for keyword in _ONE:
+        if isinstance(value := out.get(keyword), dict):
+            out[keyword] = _prepared(value, f"{where}/{keyword}")
+    for keyword in _LISTS:
+        if isinstance(value := out.get(keyword), list):
+            out[keyword] = [
+                _prepared(one, f"{where}/{keyword}/{number}") if isinstance(one, dict) else one
+                for number, one in enumerate(value)
+            ]
+    for keyword in _BY_NAME:
+        if isinstance(value := out.get(keyword), dict):
+            out[keyword] = {
+                name: _prepared(one, f"{where}/{keyword}/{name}") if isinstance(one, dict) else one
+                for name, one in value.items()
+            }
+    return out
+
+
+def _check(schema: Mapping[str, Any], where: str) -> None:
+    for keyword in ("const", "enum"):
+        if keyword in schema and not all(_kept(number) for number in _numbers(schema[keyword])):
+            raise BadSchema(f"{where}/{keyword}: a number of more than {DIGITS} digits is not kept exactly: shorten it")
+    if isinstance(step := schema.get("multipleOf"), float) and len(_digits(step)) > DIGITS // 2:
+        raise BadSchema(f"{where}/multipleOf: {step!r} has too many digits: round it")
+    least, required = schema.get("minProperties"), schema.get("required")
+    named = len(required) if isinstance(required, list) else 0
+    free = schema.get("additionalProperties") is not False or schema.get("patternProperties")
+    if isinstance(least, int | float) and least > named + 1 and free:
+        raise BadSchema(f"{where}/minProperties: names that the schema does not list may repeat: list what is required")
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            left += one.values()
+        elif isinstance(one, list):
+            left += one
+        elif isinstance(one, int | float) and not isinstance(one, bool):
+            yield one
+
+
+def _kept(number: int | float) -> bool:
+    if isinstance(number, int):
+        return abs(number) < 2**53
+    return number == 0 or (len(_digits(number)) <= DIGITS and 1 / _LARGEST < abs(number) < _LARGEST)
+
+
+def _digits(number: float) -> str:
+    """The significant digits of a number as it is written."""
+    return json.dumps(number).lower().partition("e")[0].replace(".", "").replace("-", "").strip("0")
