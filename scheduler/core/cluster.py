@@ -85,6 +85,7 @@ class Node:
     changed: float = 0.0
     completion_rate: float = 0.0  # tasks/s it finished lately, as of `completed_at`
     completed_at: float = 0.0  # when it last finished one, s
+    quick: int = 0  # tasks beyond its slots that it works through in a moment
     has_room: bool = True  # for one more task, in its slots or its queue
 
     def __post_init__(self) -> None:

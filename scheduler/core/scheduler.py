@@ -220,8 +220,9 @@ class SchedulerCore:
     def _note_room(self, node: Node) -> None:
         """Its tasks have changed: it may be full now, or no longer."""
         beyond = self._queue_beyond_slots
+        node.quick = min(MAX_QUEUE, int(node.completion_rate * QUEUE_SECONDS))
         if beyond is not None:
-            beyond = max(beyond, min(MAX_QUEUE, int(node.completion_rate * QUEUE_SECONDS)))
+            beyond = max(beyond, node.quick)
         has_room = beyond is None or node.taken < node.info.slots + beyond
         if has_room != node.has_room:
             node.has_room = has_room

@@ -18,9 +18,9 @@ from perllm.scheduler.csucb.forecast import forecast_nodes
 from perllm.scheduler.csucb.output_lengths import Lengths
 from perllm.scheduler.csucb.rows import (
     ARM,
-    CANDIDATE,
     IN_FLIGHT,
     NODE,
+    OFFER,
     OUTLOOK,
     ArmRow,
     ClusterRows,
@@ -32,7 +32,7 @@ from perllm.scheduler.csucb.rows import (
 
 #: Sequences of nodes whose rows are remembered.
 _REMEMBERED = 16
-#: Demands for which the candidates among each of these are.
+#: Demands for which the offers of each of these are.
 _REMEMBERED_DEMANDS = 256
 
 
@@ -46,8 +46,7 @@ class ArmEstimate(NamedTuple):
     spread: float
 
 
-@dataclass(frozen=True, slots=True)
-class NodeEstimate:
+class NodeEstimate(NamedTuple):
     """What is believed of a node beside its registration, as of now. Units as in `NodeRow`."""
 
     arms: tuple[ArmEstimate, ...]  # of the models offered, in order
@@ -60,6 +59,7 @@ class NodeEstimate:
     arrival_prompt: float
     arrival_output: float
     slot_price: float
+    usual_cost: float
     throughput: float
 
 
@@ -79,10 +79,11 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Asked:
-    """A sequence of nodes and, by demand, their candidates' rows."""
+    """A sequence of nodes, their entries and, by demand, the rows of their offers."""
 
     nodes: Sequence[Node]
-    candidates: dict[Demand, Records] = field(default_factory=dict)
+    entries: list[tuple[Node, _Entry]]
+    offers: dict[Demand, Records] = field(default_factory=dict)
 
 
 class ClusterArrays:
@@ -108,29 +109,28 @@ class ClusterArrays:
 
     @property
     def rows(self) -> ClusterRows:
-        """All arrays as they are now: to be read after `candidates`, which may replace some."""
+        """All arrays as they are now: to be read after `offers`, which may replace some."""
         return ClusterRows(self.nodes, self._outlooks, self.in_flight, self.arms, self._lengths.table)
 
-    def candidates(self, nodes: Sequence[Node], demand: Demand) -> Records:
-        """A CandidateRow for each of these nodes and the model that serves this there, what they refer to brought up to
+    def offers(self, nodes: Sequence[Node], demand: Demand) -> Records:
+        """An OfferRow for each of these nodes and the model that serves this there, what they refer to brought up to
         date."""
         asked = self._asked.get(id(nodes))
         if asked is None or asked.nodes is not nodes:
             asked = self._ask(nodes)
-        entries = self._entries
-        changed = [e for n in nodes if (e := entries[n.info.name]).version != n.version]
+        changed = [entry for node, entry in asked.entries if entry.version != node.version]
         for entry in changed:
             self._update(entry)
         self._lengths.refresh()  # after the tasks have named the distributions they need, before they are read
         if changed:
             forecast_nodes(np.array([e.row for e in changed], np.int64), self.rows)
-        candidates = asked.candidates.get(demand)
-        if candidates is None:
-            if len(asked.candidates) >= _REMEMBERED_DEMANDS:
-                asked.candidates.clear()
-            pairs = [(entries[n.info.name].row, self._arm(n, demand)) for n in nodes]
-            candidates = asked.candidates[demand] = np.array(pairs, CANDIDATE)
-        return candidates
+        offers = asked.offers.get(demand)
+        if offers is None:
+            if len(asked.offers) >= _REMEMBERED_DEMANDS:
+                asked.offers.clear()
+            pairs = [(entry.row, self._arm(node, demand)) for node, entry in asked.entries]
+            offers = asked.offers[demand] = np.array(pairs, OFFER)
+        return offers
 
     def _ask(self, nodes: Sequence[Node]) -> _Asked:
         """Remember where a sequence of nodes is; the core asks with the same few again and again."""
@@ -142,7 +142,7 @@ class ClusterArrays:
             self.forget()  # mostly nodes that are gone
             for node in nodes:
                 self._entry(node)
-        asked = self._asked[id(nodes)] = _Asked(nodes)
+        asked = self._asked[id(nodes)] = _Asked(nodes, [(node, self._entries[node.name]) for node in nodes])
         return asked
 
     def _arm(self, node: Node, demand: Demand) -> int:
@@ -174,7 +174,7 @@ class ClusterArrays:
     def _update(self, entry: _Entry) -> None:
         node, estimate = entry.node, self._estimate(entry.node)
         for i, (offer, arm) in enumerate(zip(node.info.models, estimate.arms, strict=True)):
-            self.arms[entry.arm + i] = values(ArmRow(*arm, kv_tokens=offer.kv_tokens))
+            self.arms[entry.arm + i] = values(ArmRow(*arm, longest=offer.context, kv_tokens=offer.kv_tokens))
         self._update_in_flight(entry)
         self.nodes[entry.row] = values(
             NodeRow(
@@ -182,6 +182,7 @@ class ClusterArrays:
                 count=len(entry.ids),
                 taken=node.taken,
                 slots=node.info.slots,
+                places=node.info.slots + node.quick,
                 heard=node.heard,
                 changed=max(node.changed, node.heard),
                 watts=estimate.watts,
@@ -195,6 +196,7 @@ class ClusterArrays:
                 arrival_prompt=estimate.arrival_prompt,
                 arrival_output=estimate.arrival_output,
                 slot_price=estimate.slot_price,
+                usual_cost=estimate.usual_cost,
                 throughput=estimate.throughput,
                 step_floor=estimate.arms[0].step,
             )

@@ -362,10 +362,17 @@ class _Own(NamedTuple):
 
 @compiled
 def forecast_task(
-    node: NodeRow, arm: ArmRow, outlook: OutlookRow, task: TaskRow, now: float, lengths: Records, score: ScoreRow
+    node: NodeRow,
+    arm: ArmRow,
+    outlook: OutlookRow,
+    task: TaskRow,
+    now: float,
+    after_waiting: float,
+    lengths: Records,
+    score: ScoreRow,
 ) -> None:
-    """What a node would make of one more task on one of its arms: fills `finish`, `p_on_time`, `busy`, `joules` and
-    `stay` of `score`."""
+    """What a node would make of one more task on one of its arms: fills `finish`, `p_on_time`, `p_later`, `busy`,
+    `joules` and `stay` of `score`. Of the time it has now it has `after_waiting` s left if it waits."""
     length: LengthsRow = lengths[task.lengths]
     late = _idle_for(node, outlook, now)
     joined, arrives = _joins(node, outlook, now - late, task.payload_bytes)
@@ -373,9 +380,10 @@ def forecast_task(
     own = _own_cost(node, arm, task, length)
 
     steps = _steps_by(outlook.times, joined, arrives, own, length, end)
-    chance = 0.0
-    if steps + _BEFORE_FIRST >= 0:
-        chance = _all_over(length, task.n, own.width, task.max_tokens, steps + _BEFORE_FIRST)
+    score.p_on_time, score.p_later = _chance(own, task, length, steps), 0.0
+    if after_waiting > 0.0:
+        then = end - (task.deadline - now) + after_waiting
+        score.p_later = _chance(own, task, length, _steps_by(outlook.times, joined, arrives, own, length, then))
     usual = _expected_steps(length, task.n, own.width, task.max_tokens) - _BEFORE_FIRST
     done = arrives + own.prefill + at(outlook.times, joined + usual) - at(outlook.times, joined)
     done += _own_time(own, length, usual)
@@ -383,8 +391,16 @@ def forecast_task(
     spent = min(max(steps, 0.0), own.turns + task.max_tokens)
     busy = _busy_added(arm, outlook, task, own, joined, spent, min(own.prefill, max(0.0, end - arrives)), length)
     score.stay = max(0.0, min(done, end) - arrives + _transfer(node, task.payload_bytes))
-    score.finish, score.p_on_time = max(0.0, done - now + late), max(0.0, chance)
+    score.finish = max(0.0, done - now + late)
     score.busy, score.joules = busy, busy * node.watts + task.payload_bytes * node.joules_per_byte
+
+
+@compiled
+def _chance(own: _Own, task: TaskRow, length: LengthsRow, steps: float) -> float:
+    """P(it is done after so many steps)."""
+    if steps + _BEFORE_FIRST < 0:
+        return 0.0
+    return max(0.0, _all_over(length, task.n, own.width, task.max_tokens, steps + _BEFORE_FIRST))
 
 
 @compiled

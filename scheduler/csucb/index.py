@@ -38,7 +38,8 @@ class EnergyScale:
             self.mean = joules
 
     def observe(self, joules: float) -> None:
-        """A task finished and cost so much."""
+        """A task finished that would have cost so much where it costs least: what was dear must not make energy cheap
+        for the next."""
         self.mean = self.mean + TASK_ENERGY_WEIGHT * (joules - self.mean) if self.mean > 0 else joules
 
     @property

@@ -37,8 +37,10 @@ MEAN_VALUE_WEIGHT, MEAN_TOKENS_WEIGHT = 0.02, 0.05
 PRIOR_DISPATCH_DELAY = 0.005
 #: Time over which a node's arrival rate is averaged, s.
 ARRIVAL_WINDOW = 8.0
-#: A task is patient while it has more than this many mean stays to its deadline.
-PATIENT_STAYS = 10.0
+#: A task is urgent that has fewer mean stays than this to its deadline.
+URGENT_STAYS = 10.0
+#: What a second of a node's busy time costs others is averaged over so many mean stays.
+USUAL_STAYS = 4.0
 
 
 @dataclass(slots=True)
@@ -87,6 +89,8 @@ class NodeModel:
     stalled: bool = False  # now
     arrivals: Arrivals = field(default_factory=Arrivals)
     slot_price: SlotPrice = field(default_factory=SlotPrice)
+    usual_cost: float = 0.0  # to others, of a second of its busy time, in units of the index, in the mean over time …
+    usual_at: float = -math.inf  # … until then, s
 
     @classmethod
     def registered(cls, info: NodeInfo, at: float) -> NodeModel:
@@ -155,6 +159,23 @@ class NodeModel:
             watts = min(max(watts, 0.2 * info.power.active), 5 * info.power.active)
             self.watts += POWER_READING_WEIGHT * (watts - self.watts)
 
+    def costs(self, per_second: float, now: float) -> None:
+        """So much a second of its busy time would cost others now, in units of the index."""
+        if self.usual_at == -math.inf:
+            self.usual_cost = per_second
+        else:
+            lasting = USUAL_STAYS * (self.slot_price.stay or 1.0)
+            self.usual_cost += (1.0 - math.exp(-max(now - self.usual_at, 0.0) / lasting)) * (
+                per_second - self.usual_cost
+            )
+        self.usual_at = now
+
+    def throughput(self, info: NodeInfo) -> float:
+        """Tasks/s it finishes with as many as fit its slots and its KV cache; 0 while nobody knows."""
+        stay, answer = self.slot_price.stay, self.arrivals.prompt_tokens + self.arrivals.output_tokens
+        held = min(float(info.slots), sum(offer.kv_tokens for offer in info.models) / answer)
+        return max(held, 1.0) / stay if stay > 0 else 0.0
+
     # --- kept over a restart
 
     def snapshot(self) -> dict[str, Any]:
@@ -173,11 +194,13 @@ class NodeModel:
             "stalled": self.stalled,
             "arrivals": asdict(self.arrivals),
             "slot_price": self.slot_price.snapshot(),
+            "usual_cost": self.usual_cost,
+            "usual_at": None if math.isinf(self.usual_at) else self.usual_at,
         }
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> NodeModel:
-        seen = state["stall_seen"]
+        seen, usual_at = state["stall_seen"], state["usual_at"]
         return cls(
             boot=state["boot"],
             step_costs={model: StepCostModel.restored(s) for model, s in state["step_costs"].items()},
@@ -193,6 +216,8 @@ class NodeModel:
             stalled=state["stalled"],
             arrivals=Arrivals(**state["arrivals"]),
             slot_price=SlotPrice(**state["slot_price"]),
+            usual_cost=state["usual_cost"],
+            usual_at=-math.inf if usual_at is None else usual_at,
         )
 
 
@@ -242,7 +267,7 @@ class NodeModels:
                 else:
                     known.watch_for_stall(event.counters, event.at)
             case Dispatched() if task is not None:
-                patient_from = PATIENT_STAYS * known.slot_price.stay
+                patient_from = URGENT_STAYS * known.slot_price.stay
                 urgent = patient_from <= 0 or task.deadline - event.at < patient_from
                 known.arrivals.arrived(event.at, task.n, urgent=urgent)
             case Claimed() if task is not None and task.node == event.node:
@@ -288,7 +313,6 @@ class NodeModels:
         now = max(node.changed, node.heard)
         rate = known.arrivals.rates(now)[0] if self._foresight else 0.0
         taken = node.taken / node.info.slots
-        stay = known.slot_price.stay
         price = known.slot_price.per_second(self._value_weight * self._mean_value, taken) if self._price else 0.0
         return NodeEstimate(
             arms=tuple(self._arm(known.step_costs[o.name], now) for o in node.info.models),
@@ -301,7 +325,8 @@ class NodeModels:
             arrival_prompt=known.arrivals.prompt_tokens,
             arrival_output=known.arrivals.output_tokens,
             slot_price=price,
-            throughput=node.info.slots / stay if stay > 0 else 0.0,
+            usual_cost=known.usual_cost,
+            throughput=known.throughput(node.info),
         )
 
     def _arm(self, step_cost: StepCostModel, now: float) -> ArmEstimate:

@@ -41,6 +41,7 @@ class NodeRow:
     count: int  # tasks in flight
     taken: int  # slots they take or wait for
     slots: int
+    places: int  # those, and as many more as it works through in a moment: whoever gets one does not wait for long
     heard: float  # when its last heartbeat came, s
     changed: float  # when it last changed, a heartbeat included, s: its outlook counts from here
     watts: float  # beyond idle, while it steps
@@ -54,7 +55,8 @@ class NodeRow:
     arrival_prompt: float  # mean prompt of those, tokens
     arrival_output: float  # mean output of those, tokens
     slot_price: float  # of a second in a slot, in units of the index
-    throughput: float  # tasks/s its slots can finish
+    usual_cost: float  # to others, of a second of busy time, in units of the index
+    throughput: float  # tasks/s its slots and its KV cache let it finish
     step_floor: float  # the part of a step's time that does not depend on its batch, s
     bytes_coming: float = 0.0  # on their way to it
 
@@ -95,6 +97,7 @@ class ArmRow:
     prefill: float  # s per token prefilled
     context: float  # s per token of context
     spread: float  # σ of a step's time, as a share of it
+    longest: float  # context, tokens
     kv_tokens: float  # its KV cache holds
     kv_used: float = 0.0  # tokens its tasks will probably need; filled by `forecast_nodes`
 
@@ -118,11 +121,11 @@ class LengthsRow:
 
 
 @dataclass(slots=True)
-class CandidateRow:
-    """A node a task may go to."""
+class OfferRow:
+    """A node that serves a demand, and the model it does so with."""
 
     node: int  # row in `nodes`
-    arm: int  # row in `arms`, of the task's model there
+    arm: int  # row in `arms`
 
 
 @dataclass(slots=True)
@@ -133,6 +136,7 @@ class TaskRow:
     payload_bytes: float
     deadline: float  # s
     max_tokens: float  # of an answer
+    least_context: float  # tokens it must fit into
     n: float  # answers
     value: float
     lengths: int  # row of the distribution of an answer's length
@@ -140,13 +144,13 @@ class TaskRow:
 
 @dataclass(slots=True)
 class TermsRow:
-    """What the index is made of beside the forecast."""
+    """What a decision is made by, beside the forecast."""
 
-    own_weight: float  # of the task's on-time value: V, times its urgency
-    harm_weight: float  # of the on-time value others lose
+    value_weight: float  # of on-time value: V
+    harm_weight: float  # of that which others lose
     energy_scale: float  # E₀, J
-    min_p_on_time: float  # a node must give
-    needs_slot: bool  # it must have a slot free
+    patience: bool  # whether it may be worth waiting
+    backlog: float  # tasks that wait
 
 
 @dataclass(slots=True)
@@ -155,6 +159,7 @@ class ScoreRow:
 
     finish: float  # from now until it is probably done, s
     p_on_time: float
+    p_later: float  # the same if it were to wait (`admission.time_after_waiting`)
     busy: float  # busy time it adds, s
     joules: float  # it adds
     stay: float  # it is in a slot, s
@@ -167,8 +172,20 @@ class ScoreRow:
     bandwidth_slack: float
 
 
+@dataclass(slots=True)
+class VerdictRow:
+    """What comes of a task's scores."""
+
+    best: int  # position of the best node to place it on now; −1: none
+    possible: bool  # some node could take it now, and give it a chance
+    worth: float  # of that, less what waiting is worth
+    waiting: float  # what waiting is worth
+    joules: float  # it adds there …
+    least_joules: float  # … and where it adds the least, room or no room
+
+
 NODE, OUTLOOK, IN_FLIGHT, ARM, LENGTHS = map(dtype_of, (NodeRow, OutlookRow, InFlightRow, ArmRow, LengthsRow))
-CANDIDATE, TASK, TERMS, SCORE = map(dtype_of, (CandidateRow, TaskRow, TermsRow, ScoreRow))
+OFFER, TASK, TERMS, SCORE, VERDICT = map(dtype_of, (OfferRow, TaskRow, TermsRow, ScoreRow, VerdictRow))
 
 _WRITTEN = (NodeRow, InFlightRow, ArmRow, TaskRow, TermsRow)
 _VALUES = {row: attrgetter(*(f.name for f in fields(row))) for row in _WRITTEN}
