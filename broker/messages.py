@@ -603,6 +603,7 @@ class ModelOffer(TolerantModel):
     name: Name
     context: Annotated[int, Field(gt=0)]  # tokens, prompt and output together
     kv_tokens: Annotated[int, Field(gt=0)]  # KV cache over all sequences, tokens
+    chunk: Annotated[int, Field(gt=0)] | None = None  # prompt tokens prefilled in a step at most; None: not known
     calibration: StepCost
     capabilities: tuple[str, ...] = BEFORE_CAPABILITIES
 

@@ -93,6 +93,7 @@ class ServedModel:
             name=self.name,
             context=self.context,
             kv_tokens=self.kv_tokens,
+            chunk=self.tuning.chunk,
             calibration=self.tuning.step_cost,
             capabilities=self.capabilities,
         )

@@ -30,6 +30,8 @@ from perllm.scheduler.csucb.rows import (
     values,
 )
 
+#: Prompt tokens of a step where nobody said how many there are at most: all.
+WHOLE = 1e9
 #: Sequences of nodes whose rows are remembered.
 _REMEMBERED = 16
 #: Demands for which the offers of each of these are.
@@ -166,15 +168,17 @@ class ClusterArrays:
         self._arms_used += len(node.info.models)
         while self._arms_used > len(self.arms):
             self.arms = _doubled(self.arms)
+            self._outlooks = _doubled(self._outlooks)
         if row == len(self.nodes):
             self.nodes = _doubled(self.nodes)
-            self._outlooks = _doubled(self._outlooks)
         return entry
 
     def _update(self, entry: _Entry) -> None:
         node, estimate = entry.node, self._estimate(entry.node)
         for i, (offer, arm) in enumerate(zip(node.info.models, estimate.arms, strict=True)):
-            self.arms[entry.arm + i] = values(ArmRow(*arm, longest=offer.context, kv_tokens=offer.kv_tokens))
+            self.arms[entry.arm + i] = values(
+                ArmRow(*arm, chunk=offer.chunk or WHOLE, longest=offer.context, kv_tokens=offer.kv_tokens)
+            )
         self._update_in_flight(entry)
         self.nodes[entry.row] = values(
             NodeRow(
@@ -192,13 +196,13 @@ class ClusterArrays:
                 dispatch_delay=estimate.dispatch_delay,
                 stalled=estimate.stalled,
                 first_arm=entry.arm,
+                arms=len(node.info.models),
                 arrival_rate=estimate.arrival_rate,
                 arrival_prompt=estimate.arrival_prompt,
                 arrival_output=estimate.arrival_output,
                 slot_price=estimate.slot_price,
                 usual_cost=estimate.usual_cost,
                 throughput=estimate.throughput,
-                step_floor=estimate.arms[0].step,
             )
         )
         entry.version = node.version

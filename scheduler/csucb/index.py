@@ -11,7 +11,7 @@ from perllm.scheduler.core.compiled import compiled
 #: is there. In a steady state a task meets as many of the latter as of the former.
 HARM_FACTOR = 2.0
 #: E₀ in mean energies of a finished task: with V = 4, an on-time task is worth the energy of eight.
-SCALE_FACTOR = 2.0
+SCALE_FACTOR = 2.5
 #: Weight of a finished task's energy in their mean.
 TASK_ENERGY_WEIGHT = 0.02
 

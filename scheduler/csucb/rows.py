@@ -51,13 +51,13 @@ class NodeRow:
     dispatch_delay: float  # from a decision until the task is in its queue, s
     stalled: bool
     first_arm: int  # row in `arms` of its first model; the others follow
+    arms: int  # how many it has
     arrival_rate: float  # tasks/s that usually come
     arrival_prompt: float  # mean prompt of those, tokens
     arrival_output: float  # mean output of those, tokens
     slot_price: float  # of a second in a slot, in units of the index
     usual_cost: float  # to others, of a second of busy time, in units of the index
     throughput: float  # tasks/s its slots and its KV cache let it finish
-    step_floor: float  # the part of a step's time that does not depend on its batch, s
     bytes_coming: float = 0.0  # on their way to it
 
 
@@ -97,6 +97,7 @@ class ArmRow:
     prefill: float  # s per token prefilled
     context: float  # s per token of context
     spread: float  # σ of a step's time, as a share of it
+    chunk: float  # prompt tokens of a step, at most
     longest: float  # context, tokens
     kv_tokens: float  # its KV cache holds
     kv_used: float = 0.0  # tokens its tasks will probably need; filled by `forecast_nodes`
@@ -104,11 +105,12 @@ class ArmRow:
 
 @dataclass(slots=True)
 class OutlookRow:
-    """A node's future over the number of steps taken from now on."""
+    """A node's future over the number of steps taken from now on, for a task on one of its arms."""
 
-    times: Curve  # when so many steps are done, s
-    taken: Curve  # expected slots taken or queued for, in the bin that begins there
-    idle: Curve  # P(no sequence is active) in it
+    times: Curve  # when so many steps are done, s, if its model is in each
+    taken: Curve  # expected slots of the node taken or queued for, in the bin that begins there
+    idle: Curve  # P(no sequence of its model is active) in it
+    prefilled: float  # steps after which its model's prompts there are prefilled
 
 
 @dataclass(slots=True)
@@ -201,7 +203,7 @@ class ClusterRows(NamedTuple):
     """All that is known of the cluster."""
 
     nodes: Records  # NodeRow
-    outlooks: Records  # OutlookRow, in the rows of their nodes
+    outlooks: Records  # OutlookRow, in the rows of their arms
     in_flight: Records  # InFlightRow
     arms: Records  # ArmRow
     lengths: Records  # LengthsRow

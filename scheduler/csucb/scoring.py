@@ -19,7 +19,6 @@ from perllm.scheduler.csucb.constraints import bandwidth_slack, compute_slack, d
 from perllm.scheduler.csucb.forecast import (
     forecast_task,
     harm,
-    in_flight_on,
     kv_needed,
     p_on_time_alone,
     width,
@@ -184,7 +183,7 @@ def _score_without_harm(
     """Fill the score of one offer, its harm UNKNOWN."""
     node: NodeRow = cluster.nodes[offer.node]
     arm: ArmRow = cluster.arms[offer.arm]
-    forecast_task(node, arm, cluster.outlooks[offer.node], task, now, after_waiting, cluster.lengths, own)
+    forecast_task(node, arm, cluster.outlooks[offer.arm], task, now, after_waiting, cluster.lengths, own)
     own.harm, own.index = UNKNOWN, INFEASIBLE
     if node.stalled or arm.longest < task.least_context:
         own.p_on_time = own.p_later = 0.0
@@ -202,8 +201,5 @@ def _add_harm(
     cluster: ClusterRows, offer: OfferRow, task: TaskRow, terms: TermsRow, now: float, own: ScoreRow
 ) -> None:
     """Work out the harm a task does at a candidate, and take it off its index."""
-    n = offer.node
-    node: NodeRow = cluster.nodes[n]
-    arm: ArmRow = cluster.arms[offer.arm]
-    own.harm = harm(node, arm, cluster.outlooks[n], task, now, in_flight_on(cluster, n), cluster.lengths)
+    own.harm = harm(cluster, offer, task, now)
     own.index -= terms.harm_weight * own.harm
