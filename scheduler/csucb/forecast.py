@@ -50,6 +50,8 @@ _BEFORE_FIRST = -0.5
 _NEGLIGIBLE = 1e-3
 #: No step is believed to be shorter, s: the whole map must reach well beyond the moment a new task could arrive.
 _SHORTEST_STEP = 5e-5
+#: A task that costs another more than this share of its steps is looked at closely.
+_MUCH = 0.2
 #: Bins walked one by one; after them, two at a time.
 _SINGLE_BINS = 8
 _NEVER = 1e18
@@ -524,14 +526,33 @@ def harm(cluster: ClusterRows, offer: OfferRow, task: TaskRow, now: float) -> fl
         placed: InFlightRow = in_flight[i]
         if placed.p_on_time <= 0.0 or placed.end_step <= joined:
             continue
-        together = min(max(0.0, placed.end_step - start), own.turns + task.max_tokens)
-        delay = own.prefill * min(1.0, (placed.end_step - joined) / (start - joined + 1.0))
-        delay += _answers_time(own, length, together)
-        if placed.arm != offer.arm:
-            delay += begins * (start - joined + at(length.mean, together))
-        left = _p_done(placed, lengths, placed.end_step - placed.start - delay / placed.end_step_time)
+        extra = begins if placed.arm != offer.arm else 0.0
+        steps = placed.end_step - joined  # until its deadline, if they were not delayed
+        short = _delay(own, task, length, joined, start, extra, steps) / placed.end_step_time
+        if short > _MUCH * steps:  # then they share fewer
+            low, high = max(0.0, steps - short), steps
+            for _ in range(4):
+                middle = (low + high) / 2
+                short = _delay(own, task, length, joined, start, extra, middle) / placed.end_step_time
+                if middle > steps - short:
+                    high = middle
+                else:
+                    low = middle
+            short = steps - (low + high) / 2
+        left = _p_done(placed, lengths, placed.end_step - placed.start - short)
         lost += placed.value * max(0.0, placed.p_on_time - left)
     return lost
+
+
+@compiled
+def _delay(
+    own: _Own, task: TaskRow, length: LengthsRow, joined: float, start: float, extra: float, steps: float
+) -> float:
+    """What a task that joins after `joined` steps and starts to decode after `start` adds to the first `steps` from
+    then on, s; `extra` to each step it is in."""
+    decoding = min(max(0.0, joined + steps - start), own.turns + task.max_tokens)
+    delay = own.prefill * min(1.0, steps / (start - joined + 1.0)) + _answers_time(own, length, decoding)
+    return delay + extra * (min(steps, start - joined) + at(length.mean, decoding))
 
 
 @compiled
