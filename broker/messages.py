@@ -446,6 +446,16 @@ class Energy(TolerantModel):
         return self.transfer + self.inference + self.idle
 
 
+class StepTotals(TolerantModel):
+    """One model's part of its engine's running totals."""
+
+    steps: int = 0
+    busy: NonNegative = 0.0  # s
+    prefilled: int = 0  # tokens
+    sequence_steps: int = 0
+    context_steps: int = 0
+
+
 class Counters(TolerantModel):
     """An engine's running totals since it started, and its present state.
 
@@ -465,6 +475,7 @@ class Counters(TolerantModel):
     since_progress: NonNegative = 0.0  # s since a step last ended while there was work; 0 when idle
     longest_step: NonNegative = 0.0  # s, over the last minute
     energy: NonNegative = 0.0  # J, the node's meter since start
+    models: dict[str, StepTotals] = Field(default_factory=dict)  # by name, of an engine that serves several
 
 
 class Receipt(TolerantModel):

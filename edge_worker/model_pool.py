@@ -270,7 +270,7 @@ class ModelPool:
             tuning,
             slots=self._slots,
             cached_prompts=cached_prompts,
-            totals=self._totals,
+            totals=self._totals.of(served.name),
             energy=self._energy,
             counters=self._counters,
         )

@@ -3,7 +3,7 @@
 Waiting is worth what the task would be worth on the node that would then be best, room or no room there now, with half
 of its time gone and those before it done, at what it usually costs others to be there. So a task with time left waits
 for a node that is cheaper and soon enough, and for a better moment where this one is worse than most; it goes where it
-can when its deadline, or the backlog, asks for it. Energy that must be paid anyway, now or later, is no reason to wait.
+can when its deadline, or the backlog, asks for it.
 
 A task is refused only when no node could finish it in time even with nothing else to do, and that is believed of nodes
 that have proven it; where one has not, the task is tried, or wrong beliefs would never be mended.
@@ -15,7 +15,8 @@ from perllm.scheduler.core.compiled import compiled
 
 #: Least P(on time) worth trying.
 MIN_P_ON_TIME = 0.05
-#: The least energy a task can cost weighs against it by at most this share of its value.
+#: The least energy a task can cost weighs against it by at most this share of its value; and so does what it costs
+#: where it would go, when nothing is to be won by waiting.
 ENERGY_SHARE = 0.5
 #: A task that waits is decided about again after this share of its time left, and at least so many s.
 REVIEW_SHARE, MIN_REVIEW = 0.2, 0.05
@@ -36,10 +37,26 @@ def time_after_waiting(left: float, backlog: float, throughput: float) -> float:
 
 
 @compiled
-def worth_of_waiting(most: float, p_later: float, extra: float, least: float, usual: float) -> float:
-    """What a task of the weighed value `most` would be worth on a node later, where it costs `extra` more energy than
-    `least`, which it costs anywhere, and usually others `usual`; all in units of the index."""
-    return most * p_later - extra - min(least, ENERGY_SHARE * most) - MOMENT * usual
+def counted_energy(least: float, most: float) -> float:
+    """The share of its energy that counts for a task which costs `least` at least and has the weighed value `most`, in
+    units of the index: a long task is not put off for being long."""
+    return min(1.0, ENERGY_SHARE * most / least) if least > 0.0 else 1.0
+
+
+@compiled
+def worth_of_waiting(gained: float, energy: float, usual: float) -> float:
+    """What a task would be worth on a node later, where it has the value `gained` and costs so much `energy`, and
+    others what is `usual`; all in units of the index."""
+    return gained - energy - MOMENT * usual
+
+
+@compiled
+def worth_now(gained: float, energy: float, waiting: float, most: float) -> float:
+    """What placing a task of the weighed value `most` now is worth, where it has `gained`, less what others lose, and
+    costs so much `energy`; below 0, it had better wait, which is worth `waiting`."""
+    if waiting <= 0.0:
+        return gained - min(energy, ENERGY_SHARE * most)
+    return gained - energy - waiting + WORTH_WAITING * most
 
 
 def review(now: float, left: float) -> float:

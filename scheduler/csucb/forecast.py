@@ -173,26 +173,19 @@ def _idle_step(node: NodeRow, arms: Records) -> float:
 @compiled
 def _decode_step(node: NodeRow, arms: Records, in_flight: Records) -> float:
     """Time of a step with those that decode, s."""
-    steps, rest, last = 0.0, 0.0, -1
-    for i in range(len(in_flight)):
-        placed: InFlightRow = in_flight[i]
-        arm: ArmRow = arms[placed.arm]
-        if placed.generated >= 1:
-            each = arm.sequence + arm.context * (placed.prompt_tokens + placed.generated / placed.n)
-            rest += placed.width * each
-            if placed.arm != last and _is_first_of_its_arm(in_flight, i):
-                steps += arm.step
-            last = placed.arm
+    steps, rest = 0.0, 0.0
+    for a in range(node.first_arm, node.first_arm + node.arms):
+        arm: ArmRow = arms[a]
+        works = False
+        for i in range(len(in_flight)):
+            placed: InFlightRow = in_flight[i]
+            if placed.arm == a and placed.generated >= 1:
+                each = arm.sequence + arm.context * (placed.prompt_tokens + placed.generated / placed.n)
+                rest += placed.width * each
+                works = True
+        if works:
+            steps += arm.step
     return max(steps, _SHORTEST_STEP if steps > 0.0 else _idle_step(node, arms)) + rest
-
-
-@compiled
-def _is_first_of_its_arm(in_flight: Records, i: int) -> bool:
-    """Whether no earlier task that decodes is on the same arm."""
-    for j in range(i):
-        if in_flight[j].arm == in_flight[i].arm and in_flight[j].generated >= 1:
-            return False
-    return True
 
 
 @compiled

@@ -19,13 +19,14 @@ from perllm.broker.messages import (
     Heartbeat,
     NodeInfo,
     NodeUp,
+    StepTotals,
     Submitted,
 )
 from perllm.scheduler.core.cluster import Cluster, Demand, Node, Task
 from perllm.scheduler.csucb.bandwidth import Bandwidth
 from perllm.scheduler.csucb.cluster_arrays import ArmEstimate, NodeEstimate
 from perllm.scheduler.csucb.slot_price import SlotPrice
-from perllm.scheduler.csucb.step_cost import StepCostModel, sample_between, stalled
+from perllm.scheduler.csucb.step_cost import Sample, StepCostModel, sample_between, stalled
 
 #: Samples below which an arm is taken at its optimistic confidence bound, and from which on at the pessimistic one.
 PROVEN_SAMPLES = 15.0
@@ -82,6 +83,7 @@ class NodeModel:
     dispatch_delay: float = PRIOR_DISPATCH_DELAY
     read: Counters = field(default_factory=Counters)  # the last reading …
     read_at: float = 0.0  # … and when, s
+    read_models: dict[str, StepTotals] = field(default_factory=dict)  # of each model, of an engine that serves several
     active_models: frozenset[str] = frozenset()  # that worked since then
     stall_since_read: bool = False
     longest_step: float = 0.0  # s, of the steps that were no stall
@@ -104,7 +106,7 @@ class NodeModel:
                 self.step_costs[offer.name].rebase(offer.calibration, at)
             else:
                 self.step_costs[offer.name] = StepCostModel.calibrated(offer.calibration, at)
-        self.boot, self.read, self.read_at = info.boot, Counters(), at
+        self.boot, self.read, self.read_at, self.read_models = info.boot, Counters(), at, {}
         self.active_models, self.stall_since_read, self.longest_step, self.stalled = frozenset(), False, 0.0, False
 
     # --- readings
@@ -113,24 +115,39 @@ class NodeModel:
         """Learn from a reading of the engine's totals. `model` worked since the last one, and those of tasks here."""
         if len(node.info.models) == 1:
             self.active_models = frozenset({node.info.models[0].name})
-        else:
+        elif not now.models:
             claimed = [t for t in node.in_flight.values() if t.claimed]
             self.active_models |= {o.name for t in claimed if (o := node.offer(t.demand))}
             if model is not None:
                 self.active_models |= {model}
         if now.steps < self.read.steps or now.busy < self.read.busy:
             self._begin_interval(now, at)  # the engine was started again
+            self.read_models = dict(now.models)
             return
         self.watch_for_stall(now, at)
         sample = sample_between(self.read, now)
         if sample is None:
             return
-        if not self.stall_since_read and len(self.active_models) == 1:
-            step_cost = self.step_costs.get(next(iter(self.active_models)))
-            if step_cost is not None:
-                step_cost.learn(sample, at)
+        if self.stall_since_read:
+            self.read_models = dict(now.models)
+        else:
+            self._learn_step_costs(sample, now, at)
         self._learn_power(now, at, node.info)
         self._begin_interval(now, at)
+
+    def _learn_step_costs(self, sample: Sample, now: Counters, at: float) -> None:
+        """Each model that worked learns from what it did; where the engine does not tell them apart, one that worked
+        alone."""
+        if not now.models:
+            if len(self.active_models) == 1 and (step_cost := self.step_costs.get(*self.active_models)) is not None:
+                step_cost.learn(sample, at)
+            return
+        for name, totals in now.models.items():
+            part = sample_between(self.read_models.get(name, StepTotals()), totals)
+            if part is not None:  # else there is too little yet
+                self.read_models[name] = totals
+                if (step_cost := self.step_costs.get(name)) is not None:
+                    step_cost.learn(part, at)
 
     def _begin_interval(self, now: Counters, at: float) -> None:
         """The next interval begins with this reading."""
@@ -186,6 +203,7 @@ class NodeModel:
             "watts": self.watts,
             "dispatch_delay": self.dispatch_delay,
             "read": self.read.model_dump(),
+            "read_models": {name: totals.model_dump() for name, totals in self.read_models.items()},
             "read_at": self.read_at,
             "active_models": sorted(self.active_models),
             "stall_since_read": self.stall_since_read,
@@ -208,6 +226,7 @@ class NodeModel:
             watts=state["watts"],
             dispatch_delay=state["dispatch_delay"],
             read=Counters(**state["read"]),
+            read_models={name: StepTotals(**totals) for name, totals in state["read_models"].items()},
             read_at=state["read_at"],
             active_models=frozenset(state["active_models"]),
             stall_since_read=state["stall_since_read"],

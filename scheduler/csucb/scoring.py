@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from perllm.scheduler.core.compiled import compiled
 from perllm.scheduler.csucb.admission import (
-    ENERGY_SHARE,
     MIN_P_ON_TIME,
-    WORTH_WAITING,
+    counted_energy,
     time_after_waiting,
+    worth_now,
     worth_of_waiting,
 )
 from perllm.scheduler.csucb.constraints import bandwidth_slack, compute_slack, deadline_slack, memory_slack
@@ -79,9 +79,10 @@ def decide(
     verdict.best, verdict.least_joules, verdict.waiting = -1, least, 0.0
     if not verdict.possible:
         return
-    most, least = term.value_weight * task.value, least / term.energy_scale
+    most = term.value_weight * task.value
+    counted = counted_energy(least / term.energy_scale, most)
     if after_waiting > 0.0:
-        verdict.waiting = _worth_of_waiting(cluster, offers, access, most, term.energy_scale, least, scores)
+        verdict.waiting = _worth_of_waiting(cluster, offers, access, most, counted / term.energy_scale, scores)
     if verdict.waiting > 0.0:  # it need not queue on a node
         for i in range(len(offers)):
             node: NodeRow = cluster.nodes[offers[i].node]
@@ -89,14 +90,14 @@ def decide(
                 scores[i].index = INFEASIBLE
     best = _best(cluster, offers, task, term, now, scores)
     if best >= 0:
+        energy = scores[best].joules / term.energy_scale
         verdict.best, verdict.joules = best, scores[best].joules
-        anyway = least - min(least, ENERGY_SHARE * most)
-        verdict.worth = scores[best].index + anyway - verdict.waiting + WORTH_WAITING * most
+        verdict.worth = worth_now(scores[best].index + energy, counted * energy, verdict.waiting, most)
 
 
 @compiled
 def _worth_of_waiting(
-    cluster: ClusterRows, offers: Records, access: Access, most: float, scale: float, least: float, scores: Records
+    cluster: ClusterRows, offers: Records, access: Access, most: float, per_joule: float, scores: Records
 ) -> float:
     """What waiting is worth, for the node that would then be best; at least nothing."""
     worth = 0.0
@@ -104,14 +105,12 @@ def _worth_of_waiting(
         own: ScoreRow = scores[i]
         if own.p_on_time >= MIN_P_ON_TIME and access[i] != NEVER:
             usual = cluster.nodes[offers[i].node].usual_cost * own.busy
-            worth = max(worth, worth_of_waiting(most, own.p_later, own.joules / scale - least, least, usual))
+            worth = max(worth, worth_of_waiting(most * own.p_later, own.joules * per_joule, usual))
     return worth
 
 
 @compiled
-def _best(
-    cluster: ClusterRows, offers: Records, task: TaskRow, terms: TermsRow, now: float, scores: Records
-) -> int:
+def _best(cluster: ClusterRows, offers: Records, task: TaskRow, terms: TermsRow, now: float, scores: Records) -> int:
     """The position of the best score, or −1 when none is feasible.
 
     The index without harm bounds the index, so the harm is worked out only where that could still be the best;
@@ -197,9 +196,7 @@ def _score_without_harm(
 
 
 @compiled
-def _add_harm(
-    cluster: ClusterRows, offer: OfferRow, task: TaskRow, terms: TermsRow, now: float, own: ScoreRow
-) -> None:
+def _add_harm(cluster: ClusterRows, offer: OfferRow, task: TaskRow, terms: TermsRow, now: float, own: ScoreRow) -> None:
     """Work out the harm a task does at a candidate, and take it off its index."""
     own.harm = harm(cluster, offer, task, now)
     own.index -= terms.harm_weight * own.harm

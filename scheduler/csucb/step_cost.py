@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perllm.broker.messages import Counters, StepCost
+from perllm.broker.messages import Counters, StepCost, StepTotals
 
 Floats = NDArray[np.float64]
 
@@ -46,8 +46,8 @@ class Sample:
     seconds: float
 
 
-def sample_between(before: Counters, after: Counters) -> Sample | None:
-    """The steps between two readings of one engine, or None when they are too few to tell."""
+def sample_between(before: Counters | StepTotals, after: Counters | StepTotals) -> Sample | None:
+    """The steps between two readings of one engine, or of one of its models, or None when they are too few to tell."""
     steps, seconds = after.steps - before.steps, after.busy - before.busy
     if steps < 1 or seconds <= 0 or (steps < MIN_STEPS and seconds < MIN_BUSY):
         return None

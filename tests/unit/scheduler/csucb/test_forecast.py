@@ -266,17 +266,15 @@ def test_a_long_prompt_pays_for_its_chunks() -> None:
 
 def two_models() -> list[Task]:
     """Two tasks of each, amid their work."""
-    return [
-        task(f"t{i}", 3.0 + i, generated=10 + 9 * i, model="mn"[i % 2], payload=0) for i in range(4)
-    ]
+    return [task(f"t{i}", 3.0 + i, generated=10 + 9 * i, model="mn"[i % 2], payload=0) for i in range(4)]
 
 
 @pytest.mark.parametrize("model", ["m", "n"])
 def test_models_on_a_node_take_turns_and_each_step_is_paid(model: str) -> None:
     setting, new = Setting(two_models(), models=("m", "n")), task("new", 6.0, model=model)
     score, harm = setting.forecast(new)
-    without, idle = setting.play(runs=2000)
-    with_it, busy = setting.play(new, runs=2000)
+    without, idle = setting.play(runs=800)
+    with_it, busy = setting.play(new, runs=800)
     assert setting.chances() == pytest.approx(without, abs=0.1)
     assert score["p_on_time"] == pytest.approx(with_it[-1], abs=0.1)
     assert score["busy"] == pytest.approx(busy - idle, rel=0.3, abs=0.1)
@@ -288,8 +286,8 @@ def test_a_model_that_begins_slows_the_other_down() -> None:
     alone = [t for t in two_models() if t.model == "m"]
     setting, new = Setting(alone, models=("m", "n")), task("new", 20.0, model="n", payload=0)
     _, harm = setting.forecast(new)
-    without, _ = setting.play(runs=2000)
-    with_it, _ = setting.play(new, runs=2000)
+    without, _ = setting.play(runs=800)
+    with_it, _ = setting.play(new, runs=800)
     assert harm == pytest.approx(sum(without) - sum(with_it[:-1]), abs=0.15)
     assert harm > 0.1
 
