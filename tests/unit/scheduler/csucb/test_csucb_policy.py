@@ -272,14 +272,15 @@ def test_dear_placements_do_not_make_energy_cheap_for_the_next() -> None:
     """Of tasks that cost five times their least, that least counts."""
     core = core_with(info("cheap", kv_tokens=400, watts=50.0), info("dear", watts=250.0))
     scales = []
-    for i in range(30):
-        now = 1.0 + 10 * i
-        assert where(submit(core, f"a{i}", now, left=1.4, prompt_tokens=250)) == "cheap"
-        assert where(submit(core, f"b{i}", now, left=1.4, prompt_tokens=250)) == "dear"
+    for i in range(50):
+        now, left = 1.0 + 10 * i, 6.0 if i < 20 else 1.4  # in the beginning, lengths are learned
+        assert where(submit(core, f"a{i}", now, left=left, prompt_tokens=250)) == "cheap"
+        if i >= 20:
+            assert where(submit(core, f"b{i}", now, left=left, prompt_tokens=250)) == "dear"
+            finish(core, f"b{i}", now + 1.0, 40, Counters(), Counters(), joules=250.0)
         finish(core, f"a{i}", now + 1.0, 40, Counters(), Counters(), joules=50.0)
-        finish(core, f"b{i}", now + 1.0, 40, Counters(), Counters(), joules=250.0)
         scales.append(core.snapshot()["state"]["scale"]["mean"])
-    assert max(scales[10:]) < 80.0
+    assert max(scales) < 80.0
 
 
 def test_of_several_answers_each_one_s_length_is_learned() -> None:
