@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self, TypedDict, cast
 from uuid import uuid4
@@ -773,8 +774,10 @@ def parse_event(raw: bytes | str) -> Event:
 # --- why: the decision record
 
 
-class Candidate(TolerantModel):
-    """How one node looked to the policy when a task was decided. What a policy does not compute stays None."""
+@dataclass(slots=True)
+class Candidate:
+    """How one node looked to the policy when a task was decided. What a policy does not compute stays None. (Many are
+    made with every decision: no model, which takes ten times as long.)"""
 
     node: str
     index: float | None = None  # what the policy maximises
@@ -782,7 +785,7 @@ class Candidate(TolerantModel):
     finish: float | None = None  # s from now, predicted
     p_on_time: float | None = None
     marginal_energy: float | None = None  # J
-    slacks: Mapping[str, float | None] = Field(default_factory=dict)  # constraint → normalised slack; None: no number
+    slacks: Mapping[str, float | None] = field(default_factory=dict)  # constraint → normalised slack; None: no number
     confidence: float | None = None
     note: str = ""
 

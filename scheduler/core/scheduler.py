@@ -121,9 +121,7 @@ class SchedulerCore:
                     self._place(task, event.node, event.attempt, event.at)
             case Claimed():
                 if task is not None and task.attempt == event.attempt:
-                    task.claimed = event.at
-                    if node := self.cluster.nodes.get(event.node):
-                        node.touch(event.at)
+                    task.claimed = event.at  # as was expected: no reason to look at the node anew
             case Completed():
                 if task is not None:
                     self._finished(task, event)

@@ -29,6 +29,7 @@ from perllm.scheduler.csucb.rows import (
     Records,
     values,
 )
+from perllm.scheduler.csucb.usual_costs import UsualCosts
 
 #: Prompt tokens of a step where nobody said how many there are at most: all.
 WHOLE = 1e9
@@ -61,7 +62,7 @@ class NodeEstimate(NamedTuple):
     arrival_prompt: float
     arrival_output: float
     slot_price: float
-    usual_cost: float
+    stay: float
     throughput: float
 
 
@@ -91,11 +92,12 @@ class _Asked:
 class ClusterArrays:
     """Arrays over all nodes, as declared in `csucb.rows`.
 
-    `lengths` holds the distributions tasks' output lengths are drawn from; `estimate` gives what is believed of a node.
+    `lengths` holds the distributions tasks' output lengths are drawn from, `usual` what nodes' time usually costs;
+    `estimate` gives what is believed of a node.
     """
 
-    def __init__(self, lengths: Lengths, estimate: Callable[[Node], NodeEstimate]) -> None:
-        self._lengths, self._estimate = lengths, estimate
+    def __init__(self, lengths: Lengths, usual: UsualCosts, estimate: Callable[[Node], NodeEstimate]) -> None:
+        self._lengths, self._usual, self._estimate = lengths, usual, estimate
         self.forget()
 
     def forget(self) -> None:
@@ -112,7 +114,7 @@ class ClusterArrays:
     @property
     def rows(self) -> ClusterRows:
         """All arrays as they are now: to be read after `offers`, which may replace some."""
-        return ClusterRows(self.nodes, self._outlooks, self.in_flight, self.arms, self._lengths.table)
+        return ClusterRows(self.nodes, self._outlooks, self.in_flight, self.arms, self._lengths.table, self._usual.rows)
 
     def offers(self, nodes: Sequence[Node], demand: Demand) -> Records:
         """An OfferRow for each of these nodes and the model that serves this there, what they refer to brought up to
@@ -201,7 +203,8 @@ class ClusterArrays:
                 arrival_prompt=estimate.arrival_prompt,
                 arrival_output=estimate.arrival_output,
                 slot_price=estimate.slot_price,
-                usual_cost=estimate.usual_cost,
+                usual=self._usual.row(node.name),
+                stay=estimate.stay,
                 throughput=estimate.throughput,
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,10 +33,12 @@ class EnergyScale:
 
     mean: float = 0.0  # J of a task; 0: nothing known
 
-    def suggest(self, joules: float) -> None:
-        """A forecast, for as long as nothing was measured."""
-        if self.mean <= 0:
-            self.mean = joules
+    def suggest(self, joules: float) -> bool:
+        """A forecast, for as long as nothing was measured. Whether it was taken."""
+        if self.mean > 0 or not 0 < joules < math.inf:
+            return False
+        self.mean = joules
+        return True
 
     def observe(self, joules: float) -> None:
         """A task finished that would have cost so much where it costs least: what was dear must not make energy cheap

@@ -40,8 +40,6 @@ PRIOR_DISPATCH_DELAY = 0.005
 ARRIVAL_WINDOW = 8.0
 #: A task is urgent that has fewer mean stays than this to its deadline.
 URGENT_STAYS = 10.0
-#: What a second of a node's busy time costs others is averaged over so many mean stays.
-USUAL_STAYS = 4.0
 
 
 @dataclass(slots=True)
@@ -91,8 +89,6 @@ class NodeModel:
     stalled: bool = False  # now
     arrivals: Arrivals = field(default_factory=Arrivals)
     slot_price: SlotPrice = field(default_factory=SlotPrice)
-    usual_cost: float = 0.0  # to others, of a second of its busy time, in units of the index, in the mean over time …
-    usual_at: float = -math.inf  # … until then, s
 
     @classmethod
     def registered(cls, info: NodeInfo, at: float) -> NodeModel:
@@ -176,17 +172,6 @@ class NodeModel:
             watts = min(max(watts, 0.2 * info.power.active), 5 * info.power.active)
             self.watts += POWER_READING_WEIGHT * (watts - self.watts)
 
-    def costs(self, per_second: float, now: float) -> None:
-        """So much a second of its busy time would cost others now, in units of the index."""
-        if self.usual_at == -math.inf:
-            self.usual_cost = per_second
-        else:
-            lasting = USUAL_STAYS * (self.slot_price.stay or 1.0)
-            self.usual_cost += (1.0 - math.exp(-max(now - self.usual_at, 0.0) / lasting)) * (
-                per_second - self.usual_cost
-            )
-        self.usual_at = now
-
     def throughput(self, info: NodeInfo) -> float:
         """Tasks/s it finishes with as many as fit its slots and its KV cache; 0 while nobody knows."""
         stay, answer = self.slot_price.stay, self.arrivals.prompt_tokens + self.arrivals.output_tokens
@@ -212,13 +197,11 @@ class NodeModel:
             "stalled": self.stalled,
             "arrivals": asdict(self.arrivals),
             "slot_price": self.slot_price.snapshot(),
-            "usual_cost": self.usual_cost,
-            "usual_at": None if math.isinf(self.usual_at) else self.usual_at,
         }
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> NodeModel:
-        seen, usual_at = state["stall_seen"], state["usual_at"]
+        seen = state["stall_seen"]
         return cls(
             boot=state["boot"],
             step_costs={model: StepCostModel.restored(s) for model, s in state["step_costs"].items()},
@@ -235,8 +218,6 @@ class NodeModel:
             stalled=state["stalled"],
             arrivals=Arrivals(**state["arrivals"]),
             slot_price=SlotPrice(**state["slot_price"]),
-            usual_cost=state["usual_cost"],
-            usual_at=-math.inf if usual_at is None else usual_at,
         )
 
 
@@ -344,7 +325,7 @@ class NodeModels:
             arrival_prompt=known.arrivals.prompt_tokens,
             arrival_output=known.arrivals.output_tokens,
             slot_price=price,
-            usual_cost=known.usual_cost,
+            stay=known.slot_price.stay,
             throughput=known.throughput(node.info),
         )
 

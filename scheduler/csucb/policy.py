@@ -22,14 +22,16 @@ from perllm.scheduler.csucb.rows import (
     SCORE,
     TASK,
     TERMS,
+    TOLD,
     VERDICT,
     Records,
-    ScoreRow,
     TaskRow,
     TermsRow,
+    ToldRow,
     VerdictRow,
     values,
 )
+from perllm.scheduler.csucb.usual_costs import UsualCosts
 
 #: Candidates an explanation names: the best ones.
 EXPLAINED = 8
@@ -92,7 +94,8 @@ class CsUcb(Policy):
             value_weight, learning=on.learning, optimism=on.optimism, foresight=on.foresight, price=on.price
         )
         self._scale = EnergyScale()
-        self._arrays = ClusterArrays(self._lengths, self._node_models.estimate)
+        self._usual = UsualCosts()
+        self._arrays = ClusterArrays(self._lengths, self._usual, self._node_models.estimate)
         # Of tasks that were placed where they cost more than their least: the share that is.
         self._dear: dict[str, float] = {}
         self._scored: Sequence[Node] = ()  # the nodes scored last; what follows is about them
@@ -100,6 +103,7 @@ class CsUcb(Policy):
         self._scores: Records = np.zeros(0, SCORE)
         self._terms: Records = np.zeros(1, TERMS)
         self._verdict: Records = np.zeros(1, VERDICT)
+        self._told: Records = np.zeros(EXPLAINED, TOLD)
         self._task: Records = np.zeros(1, TASK)  # the task chosen for last
         self._open: tuple[Sequence[Node], Sequence[Node]] = (), ()  # nodes, and those of them that have room …
         self._access = np.zeros(0, np.uint8)  # … as `scoring.decide` takes it
@@ -139,12 +143,13 @@ class CsUcb(Policy):
     @override
     def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
         verdict = self._decide(task, candidates, cluster, now)
+        if self._scale.suggest(verdict.least_joules):
+            verdict = self._decide(task, candidates, cluster, now)
         best = verdict.best
         if not self._on.admission:
             return Place(self._scored[best].name if best >= 0 else self._most_likely().name)
         if not verdict.possible:
             return self._without_a_chance(task, candidates, cluster, now)
-        self._scale.suggest(verdict.least_joules)
         if best < 0 or verdict.worth < 0:
             rank = verdict.worth if best >= 0 else -verdict.waiting
             return Wait(admission.review(now, task.deadline - now), rank)
@@ -183,24 +188,22 @@ class CsUcb(Policy):
         access = self._access_to(task, nodes, candidates, now)
         rows, scores = self._arrays.rows, self._scores
         scoring.decide(rows, self._offers, access, self._task, self._terms, now, scores, self._verdict)
-        for i in np.flatnonzero(scores["harm"] >= 0.0).tolist():
-            _, _, _, busy, _, _, slot_cost, harm, *_ = scores.item(i)
-            if busy > 0:
-                self._node_models.of(nodes[i]).costs((self._harm_weight * harm + slot_cost) / busy, now)
         return VerdictRow(*self._verdict.item(0))
 
     def _access_to(self, task: Task, nodes: Sequence[Node], candidates: Sequence[Node], now: float) -> scoring.Access:
         """Which of the nodes that serve a task it may go to, now or later."""
         if task.avoid:
-            avoided = [task.avoids(n.name, now) for n in nodes]
-            return np.array(
+            able, avoided = {n.info.name for n in candidates}, [task.avoids(n.name, now) for n in nodes]
+            others = scoring.LATER if all(avoided) else scoring.NEVER
+            self._open = (), ()
+            self._access = np.array(
                 [
-                    scoring.NOW if n in candidates else scoring.NEVER if avoids and not all(avoided) else scoring.LATER
+                    scoring.NOW if n.info.name in able else others if avoids else scoring.LATER
                     for n, avoids in zip(nodes, avoided, strict=True)
                 ],
                 np.uint8,
             )
-        if self._open[0] is not nodes or self._open[1] is not candidates:
+        elif self._open[0] is not nodes or self._open[1] is not candidates:
             now_or_later = scoring.NOW if candidates is nodes else scoring.LATER
             self._access = np.full(len(nodes), now_or_later, np.uint8)
             names = {n.info.name for n in candidates}
@@ -236,17 +239,10 @@ class CsUcb(Policy):
 
     @override
     def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
-        nodes, offers, scores, rows = self._scored, self._offers, self._scores, self._arrays.rows
-        order = np.argsort(-scores["index"], kind="stable")[:EXPLAINED]
-        scoring.complete_scores(order, rows, offers, self._task, self._terms, now, scores)
-        order = order[np.argsort(-scores["index"][order], kind="stable")]
-        spreads = rows.arms["spread"][offers["arm"][order]].tolist()
-        stalled = rows.nodes["stalled"][offers["node"][order]].tolist()
+        given = self._offers, self._access, self._task, self._terms, now, self._scores
+        count = scoring.explain(self._arrays.rows, *given, self._told)
         single = constraints.single_server_slack(0 if task.node is None else 1)
-        return tuple(
-            _candidate(nodes[i].info.name, ScoreRow(*scores.item(i)), spread, single, stalled=stands_still)
-            for i, spread, stands_still in zip(order.tolist(), spreads, stalled, strict=True)
-        )
+        return tuple(_candidate(self._scored, ToldRow(*row), single) for row in self._told[:count].tolist())
 
     @override
     def forecast_length(self, task: Task) -> LengthForecast | None:
@@ -265,39 +261,34 @@ class CsUcb(Policy):
             "texts": self._lengths.snapshot_texts(),
             "scale": self._scale.snapshot(),
             "dear": self._dear.copy(),
+            "usual": self._usual.snapshot(),
         }
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        scale, dear = EnergyScale(**state["scale"]), dict(state["dear"])
+        scale, dear, usual = EnergyScale(**state["scale"]), dict(state["dear"]), UsualCosts.restored(state["usual"])
         self._node_models.restore(state["node_models"])
         self._lengths.restore(state["lengths"], state.get("texts", ()))
-        self._scale, self._dear = scale, dear
-        self._arrays.forget()
+        self._scale, self._dear, self._usual = scale, dear, usual
+        self._arrays = ClusterArrays(self._lengths, usual, self._node_models.estimate)
 
 
-def _candidate(name: str, score: ScoreRow, spread: float, single_server: float, *, stalled: bool) -> Candidate:
+def _candidate(nodes: Sequence[Node], told: ToldRow, single_server: float) -> Candidate:
     """A score as an explanation gives it."""
-    feasible, note = score.index > scoring.INFEASIBLE, ""
-    if stalled:
-        note = "stands still"
-    elif not feasible:
-        enough = score.p_on_time >= admission.MIN_P_ON_TIME
-        note = "has no room for it now" if enough else "would be too late"
     return Candidate(
-        node=name,
-        index=score.index if feasible else None,
-        feasible=feasible,
-        finish=score.finish,
-        p_on_time=score.p_on_time,
-        marginal_energy=score.joules,
-        slacks={
-            "deadline": score.deadline_slack,
-            "compute": score.compute_slack,
-            "memory": score.memory_slack,
-            "bandwidth": score.bandwidth_slack,
+        nodes[told.offer].info.name,
+        told.index if told.feasible else None,
+        told.feasible,
+        told.finish,
+        told.p_on_time,
+        told.joules,
+        {
+            "deadline": told.deadline,
+            "compute": told.compute,
+            "memory": told.memory,
+            "bandwidth": told.bandwidth,
             "one_server": single_server,
         },
-        confidence=1.0 / (1.0 + spread),
-        note=note,
+        told.confidence,
+        scoring.NOTES[told.note],
     )

@@ -56,7 +56,8 @@ class NodeRow:
     arrival_prompt: float  # mean prompt of those, tokens
     arrival_output: float  # mean output of those, tokens
     slot_price: float  # of a second in a slot, in units of the index
-    usual_cost: float  # to others, of a second of busy time, in units of the index
+    usual: int  # row in `usual`
+    stay: float  # of the mean task, s; 0: not known
     throughput: float  # tasks/s its slots and its KV cache let it finish
     bytes_coming: float = 0.0  # on their way to it
 
@@ -168,10 +169,32 @@ class ScoreRow:
     slot_cost: float  # what that costs, in units of the index
     harm: float  # on-time value other tasks lose; UNKNOWN until worked out
     index: float  # INFEASIBLE where it cannot go
-    deadline_slack: float  # of the constraints C1 to C3
-    compute_slack: float
-    memory_slack: float
-    bandwidth_slack: float
+
+
+@dataclass(slots=True)
+class ToldRow:
+    """A score as an explanation gives it, numbers rounded."""
+
+    offer: int  # its position
+    feasible: bool
+    note: int  # position in `scoring.NOTES`
+    index: float
+    finish: float  # from now, s
+    p_on_time: float
+    joules: float
+    deadline: float  # slacks of the constraints C1 to C3
+    compute: float
+    memory: float
+    bandwidth: float
+    confidence: float
+
+
+@dataclass(slots=True)
+class UsualRow:
+    """What a second of a node's busy time usually costs others."""
+
+    cost: float  # in units of the index …
+    at: float  # … when that was last noted, s; 0: never
 
 
 @dataclass(slots=True)
@@ -188,6 +211,7 @@ class VerdictRow:
 
 NODE, OUTLOOK, IN_FLIGHT, ARM, LENGTHS = map(dtype_of, (NodeRow, OutlookRow, InFlightRow, ArmRow, LengthsRow))
 OFFER, TASK, TERMS, SCORE, VERDICT = map(dtype_of, (OfferRow, TaskRow, TermsRow, ScoreRow, VerdictRow))
+TOLD, USUAL = map(dtype_of, (ToldRow, UsualRow))
 
 _WRITTEN = (NodeRow, InFlightRow, ArmRow, TaskRow, TermsRow)
 _VALUES = {row: attrgetter(*(f.name for f in fields(row))) for row in _WRITTEN}
@@ -207,3 +231,4 @@ class ClusterRows(NamedTuple):
     in_flight: Records  # InFlightRow
     arms: Records  # ArmRow
     lengths: Records  # LengthsRow
+    usual: Records  # UsualRow

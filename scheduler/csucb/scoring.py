@@ -34,13 +34,18 @@ from perllm.scheduler.csucb.rows import (
     ScoreRow,
     TaskRow,
     TermsRow,
+    ToldRow,
     VerdictRow,
 )
+from perllm.scheduler.csucb.usual_costs import note
 
 Access = NDArray[np.uint8]
 #: Whether a task may go to a node: never, when there is room, now.
 NEVER, LATER, NOW = 0, 1, 2
 
+#: What an explanation notes of a node.
+NOTES = ("", "stands still", "has no room for it now", "would be too late", "lost it a moment ago")
+FINE, STALLED, FULL, LATE, AVOIDED = range(5)
 #: The index of a node the task cannot go to.
 INFEASIBLE = -1e18
 #: The harm where it was not worked out.
@@ -89,10 +94,21 @@ def decide(
             if node.taken >= node.places:
                 scores[i].index = INFEASIBLE
     best = _best(cluster, offers, task, term, now, scores)
+    _note_costs(cluster, offers, term, now, scores)
     if best >= 0:
         energy = scores[best].joules / term.energy_scale
         verdict.best, verdict.joules = best, scores[best].joules
         verdict.worth = worth_now(scores[best].index + energy, counted * energy, verdict.waiting, most)
+
+
+@compiled
+def _note_costs(cluster: ClusterRows, offers: Records, terms: TermsRow, now: float, scores: Records) -> None:
+    """Learn what nodes' time costs now, of those of which it was worked out."""
+    for i in range(len(offers)):
+        own: ScoreRow = scores[i]
+        if own.harm >= 0.0 and own.busy > 0.0:
+            node: NodeRow = cluster.nodes[offers[i].node]
+            note(cluster.usual[node.usual], (terms.harm_weight * own.harm + own.slot_cost) / own.busy, node.stay, now)
 
 
 @compiled
@@ -104,7 +120,7 @@ def _worth_of_waiting(
     for i in range(len(offers)):
         own: ScoreRow = scores[i]
         if own.p_on_time >= MIN_P_ON_TIME and access[i] != NEVER:
-            usual = cluster.nodes[offers[i].node].usual_cost * own.busy
+            usual = cluster.usual[cluster.nodes[offers[i].node].usual].cost * own.busy
             worth = max(worth, worth_of_waiting(most * own.p_later, own.joules * per_joule, usual))
     return worth
 
@@ -134,28 +150,76 @@ def _best(cluster: ClusterRows, offers: Records, task: TaskRow, terms: TermsRow,
 
 
 @compiled
-def complete_scores(
-    positions: Ints,
+def explain(
     cluster: ClusterRows,
     offers: Records,
+    access: Access,
     tasks: Records,
     terms: Records,
     now: float,
     scores: Records,
-) -> None:
-    """Fill in what `score` left out of the candidates at these positions: harm, and the slacks of the constraints."""
-    task: TaskRow = tasks[0]
-    left = task.deadline - now
-    for i in positions:
-        node: NodeRow = cluster.nodes[offers[i].node]
-        arm: ArmRow = cluster.arms[offers[i].arm]
-        own: ScoreRow = scores[i]
-        own.deadline_slack = deadline_slack(own.finish, left)
-        own.compute_slack = compute_slack(node.taken + width(node, task), float(node.slots))
-        own.memory_slack = memory_slack(kv_needed(node, task, cluster.lengths), arm.kv_used, arm.kv_tokens)
-        own.bandwidth_slack = bandwidth_slack(task.payload_bytes, node.bytes_coming, node.bandwidth, left)
+    told: Records,
+) -> int:
+    """Fill `told` with the best scores, the best first, harm worked out; returns how many there are."""
+    count = 0
+    order = np.empty(len(told), np.int64)
+    for i in range(len(scores)):
+        count = _insert(order, count, scores, i)
+    for k in range(count):
+        own: ScoreRow = scores[order[k]]
         if own.harm < 0 and own.index > INFEASIBLE:
-            _add_harm(cluster, offers[i], task, terms[0], now, own)
+            _add_harm(cluster, offers[order[k]], tasks[0], terms[0], now, own)
+    best, order = order[:count].copy(), np.empty(count, np.int64)
+    for k in range(count):
+        _insert(order, k, scores, best[k])
+    for k in range(count):
+        _tell(cluster, offers[order[k]], access[order[k]], tasks[0], now, scores[order[k]], told[k])
+        told[k].offer = order[k]
+    return count
+
+
+@compiled
+def _insert(order: Ints, count: int, scores: Records, i: int) -> int:
+    """Put position `i` among the first `count` in order of their scores, the best first, of equals the earlier; returns
+    how many there are then."""
+    k = count
+    while k > 0 and scores[order[k - 1]].index < scores[i].index:
+        if k < len(order):
+            order[k] = order[k - 1]
+        k -= 1
+    if k < len(order):
+        order[k] = i
+    return min(count + 1, len(order))
+
+
+@compiled
+def _tell(
+    cluster: ClusterRows, offer: OfferRow, access: int, task: TaskRow, now: float, own: ScoreRow, told: ToldRow
+) -> None:
+    node: NodeRow = cluster.nodes[offer.node]
+    arm: ArmRow = cluster.arms[offer.arm]
+    left = task.deadline - now
+    told.feasible, told.note = own.index > INFEASIBLE, FINE
+    if node.stalled:
+        told.note = STALLED
+    elif not told.feasible:
+        told.note = FULL if own.p_on_time >= MIN_P_ON_TIME else AVOIDED if access == NEVER else LATE
+    told.index, told.finish = _short(own.index), _short(own.finish)
+    told.p_on_time, told.joules = _short(own.p_on_time), _short(own.joules)
+    told.deadline = _short(deadline_slack(own.finish, left))
+    told.compute = _short(compute_slack(node.taken + width(node, task), float(node.slots)))
+    told.memory = _short(memory_slack(kv_needed(node, task, cluster.lengths), arm.kv_used, arm.kv_tokens))
+    told.bandwidth = _short(bandwidth_slack(task.payload_bytes, node.bytes_coming, node.bandwidth, left))
+    told.confidence = _short(1.0 / (1.0 + arm.spread))
+
+
+@compiled
+def _short(value: float) -> float:
+    """Four digits of it."""
+    if value == 0.0 or not math.isfinite(value):
+        return value
+    scale = 10.0 ** (3.0 - math.floor(math.log10(abs(value))))
+    return math.floor(value * scale + 0.5) / scale
 
 
 @compiled

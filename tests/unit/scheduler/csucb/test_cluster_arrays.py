@@ -10,6 +10,7 @@ from perllm.scheduler import examples
 from perllm.scheduler.core.cluster import Demand, Node, Task
 from perllm.scheduler.csucb.cluster_arrays import ArmEstimate, ClusterArrays, NodeEstimate
 from perllm.scheduler.csucb.output_lengths import Lengths
+from perllm.scheduler.csucb.usual_costs import UsualCosts
 
 
 def node(name: str, models: int = 1) -> Node:
@@ -33,11 +34,11 @@ def arrays() -> ClusterArrays:
             arrival_prompt=100.0,
             arrival_output=60.0,
             slot_price=0.0,
-            usual_cost=0.0,
+            stay=0.0,
             throughput=1.0,
         )
 
-    return ClusterArrays(Lengths(), estimate)
+    return ClusterArrays(Lengths(), UsualCosts(), estimate)
 
 
 #: Given, and the same however the tasks came there (rows of lengths are numbered as first asked for).

@@ -40,7 +40,7 @@ def test_a_day_is_time_to_wait_and_a_backlog_takes_it() -> None:
 
 @given(positive, positive)
 def test_a_long_task_is_not_put_off_for_being_long(least: float, most: float) -> None:
-    """What it costs anywhere weighs at most a share of its value, and what is half as dear again, half as much again."""
+    """What it costs anywhere weighs at most a share of its value; what is half as dear again, half as much again."""
     counted = counted_energy(least, most)
     assert counted * least <= ENERGY_SHARE * most * (1 + 1e-9)
     assert counted == 1.0 or counted * least == pytest.approx(ENERGY_SHARE * most)

@@ -16,6 +16,7 @@ from perllm.scheduler.csucb.cluster_arrays import ArmEstimate, ClusterArrays, No
 from perllm.scheduler.csucb.output_lengths import Lengths
 from perllm.scheduler.csucb.rows import OFFER, SCORE, TASK, TaskRow, values
 from perllm.scheduler.csucb.token_bins import EDGES
+from perllm.scheduler.csucb.usual_costs import UsualCosts
 
 THETA = (0.02, 0.002, 0.0005, 1e-6)
 #: Of a node's models: the second one's steps take twice as long.
@@ -60,10 +61,10 @@ class Setting:
             arrival_prompt=100.0,
             arrival_output=60.0,
             slot_price=0.0,
-            usual_cost=0.0,
+            stay=0.0,
             throughput=0.0,
         )
-        self.arrays = ClusterArrays(self.lengths, lambda _: estimate)
+        self.arrays = ClusterArrays(self.lengths, UsualCosts(), lambda _: estimate)
         self.arrays.offers((self.node,), Demand())
 
     def forecast(self, task: Task, now: float = 0.0) -> tuple[np.void, float]:

@@ -1,4 +1,4 @@
-"""What is learned of a node from its engine's totals, and what a second of its time usually costs."""
+"""What is learned of a node from its engine's totals."""
 
 from __future__ import annotations
 
@@ -81,20 +81,8 @@ def test_steps_too_few_to_tell_are_not_lost(models: NodeModels, cluster: Cluster
     assert steps_of(models, cluster)["large"] == CALIBRATED.step
 
 
-def test_the_usual_cost_is_a_mean_over_time_not_over_looks(models: NodeModels, cluster: Cluster) -> None:
-    known = models.of(cluster.nodes["n"])
-    for second in range(60):
-        known.costs(1.0, float(second))
-    for _ in range(1000):  # a moment in which everybody looks
-        known.costs(100.0, 59.0)
-    assert known.usual_cost == pytest.approx(1.0)
-    known.costs(3.0, 1e6)
-    assert known.usual_cost == pytest.approx(3.0)
-
-
 def test_all_of_it_is_kept_over_a_restart(models: NodeModels, cluster: Cluster) -> None:
     both_worked(models, cluster, 3, told_apart=True)
-    models.of(cluster.nodes["n"]).costs(2.0, 5.0)
     state = json.loads(json.dumps(models.snapshot()))
     copy = NodeModels(4.0)
     copy.restore(state)

@@ -21,6 +21,8 @@ DECLARED = {
     rows.TERMS: rows.TermsRow,
     rows.SCORE: rows.ScoreRow,
     rows.VERDICT: rows.VerdictRow,
+    rows.TOLD: rows.ToldRow,
+    rows.USUAL: rows.UsualRow,
 }
 
 
