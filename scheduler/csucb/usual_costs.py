@@ -46,7 +46,8 @@ class UsualCosts:
         """Raises ValueError or TypeError for a foreign one."""
         costs = cls()
         for node, (cost, at) in state.items():
-            costs.rows[costs.row(node)] = float(cost), float(at)
+            row = costs.row(node)
+            costs.rows[row] = float(cost), float(at)
         return costs
 
 
