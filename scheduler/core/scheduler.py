@@ -36,7 +36,7 @@ from perllm.scheduler.core.policy import Place, Policy, Reject, Wait
 #: scheduler); of those that can wait for LONG_WAIT seconds or more, MAX_LONG_WAITS are enough, since they make way for
 #: the next in the round after; of those parked before, MAX_RETRIES, the most promising first. All bound a round's cost
 #: however long the backlog is.
-LOOKAHEAD, MAX_LONG_WAITS, MAX_RETRIES = 32, 2, 2
+LOOKAHEAD, MAX_LONG_WAITS, MAX_RETRIES = 32, 2, 1
 LONG_WAIT = 1.0
 #: A node that finishes tasks quickly may hold this many seconds' worth beyond its slots, up to MAX_QUEUE, so that it
 #: never idles for as long as a decision takes to reach it.
