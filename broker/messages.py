@@ -627,7 +627,7 @@ class NodeInfo(TolerantModel):
     name: NodeName
     tier: Literal["edge", "cloud"]
     boot: Annotated[str, Field(min_length=1, max_length=64)]  # new at every start of the worker process
-    slots: Annotated[int, Field(ge=1, le=4096)]  # tasks in the engine at once
+    slots: Annotated[int, Field(ge=1, le=4096)]  # answers in the engine at once; so many tasks are taken, too
     models: Annotated[tuple[ModelOffer, ...], Field(min_length=1)]
     power: Power
     bandwidth: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # bytes/s, a prior until claims have measured it

@@ -70,6 +70,48 @@ def test_text_is_generated_and_streamed(engine: VLLMEngine) -> None:
     assert done.after.steps > done.before.steps
 
 
+def test_several_answers_share_their_prompt(engine: VLLMEngine) -> None:
+    """More than the slots, and at temperature 0 too, which vLLM's own `n` refuses."""
+    one = spec("Tell me a story about a river. " * 8, 12, temperature=1.0, seed=5)
+    pieces: list[Delta] = []
+    done = engine.generate("a", one.model_copy(update={"n": SLOTS + 2}), Stop(120), pieces.append)
+    assert len({choice.text for choice in done.output.choices}) > SLOTS
+    assert done.completion_tokens == sum(choice.tokens for choice in done.output.choices)
+    told = ["".join(p.text for p in pieces if p.index == i) for i in range(SLOTS + 2)]
+    assert told == [choice.text for choice in done.output.choices]
+    third = engine.generate("b", one.model_copy(update={"seed": 7}), Stop(120))
+    assert third.output.text[:8] == done.output.choices[2].text[:8]
+    greedy = engine.generate("c", spec("Name three colours.", 8, n=3), Stop(120))
+    assert len({choice.text for choice in greedy.output.choices}) == 1
+    assert engine.progress() == {}
+
+
+def test_a_cancel_ends_all_answers(engine: VLLMEngine) -> None:
+    stop = Stop(300)
+    done = engine.generate("a", spec("Write a very long story.", 450, n=3), stop, lambda _: stop.cancel())
+    assert {choice.finish_reason for choice in done.output.choices} == {"cancelled"}
+    assert (engine.progress(), engine.counters().active) == ({}, 0)
+
+
+def test_token_ids_biases_and_an_echo(engine: VLLMEngine) -> None:
+    tokenizer = engine._prompter._tokenizer
+    ids = tokenizer.encode("The capital of France is", add_special_tokens=False)
+    done = engine.generate("a", TaskSpec(prompt_ids=ids, echo=True, logprobs=1, max_tokens=2, n=2), Stop(60))
+    for choice in done.output.choices:
+        assert choice.text.startswith("The capital of France is")
+        assert choice.logprobs is not None
+        assert len(choice.logprobs) == len(ids) + choice.tokens
+        assert choice.logprobs[0]["logprob"] is None
+    (paris,) = tokenizer.encode(" Paris", add_special_tokens=False)
+    for bias, said in ((100, True), (-100, False)):
+        told = engine.generate("a", TaskSpec(prompt_ids=ids, max_tokens=1, logit_bias={paris: bias}), Stop(60))
+        assert (told.output.text == " Paris") == said
+    for field in ({"prompt_ids": [10**9]}, {"prompt": "Hi.", "suffix": "!"}):
+        with pytest.raises(EngineError) as caught:
+            engine.generate("a", TaskSpec(**field), Stop(60))
+        assert not caught.value.retry
+
+
 def test_the_chat_template_is_used(engine: VLLMEngine) -> None:
     turn = Message(role="user", content="What is the capital of France?")
     chat = TaskSpec(messages=(turn,), max_tokens=8)
