@@ -32,7 +32,7 @@ from perllm.broker.engine.contract import (
     Stuck,
     counters_or_none,
 )
-from perllm.broker.engine.text import chat_messages
+from perllm.broker.engine.text import chat_messages, openai_tool
 from perllm.broker.engine.totals import EngineTotals
 from perllm.broker.errors import BadSetting
 from perllm.broker.messages import (
@@ -44,7 +44,6 @@ from perllm.broker.messages import (
     Power,
     StepCost,
     TaskSpec,
-    Tool,
 )
 from perllm.cloud_worker.backoff import backoff
 from perllm.cloud_worker.event_loop import LoopThread, Pieces
@@ -427,7 +426,7 @@ class RemoteEngine:
                 {"type": "json_object", "schema": spec.json_schema} if self._own_schema else standard
             )
         if spec.offered_tools:
-            body["tools"] = [_tool(tool) for tool in spec.offered_tools]
+            body["tools"] = [openai_tool(tool) for tool in spec.offered_tools]
             if spec.tool_choice != "auto":
                 body["tool_choice"] = spec.tool_choice
             if not spec.parallel_tool_calls:
@@ -468,12 +467,6 @@ class RemoteEngine:
             self._down = None
             log.info("remote_back")
             return
-
-
-def _tool(tool: Tool) -> dict[str, Any]:
-    """As the OpenAI API has it."""
-    function = tool.model_dump(exclude_none=True, exclude_defaults=True)
-    return {"type": "function", "function": function}
 
 
 def _latency(request: _Request) -> float:

@@ -16,15 +16,17 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import structlog
 
+from perllm.broker.chat import AnswerStream
 from perllm.broker.engine.checks import check_context, check_model
 from perllm.broker.engine.contract import (
     EngineDown,
@@ -78,6 +80,7 @@ class _Request:
     stop: Stop
     prompt: list[int]
     params: Any
+    answer: AnswerStream | None = None  # None: all of it is text
     lora: Any = None
     pieces: Pieces | None = None
     accepted: float = field(default_factory=time.monotonic)
@@ -94,6 +97,17 @@ class _Request:
     credited: int = 0  # prompt tokens whose energy was shared out as they were computed
     work: float = 0.0  # since the energy was last shared out, s by the step cost
     energy: Energy | None = None
+    failure: EngineError | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended it, here and not in vLLM."""
+        return self.answer is not None and self.answer.stopped
+
+    @property
+    def over(self) -> bool:
+        """Whether vLLM need not go on."""
+        return self.stop.reason is not None or self.stopped or self.failure is not None
 
 
 class VLLMEngine:
@@ -148,7 +162,7 @@ class VLLMEngine:
                 "lines above, usually too little GPU memory: lower PERLLM_CONTEXT or PERLLM_SLOTS, choose a smaller "
                 "model, or more GPUs with PERLLM_VLLM_ARGS='{\"tensor_parallel_size\": 2}'"
             ) from None
-        self._prompter = vllm_api.Prompter(self._llm)
+        self._prompter = vllm_api.Prompter(self._llm, self._settings)
         self._loop.run(self._calibrate())
         self._energy = Attribution(self._meter)
         self._loop.loop.call_soon_threadsafe(self._begin_watch)
@@ -258,15 +272,16 @@ class VLLMEngine:
         """Run one task to its end or until `stop`. Raises EngineError."""
         check_model(spec.model, (self._name, *self._loras))
         accepted = time.monotonic()
-        prompt = self._prompter.tokens(spec)
-        check_context(len(prompt), spec.max_tokens, self._limits.context)
+        prompt = self._prompter.prompt(spec)
+        check_context(len(prompt.tokens), spec.max_tokens, self._limits.context)
         request = _Request(
             task_id,
             f"{task_id}.{next(self._keys)}",
             spec,
             stop,
-            prompt,
-            self._api.sampling_params(spec, spec.max_tokens),
+            prompt.tokens,
+            self._api.sampling_params(spec, spec.max_tokens, prompt),
+            self._prompter.answer(spec, prompt, task_id),
             self._loras.get(spec.model or ""),
             None if on_delta is None else SimpleQueue(),
             accepted,
@@ -296,8 +311,9 @@ class VLLMEngine:
         try:
             async for output in self._outputs(request):
                 self._take(request, output)
-                if request.stop.reason is not None and not output.finished:
+                if request.over and not output.finished:
                     await self._llm.abort(request.key)
+            self._end(request)
         except self._api.EngineDeadError:
             raise self._died(inside=True) from None
         except self._api.EngineGenerateError as error:
@@ -339,7 +355,9 @@ class VLLMEngine:
             request.work += len(tokens) * decode_work(
                 self._step_cost, sequences=self._running, context=len(request.prompt) + len(request.tokens)
             )
-        if completion.text:
+        if request.answer is not None:
+            self._parse(request, partial(request.answer.push, completion.text, tokens))
+        elif completion.text:
             request.text.append(completion.text)
             if request.pieces is not None:
                 request.pieces.put(Delta(text=completion.text))
@@ -348,8 +366,30 @@ class VLLMEngine:
         request.finish = completion.finish_reason
         request.metrics = output.metrics
 
+    def _end(self, request: _Request) -> None:
+        """It is over: the last pieces of its answer. Raises EngineError, if that could not be parsed."""
+        if request.answer is not None:
+            self._parse(request, partial(request.answer.finish, cut=request.finish != "stop"))
+        if request.failure is not None:
+            raise request.failure
+
+    @staticmethod
+    def _parse(request: _Request, parse: Callable[[], list[Delta]]) -> None:
+        """What a parser does not take ends this request, as a stop does: by its id."""
+        if request.failure is not None:
+            return
+        try:
+            deltas = parse()
+        except EngineError as error:
+            request.failure = error
+            return
+        if request.pieces is not None:
+            for delta in deltas:
+                request.pieces.put(delta)
+
     def _generation(self, request: _Request, before: Counters) -> Generation:
-        spec, now = request.spec, time.monotonic()
+        spec, now, answer = request.spec, time.monotonic(), request.answer
+        finish = self._finish_reason(request)
         prefill = decode = 0.0
         if request.first is not None and request.metrics is not None:  # the engine's own clock: differences only
             stats = request.metrics
@@ -360,7 +400,14 @@ class VLLMEngine:
         if spec.logprobs is not None:
             logprobs = self._api.openai_logprobs(request.tokens, request.logprobs, spec.logprobs)
         return Generation(
-            output=Output(text="".join(request.text), finish_reason=self._finish_reason(request), logprobs=logprobs),
+            output=Output(
+                text="".join(request.text) if answer is None else answer.text,
+                finish_reason=finish if answer is None else answer.finish_reason(finish),
+                logprobs=logprobs,
+                reasoning=None if answer is None else answer.reasoning,
+                tool_calls=() if answer is None else answer.calls,
+                tokens=len(request.tokens),
+            ),
             model=spec.model or self._name,
             prompt_tokens=len(request.prompt),
             completion_tokens=len(request.tokens),
@@ -370,12 +417,15 @@ class VLLMEngine:
             energy=request.energy,
             before=before,
             after=counters_or_none(self),
+            reasoning_tokens=0 if answer is None else answer.reasoning_tokens,
             cached_tokens=request.cached,
             stalled=request.stalled,
         )
 
     @staticmethod
     def _finish_reason(request: _Request) -> FinishReason:
+        if request.stopped:
+            return "stop"
         match request.finish:
             case "length":
                 return "length"

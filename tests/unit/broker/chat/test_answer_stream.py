@@ -66,7 +66,7 @@ def through(form: AnswerForm, pieces: Iterable[str], *, stops: Sequence[str] = (
 
 #: Text in which marks begin, end, and nest.
 BITS = [
-    *"ab{}[],:\"\\ \n<>",
+    *'ab{}[],:"\\ \n<>',
     *(mark for form in CALL_FORMS for mark in (form.opening, form.closing, form.separator, *form.dropped) if mark),
     *(mark for form in THOUGHT_FORMS for mark in (form.opening, form.closing)),
     *("<tool_", "call>", '{"name": "a"', '"arguments": {', '"parameters":', '"get_weather"', "}}", '{"x": "}{<"}'),
