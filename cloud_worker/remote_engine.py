@@ -33,7 +33,7 @@ from perllm.broker.engine.contract import (
     Stuck,
     counters_or_none,
 )
-from perllm.broker.engine.text import chat_messages
+from perllm.broker.engine.text import chat_messages, openai_tool
 from perllm.broker.engine.totals import EngineTotals
 from perllm.broker.errors import BadSetting
 from perllm.broker.messages import (
@@ -46,7 +46,6 @@ from perllm.broker.messages import (
     Power,
     StepCost,
     TaskSpec,
-    Tool,
 )
 from perllm.cloud_worker.backoff import backoff
 from perllm.cloud_worker.event_loop import LoopThread, Pieces
@@ -557,7 +556,7 @@ class RemoteEngine:
         if spec.logprobs is not None:
             body["logprobs"], body["top_logprobs"] = True, spec.logprobs
         if spec.offered_tools:
-            body["tools"] = [_tool(tool) for tool in spec.offered_tools]
+            body["tools"] = [openai_tool(tool) for tool in spec.offered_tools]
             if spec.tool_choice != "auto":
                 body["tool_choice"] = spec.tool_choice
             if not spec.parallel_tool_calls:
@@ -634,12 +633,6 @@ def _share(tokens: int, answers: list[_Answer]) -> None:
         left -= answer.tokens
     if answers:
         answers[-1].tokens = left
-
-
-def _tool(tool: Tool) -> dict[str, Any]:
-    """As the OpenAI API has it."""
-    function = tool.model_dump(exclude_none=True, exclude_defaults=True)
-    return {"type": "function", "function": function}
 
 
 def _latency(request: _Request) -> float:

@@ -17,6 +17,8 @@ SERVED = frozenset(
     {
         Capability.GENERATE,
         Capability.CHAT,
+        Capability.TOOLS,
+        Capability.REASONING,
         Capability.LOGPROBS,
         Capability.LOGIT_BIAS,
         Capability.GRAMMAR,

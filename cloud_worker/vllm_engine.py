@@ -16,9 +16,10 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -111,6 +112,7 @@ class _Answer:
     index: int
     key: str  # vLLM's name for it
     params: Any
+    stream: AnswerStream | None = None  # None: all of it is text
 
     first: float | None = None  # when its first token was seen here
     tokens: list[int] = field(default_factory=list)
@@ -120,6 +122,12 @@ class _Answer:
     cached: int = 0  # tokens of the prompt
     metrics: Any = None  # vLLM's RequestStateStats: when it was scheduled, …
     credited: int = 0  # prompt tokens whose energy was shared out as they were computed
+    failure: EngineError | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended it, here and not in vLLM."""
+        return self.stream is not None and self.stream.stopped
 
 
 class VLLMEngine:
@@ -175,7 +183,7 @@ class VLLMEngine:
                 "lines above, usually too little GPU memory: lower PERLLM_CONTEXT or PERLLM_SLOTS, choose a smaller "
                 "model, or more GPUs with PERLLM_VLLM_ARGS='{\"tensor_parallel_size\": 2}'"
             ) from None
-        self._prompter = vllm_api.Prompter(self._llm)
+        self._prompter = vllm_api.Prompter(self._llm, self._settings)
         self._capabilities = capabilities(vllm_api.facts(self._llm, self._tasks, self._prompter.template))
         self._loop.run(self._calibrate())
         self._energy = Attribution(self._meter)
@@ -291,11 +299,13 @@ class VLLMEngine:
         """Run one task to its end or until `stop`. Raises EngineError."""
         check_model(spec.model, (self._name, *self._loras))
         accepted = time.monotonic()
-        prompt = self._prompter.tokens(spec)
-        spec = fitted(spec, len(prompt), self._limits.context)
-        request = _Request(task_id, spec, stop, prompt, accepted=accepted)
-        for index, params in enumerate(self._api.sampling_params(spec, spec.max_tokens)):
-            request.answers.append(_Answer(request, index, f"{task_id}.{next(self._keys)}", params))
+        prompt = self._prompter.prompt(spec)
+        spec = fitted(spec, len(prompt.tokens), self._limits.context)
+        request = _Request(task_id, spec, stop, prompt.tokens, accepted=accepted)
+        for index, params in enumerate(self._api.sampling_params(spec, spec.max_tokens, prompt)):
+            answer = _Answer(request, index, f"{task_id}.{next(self._keys)}", params)
+            answer.stream = self._prompter.answer(spec, prompt, task_id, index)
+            request.answers.append(answer)
         request.lora, request.echo = self._loras.get(spec.model or ""), self._prompter.echo(spec)
         if on_delta is not None:
             request.pieces = SimpleQueue()
@@ -338,8 +348,9 @@ class VLLMEngine:
         try:
             async for output in self._outputs(answer):
                 self._take(answer, output)
-                if request.must_stop and not output.finished:
+                if (request.must_stop or answer.stopped or answer.failure is not None) and not output.finished:
                     await self._llm.abort(answer.key)
+            self._end(answer)
         except self._api.EngineDeadError:
             raise self._died(inside=True) from None
         except self._api.EngineGenerateError as error:
@@ -383,7 +394,9 @@ class VLLMEngine:
             request.work += len(tokens) * decode_work(
                 self._step_cost, sequences=self._running, context=len(request.prompt) + len(answer.tokens)
             )
-        if completion.text:
+        if answer.stream is not None:
+            self._parse(answer, partial(answer.stream.push, completion.text, tokens))
+        elif completion.text:
             answer.text.append(completion.text)
             self._say(answer, completion.text)
         if completion.logprobs:
@@ -397,6 +410,27 @@ class VLLMEngine:
     def _say(answer: _Answer, text: str) -> None:
         if text and answer.request.pieces is not None:
             answer.request.pieces.put(Delta(index=answer.index, text=text))
+
+    def _end(self, answer: _Answer) -> None:
+        """It is over: its last pieces. Raises EngineError, if it could not be parsed."""
+        if answer.stream is not None:
+            self._parse(answer, partial(answer.stream.finish, cut=answer.finish != "stop"))
+        if answer.failure is not None:
+            raise answer.failure
+
+    @staticmethod
+    def _parse(answer: _Answer, parse: Callable[[], list[Delta]]) -> None:
+        """What a parser does not take ends this answer, as a stop does: by its key."""
+        if answer.failure is not None:
+            return
+        try:
+            deltas = parse()
+        except EngineError as error:
+            answer.failure = error
+            return
+        if answer.request.pieces is not None:
+            for delta in deltas:
+                answer.request.pieces.put(delta)
 
     def _generation(self, request: _Request, before: Counters) -> Generation:
         spec, now = request.spec, time.monotonic()
@@ -422,6 +456,7 @@ class VLLMEngine:
             energy=request.energy,
             before=before,
             after=counters_or_none(self),
+            reasoning_tokens=sum(a.stream.reasoning_tokens for a in request.answers if a.stream is not None),
             cached_tokens=request.answers[0].cached,
             stalled=request.stalled,
         )
@@ -432,15 +467,20 @@ class VLLMEngine:
         if (top := request.spec.logprobs) is not None:
             logprobs = self._prompter.prompt_logprobs(request.prompt, request.prompt_logprobs, top)
             logprobs += self._api.openai_logprobs(answer.tokens, answer.logprobs, top)
+        stream, finish = answer.stream, self._finish_reason(answer)
         return {
-            "text": request.echo + "".join(answer.text),
-            "finish_reason": self._finish_reason(answer),
+            "text": request.echo + ("".join(answer.text) if stream is None else stream.text),
+            "finish_reason": finish if stream is None else stream.finish_reason(finish),
             "logprobs": logprobs,
+            "reasoning": None if stream is None else stream.reasoning,
+            "tool_calls": () if stream is None else stream.calls,
             "tokens": len(answer.tokens),
         }
 
     @staticmethod
     def _finish_reason(answer: _Answer) -> FinishReason:
+        if answer.stopped:
+            return "stop"
         match answer.finish:
             case "length":
                 return "length"

@@ -51,6 +51,12 @@ NEEDED = {
         "AsyncEngineArgs.structured_outputs_config",
         "AsyncEngineArgs.tensor_parallel_size",
     ),
+    "vllm.entrypoints.openai.chat_completion.protocol": ("ChatCompletionRequest.tools",),
+    "vllm.entrypoints.openai.engine.protocol": (
+        "DeltaMessage.content",
+        "DeltaMessage.reasoning",
+        "DeltaMessage.tool_calls",
+    ),
     "vllm.inputs": ("tokens_input",),
     "vllm.logprobs": ("Logprob.decoded_token", "Logprob.logprob", "Logprob.rank"),
     "vllm.lora.request": ("LoRARequest.lora_int_id", "LoRARequest.lora_name", "LoRARequest.lora_path"),
@@ -65,6 +71,9 @@ NEEDED = {
         "RequestOutput.outputs",
         "RequestOutput.prompt_logprobs",
     ),
+    "vllm.parser.abstract_parser": ("Parser.parse_delta",),
+    "vllm.parser.parser_manager": ("ParserManager.get_parser",),
+    "vllm.reasoning": ("ReasoningParserManager.list_registered",),
     "vllm.sampling_params": (
         "RequestOutputKind.DELTA",
         "RequestOutputKind.FINAL_ONLY",
@@ -80,6 +89,7 @@ NEEDED = {
         "SamplingParams.prompt_logprobs",
         "SamplingParams.repetition_penalty",
         "SamplingParams.seed",
+        "SamplingParams.skip_special_tokens",
         "SamplingParams.stop",
         "SamplingParams.structured_outputs",
         "SamplingParams.temperature",
@@ -87,6 +97,7 @@ NEEDED = {
         "SamplingParams.top_p",
         "StructuredOutputsParams.grammar",
     ),
+    "vllm.tool_parsers": ("ToolParserManager.list_registered",),
     "vllm.v1.engine.async_llm": (
         "AsyncLLM.abort",
         "AsyncLLM.add_lora",
