@@ -15,7 +15,7 @@ from perllm.cloud_worker.openai_api import Refused, ServerError
 
 log = structlog.get_logger(__name__)
 
-#: What `remote_engine` passes on.
+#: What `remote_engine` passes on, and has to ask for.
 SERVED = frozenset(
     {
         Capability.GENERATE,
@@ -26,7 +26,6 @@ SERVED = frozenset(
         Capability.LOGIT_BIAS,
         Capability.GRAMMAR,
         Capability.JSON_SCHEMA,
-        Capability.CHOICES,
         Capability.INFILL,
         Capability.TOKENS,
     }
@@ -101,6 +100,7 @@ ASKS: Mapping[Capability, tuple[Ask, ...]] = {
     ),
     Capability.GRAMMAR: (Ask(_CHAT, {"grammar": 'root ::= "perllm"'}, lambda a: _said(a).strip() == "perllm", 32),),
     Capability.LOGIT_BIAS: (Ask(_CHAT, {"logit_bias": {"1000": 100}}, lambda answer: _repeats(_said(answer)), 4),),
+    Capability.CHOICES: (Ask(_CHAT, {"n": 2}, lambda answer: len(answer["choices"]) == 2),),
     Capability.TOOLS: (
         Ask(_CHAT, {"tools": [_TOOL]}, _choice),
         Ask(_CHAT, {"tools": [_TOOL], "tool_choice": "required"}, _calls, 64),
@@ -137,7 +137,7 @@ Post = Callable[[str, dict[str, Any]], Awaitable[Any]]
 
 async def look(post: Post, limit: str, *, served: Set[Capability] = SERVED) -> Found:
     """Ask a server that was seen to chat for what is `served` beside. `limit` is its name for `max_tokens`."""
-    found = {Capability.GENERATE, Capability.CHAT, Capability.CHOICES}  # several are asked for one by one, if need be
+    found = {Capability.GENERATE, Capability.CHAT}
     for capability, asks in ASKS.items():
         if capability in served and all([await _shows(post, ask, limit) for ask in asks]):
             found.add(capability)

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
+from perllm.broker.capabilities import Capability
 from perllm.broker.engine.answers import answer_seed
 from perllm.broker.engine.checks import check_echo, check_model
 from perllm.broker.engine.contract import (
@@ -197,7 +198,9 @@ class RemoteEngine:
         self._name = self._settings.model_name or _producer_name(self._model)
         self._step_cost = await self._calibrate()
         found = await look(self._post, self._limit)
-        self._capabilities, self._own_schema = found.capabilities, found.own_schema
+        # Several answers are asked for one by one of a server that gives but one.
+        self._capabilities = tuple(sorted({*found.capabilities, Capability.CHOICES}))
+        self._own_schema = found.own_schema
         log.info("remote_found", model=self._name, capabilities=", ".join(self._capabilities))
         self._totals = EngineTotals()  # calibration is no task
         self._joules = 0.0

@@ -26,6 +26,7 @@ from typing import Any
 
 import structlog
 
+from perllm.broker.chat import AnswerStream
 from perllm.broker.engine.checks import check_model, fitted
 from perllm.broker.engine.contract import (
     EngineDown,

@@ -82,7 +82,7 @@ def test_what_the_engine_does_not_pass_on_is_not_even_asked() -> None:
         return await Server(*EVERYTHING)(path, body)
 
     assert found(server, SERVED).capabilities == tuple(sorted(SERVED))
-    assert not any("tools" in body or "n" in body for body in asked)
+    assert not any("documents" in body or "n" in body for body in asked)
 
 
 @pytest.mark.parametrize(
