@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai._models import construct_type
 from openai._types import omit
@@ -30,7 +30,7 @@ from perllm.broker.openai.translation import CHAT, COMPLETIONS, ENDPOINTS, RESPO
 
 RECEIPT: Receipt = make.receipt("one", tokens=3)
 SPEC = TaskSpec(messages=[{"role": "user", "content": "hi"}])
-few = settings(max_examples=40)  # the client's models are slow
+few = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])  # the client's models are slow
 EVENTS: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
 
 
@@ -139,7 +139,7 @@ def bodies(draw: st.DrawFn, url: str) -> dict[str, Any]:
     return {name: draw(json_values if odd or name not in MEANT else MEANT[name]) for name in sorted(names)}
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_what_the_door_accepts_can_be_stored_read_back_and_answered(data: st.DataObject) -> None:
     url = data.draw(st.sampled_from(ENDPOINTS))
