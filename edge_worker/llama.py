@@ -9,7 +9,7 @@ import ctypes
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -325,17 +325,23 @@ class Context:
 
 
 class SamplerChain:
-    """Chooses tokens from logits by a chain of llama.cpp's samplers."""
+    """Chooses tokens from logits, some of them biased, by a chain of llama.cpp's samplers."""
 
-    def __init__(self, model: Model, chain: Sequence[Callable[[], Any]]) -> None:
-        """`chain` makes the samplers in order, the last one choosing."""
+    def __init__(self, model: Model, chain: Sequence[Callable[[], Any]], bias: Mapping[int, float]) -> None:
+        """`chain` makes the samplers in order, the last one choosing. `bias` is added to the logits of these tokens:
+        here, since llama.cpp's own sampler looks for each among all that a grammar allows."""
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         for make in chain:
             lib.llama_sampler_chain_add(self._chain, make())
         self._model = model
+        self._biased = np.fromiter(bias.keys(), np.int64, len(bias))
+        self._bias = np.fromiter(bias.values(), np.float32, len(bias))
 
     def choose(self, logits: Logits, among: npt.NDArray[np.intp] | None = None) -> int:
         """The next token, one of `among` (ids, at least one) if given. Choosing commits to nothing: see `accept`."""
+        if len(self._bias):
+            logits = logits.copy()
+            logits[self._biased] += self._bias
         count = len(logits) if among is None else len(among)
         candidates = self._model.candidates[:count]
         candidates["id"] = self._model.ids if among is None else among

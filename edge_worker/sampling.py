@@ -107,7 +107,7 @@ def make_samplers(model: Model, spec: TaskSpec, penalty_window: int, prompt: Pro
     seed = spec.seed if spec.seed is not None else int.from_bytes(os.urandom(4), "little")
     return [
         Sampler(
-            SamplerChain(model, _chain(model, spec, penalty_window, answer_seed(seed, i))),
+            SamplerChain(model, _chain(model, spec, penalty_window, answer_seed(seed, i)), spec.logit_bias),
             None if matcher is None else matcher.deep_copy(),
             allowance,
         )
@@ -118,10 +118,6 @@ def make_samplers(model: Model, spec: TaskSpec, penalty_window: int, prompt: Pro
 def _chain(model: Model, spec: TaskSpec, penalty_window: int, seed: int) -> list[Callable[[], Any]]:
     """What makes the samplers, in order."""
     chain: list[Callable[[], Any]] = []
-    if spec.logit_bias:
-        each = [lib.llama_logit_bias(token, bias) for token, bias in spec.logit_bias.items()]
-        biases = (lib.llama_logit_bias * len(each))(*each)
-        chain.append(lambda: lib.llama_sampler_init_logit_bias(model.vocab_size, len(biases), biases))
     if _penalised(spec):
         chain.append(
             lambda: lib.llama_sampler_init_penalties(
