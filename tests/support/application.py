@@ -1,6 +1,6 @@
 """A producer's own Celery application, which knows nothing of PerLLM: its tasks, and its worker.
 
-    CELERY_BROKER_URL=... celery -A support.application worker
+CELERY_BROKER_URL=... celery -A support.application worker
 """
 
 from __future__ import annotations
