@@ -131,7 +131,7 @@ def _check_signature(signature: dict[str, Any]) -> None:
     task, options, kind = signature["task"], signature["options"], signature.get("subtask_type")
     if not isinstance(task, str) or not 0 < len(task) < 256:
         raise InvalidTask("what follows it has no name of a task")
-    if kind is not None and kind not in Signature.TYPES:
+    if kind is not None and not (isinstance(kind, str) and kind in Signature.TYPES):
         raise InvalidTask(f"what follows it is no signature of Celery's: {str(kind)[:40]!r}")
     if not isinstance(signature.get("args"), list | tuple) or not isinstance(signature.get("kwargs"), dict):
         raise InvalidTask(f"{task[:80]}: what follows it must have its arguments as a list and an object")

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import celery
 import pytest
+from celery import chain
+from celery.canvas import Signature
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 from support.cluster import Cluster
@@ -208,3 +210,38 @@ def test_a_deadline_holds_on_a_node_that_takes_up_nothing(cluster: Cluster) -> N
     assert (result.state, result.on_time) == ("expired", False)
     assert 2 <= result.latency < 10  # it was 30
     cluster.ledger.leave("hole", info.boot, "gone")
+
+
+# --- whoever is killed meanwhile
+
+
+def test_with_no_scheduler_alive_it_is_cancelled_and_told_by_the_next(
+    cluster: Cluster, producer: celery.Celery
+) -> None:
+    (task_id,) = cluster.submit(**ENDLESS)
+    cluster.await_state(task_id, "running")
+    scheduler = next(p for p in cluster.processes if p.name == "scheduler" and p.running)
+    scheduler.kill()
+    producer.control.revoke(task_id)
+    assert cluster.await_state(task_id, "cancelled")
+    cluster.scheduler()
+    revoked(cluster, producer, task_id)
+    works(cluster)
+
+
+def test_the_rest_of_a_chain_is_revoked_though_the_inbox_was_killed(cluster: Cluster, producer: celery.Celery) -> None:
+    def signature(**fields: object) -> Signature:
+        return producer.signature(GENERATE, kwargs={"prompt": "hi", "max_tokens": 2} | fields, queue="inbox")
+
+    first = signature(**ENDLESS)
+    last = chain(first, signature(), signature())()
+    ids = [last.id, last.parent.id, last.parent.parent.id]
+    eventually(lambda: cluster.ledger.known([ids[2]])[0], "it is handed in")
+    inbox = next(p for p in cluster.processes if p.name == "inbox" and p.running)
+    inbox.kill()
+    producer.control.revoke(ids[2], terminate=True)  # the node hears it
+    eventually(lambda: AsyncResult(ids[2], app=producer).state == "REVOKED", "the first is revoked")
+    assert AsyncResult(ids[0], app=producer).state == "PENDING"
+    cluster.start_inbox()
+    eventually(lambda: {AsyncResult(i, app=producer).state for i in ids} == {"REVOKED"}, "all are revoked")
+    assert cluster.ledger.known(ids) == [False, False, True]
