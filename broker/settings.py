@@ -71,6 +71,8 @@ class Settings(BaseSettings):
 
     max_prompt_bytes: Annotated[int, Field(ge=1)] = 1 << 20
     """Longest input of a task, bytes."""
+    max_result_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
+    """Most bytes the embeddings of one task may take, 16 for 3 numbers."""
     lease: Annotated[float, Field(ge=0.5, le=300)] = 4.0
     """A worker that is silent for so long, s, has lost its tasks: they are placed anew."""
     heartbeat: Annotated[float, Field(ge=0.05, le=60)] = 1.0

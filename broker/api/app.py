@@ -14,7 +14,18 @@ from prometheus_client import CollectorRegistry
 from perllm.broker.api import errors, metrics
 from perllm.broker.api.openapi import document
 from perllm.broker.api.request_limits import RequestLimits
-from perllm.broker.api.routes import batches, completions, files, health, models, nodes, responses, tasks, webhooks
+from perllm.broker.api.routes import (
+    batches,
+    completions,
+    embeddings,
+    files,
+    health,
+    models,
+    nodes,
+    responses,
+    tasks,
+    webhooks,
+)
 from perllm.broker.api.settings import ApiSettings
 from perllm.broker.api.state import Api
 
@@ -49,6 +60,7 @@ def make_app(settings: ApiSettings) -> FastAPI:
     errors.install(app)
     routers = (
         completions.router,
+        embeddings.router,
         responses.router,
         tasks.router,
         files.router,

@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
-from perllm.broker.messages import MAX_DEADLINE, MAX_SCHEMA, StrictModel
+from perllm.broker.messages import (
+    MAX_DEADLINE,
+    MAX_DIMENSIONS,
+    MAX_INPUTS,
+    MAX_SCHEMA,
+    StrictModel,
+    TokenId,
+    TokenIds,
+)
 
 Tokens = Annotated[int, Field(ge=1, le=1_000_000)]
 Deadline = Annotated[
@@ -60,6 +68,10 @@ class TextPart(_Part):
 class ChatMessage(_Part):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
+
+
+class TextDocument(_Part):
+    text: Annotated[str, Field(min_length=1)]
 
 
 class StreamOptions(_Part):
@@ -144,6 +156,41 @@ class ResponseRequest(OpenAIRequest):
         None
     ) = None
     background: bool = False
+
+
+class EmbeddingsRequest(StrictModel):
+    """Embeddings of up to 2,048 inputs: of a text or texts, or of texts given as the ids of their tokens."""
+
+    model: ModelName | None = None
+    input: Annotated[
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_INPUTS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS)],
+        Field(description="What is to be embedded; each input fits into the model's context."),
+    ]
+    dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    deadline: Deadline | None = None
+    value: Value = 1.0
+    service: Service = "default"
+    metadata: Metadata = Field(default_factory=dict)
+    user: Annotated[Any, NoEffect()] = None
+
+
+class RerankRequest(StrictModel):
+    """How well each of up to 2,048 documents answers a query."""
+
+    model: ModelName | None = None
+    query: Annotated[str, Field(min_length=1)]
+    documents: Annotated[list[Annotated[str, Field(min_length=1)] | TextDocument], Field(min_length=1, max_length=2048)]
+    top_n: Annotated[int, Field(ge=1, description="Only so many results, the best.")] | None = None
+    return_documents: bool = True
+    deadline: Deadline | None = None
+    value: Value = 1.0
+    service: Service = "default"
+    metadata: Metadata = Field(default_factory=dict)
+    user: Annotated[Any, NoEffect()] = None
 
 
 M = TypeVar("M", NoEffect, Only)

@@ -8,13 +8,16 @@ of everything is its task's.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
 from perllm.broker.errors import InvalidTask
 from perllm.broker.messages import Result, State, TaskSpec
+from perllm.broker.openai import embeddings
+from perllm.broker.openai.embeddings import EMBEDDINGS, RERANK, USUAL_FORM, AnswerForm
 from perllm.broker.openai.requests import (
     ChatRequest,
     CompletionRequest,
@@ -25,7 +28,7 @@ from perllm.broker.openai.requests import (
 )
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
-ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES)
+ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, RERANK)
 #: Our fields a request may carry.
 EXTENSIONS = ("deadline", "value", "service", "expected_tokens")
 #: A model's name that means any, for clients that must give one.
@@ -56,6 +59,8 @@ _ONLY = {name: marker.values for name, marker in marked(Only)}
 def task_fields(body: Mapping[str, Any], url: str = CHAT) -> dict[str, Any]:
     """A TaskSpec's fields from a request's body. Raises InvalidTask for a field that is neither OpenAI's nor ours, or
     asks for what is not supported; other values are checked with the task."""
+    if url in (EMBEDDINGS, RERANK):
+        return embeddings.task_fields(body, url)
     fields: dict[str, Any] = {}
     for name, value in body.items():
         if value is None or name in _NO_PART:
@@ -177,6 +182,15 @@ def _format(field: str, value: Any) -> dict[str, Any]:
 
 
 # --- responses
+
+
+def response_pieces(
+    url: str, result: Result, spec: TaskSpec, submitted: float, form: AnswerForm = USUAL_FORM
+) -> Iterator[str]:
+    """A succeeded task as the JSON its endpoint answers with, in pieces."""
+    if url in (EMBEDDINGS, RERANK):
+        return embeddings.response_pieces(url, result, spec, form, receipt_fields(result))
+    return iter([json.dumps(response_body(url, result, spec, submitted), ensure_ascii=False)])
 
 
 def response_body(url: str, result: Result, spec: TaskSpec, submitted: float) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class MeanLength:
 
     def observe(self, event: Event, task: Task | None) -> None:
         """Count a task that ran to its end; one cut at its deadline says only that it was longer."""
-        if isinstance(event, Completed) and task is not None and event.state is State.SUCCEEDED:
+        if isinstance(event, Completed) and task is not None and event.state is State.SUCCEEDED and task.generates:
             entry = self.sums.get(task.tenant, task.service)
             entry[0] += 1
             entry[1] += event.receipt.completion_tokens

@@ -25,7 +25,7 @@ class Task:
     model: str | None  # None: any
     prompt_tokens: int  # estimated
     payload_bytes: int
-    max_tokens: int
+    max_tokens: int  # 0: it generates nothing, its inputs are embedded or ranked
     tenant: str = "default"
     expected_tokens: int | None = None  # the producer's hint
     text: Sketch = b""
@@ -37,6 +37,10 @@ class Task:
     claimed: float | None = None
     generated: int = 0  # tokens, as of the node's last heartbeat
     avoid: Mapping[str, float] = field(default_factory=dict)  # nodes that lost it, until when they are avoided (s)
+
+    @property
+    def generates(self) -> bool:
+        return self.max_tokens > 0
 
     def avoids(self, node: str, now: float) -> bool:
         """Whether it lost an attempt on this node lately."""

@@ -92,6 +92,9 @@ class CsUcb(Policy):
         self._node_models.observe(event, task, cluster)
         if isinstance(event, Completed) and task is not None:
             receipt = event.receipt
+            self._scale.observe(receipt.energy.transfer + receipt.energy.inference)
+            if not task.generates:
+                return
             tokens, cut = receipt.completion_tokens, event.state is not State.SUCCEEDED
             if not cut and tokens >= task.max_tokens:  # it ended at its limit: it would have been at least so long
                 tokens, cut = task.max_tokens - 1, True
@@ -106,7 +109,6 @@ class CsUcb(Policy):
                 max_tokens=task.max_tokens,
                 model=task.model,
             )
-            self._scale.observe(receipt.energy.transfer + receipt.energy.inference)
 
     # --- deciding
 
@@ -228,7 +230,7 @@ class CsUcb(Policy):
 
     @override
     def forecast_length(self, task: Task) -> LengthForecast | None:
-        return self._lengths.forecast(task)
+        return self._lengths.forecast(task) if task.generates else None
 
     # --- kept over a restart
 

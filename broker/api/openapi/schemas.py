@@ -81,7 +81,7 @@ class BatchRequest(Shape):
     model_config = ConfigDict(extra="forbid")
 
     input_file_id: str
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank"]
     completion_window: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,6}[smhd]$")]
     metadata: Metadata | None = None
     output_expires_after: OutputExpiry | None = None
@@ -163,6 +163,41 @@ class Completion(ReceiptFields):
     model: str
     choices: list[TextChoice]
     usage: Usage
+
+
+class EmbeddingsUsage(Shape):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Shape):
+    object: Literal["embedding"]
+    index: int
+    embedding: Annotated[
+        list[float] | str, Field(description="base64 of little-endian 32-bit floats where that was asked for")
+    ]
+
+
+class Embeddings(ReceiptFields):
+    id: str
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingsUsage
+
+
+class Ranked(Shape):
+    index: Annotated[int, Field(description="of the document, in the order they were given")]
+    relevance_score: Annotated[float, Field(description="as the model gives it: compare within one answer")]
+    document: dict[str, str] | None = None
+
+
+class Reranking(ReceiptFields):
+    id: str
+    object: Literal["list"]
+    model: str
+    results: list[Ranked]
+    usage: EmbeddingsUsage
 
 
 class ResponseObject(ReceiptFields):
