@@ -37,8 +37,8 @@ def run(
 ) -> dict[str, Any]:
     """Submit every good line of `path`; with `wait`, write results as they are all there. Returns a report.
 
-    `defaults` fill fields a line does not set. `as_requests` makes its lines requests in OpenAI Batch format; `again` is
-    the command that goes on, less the batch's name. Raises BadSetting when a file cannot be read or written.
+    `defaults` fill fields a line does not set. `as_requests` makes its lines requests in OpenAI Batch format; `again`
+    is the command that goes on, less the batch's name. Raises BadSetting when a file cannot be read or written.
     """
     name = name or f"batch-{new_id()[:8]}"
     output = output or path.with_suffix(".output.jsonl")
