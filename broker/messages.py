@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
-from perllm.broker.capabilities import BEFORE_CAPABILITIES, Capability
+from perllm.broker.capabilities import BEFORE_CAPABILITIES, Capability, lacking
 from perllm.broker.vectors import unpack
 
 WIRE_VERSION = 1
@@ -220,6 +220,10 @@ class TaskSpec(Sampling):
     is the producer's guess of the output length, used as evidence, not as a limit. `stream` asks the worker to publish
     the answer as it is generated (`AsyncClient.stream`).
 
+    An answer has at most `max_tokens`. With `fit_context` one that is longer than the context has room for, or the time
+    to the deadline, ends there (`length`), where it is refused, or expires, without: so it is for a task whose producer
+    did not say `max_tokens` (`TaskValidator`).
+
     `n` answers are made of one prompt. `tools` may be called if `tool_choice` is `auto`, and must be if it is
     `required`; only the `allowed_tools` if some are named. `echo` has the text begin with the prompt; `suffix` is what
     comes after the text that is asked for.
@@ -232,6 +236,7 @@ class TaskSpec(Sampling):
     deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE)] = 60.0
     value: Annotated[float, Field(gt=0, le=MAX_VALUE, allow_inf_nan=False)] = 1.0
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    fit_context: bool = False
     model: Name | None = None
     service: Name = "default"
     tenant: Name = "default"
@@ -369,6 +374,7 @@ class TaskFields(TypedDict, total=False):
     deadline: float
     value: float
     max_tokens: int
+    fit_context: bool
     model: str
     service: str
     tenant: str
@@ -473,6 +479,7 @@ class Receipt(TolerantModel):
     cached_tokens: int = 0  # of prompt_tokens, not prefilled because a shared prefix was there
     completion_tokens: int = 0  # of all choices
     reasoning_tokens: int = 0  # of completion_tokens
+    cut: bool = False  # an answer ended at a limit and would have gone on
     energy: Energy
     before: Counters = Counters()
     after: Counters = Counters()
@@ -599,7 +606,7 @@ class ModelOffer(TolerantModel):
 
     def lacks(self, needs: Iterable[str]) -> list[str]:
         """Those of the needed capabilities this model does not have."""
-        return [need for need in needs if need not in self.capabilities]
+        return lacking(needs, self.capabilities)
 
 
 class Power(TolerantModel):
@@ -630,11 +637,10 @@ class NodeInfo(TolerantModel):
         """The Celery queue this node consumes."""
         return f"{self.tier}.{self.name}"
 
-    def offer(self, model: str | None) -> ModelOffer | None:
-        """The offer for `model`, or the first one when any model will do; None when not served here."""
-        if model is None:
-            return self.models[0]
-        return next((m for m in self.models if m.name == model), None)
+    def offer(self, model: str | None, needs: Sequence[str] = ()) -> ModelOffer | None:
+        """The offer for `model`, or the first of those that can do what is needed when any model will do; None when
+        not served here."""
+        return next((m for m in self.models if model in (None, m.name) and not m.lacks(needs)), None)
 
 
 # --- what happened: the event stream
@@ -662,7 +668,8 @@ class Submitted(_TaskEvent):
     max_tokens: Count = 128
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1  # answers, each of at most max_tokens
     kind: str = "generate"
-    needs: tuple[str, ...] = ()  # capabilities
+    needs: Annotated[tuple[str, ...], Field(max_length=64)] = ()  # capabilities
+    fit_context: bool = False  # it ends where the context does; `max_tokens` is not the producer's
     expected_tokens: Annotated[int, Field(ge=1, lt=2**32)] | None = None
     text: str = ""  # as `perllm.broker.text_features.sketch` makes it
     strikes: Count = 0

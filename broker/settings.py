@@ -73,6 +73,8 @@ class Settings(BaseSettings):
     """Longest input of a task, bytes."""
     max_result_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
     """Most bytes the embeddings of one task may take, 16 for 3 numbers."""
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
+    """Longest answer of a task that does not say, tokens; the context and the deadline may end it before."""
     lease: Annotated[float, Field(ge=0.5, le=300)] = 4.0
     """A worker that is silent for so long, s, has lost its tasks: they are placed anew."""
     heartbeat: Annotated[float, Field(ge=0.05, le=60)] = 1.0

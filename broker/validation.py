@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from perllm.broker import grammar
+from perllm.broker.capabilities import unserved
 from perllm.broker.engine.checks import context_excess, embeddings_bytes, embeddings_excess
 from perllm.broker.errors import InvalidTask, field_errors
 from perllm.broker.ledger import Ledger
@@ -27,7 +28,9 @@ class TaskValidator:
     def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self._settings = settings
         self._ledger = ledger
-        self._offers: list[ModelOffer] = []
+        self._offers: list[ModelOffer] = []  # of all nodes there are, …
+        self._live: list[ModelOffer] = []  # of those that take work, …
+        self._gone: list[ModelOffer] = []  # and of those that do not, or are no more
         self._as_of = float("-inf")
 
     def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
@@ -42,9 +45,12 @@ class TaskValidator:
     def accept_unchecked(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
         """The same, but without the check of a grammar or schema: that is left to the caller.
 
-        A model nobody offers, and more tokens than any context holds, are refused only while nodes are live: without
-        any, the task waits for one.
+        A model nobody offers, what none can do, and more tokens than any context holds, are refused only while nodes
+        are live: without any, the task waits for one. Where a task does not say `max_tokens`, it gets as many as the
+        settings, its context and its deadline allow.
         """
+        if "max_tokens" not in fields and fields.get("kind", "generate") == "generate":
+            fields = {"fit_context": True, **fields, "max_tokens": self._settings.max_tokens}
         if "value" not in fields and max_value < 1:
             fields = {**fields, "value": max_value}
         try:
@@ -97,8 +103,13 @@ class TaskValidator:
         if not serving:
             names = ", ".join(sorted({o.name for o in offers}))
             raise InvalidTask(f"model: no live node serves {spec.model!r}; on offer: {names}")
-        context = max(o.context for o in serving)
-        if spec.kind == "generate" and context_excess(1, spec.max_tokens, context):  # the shortest prompt there is
+        needs = spec.needs()
+        live = [o for o in self._live if spec.model in (None, o.name)]  # none: the model's nodes are back soon
+        if live and (sentence := unserved(spec.model, needs, self._live, self._gone)):
+            raise InvalidTask(sentence)
+        context = max(o.context for o in serving if not (live and o.lacks(needs)))
+        # With the shortest prompt there is
+        if spec.kind == "generate" and not spec.fit_context and context_excess(1, spec.max_tokens, context):
             raise InvalidTask(f"max_tokens: {spec.max_tokens} leaves no room in the largest context, {context} tokens")
 
     @property
@@ -108,7 +119,11 @@ class TaskValidator:
 
     def refresh(self) -> None:
         """Look now."""
-        self._offers = [offer for info, _, _ in self._ledger.nodes() for offer in info.models]
+        nodes, gone = self._ledger.nodes(), self._ledger.gone()
+        self._offers = [offer for info, _, _ in nodes for offer in info.models]
+        self._live = [offer for info, _, draining in nodes if not draining for offer in info.models]
+        self._gone = [offer for info, _, draining in nodes if draining for offer in info.models]
+        self._gone += [offer for info, _ in gone for offer in info.models]
         self._as_of = time.monotonic()
 
     def _current_offers(self) -> list[ModelOffer]:

@@ -125,6 +125,17 @@ class OpenAIClient:
         except ValidationError as error:
             raise Malformed(f"its list of models is not one: {_short(error)}") from None
 
+    async def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON of the answer to one request that is not streamed. Raises ServerError."""
+        async with _as_server_error():
+            response = await self._http.post(path, json=body)
+        if response.status_code != httpx.codes.OK:
+            raise _error_of(response.status_code, response.headers, response.content)
+        try:
+            return response.json()
+        except ValueError as error:
+            raise Malformed(f"it sent what is not JSON: {error}") from None
+
     async def chat(self, body: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
         """The chunks of one streamed completion. Closing the iterator tells the server to stop. Raises ServerError."""
         async with _as_server_error(), self._http.stream("POST", "chat/completions", json=body) as response:

@@ -58,6 +58,7 @@ from perllm.cloud_worker.openai_api import (
     Unreachable,
     Usage,
 )
+from perllm.cloud_worker.remote_capabilities import look
 from perllm.cloud_worker.settings import CloudSettings
 
 log = structlog.get_logger(__name__)
@@ -93,6 +94,7 @@ class _Request:
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish: str | None = None  # the server's finish reason
     usage: Usage | None = None
+    limited: bool = True  # the server is told how many tokens at most
 
 
 class RemoteEngine:
@@ -138,8 +140,20 @@ class RemoteEngine:
         self._model, self._context = await self._find_model()
         self._name = self._settings.model_name or _producer_name(self._model)
         self._step_cost = await self._calibrate()
+        found = await look(self._post, self._limit)
+        self._capabilities, self._own_schema = found.capabilities, found.own_schema
+        log.info("remote_found", model=self._name, capabilities=", ".join(self._capabilities))
         self._totals = EngineTotals()  # calibration is no task
         self._joules = 0.0
+
+    async def _post(self, path: str, body: dict[str, Any]) -> Any:
+        """Ask once more where the server only fails for a moment. Raises ServerError."""
+        body = {"model": self._model, **body}
+        try:
+            return await self._client.post(path, body)
+        except Unavailable as error:
+            await asyncio.sleep(min(MAX_PAUSE, error.wait if error.wait is not None else self._first_pause))
+            return await self._client.post(path, body)
 
     async def _find_model(self) -> tuple[str, int]:
         """(the model's name there, its context in tokens)."""
@@ -202,6 +216,7 @@ class RemoteEngine:
                 context=self._context,
                 kv_tokens=self._context * self.slots,
                 calibration=self._step_cost,
+                capabilities=self._capabilities,
             ),
         )
 
@@ -321,7 +336,7 @@ class RemoteEngine:
             try:
                 await self._stream(request)
             except ServerError as error:
-                if self._adapt(str(error), request.spec):
+                if self._adapt(str(error), request.spec) or _without_limit(error, request):
                     continue
                 tries += 1
                 pause = self._pause(request, error, tries)
@@ -366,9 +381,12 @@ class RemoteEngine:
         """One stream, to its end. Raises ServerError."""
         request.sent = request.last = time.monotonic()
         try:
-            async with aclosing(self._client.chat(self._body(request.spec))) as chunks:
+            async with aclosing(self._client.chat(self._body(request))) as chunks:
                 async for chunk in chunks:
                     self._take(request, chunk)
+                    if not request.limited and request.tokens >= request.spec.max_tokens:
+                        request.finish = request.finish or "length"
+                        break
         except ServerError:
             if request.finish is None:
                 raise
@@ -394,16 +412,18 @@ class RemoteEngine:
                     request.pieces.put(Delta(text=text))
             request.finish = choice.finish_reason or request.finish
 
-    def _body(self, spec: TaskSpec) -> dict[str, Any]:
+    def _body(self, request: _Request) -> dict[str, Any]:
         """The request. What not every server knows is sent only where it is asked for."""
+        spec = request.spec
         body: dict[str, Any] = {
             "model": self._model,
             "messages": chat_messages(spec),
             "stream": True,
             "stream_options": {"include_usage": True},
-            self._limit: spec.max_tokens,
             "temperature": spec.temperature,
         }
+        if request.limited:
+            body[self._limit] = self._most_tokens(spec)
         neutral = TaskSpec(prompt="-")
         for ours in ("top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "top_k", "min_p", "grammar"):
             if (value := getattr(spec, ours)) != getattr(neutral, ours):
@@ -419,6 +439,13 @@ class RemoteEngine:
                 {"type": "json_object", "schema": spec.json_schema} if self._own_schema else standard
             )
         return body
+
+    def _most_tokens(self, spec: TaskSpec) -> int:
+        """The limit to send: where the task's producer gave none, what the context has room for by our estimate of the
+        prompt."""
+        if not spec.fit_context:
+            return spec.max_tokens
+        return max(1, min(spec.max_tokens, self._context - spec.text_bytes() // BYTES_PER_TOKEN - 1))
 
     # --- when the server is away
 
@@ -443,6 +470,15 @@ class RemoteEngine:
             self._down = None
             log.info("remote_back")
             return
+
+
+def _without_limit(error: ServerError, request: _Request) -> bool:
+    """Whether the server refuses so many tokens though the answer may be shorter: then it gets no limit."""
+    about_length = re.search(r"context|max_(?:completion_)?tokens|too (?:large|long)", str(error)) is not None
+    if not (isinstance(error, Refused) and about_length and request.spec.fit_context and request.limited):
+        return False
+    request.limited = False
+    return True
 
 
 def _latency(request: _Request) -> float:

@@ -26,11 +26,13 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from perllm.broker import grammar
+from perllm.broker.engine.chat_template import TemplateFacts, look_at_template
 from perllm.broker.engine.contract import EngineError
 from perllm.broker.engine.text import prompt_text
 from perllm.broker.errors import BadSetting, InvalidTask, TryAgain
 from perllm.broker.messages import TaskSpec
 from perllm.cloud_worker.settings import CloudSettings
+from perllm.cloud_worker.vllm_capabilities import INFILL_MARKS, Facts
 
 __all__ = [
     "EngineDeadError",
@@ -38,6 +40,7 @@ __all__ = [
     "Prompter",
     "calibration_params",
     "engine_args",
+    "facts",
     "limits",
     "lora_requests",
     "open_engine",
@@ -147,6 +150,19 @@ def limits(llm: Any) -> Limits:
     )
 
 
+def facts(llm: Any, tasks: frozenset[str], template: TemplateFacts) -> Facts:
+    """What there is to see of an engine `open_engine` started, beside the `tasks` it says it can do."""
+    config, vocabulary = llm.vllm_config, llm.get_tokenizer().get_vocab()
+    return Facts(
+        tasks=tasks,
+        template=template,
+        infills=any(before in vocabulary and after in vocabulary for before, after in INFILL_MARKS),
+        max_logprobs=int(config.model_config.max_logprobs),
+        labels=int(getattr(config.model_config.hf_config, "num_labels", 0)),
+        reasoning_parser=config.structured_outputs_config.reasoning_parser,
+    )
+
+
 def lora_requests(adapters: Mapping[str, Path], prefix: str) -> dict[str, Any]:
     """Name for producers → what vLLM calls the adapter by."""
     return {
@@ -214,7 +230,10 @@ class Prompter:
     def __init__(self, llm: Any) -> None:
         self._tokenizer: Any = copy.deepcopy(llm.get_tokenizer())  # vLLM's own is in use by its loop
         self._lock = threading.Lock()
-        self._template = self._rendered if getattr(self._tokenizer, "chat_template", None) else None
+        source = getattr(self._tokenizer, "chat_template", None) or ""
+        named = "\n".join(source.values()) if isinstance(source, dict) else source
+        self.template = look_at_template(named, self._rendered)
+        self._template = self._rendered if self.template.chats else None
 
     def tokens(self, spec: TaskSpec) -> list[int]:
         """The prompt's tokens. Raises EngineError (retry=False)."""
@@ -224,5 +243,7 @@ class Prompter:
                 return list(self._tokenizer.encode(text))
             return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def _rendered(self, messages: list[dict[str, Any]]) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    def _rendered(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+        )

@@ -25,7 +25,7 @@ from typing import Any
 
 import structlog
 
-from perllm.broker.engine.checks import check_context, check_model
+from perllm.broker.engine.checks import check_model, fitted
 from perllm.broker.engine.contract import (
     EngineDown,
     EngineError,
@@ -48,6 +48,7 @@ from perllm.cloud_worker.priority import priority
 from perllm.cloud_worker.reaper import Reaper
 from perllm.cloud_worker.settings import CloudSettings
 from perllm.cloud_worker.step_cost import TimedStep, energy_weights, fit_step_cost
+from perllm.cloud_worker.vllm_capabilities import capabilities
 
 log = structlog.get_logger(__name__)
 
@@ -60,6 +61,9 @@ SWITCH_INTERVAL = 5e-4
 STOP_POLL = 0.02
 #: Seconds without a step's end, with work there, after which vLLM is stuck: longer than anything it compiles on demand.
 STUCK_SECONDS = 300.0
+#: Tokens an answer usually has, until answers have shown it, and the weight of each: for those whose producer does not
+#: say how long they may be.
+USUAL_TOKENS, USUAL_WEIGHT = 128.0, 0.02
 #: Pauses before the engine is started anew: the first and the longest, s, and how often it is tried.
 RESTART_PAUSE, RESTART_LONGEST, RESTART_TRIES = 1.0, 60.0, 10
 #: Calibration: requests at once with a long context and its tokens, at most; seconds of idling and decoding metered.
@@ -108,6 +112,7 @@ class VLLMEngine:
         self._name = settings.model_name or _producer_name(settings.model)
         self._totals = EngineTotals()
         self._step_cost = StepCost(step=0.01, sequence=0.0, prefill=1e-5)  # until it is measured
+        self._usual_tokens = USUAL_TOKENS
         self._keys = itertools.count()
         self._present: dict[_Request, None] = {}  # oldest first
         self._prefilling: dict[_Request, None] = {}  # those of them without a token yet
@@ -149,6 +154,7 @@ class VLLMEngine:
                 "model, or more GPUs with PERLLM_VLLM_ARGS='{\"tensor_parallel_size\": 2}'"
             ) from None
         self._prompter = vllm_api.Prompter(self._llm)
+        self._capabilities = capabilities(vllm_api.facts(self._llm, self._tasks, self._prompter.template))
         self._loop.run(self._calibrate())
         self._energy = Attribution(self._meter)
         self._loop.loop.call_soon_threadsafe(self._begin_watch)
@@ -158,6 +164,7 @@ class VLLMEngine:
             model=self._name,
             seconds=round(time.monotonic() - began, 1),
             kv_tokens=self._limits.kv_tokens,
+            capabilities=", ".join(self._capabilities),
             step_ms=round(1e3 * (self._step_cost.step + self._step_cost.sequence), 2),
             prefill_tokens_per_s=round(1 / max(self._step_cost.prefill, 1e-9)),
             watts=round(self._meter.active),
@@ -186,7 +193,7 @@ class VLLMEngine:
         self._llm = self._api.open_engine(self._args, self._stepped)
         self._reaper.started()
         self._limits = self._api.limits(self._llm)
-        await self._llm.get_supported_tasks()  # asked once, and kept by vLLM
+        self._tasks = frozenset(await self._llm.get_supported_tasks())  # asked once, and kept by vLLM
         for name, lora in self._loras.items():
             try:
                 await self._llm.add_lora(lora)
@@ -218,7 +225,11 @@ class VLLMEngine:
         """The model, and each adapter as "<model>:<adapter>". They share one KV cache and one step cost."""
         return tuple(
             ModelOffer(
-                name=name, context=self._limits.context, kv_tokens=self._limits.kv_tokens, calibration=self._step_cost
+                name=name,
+                context=self._limits.context,
+                kv_tokens=self._limits.kv_tokens,
+                calibration=self._step_cost,
+                capabilities=self._capabilities,
             )
             for name in (self._name, *self._loras)
         )
@@ -259,7 +270,7 @@ class VLLMEngine:
         check_model(spec.model, (self._name, *self._loras))
         accepted = time.monotonic()
         prompt = self._prompter.tokens(spec)
-        check_context(len(prompt), spec.max_tokens, self._limits.context)
+        spec = fitted(spec, len(prompt), self._limits.context)
         request = _Request(
             task_id,
             f"{task_id}.{next(self._keys)}",
@@ -314,7 +325,7 @@ class VLLMEngine:
 
     def _outputs(self, request: _Request) -> Any:
         spec, remaining = request.spec, request.stop.remaining
-        tokens = spec.expected_tokens or spec.max_tokens
+        tokens = spec.expected_tokens or (self._usual_tokens if spec.fit_context else spec.max_tokens)
         work = tokens * step_time(self._step_cost, sequences=len(self._present))
         return self._llm.generate(
             self._api.tokens_input(request.prompt),
@@ -356,6 +367,7 @@ class VLLMEngine:
             prefill = max(0.0, stats.first_token_ts - stats.scheduled_ts) if stats.scheduled_ts else 0.0
             decode = max(0.0, stats.last_token_ts - stats.first_token_ts)
         assert request.energy is not None
+        self._usual_tokens += USUAL_WEIGHT * (len(request.tokens) - self._usual_tokens)
         logprobs = None
         if spec.logprobs is not None:
             logprobs = self._api.openai_logprobs(request.tokens, request.logprobs, spec.logprobs)

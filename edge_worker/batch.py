@@ -33,6 +33,9 @@ log = structlog.get_logger(__name__)
 #: A request joins others only if, beyond its prompt, each of them and itself has so many free cells to grow into.
 HEADROOM = 16
 
+#: Tokens a request is taken for whose producer did not say how many at most, while it has generated fewer.
+FEW_TOKENS = 64
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -76,6 +79,12 @@ class Request:
     def generated(self) -> int:
         """Tokens of output so far."""
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def left(self) -> int:
+        """Tokens it may still generate; of one whose producer did not say, as many as it has, or a few."""
+        most = self.spec.max_tokens - self.generated
+        return min(most, max(self.generated, FEW_TOKENS)) if self.spec.fit_context else most
 
     @property
     def over(self) -> bool:
@@ -341,7 +350,7 @@ class Batch:
         kept, and prefilled again when it returns."""
         if self._prefixes.evict_oldest():
             return
-        worth = [(r.spec.value, len(r.tokens) + r.spec.max_tokens - r.generated) for r in self.active]
+        worth = [(r.spec.value, len(r.tokens) + r.left) for r in self.active]
         victim = self.active[choose_victim(worth)]
         if len(self.active) == 1:
             victim.error = EngineError(

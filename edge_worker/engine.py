@@ -17,7 +17,7 @@ from queue import Empty
 
 import structlog
 
-from perllm.broker.engine.checks import check_context
+from perllm.broker.engine.checks import fitted
 from perllm.broker.engine.contract import EngineError, Generation, OnDelta, Stop, Stuck
 from perllm.broker.engine.cores import ThreadClaim, available_cores
 from perllm.broker.engine.embedding import made_of
@@ -189,7 +189,7 @@ class LlamaEngine:
     ) -> Request:
         assert loaded.prompter is not None
         tokens = loaded.prompter.tokens(spec)
-        check_context(len(tokens), spec.max_tokens, served.context)
+        spec = fitted(spec, len(tokens), served.context)
         sampler = None if greedy(spec) else make_sampler(loaded.model, spec, served.context)
         return Request(task_id, spec, stop, tokens, sampler, TextStream(spec.stop), accepted)
 

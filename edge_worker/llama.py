@@ -133,6 +133,16 @@ class Model:
             and not lib.llama_model_is_diffusion(self._model)
         )
 
+    @property
+    def infills(self) -> bool:
+        """Whether the vocabulary has tokens that mark what comes before and after a gap."""
+        return bool(lib.llama_vocab_fim_pre(self._vocab) >= 0 and lib.llama_vocab_fim_suf(self._vocab) >= 0)
+
+    @property
+    def classes(self) -> int:
+        """Outputs of its classifier; 1 also where there is none."""
+        return int(lib.llama_model_n_cls_out(self._model))
+
     def chat_template(self, name: str | None = None) -> str | None:
         """The Jinja template in the GGUF, or the one of this name."""
         raw = lib.llama_model_chat_template(self._model, name.encode() if name is not None else None)
@@ -142,11 +152,6 @@ class Model:
     def width(self) -> int:
         """Numbers in the vectors it makes of its tokens."""
         return int(lib.llama_model_n_embd_out(self._model))
-
-    @property
-    def scores(self) -> int:
-        """Numbers it gives a sequence where it ranks."""
-        return int(lib.llama_model_n_cls_out(self._model))
 
     def token_text(self, token: int) -> str:
         """A token as the vocabulary spells it (`<|im_end|>`); empty for −1, which means there is none."""
@@ -260,7 +265,7 @@ class Context:
             raise LlamaError(last_error() or "no memory for the context")
         self._memory = lib.llama_get_memory(self._context)
         self._vocab_size = model.vocab_size
-        self._width = model.scores if pooling == "rank" else model.width
+        self._width = model.classes if pooling == "rank" else model.width
         self.batch_tokens = batch
         self.kv_tokens: int = lib.llama_n_ctx(self._context)
         self._tokens = np.zeros(batch, np.int32)

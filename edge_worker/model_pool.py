@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from perllm.broker.errors import BadSetting
 from perllm.broker.messages import Counters, ModelOffer
 from perllm.edge_worker.batch import Batch, BatchTuning
 from perllm.edge_worker.calibrate import BUDGET, MOST_EMBEDDED, calibrate, calibrate_embedding
+from perllm.edge_worker.capabilities import look
 from perllm.edge_worker.embedder import Embedder
 from perllm.edge_worker.embedding_batch import STEP_INPUTS, EmbeddingBatch, EmbeddingTuning
 from perllm.edge_worker.gguf import GGUF, read_gguf
@@ -79,8 +80,9 @@ class ServedModel:
     context: int  # tokens per request
     kv_tokens: int
     pooling: str | None = None  # it embeds, its tokens' vectors pooled so; None: it generates
-    width: int | None = None  # of the embeddings it makes, if it does; known once loaded
-    tuning: BatchTuning | EmbeddingTuning | None = None  # measured when first loaded
+    tuning: BatchTuning | EmbeddingTuning | None = None  # measured when first loaded, …
+    capabilities: tuple[Capability, ...] = ()  # … as these are found out, …
+    width: int | None = None  # … and of the embeddings it makes, how long they are
     loaded: LoadedModel | None = None
     loading: bool = False
     users: int = 0  # requests inside: it stays loaded while there are any
@@ -99,13 +101,14 @@ class ServedModel:
     @property
     def offer(self) -> ModelOffer:
         assert self.tuning is not None
-        offer = ModelOffer(
-            name=self.name, context=self.context, kv_tokens=self.kv_tokens, calibration=self.tuning.step_cost
+        return ModelOffer(
+            name=self.name,
+            context=self.context,
+            kv_tokens=self.kv_tokens,
+            calibration=self.tuning.step_cost,
+            capabilities=self.capabilities,
+            dimensions=self.width,
         )
-        if self.pooling is None:
-            return offer
-        can = (Capability.RERANK,) if self.pooling == "rank" else (Capability.EMBEDDINGS, Capability.TOKENS)
-        return offer.model_copy(update={"capabilities": can, "dimensions": self.width})
 
 
 class ModelPool:
@@ -265,7 +268,8 @@ class ModelPool:
         except LlamaError as error:
             raise BadSetting(f"llama.cpp cannot load {path}: {error}") from None
         try:
-            ready, tuning = self._prepare(served, model, budget)
+            capabilities = look(served.gguf.metadata, model, served.pooling)
+            ready, tuning = self._prepare(served, model, capabilities, budget)
         except LlamaError as error:
             model.close()
             raise BadSetting(f"llama.cpp cannot run {path} with {served.kv_tokens} tokens of KV: {error}") from None
@@ -273,8 +277,9 @@ class ModelPool:
             model.close()
             raise
         with self._changed:
-            served.tuning, served.loaded, served.used = tuning, ready, time.monotonic()
-            served.width = model.width if served.pooling not in (None, "rank") else None
+            served.tuning, served.capabilities = tuning, capabilities
+            served.width = model.width if Capability.EMBEDDINGS in capabilities else None
+            served.loaded, served.used = ready, time.monotonic()
             self._list()
             self._changed.notify_all()
         cost = tuning.step_cost
@@ -284,18 +289,21 @@ class ModelPool:
             seconds=round(time.monotonic() - began, 2),
             threads=self._threads,
             kv_tokens=served.kv_tokens,
+            capabilities=", ".join(capabilities),
             chunk=tuning.chunk,
             decode_ms=round(1e3 * (cost.step + cost.sequence), 2) if served.pooling is None else None,
             prefill_tokens_per_s=round(1 / cost.prefill),
         )
 
     def _prepare(
-        self, served: ServedModel, model: Model, budget: float
+        self, served: ServedModel, model: Model, capabilities: Collection[Capability], budget: float
     ) -> tuple[LoadedModel, BatchTuning | EmbeddingTuning]:
         """A context for the model, measured when it is the first. Raises BadSetting, LlamaError."""
         if served.pooling is not None:
+            if not capabilities:
+                raise BadSetting(f"{served.gguf.path} gives {model.classes} scores: it classifies, and does not rerank")
             return self._prepare_to_embed(served, model, served.pooling, budget)
-        if not model.generates:
+        if Capability.GENERATE not in capabilities:
             raise BadSetting(f"{served.gguf.path} ({served.gguf.architecture}) is not a text generation model")
         cached_prompts = self._cached_prompts if model.shares_prefixes else 0
         sequences = self._slots + cached_prompts
@@ -317,8 +325,6 @@ class ModelPool:
     def _prepare_to_embed(
         self, served: ServedModel, model: Model, pooling: str, budget: float
     ) -> tuple[LoadedModel, EmbeddingTuning]:
-        if pooling == "rank" and model.scores != 1:
-            raise BadSetting(f"{served.gguf.path} gives {model.scores} scores: it classifies, and does not rerank")
         tokens = served.kv_tokens
         context = Context(
             model, kv_tokens=tokens, sequences=STEP_INPUTS, batch=tokens, threads=self._threads, pooling=pooling

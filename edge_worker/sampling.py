@@ -17,6 +17,7 @@ from perllm.broker.engine.contract import EngineError
 from perllm.broker.engine.text import prompt_text
 from perllm.broker.errors import InvalidTask, TryAgain
 from perllm.broker.messages import TaskSpec
+from perllm.edge_worker.capabilities import look_at_gguf_template
 from perllm.edge_worker.llama import Logits, Model, SamplerChain
 
 #: CPU time a request may spend on its grammar, s: so much, and so much more per token. Others in the batch wait
@@ -129,7 +130,8 @@ class Prompter:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._template = None
-        if source := model.chat_template():
+        source = model.chat_template()
+        if source is not None and look_at_gguf_template(source).chats:
             eos, bos = model.token_text(model.eos), model.token_text(model.bos)
             formatter: Any = Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos)
             self._template = lambda messages: str(formatter(messages=messages).prompt)

@@ -156,6 +156,8 @@ class _LeaderSession:
         """Bring the core to where the ledger is."""
         oldest, newest = self._ledger.first_and_last_event()
         self._restore(oldest)
+        for info, at in self._ledger.gone():
+            self._core.remember(info, at)
         for info, heartbeat, _draining in self._ledger.nodes():
             self._handle(NodeUp(at=self.now(), info=info))
             if heartbeat:

@@ -27,7 +27,7 @@ def submit(
     what: Annotated[str, typer.Argument(help="A prompt, or a .jsonl file in OpenAI Batch format.")],
     deadline: Annotated[float | None, typer.Option(help="Seconds from now; 60 unless given.")] = None,
     value: Annotated[float | None, typer.Option(help="Weight against other tasks; 1 unless given.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest output, tokens; 128 unless given.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest output, tokens; what fits unless given.")] = None,
     model: Annotated[str | None, typer.Option(help="A model on offer (`perllm nodes`); any unless given.")] = None,
     service: Annotated[str | None, typer.Option(help="Service class the task belongs to.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the result(s).")] = False,

@@ -24,6 +24,19 @@ def check_context(prompt_tokens: int, max_tokens: int, context: int) -> None:
         raise EngineError(f"prompt of {prompt_tokens} tokens and max_tokens {max_tokens} {excess}", retry=False)
 
 
+def fitted(spec: TaskSpec, prompt_tokens: int, context: int) -> TaskSpec:
+    """The task with no more `max_tokens` than its context has room for, if its answer may end there. Raises EngineError
+    (retry=False) as `check_context`."""
+    if spec.fit_context:
+        if prompt_tokens >= context:
+            reason = f"prompt of {prompt_tokens} tokens leaves no room in the context of {context} tokens: shorten it"
+            raise EngineError(reason, retry=False)
+        if spec.max_tokens > context - prompt_tokens:
+            spec = spec.model_copy(update={"max_tokens": context - prompt_tokens})
+    check_context(prompt_tokens, spec.max_tokens, context)
+    return spec
+
+
 def context_excess(prompt_tokens: int, max_tokens: int, context: int) -> str | None:
     """What is wrong where prompt and output together exceed the context, and the way out; None where they fit."""
     if prompt_tokens + max_tokens <= context:

@@ -29,6 +29,11 @@ class Stop:
         """End the generation: its task was cancelled, its lease was lost, or the worker stops."""
         self._cancelled.set()
 
+    def bring_forward(self, seconds: float) -> None:
+        """The deadline passes so much earlier."""
+        if self._until is not None:
+            self._until -= seconds
+
     def wait(self, seconds: float) -> None:
         """Sleep for so long, or until cancelled."""
         self._cancelled.wait(seconds)

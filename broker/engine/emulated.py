@@ -14,14 +14,22 @@ from typing import Literal
 
 import numpy as np
 
-from perllm.broker.capabilities import BEFORE_CAPABILITIES, Capability
-from perllm.broker.engine.checks import check_context
+from perllm.broker.capabilities import Capability
+from perllm.broker.engine.checks import fitted
 from perllm.broker.engine.contract import Generation, OnDelta, Stop, Stuck
 from perllm.broker.engine.embedding import Vector, check_dimensions, check_input, made_of
 from perllm.broker.engine.settings import EngineSettings
 from perllm.broker.messages import Counters, Delta, Energy, ModelOffer, Output, Power, StepCost, TaskSpec
 
 METHOD = "emulated"
+#: Whatever is asked, it says the same words: nothing that would show in them is offered.
+CAPABILITIES = (
+    Capability.CHAT,
+    Capability.EMBEDDINGS,
+    Capability.GENERATE,
+    Capability.RERANK,
+    Capability.TOKENS,
+)
 _IDLE_WATTS, _ACTIVE_WATTS = 1.0, 4.0
 #: Numbers of an embedding.
 _WIDTH = 384
@@ -49,13 +57,12 @@ class EmulatedEngine:
     def offers(self) -> tuple[ModelOffer, ...]:
         step = 0.0 if self._speed is None else 1.0 / self._speed
         cost = StepCost(step=step, sequence=0.0, prefill=0.0)
-        can = (*BEFORE_CAPABILITIES, Capability.EMBEDDINGS, Capability.RERANK, Capability.TOKENS)
         offer = ModelOffer(
             name=self._name,
             context=self._context,
             kv_tokens=self._context * self.slots,
             calibration=cost,
-            capabilities=can,
+            capabilities=CAPABILITIES,
             dimensions=_WIDTH,
         )
         return (offer,)
@@ -67,7 +74,7 @@ class EmulatedEngine:
         if spec.kind != "generate":
             return self._embed(spec)
         prompt_tokens = spec.text_bytes() // 4 + 1
-        check_context(prompt_tokens, spec.max_tokens, self._context)
+        spec = fitted(spec, prompt_tokens, self._context)
         before = self.counters()
         began = time.monotonic()
         tokens, reason = self._work(task_id, spec, stop, on_delta)

@@ -35,6 +35,7 @@
 --                              sent nothing), rested (since when), rests_taken (how often in a row)
 --   node:<name>:tasks  set     the tasks dispatched to or running on it
 --   nodes              zset    live nodes by the time until which they count as alive
+--   gone               hash    node that left or died → "<when> <its info>", for some: who had what is asked for now
 --   key:<tenant> <key> string  idempotency key → task id, kept for as long as the task
 --   events             stream  what schedulers and workers caused. One field `e`: an Event, JSON; trimmed to about the
 --                              length given
@@ -217,12 +218,21 @@ local function rest(name, shortest, longest)
     node_down(name, string.format('it takes up nothing of what it is sent: it is sent nothing for %d s', pause))
 end
 
+local MOST_GONE = 256
+
 -- Every message in its queue is void by now, so the queue goes too.
 local function forget_node(name)
-    local queue = redis.call('HGET', P .. 'node:' .. name, 'queue')
+    local queue, info = unpack(redis.call('HMGET', P .. 'node:' .. name, 'queue', 'info'))
     redis.call('ZREM', P .. 'nodes', name)
     redis.call('DEL', P .. 'node:' .. name)
     if queue then redis.call('DEL', queue) end
+    if info then
+        if redis.call('HLEN', P .. 'gone') >= MOST_GONE then
+            redis.call('HDEL', P .. 'gone', redis.call('HRANDFIELD', P .. 'gone'))
+        end
+        redis.call('HSET', P .. 'gone', name, num(now) .. ' ' .. info)
+        redis.call('EXPIRE', P .. 'gone', math.ceil(retention))
+    end
 end
 
 -- Nothing of a final task is kept.
@@ -473,6 +483,7 @@ function ops.register(name, boot, info, queue, ttl, max_strikes)
     redis.call('HSET', key, 'info', info, 'boot', boot, 'queue', queue)
     redis.call('HDEL', key, 'draining', 'beat', 'claimed', 'rests', 'rested', 'rests_taken')
     redis.call('ZADD', P .. 'nodes', num(now + tonumber(ttl)), name)
+    redis.call('HDEL', P .. 'gone', name)
     event('{"type":"node_up","at":' .. num(now) .. ',"info":' .. info .. '}')
     return 'ok'
 end

@@ -17,6 +17,7 @@ from perllm.broker.ledger.records import (
     TaskRecord,
     deltas_of,
     glance_of,
+    gone_of,
     node_of,
     record_of,
     result_of,
@@ -222,6 +223,13 @@ class Query(LedgerBase):
                 pipe.hmget(f"{self._prefix}node:".encode() + name, "info", "beat", "draining")
             rows = readable(pipe.execute(raise_on_error=False))
             return [node for row in rows if row and (node := node_of(row)) is not None]
+
+    def gone(self) -> list[tuple[NodeInfo, float]]:
+        """Nodes that left or died and did not come back: what they registered, and when they went (s, the server's
+        clock). Some of them, and none for longer than the retention."""
+        with reaching(self.settings):
+            raw = cast("dict[bytes, bytes]", self._client.hgetall(f"{self._prefix}gone"))
+        return [node for said in raw.values() if (node := gone_of(said)) is not None]
 
     def led(self) -> bool:
         """Whether a scheduler leads."""

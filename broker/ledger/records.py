@@ -182,6 +182,8 @@ def _features(spec: TaskSpec, payload_bytes: int) -> str:
         features["kind"] = spec.kind
     if spec.n > 1:
         features["n"] = spec.n
+    if spec.fit_context:
+        features["fit_context"] = True
     if spec.model is not None:
         features["model"] = spec.model
     if spec.expected_tokens is not None:
@@ -324,4 +326,13 @@ def node_of(row: list[bytes | None]) -> tuple[NodeInfo, Heartbeat | None, bool] 
         return NodeInfo.model_validate_json(info), heartbeat, bool(draining)
     except ValidationError as error:  # one node's nonsense must not hide the others
         log.warning("node_unreadable", reason=field_errors(error))
+        return None
+
+
+def gone_of(raw: bytes) -> tuple[NodeInfo, float] | None:
+    at, _, info = text_of(raw).partition(" ")
+    try:
+        return NodeInfo.model_validate_json(info), float(at)
+    except ValueError as error:
+        log.warning("node_unreadable", reason=_reason(error))
         return None

@@ -277,7 +277,7 @@ def response_object(
         "error": None,
         "incomplete_details": None,
         "instructions": instructions,
-        "max_output_tokens": spec.max_tokens,
+        "max_output_tokens": None if spec.fit_context else spec.max_tokens,
         "metadata": dict(spec.metadata),
         "model": spec.model or ANY_MODEL,
         "output": [],

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, assert_never
 from uuid import uuid4
 
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from perllm.broker import grammar
 from perllm.broker.engine.checks import embeddings_excess
-from perllm.broker.engine.contract import Engine, EngineDown, EngineError, Generation, Stop
+from perllm.broker.engine.contract import Engine, EngineDown, EngineError, Generation, Stop, counters_or_none
 from perllm.broker.errors import (
     BadSetting,
     InvalidTask,
@@ -31,7 +31,7 @@ from perllm.broker.errors import (
     field_errors,
 )
 from perllm.broker.ledger import Claim, Ledger
-from perllm.broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec, whole_text
+from perllm.broker.messages import Choice, Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec, whole_text
 from perllm.broker.worker.settings import WorkerSettings
 from perllm.broker.worker.text_publisher import TextPublisher
 
@@ -46,8 +46,30 @@ MAX_REASON = 2000
 #: The reason given for work handed back by a graceful stop.
 STOPPING = "the worker is stopping"
 
+#: Least time before its deadline at which an answer that may be cut ends, s: what completing it takes a busy server.
+DELIVERY_SECONDS = 0.05
+
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
+C = TypeVar("C", bound=Choice)
+
+
+def may_be_cut(spec: TaskSpec) -> bool:
+    """Whether an answer that is not complete at the deadline is still one: not where it must have a form."""
+    formed = spec.json_schema is not None or spec.grammar is not None or spec.tool_choice == "required"
+    return spec.fit_context and not formed
+
+
+def cut_at_deadline(done: Generation) -> Generation:
+    """An answer that the deadline ended, as one that is as long as it could be; one that had not begun stays."""
+    if done.output.finish_reason != "deadline" or not done.completion_tokens:
+        return done
+    more = tuple(_cut(choice) for choice in done.output.more)
+    return replace(done, output=_cut(done.output.model_copy(update={"more": more})))
+
+
+def _cut(choice: C) -> C:
+    return choice.model_copy(update={"finish_reason": "length"}) if choice.finish_reason == "deadline" else choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +79,7 @@ class _Attempt:
     number: int
     token: str
     stop: Stop
+    deadline: float  # of the task, s, `time.monotonic()`
 
 
 class NodeWorker:
@@ -154,7 +177,7 @@ class NodeWorker:
         if claim is None:
             log.info("attempt_void", task_id=task_id, attempt=number)
             return "void: placed elsewhere, cancelled or expired meanwhile"
-        attempt = _Attempt(number, token, Stop(claim.deadline))
+        attempt = _Attempt(number, token, Stop(claim.deadline), time.monotonic() + claim.deadline)
         with self._changed:
             self._running[task_id] = attempt
             if self._handing_back.is_set():
@@ -171,7 +194,11 @@ class NodeWorker:
             grammar.check(spec)
             self._check_size(spec)
             publisher = TextPublisher(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
+            if may_be_cut(spec):
+                attempt.stop.bring_forward(self._time_to_deliver(claim, transfer))
             done = self._engine.generate(task_id, spec, attempt.stop, publisher)
+            if may_be_cut(spec) and time.monotonic() < attempt.deadline:
+                done = cut_at_deadline(done)
         except EngineDown as error:
             reason = str(error)
             self._leave_service(reason)  # before the task goes back, or it could come straight here again
@@ -225,6 +252,12 @@ class NodeWorker:
         self._until_delivered(lambda: self._ledger.fail(task_id, attempt.number, attempt.token, reason, retry=retry))
         raise TaskFailed(reason)
 
+    def _time_to_deliver(self, claim: Claim, transfer: float) -> float:
+        """Seconds before its deadline at which an answer that may be cut ends: so long the engine may need to notice
+        and the result to travel, both ways as long as the claim took; a fifth of the time left at most."""
+        step = counters_or_none(self._engine).longest_step
+        return min(DELIVERY_SECONDS + 2 * (step + transfer), claim.deadline / 5)
+
     def _receipt(self, attempt: _Attempt, done: Generation, claim: Claim, transfer: float) -> Receipt:
         joules = len(claim.payload) * self.info.power.joules_per_byte
         energy: Energy = done.energy.model_copy(update={"transfer": joules})
@@ -240,6 +273,7 @@ class NodeWorker:
             prompt_tokens=done.prompt_tokens,
             cached_tokens=done.cached_tokens,
             completion_tokens=done.completion_tokens,
+            cut=any(choice.finish_reason in ("length", "deadline") for choice in done.output.choices),
             energy=energy,
             before=done.before,
             after=done.after,

@@ -33,8 +33,8 @@ def forecast(node: Node, task: Task, lengths: MeanLength) -> Forecast:
     A queued task starts when one of the `slots` running ones has ended; each holds its slot for its prefill and its
     mean output. Energy is busy power over the time this task adds to the node's steps.
     """
-    offer = node.info.offer(task.model)
-    assert offer is not None  # candidates offer the model
+    offer = node.offer(task.demand)
+    assert offer is not None  # candidates serve the task
     cost, slots, held = offer.calibration, node.info.slots, len(node.in_flight)
     tokens = lengths.tokens(task)
     prefill = cost.prefill * task.prompt_tokens

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import exp
+from typing import NamedTuple
 
-from perllm.broker.messages import Counters, NodeInfo
+from perllm.broker.capabilities import lacking
+from perllm.broker.messages import Counters, ModelOffer, NodeInfo
 from perllm.broker.text_features import Sketch
 
 #: Time constant of a node's completion rate, s.
 COMPLETION_WINDOW = 1.0
+#: Demands whose nodes are remembered.
+MAX_DEMANDS = 16_384
+
+
+class Demand(NamedTuple):
+    """What a task asks of a node: a model (None: any) that can do all of these (`broker.capabilities`)."""
+
+    model: str | None = None
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -22,11 +33,12 @@ class Task:
     deadline: float
     value: float  # of being on time
     service: str  # class of service
-    model: str | None  # None: any
+    demand: Demand  # of a node
     prompt_tokens: int  # estimated
     payload_bytes: int
     max_tokens: int  # 0: it generates nothing, its inputs are embedded or ranked
     tenant: str = "default"
+    fit_context: bool = False  # it may end where the context does; its `max_tokens` is not the producer's
     expected_tokens: int | None = None  # the producer's hint
     text: Sketch = b""
     strikes: int = 0
@@ -41,6 +53,16 @@ class Task:
     @property
     def generates(self) -> bool:
         return self.max_tokens > 0
+
+    @property
+    def model(self) -> str | None:
+        """The one it names."""
+        return self.demand.model
+
+    @property
+    def least_output(self) -> int:
+        """Tokens of output there must be room for."""
+        return 1 if self.fit_context else self.max_tokens
 
     def avoids(self, node: str, now: float) -> bool:
         """Whether it lost an attempt on this node lately."""
@@ -70,6 +92,10 @@ class Node:
     def name(self) -> str:
         return self.info.name
 
+    def offer(self, demand: Demand) -> ModelOffer | None:
+        """The model here that serves such tasks."""
+        return self.info.offer(*demand)
+
     def completed(self, at: float) -> None:
         """Note that it finished a task: the completion rate fades with COMPLETION_WINDOW."""
         fade = exp(-max(0.0, at - self.completed_at) / COMPLETION_WINDOW)
@@ -82,10 +108,68 @@ class Node:
         self.changed = max(self.changed, at)
 
 
+@dataclass(slots=True, eq=False)
+class Group:
+    """The nodes that serve a demand, in order of registration, each by one of its models."""
+
+    nodes: tuple[Node, ...]
+    names: frozenset[str]  # of the nodes
+    least_context: int  # tokens, of those models
+    with_room: tuple[Node, ...] | None = None  # None: not worked out
+
+
 @dataclass(slots=True)
 class Cluster:
     """All live nodes by name. Iteration order is registration order, so decisions are reproducible."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
-    serving: dict[str | None, tuple[Node, ...]] = field(default_factory=lambda: {None: ()})  # by model; None: any model
     waiting: int = 0  # pending tasks when the round began
+    _by_demand: dict[Demand, Group] = field(default_factory=dict)
+    _groups: dict[tuple[tuple[str, str], ...], Group] = field(default_factory=dict)  # by nodes and models
+    _kinds: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)  # models on offer and what they can do
+
+    def group(self, demand: Demand) -> Group:
+        """Who serves such tasks. Demands that the same models on the same nodes serve have one group together."""
+        group = self._by_demand.get(demand)
+        if group is None:
+            if len(self._by_demand) >= MAX_DEMANDS:
+                self.changed()
+            group = self._by_demand[demand] = self._find(demand)
+        return group
+
+    def _find(self, demand: Demand) -> Group:
+        if not self._kinds:
+            self._kinds = {(o.name, o.capabilities) for node in self.nodes.values() for o in node.info.models}
+        model, needs = demand
+        served = any(model in (None, name) and not lacking(needs, able) for name, able in self._kinds)
+        nodes = self.nodes.values() if served else ()
+        serving = [(node, offer) for node in nodes if (offer := node.offer(demand)) is not None]
+        key = tuple((node.name, offer.name) for node, offer in serving)
+        if (group := self._groups.get(key)) is None:
+            least = min((offer.context for _, offer in serving), default=0)
+            names = frozenset(node.name for node, _ in serving)
+            group = self._groups[key] = Group(tuple(node for node, _ in serving), names, least)
+        return group
+
+    def serving(self, demand: Demand) -> tuple[Node, ...]:
+        """The nodes that serve such tasks, with room or not."""
+        return self.group(demand).nodes
+
+    def with_room(self, demand: Demand) -> tuple[Node, ...]:
+        """Those of them that may hold one more task."""
+        group = self.group(demand)
+        if group.with_room is None:
+            group.with_room = tuple(node for node in group.nodes if node.has_room)
+        return group.with_room
+
+    def room_changed(self, name: str) -> None:
+        """A node may hold another task now, or no longer."""
+        for group in self._groups.values():
+            if name in group.names:
+                group.with_room = None
+
+    def changed(self) -> None:
+        """A node came or went."""
+        self._by_demand.clear()
+        self._groups.clear()
+        self._kinds.clear()

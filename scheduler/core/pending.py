@@ -1,12 +1,12 @@
 """The pending pool: unfinished tasks that are on no node, in order of urgency, in about 280 bytes each.
 
 A task's fields are kept in a row of a structured array and become a `Task` when it is decided about. There is one lane
-per model (and one for tasks that take any), so that work for a model that is full (or nowhere) never stands before work
-that could run. In its lane a task is `fresh`, to be decided about in the next round, or `parked`: nothing good enough
-was free, and it waits until its wake-up time or its turn in a scan. A scan goes through the parked in order of how near
-they were to being placed, a few in each round; it begins anew when room appears (`rescan`), goes on when something may
-have changed (`continue_scan`), and stops with the round (`end_scan`). So a round costs what there is to decide, however
-many tasks wait, and no task waits for long beside a node that would take it.
+per demand (a model, or any, and what it must be able to do), so that work for a model that is full (or nowhere) never
+stands before work that could run. In its lane a task is `fresh`, to be decided about in the next round, or `parked`:
+nothing good enough was free, and it waits until its wake-up time or its turn in a scan. A scan goes through the parked
+in order of how near they were to being placed, a few in each round; it begins anew when room appears (`rescan`), goes
+on when something may have changed (`continue_scan`), and stops with the round (`end_scan`). So a round costs what there
+is to decide, however many tasks wait, and no task waits for long beside a node that would take it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perllm.scheduler.core.cluster import Task
+from perllm.scheduler.core.cluster import Demand, Task
 from perllm.scheduler.core.heap import Heap, Ints
 
 _CHUNK = 1 << 13  # rows per array
@@ -27,7 +27,7 @@ _ROW = np.dtype(
         ("id", "O"),
         ("service", "O"),
         ("tenant", "O"),
-        ("model", "O"),
+        ("demand", "O"),
         ("text", "O"),
         ("deadline", "f8"),
         ("submitted", "f8"),
@@ -41,6 +41,7 @@ _ROW = np.dtype(
         ("serial", "u4"),  # order of arrival here; 0: the row is free
         ("ticket", "u4"),  # order in which it was parked last
         ("strikes", "u1"),
+        ("fit_context", "u1"),
         ("state", "u1"),
     ]
 )
@@ -52,11 +53,12 @@ _PUSH_RATIO = 16  # a heap so many times smaller is pushed into another entry by
 
 
 class _Lane:
-    """The pending tasks of one model (or of any), in order of urgency."""
+    """The pending tasks of one demand, in order of urgency."""
 
-    __slots__ = ("fresh", "live", "parked", "scanned", "scanning")
+    __slots__ = ("demand", "fresh", "live", "parked", "scanned", "scanning")
 
-    def __init__(self) -> None:
+    def __init__(self, demand: Demand) -> None:
+        self.demand = demand
         self.fresh, self.parked = Heap(), Heap()
         self.scanned = Heap()  # the parked that were decided about since the scan began
         self.live = 0
@@ -64,6 +66,8 @@ class _Lane:
 
     def restart_scan(self) -> None:
         """The scan begins anew with the first of the parked."""
+        if not len(self.scanned):
+            return
         if len(self.scanned) * _PUSH_RATIO < len(self.parked):
             while len(self.scanned):
                 self.parked.push(*self.scanned.pop())
@@ -89,7 +93,7 @@ class Pending:
         self._rows = 0  # rows ever used
         self._serial = self._ticket = 0
         self._avoid: dict[int, Mapping[str, float]] = {}  # row → nodes; most tasks avoid none
-        self._lanes: dict[str | None, _Lane] = {}
+        self._lanes: dict[Demand, _Lane] = {}
         self._wakeups = Heap()
 
     def __len__(self) -> int:
@@ -100,6 +104,11 @@ class Pending:
 
     def __iter__(self) -> Iterator[Task]:
         return (self._task(row) for row in list(self._index.values()))
+
+    @property
+    def demands(self) -> Iterable[Demand]:
+        """Those of all tasks here."""
+        return self._lanes.keys()
 
     def get(self, task_id: str) -> Task | None:
         """A copy of the pending task of this id."""
@@ -113,12 +122,15 @@ class Pending:
         if task.id in self._index:
             return
         row = self._free.pop() if self._free else self._grow()
+        lane = self._lanes.get(task.demand)
+        if lane is None:
+            lane = self._lanes[task.demand] = _Lane(task.demand)
         self._serial = serial = self._serial % _UINT32_MAX + 1
         self._chunks[row // _CHUNK][row % _CHUNK] = (
             task.id,
             intern(task.service),
             intern(task.tenant),
-            task.model if task.model is None else intern(task.model),
+            lane.demand,
             task.text,
             task.deadline,
             task.submitted,
@@ -132,14 +144,12 @@ class Pending:
             serial,
             0,
             min(task.strikes, 255),
+            task.fit_context,
             _FRESH,
         )
         self._index[task.id] = row
         if task.avoid:
             self._avoid[row] = task.avoid
-        lane = self._lanes.get(task.model)
-        if lane is None:
-            lane = self._lanes[task.model] = _Lane()
         lane.live += 1
         item = serial << 32 | row
         lane.fresh.push(self._key(task), item)
@@ -157,7 +167,7 @@ class Pending:
         row = self._index[task.id]
         record = self._record(row)
         item = int(record["serial"]) << 32 | row
-        lane = self._lanes[task.model]
+        lane = self._lanes[record["demand"]]
         if state == _PARKED:
             record["ticket"] = self._ticket = self._ticket % _UINT32_MAX + 1
             heap = lane.scanned
@@ -182,19 +192,18 @@ class Pending:
         if row is None:
             return
         record = self._record(row)
-        model = record["model"]
-        lane = self._lanes[model]
+        lane = self._lanes[record["demand"]]
         lane.live -= 1
         if not lane.live:
-            del self._lanes[model]
+            del self._lanes[lane.demand]
         self._avoid.pop(row, None)
-        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, None, *(0,) * 13)
+        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, None, *(0,) * 14)
         self._free.append(row)
         if len(self._wakeups) > 4 * len(self._index) + 64:
             self._tidy_wakeups()
 
-    def take(self, fresh: Iterable[str | None], parked: Iterable[str | None] = ()) -> tuple[Task, bool] | None:
-        """Take the most urgent fresh task of the models `fresh` or, when there is none, the next one in the scans of
+    def take(self, fresh: Iterable[Demand], parked: Iterable[Demand] = ()) -> tuple[Task, bool] | None:
+        """Take the most urgent fresh task of the demands `fresh` or, when there is none, the next one in the scans of
         those in `parked`. Returns it and whether it was parked, or None.
 
         It stays in the pool until `remove`; until `park` or `put_back` it is not taken again.
@@ -209,37 +218,36 @@ class Pending:
         record["state"] = _OUT
         return self._task(row), was_parked
 
-    def _first(self, models: Iterable[str | None], state: int) -> tuple[Heap, int] | None:
-        """The heap, and the row, of the first task in this state over the lanes of `models`."""
-        best: Heap | None = None
-        first = (0.0, 0)
-        for model in models:
-            if (lane := self._lanes.get(model)) is not None and (state == _FRESH or lane.scanning):
-                heap = lane.fresh if state == _FRESH else lane.parked
-                head = self._head(heap, state)
-                if head is not None and (best is None or head < first):
-                    best, first = heap, head
-        return None if best is None else (best, first[1] & 0xFFFFFFFF)
+    def _first(self, demands: Iterable[Demand], state: int) -> tuple[Heap, int] | None:
+        """The heap, and the row, of the first task in this state over the lanes of `demands`."""
+        lanes = [lane for demand in demands if (lane := self._lanes.get(demand)) is not None]
+        heaps = [lane.fresh for lane in lanes] if state == _FRESH else [lane.parked for lane in lanes if lane.scanning]
+        while heaps := [heap for heap in heaps if len(heap)]:
+            best = min(heaps, key=Heap.peek)
+            first = best.peek()
+            if self._head(best, state) == first:  # else what was first is no more
+                return best, first[1] & 0xFFFFFFFF
+        return None
 
-    def rescan(self, models: Iterable[str | None]) -> None:
-        """Room appeared for these models: their parked tasks are scanned from the first one on, until `end_scan`."""
-        for model in models:
-            if (lane := self._lanes.get(model)) is not None:
+    def rescan(self, demands: Iterable[Demand]) -> None:
+        """Room appeared for these demands: their parked tasks are scanned from the first one on, until `end_scan`."""
+        for demand in demands:
+            if (lane := self._lanes.get(demand)) is not None:
                 self._restart_scan(lane)
                 lane.scanning = True
 
-    def continue_scan(self, models: Iterable[str | None]) -> None:
-        """Something may have changed for these models: the scan goes on, or begins anew, until `end_scan`."""
-        for model in models:
-            if (lane := self._lanes.get(model)) is not None:
+    def continue_scan(self, demands: Iterable[Demand]) -> None:
+        """Something may have changed for these demands: the scan goes on, or begins anew, until `end_scan`."""
+        for demand in demands:
+            if (lane := self._lanes.get(demand)) is not None:
                 if self._head(lane.parked, _PARKED) is None:
                     self._restart_scan(lane)
                 lane.scanning = True
 
-    def end_scan(self, models: Iterable[str | None]) -> None:
-        """A round has decided about enough of these models' tasks: no more of the parked are taken."""
-        for model in models:
-            if (lane := self._lanes.get(model)) is not None:
+    def end_scan(self, demands: Iterable[Demand]) -> None:
+        """A round has decided about enough of these demands' tasks: no more of the parked are taken."""
+        for demand in demands:
+            if (lane := self._lanes.get(demand)) is not None:
                 lane.scanning = False
 
     def _restart_scan(self, lane: _Lane) -> None:
@@ -282,7 +290,7 @@ class Pending:
 
     def _task(self, row: int) -> Task:
         values: Any = self._record(row).item()
-        task_id, service, tenant, model, text, deadline, submitted, _, value, payload = values[:10]
+        task_id, service, tenant, demand, text, deadline, submitted, _, value, payload = values[:10]
         prompt, most, expected, attempt = values[10:14]
         return Task(
             id=task_id,
@@ -291,13 +299,14 @@ class Pending:
             value=value,
             service=service,
             tenant=tenant,
-            model=model,
+            demand=demand,
             prompt_tokens=prompt,
             payload_bytes=payload,
             max_tokens=most,
+            fit_context=bool(values[-2]),
             expected_tokens=expected or None,
             text=text,
-            strikes=values[-2],
+            strikes=values[-3],
             attempt=attempt,
             avoid=self._avoid.get(row, {}),
         )

@@ -21,7 +21,7 @@ from perllm.broker.messages import (
     NodeUp,
     Submitted,
 )
-from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.cluster import Cluster, Demand, Node, Task
 from perllm.scheduler.csucb.bandwidth import Bandwidth
 from perllm.scheduler.csucb.cluster_arrays import ArmEstimate, NodeEstimate
 from perllm.scheduler.csucb.slot_price import SlotPrice
@@ -110,7 +110,7 @@ class NodeModel:
             self.active_models = frozenset({node.info.models[0].name})
         else:
             claimed = [t for t in node.in_flight.values() if t.claimed]
-            self.active_models |= {o.name for t in claimed if (o := node.info.offer(t.model))}
+            self.active_models |= {o.name for t in claimed if (o := node.offer(t.demand))}
             if model is not None:
                 self.active_models |= {model}
         if now.steps < self.read.steps or now.busy < self.read.busy:
@@ -310,9 +310,9 @@ class NodeModels:
         factor = math.exp(-spread if optimistic else spread)
         return ArmEstimate(theta[0] * factor, theta[1] * factor, theta[2] * factor, theta[3] * factor, spread)
 
-    def proven(self, node: Node, model: str | None, now: float) -> bool:
-        """Whether enough was seen of a model on a node to believe that it is too slow."""
-        offer = node.info.offer(model)
+    def proven(self, node: Node, demand: Demand, now: float) -> bool:
+        """Whether enough was seen of the model that serves this on a node to believe that it is too slow."""
+        offer = node.offer(demand)
         return offer is not None and self.of(node).step_costs[offer.name].at_time(now)[2] >= PROVEN_SAMPLES
 
     def snapshot(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from support.wait import eventually
 from perllm.broker.engine.contract import EngineDown, EngineError, Stop
 from perllm.broker.errors import BadSetting
 from perllm.broker.local.process import spawn
-from perllm.broker.messages import TaskSpec
+from perllm.broker.messages import Delta, TaskSpec
 from perllm.cloud_worker.remote_engine import RemoteEngine
 from perllm.cloud_worker.settings import CloudSettings
 
@@ -75,12 +75,12 @@ def engine(llama_server: str) -> Iterator[RemoteEngine]:
 
 
 def test_text_comes_back_with_its_price(engine: RemoteEngine) -> None:
-    pieces: list[str] = []
+    pieces: list[Delta] = []
     spec = TaskSpec(prompt="Name three colours.", max_tokens=12)
     done = engine.generate("a", spec, Stop(60), pieces.append)
     assert done.output.finish_reason == "length"
     assert done.output.text.strip()
-    assert "".join(pieces) == done.output.text
+    assert "".join(piece.text for piece in pieces) == done.output.text
     assert len(pieces) > 1  # it was streamed
     assert done.completion_tokens == 12
     assert done.energy.method == "remote-price"
@@ -94,6 +94,7 @@ def test_text_comes_back_with_its_price(engine: RemoteEngine) -> None:
 def test_it_offers_what_it_tried(engine: RemoteEngine) -> None:
     (offer,) = engine.offers()
     assert offer.name == "smollm2"
+    assert set(offer.capabilities) == {"generate", "chat", "logprobs", "grammar", "json_schema"}
     assert offer.calibration.step > 0
     assert offer.calibration.prefill > 0
     assert engine.power().estimated
@@ -201,6 +202,9 @@ class OddServer:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                if not body.get("stream"):  # it is asked what it can do
+                    reply(404, {"error": {"message": "no such thing"}})(self)
+                    return
                 outer.asked.append(body)
                 outer.times.append(time.monotonic())
                 answer = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]

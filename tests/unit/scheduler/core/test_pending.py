@@ -11,13 +11,15 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from perllm.scheduler import examples
-from perllm.scheduler.core.cluster import Task
+from perllm.scheduler.core.cluster import Demand, Task
 from perllm.scheduler.core.heap import Heap
 from perllm.scheduler.core.pending import Pending
 
+ANY = Demand()
 
-def task(task_id: str, deadline: float = 10.0, model: str | None = None, submitted: float = 0.0) -> Task:
-    return examples.task(task_id, at=submitted, left=deadline - submitted, model=model)
+
+def task(task_id: str, deadline: float = 10.0, demand: Demand = ANY, submitted: float = 0.0) -> Task:
+    return examples.task(task_id, at=submitted, left=deadline - submitted, model=demand.model, needs=demand.needs)
 
 
 @dataclass
@@ -34,34 +36,34 @@ class Entry:
 class PoolMachine(RuleBasedStateMachine):
     """Every operation on the pool, beside a model that looks at all tasks each time."""
 
-    MODELS = (None, "a", "b")
+    DEMANDS = (ANY, Demand("a"), Demand("a", ("tools",)), Demand(None, ("tools",)))
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = Pending()
         self.model: dict[str, Entry] = {}
-        self.open: set[str | None] = set()
+        self.open: set[Demand] = set()
         self.count = 0
         self.now = 0.0
 
-    @rule(deadline=st.integers(1, 8), model=st.sampled_from(MODELS), again=st.booleans())
-    def add(self, deadline: int, model: str | None, again: bool) -> None:
+    @rule(deadline=st.integers(1, 8), demand=st.sampled_from(DEMANDS), again=st.booleans())
+    def add(self, deadline: int, demand: Demand, again: bool) -> None:
         if again and self.model:
             self.pool.add(next(iter(self.model.values())).task)
             return
         self.count += 1
-        new = task(f"t{self.count}", self.now + deadline, model)
+        new = task(f"t{self.count}", self.now + deadline, demand)
         self.pool.add(new)
         self.model[new.id] = Entry(new, self.count)
 
-    @rule(fresh=st.sets(st.sampled_from(MODELS)), parked=st.sets(st.sampled_from(MODELS)))
-    def take(self, fresh: set[str | None], parked: set[str | None]) -> None:
+    @rule(fresh=st.sets(st.sampled_from(DEMANDS)), parked=st.sets(st.sampled_from(DEMANDS)))
+    def take(self, fresh: set[Demand], parked: set[Demand]) -> None:
         idle = [e for e in self.model.values() if not e.out]
-        able = [e for e in idle if e.until is None and e.task.model in fresh]
+        able = [e for e in idle if e.until is None and e.task.demand in fresh]
         best = min(able, key=lambda e: (e.task.deadline, e.order), default=None)
         was_parked = best is None
         if best is None:
-            able = [e for e in idle if e.until is not None and e.task.model in parked & self.open and e.due]
+            able = [e for e in idle if e.until is not None and e.task.demand in parked & self.open and e.due]
             best = min(able, key=lambda e: (-e.rank, e.ticket), default=None)
         got = self.pool.take(fresh, parked)
         assert got == (None if best is None else (best.task, was_parked))
@@ -94,20 +96,20 @@ class PoolMachine(RuleBasedStateMachine):
         task_id = data.draw(st.sampled_from(sorted(self.model)))
         self.pool.remove(task_id)
         gone = self.model.pop(task_id)
-        if all(e.task.model != gone.task.model for e in self.model.values()):
-            self.open.discard(gone.task.model)  # an empty lane forgets
+        if all(e.task.demand != gone.task.demand for e in self.model.values()):
+            self.open.discard(gone.task.demand)  # an empty lane forgets
 
-    @rule(models=st.sets(st.sampled_from(MODELS)))
-    def end_scan(self, models: set[str | None]) -> None:
-        self.pool.end_scan(models)
-        self.open -= models
+    @rule(demands=st.sets(st.sampled_from(DEMANDS)))
+    def end_scan(self, demands: set[Demand]) -> None:
+        self.pool.end_scan(demands)
+        self.open -= demands
 
-    @rule(models=st.sets(st.sampled_from(MODELS)), go_on=st.booleans())
-    def scan(self, models: set[str | None], go_on: bool) -> None:
-        (self.pool.continue_scan if go_on else self.pool.rescan)(models)
-        self.open |= models & {e.task.model for e in self.model.values()}
-        for model in models:
-            lane = [e for e in self.model.values() if e.task.model == model]
+    @rule(demands=st.sets(st.sampled_from(DEMANDS)), go_on=st.booleans())
+    def scan(self, demands: set[Demand], go_on: bool) -> None:
+        (self.pool.continue_scan if go_on else self.pool.rescan)(demands)
+        self.open |= demands & {e.task.demand for e in self.model.values()}
+        for demand in demands:
+            lane = [e for e in self.model.values() if e.task.demand == demand]
             parked = [e for e in lane if e.until is not None and not e.out]
             if not go_on or not any(e.due for e in parked):
                 for entry in parked:
@@ -141,7 +143,7 @@ def test_arrival_order_without_edf() -> None:
     pool = Pending(edf=False)
     pool.add(task("late", deadline=9, submitted=2))
     pool.add(task("early", deadline=99, submitted=1))
-    got = pool.take([None])
+    got = pool.take([ANY])
     assert got is not None
     assert got[0].id == "early"
 
@@ -150,17 +152,18 @@ def test_of_the_parked_the_highest_rank_comes_first() -> None:
     pool = Pending()
     for i, rank in enumerate((1.0, 5.0, -3.0)):
         pool.add(task(f"t{i}", deadline=10.0 + i))
-        got = pool.take([None])
+        got = pool.take([ANY])
         assert got is not None
         pool.park(got[0], until=9.0, rank=rank)
-    assert pool.take([None], [None]) is None  # no scan is on
-    pool.rescan([None])
-    order = [got[0].id for _ in range(3) if (got := pool.take([], [None]))]
+    assert pool.take([ANY], [ANY]) is None  # no scan is on
+    pool.rescan([ANY])
+    order = [got[0].id for _ in range(3) if (got := pool.take([], [ANY]))]
     assert order == ["t1", "t0", "t2"]
 
 
 def test_every_field_survives() -> None:
-    given = task("x", model="m")
+    given = task("x", demand=Demand("m", ("chat", "tools")))
+    given.fit_context = True
     given.value, given.expected_tokens, given.strikes, given.attempt = 0.1, 77, 2, 3
     given.avoid = {"edge-1": 20.0}
     pool = Pending()
@@ -173,11 +176,11 @@ def test_parking_for_ever_leaves_no_dead_entries_behind() -> None:
     for i in range(10):
         pool.add(task(f"t{i}", deadline=1e6))
     for step in range(3000):
-        pool.rescan([None])
-        got = pool.take([None], [None])
+        pool.rescan([ANY])
+        got = pool.take([ANY], [ANY])
         assert got is not None
         pool.park(got[0], until=10.0 + step)
-    lane = pool._lanes[None]
+    lane = pool._lanes[ANY]
     assert max(len(lane.parked), len(lane.fresh), len(pool._wakeups)) <= 4 * 10 + 64
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from perllm.broker.messages import Power, StepCost
 from perllm.scheduler import examples
-from perllm.scheduler.core.cluster import Node, Task
+from perllm.scheduler.core.cluster import Demand, Node, Task
 from perllm.scheduler.csucb import forecast as f
 from perllm.scheduler.csucb.cluster_arrays import ArmEstimate, ClusterArrays, NodeEstimate
 from perllm.scheduler.csucb.output_lengths import Lengths
@@ -57,7 +57,7 @@ class Setting:
             throughput=0.0,
         )
         self.arrays = ClusterArrays(self.lengths, lambda _: estimate)
-        self.arrays.candidates((self.node,), None)
+        self.arrays.candidates((self.node,), Demand())
 
     def forecast(self, task: Task, now: float = 0.0) -> tuple[np.void, float]:
         """The forecast of one more task, and its harm to others."""
@@ -140,7 +140,7 @@ def task(task_id: str, deadline: float, generated: int = 0, **fields: float) -> 
         deadline=deadline,
         value=1.0,
         service="chat",
-        model=None,
+        demand=Demand(),
         prompt_tokens=int(fields.get("prompt", 100)),
         payload_bytes=int(fields.get("payload", 200_000)),
         max_tokens=int(fields.get("most", 400)),
@@ -235,7 +235,7 @@ def test_a_heartbeat_ago_is_caught_up() -> None:
     tasks = [task("t", 4.0, generated=10)]
     setting = Setting(tasks)
     setting.node.changed, setting.node.version = 1.0, 1
-    setting.arrays.candidates((setting.node,), None)
+    setting.arrays.candidates((setting.node,), Demand())
     step = THETA[0] + THETA[1] + THETA[3] * 110
     assert setting.arrays.in_flight["tokens"][0] == pytest.approx(10 + 1.0 / step, rel=0.02)
 
