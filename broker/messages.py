@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
-from perllm.broker.capabilities import BEFORE_CAPABILITIES, Capability, lacking
+from perllm.broker.capabilities import BEFORE_CAPABILITIES, OF_KIND, Capability, lacking
 from perllm.broker.vectors import unpack
 
 WIRE_VERSION = 1
@@ -313,10 +313,8 @@ class TaskSpec(Sampling):
     def needs(self) -> tuple[Capability, ...]:
         """What a model must be able to do to serve this, sorted."""
         match self.kind:
-            case "embed":
-                wanted = {Capability.EMBEDDINGS: True}
-            case "rerank":
-                wanted = {Capability.RERANK: True}
+            case "embed" | "rerank":
+                wanted = {OF_KIND[self.kind]: True}
             case "generate":
                 wanted = {
                     Capability.GENERATE: True,

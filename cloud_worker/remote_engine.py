@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from perllm.broker.capabilities import Capability
-from perllm.broker.engine.checks import check_model
+from perllm.broker.capabilities import OF_KIND, Capability
+from perllm.broker.engine.checks import check_kind, check_model
 from perllm.broker.engine.contract import (
     EngineDown,
     EngineError,
@@ -78,8 +78,6 @@ MAX_TRIES, MAX_PAUSE = 5, 60.0
 STOP_POLL = 0.05
 #: Words of the two prompts the server is calibrated with, and the words (about a token each).
 PROBES = (10, 300)
-#: What serves each kind of task.
-_KINDS = {"generate": Capability.GENERATE, "embed": Capability.EMBEDDINGS, "rerank": Capability.RERANK}
 WORDS = ("sun", "tree", "river", "stone", "cloud", "bird", "house", "road", "night", "light", "water", "wind")
 
 
@@ -345,11 +343,10 @@ class RemoteEngine:
     def _arm(self, spec: TaskSpec) -> _Arm:
         """The one a task is for. Raises EngineError."""
         check_model(spec.model, [arm.name for arm in self._arms])
-        kind = _KINDS[spec.kind]
-        for arm in self._arms:
-            if spec.model in (None, arm.name) and kind in arm.capabilities:
-                return arm
-        raise EngineError(f"model: {spec.model or self._arms[0].name!r} is not one to {spec.kind} with", retry=False)
+        able = [arm for arm in self._arms if OF_KIND[spec.kind] in arm.capabilities]
+        named = [arm for arm in self._arms if arm.name == spec.model] or able or self._arms
+        check_kind(spec.kind, named[0].name, named[0].capabilities)
+        return named[0]
 
     async def _generate(self, request: _Request, arm: _Arm) -> Generation:
         before = self.counters()  # raises EngineDown

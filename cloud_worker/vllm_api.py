@@ -11,7 +11,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 import vllm
@@ -20,6 +20,7 @@ from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -28,6 +29,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from perllm.broker import grammar
 from perllm.broker.engine.chat_template import TemplateFacts, look_at_template
 from perllm.broker.engine.contract import EngineError
+from perllm.broker.engine.embedding import Vector
 from perllm.broker.engine.text import prompt_text
 from perllm.broker.errors import BadSetting, InvalidTask, TryAgain
 from perllm.broker.messages import TaskSpec
@@ -43,8 +45,10 @@ __all__ = [
     "facts",
     "limits",
     "lora_requests",
+    "numbers",
     "open_engine",
     "openai_logprobs",
+    "pooling_params",
     "sampling_params",
     "tokens_input",
 ]
@@ -143,7 +147,12 @@ def limits(llm: Any) -> Limits:
     config = llm.vllm_config
     cache = config.cache_config
     return Limits(
-        kv_tokens=int(cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size),
+        # A model that sees all tokens at once keeps none: it takes one input at least.
+        kv_tokens=int(
+            cache.kv_cache_size_tokens
+            or (cache.num_gpu_blocks or 0) * cache.block_size
+            or config.model_config.max_model_len
+        ),
         context=int(config.model_config.max_model_len),
         step_tokens=int(config.scheduler_config.max_num_batched_tokens),
         vocabulary=int(config.model_config.get_vocab_size()),
@@ -198,6 +207,19 @@ def sampling_params(spec: TaskSpec, max_tokens: int) -> Any:
         raise EngineError(f"vLLM does not accept it: {error}", retry=False) from None
 
 
+def pooling_params(kind: str, second: int | None = None) -> Any:
+    """For one input of an embedding or rerank task; of a pair, `second` is where the second text's tokens begin, where
+    the model wants to know."""
+    extra = None if second is None else {"compressed_token_type_ids": second}
+    return PoolingParams(task="embed" if kind == "embed" else "classify", extra_kwargs=extra)
+
+
+def numbers(output: Any) -> Vector:
+    """What came of one input: its vector, its scores, or nothing where it was aborted."""
+    vector: Vector = output.outputs.data.float().cpu().numpy().reshape(-1)
+    return vector
+
+
 def calibration_params(tokens: int) -> Any:
     """For calibration: exactly so many tokens, and no text."""
     return SamplingParams(
@@ -224,6 +246,13 @@ def _entry(one: Any) -> dict[str, Any]:
     return {"token": text, "logprob": one.logprob, "bytes": list(text.encode())}
 
 
+class PooledInput(NamedTuple):
+    """An input's tokens, and where the second text of a pair begins, where the tokenizer says so."""
+
+    ids: Sequence[int]
+    second: int | None = None
+
+
 class Prompter:
     """Renders tasks with the model's chat template, and tokenises them, in the caller's thread."""
 
@@ -242,6 +271,20 @@ class Prompter:
             if self._template is None:
                 return list(self._tokenizer.encode(text))
             return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def inputs(self, spec: TaskSpec) -> list[PooledInput]:
+        """The tokens of an embedding or rerank task's inputs; what is ranked, beside its query."""
+        with self._lock:
+            if spec.input_ids:
+                return [PooledInput(ids) for ids in spec.input_ids]
+            if spec.kind == "embed":
+                return [PooledInput(self._tokenizer.encode(text)) for text in spec.inputs]
+            return [self._pair(spec.query or "", text) for text in spec.inputs]
+
+    def _pair(self, query: str, text: str) -> PooledInput:
+        encoded = self._tokenizer(query, text)
+        ids, types = encoded["input_ids"], encoded.get("token_type_ids")
+        return PooledInput(ids, None if types is None else types.index(1) if 1 in types else len(ids))
 
     def _rendered(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
         return str(

@@ -16,6 +16,8 @@ from perllm.broker.engine.chat_template import TemplateFacts
 SERVED = frozenset(
     {Capability.GENERATE, Capability.CHAT, Capability.LOGPROBS, Capability.GRAMMAR, Capability.JSON_SCHEMA}
 )
+#: The same of a model that vLLM runs to pool.
+SERVED_POOLED = frozenset({Capability.EMBEDDINGS, Capability.RERANK, Capability.TOKENS})
 #: Marks of what comes before and after a gap, by families of models, as their vocabularies spell them.
 INFILL_MARKS = (
     ("<|fim_prefix|>", "<|fim_suffix|>"),  # Qwen coder

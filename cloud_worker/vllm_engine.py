@@ -25,7 +25,8 @@ from typing import Any
 
 import structlog
 
-from perllm.broker.engine.checks import check_model, fitted
+from perllm.broker.capabilities import Capability
+from perllm.broker.engine.checks import check_kind, check_model, fitted
 from perllm.broker.engine.contract import (
     EngineDown,
     EngineError,
@@ -36,6 +37,7 @@ from perllm.broker.engine.contract import (
     Stuck,
     counters_or_none,
 )
+from perllm.broker.engine.embedding import Vector, check_dimensions, check_input, made_of
 from perllm.broker.engine.energy import WINDOW, Attribution, power_of
 from perllm.broker.engine.step_time import decode_work, is_stall, step_time
 from perllm.broker.engine.totals import EngineTotals
@@ -48,7 +50,7 @@ from perllm.cloud_worker.priority import priority
 from perllm.cloud_worker.reaper import Reaper
 from perllm.cloud_worker.settings import CloudSettings
 from perllm.cloud_worker.step_cost import TimedStep, energy_weights, fit_step_cost
-from perllm.cloud_worker.vllm_capabilities import capabilities
+from perllm.cloud_worker.vllm_capabilities import SERVED, SERVED_POOLED, capabilities
 
 log = structlog.get_logger(__name__)
 
@@ -95,6 +97,9 @@ class _Request:
     metrics: Any = None  # vLLM's RequestStateStats: when it was scheduled, …
     stalled: bool = False
 
+    inputs: Sequence[Any] = ()  # of an embedding or rerank task; `prompt` is all their tokens
+    vectors: list[Vector] = field(default_factory=list)  # what came of them
+
     credited: int = 0  # prompt tokens whose energy was shared out as they were computed
     work: float = 0.0  # since the energy was last shared out, s by the step cost
     energy: Energy | None = None
@@ -113,6 +118,7 @@ class VLLMEngine:
         self._totals = EngineTotals()
         self._step_cost = StepCost(step=0.01, sequence=0.0, prefill=1e-5)  # until it is measured
         self._usual_tokens = USUAL_TOKENS
+        self._width: int | None = None  # of its embeddings, where it makes any
         self._keys = itertools.count()
         self._present: dict[_Request, None] = {}  # oldest first
         self._prefilling: dict[_Request, None] = {}  # those of them without a token yet
@@ -154,7 +160,10 @@ class VLLMEngine:
                 "model, or more GPUs with PERLLM_VLLM_ARGS='{\"tensor_parallel_size\": 2}'"
             ) from None
         self._prompter = vllm_api.Prompter(self._llm)
-        self._capabilities = capabilities(vllm_api.facts(self._llm, self._tasks, self._prompter.template))
+        facts = vllm_api.facts(self._llm, self._tasks, self._prompter.template)
+        self._capabilities = capabilities(facts, served=SERVED if "generate" in self._tasks else SERVED_POOLED)
+        if not self._capabilities:
+            raise BadSetting(f"PERLLM_MODEL={self._args.model}: vLLM runs it to {', '.join(self._tasks)} only")
         self._loop.run(self._calibrate())
         self._energy = Attribution(self._meter)
         self._loop.loop.call_soon_threadsafe(self._begin_watch)
@@ -230,6 +239,7 @@ class VLLMEngine:
                 kv_tokens=self._limits.kv_tokens,
                 calibration=self._step_cost,
                 capabilities=self._capabilities,
+                dimensions=self._width,
             )
             for name in (self._name, *self._loras)
         )
@@ -268,20 +278,19 @@ class VLLMEngine:
     def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         """Run one task to its end or until `stop`. Raises EngineError."""
         check_model(spec.model, (self._name, *self._loras))
+        check_kind(spec.kind, self._name, self._capabilities)
         accepted = time.monotonic()
-        prompt = self._prompter.tokens(spec)
-        spec = fitted(spec, len(prompt), self._limits.context)
-        request = _Request(
-            task_id,
-            f"{task_id}.{next(self._keys)}",
-            spec,
-            stop,
-            prompt,
-            self._api.sampling_params(spec, spec.max_tokens),
-            self._loras.get(spec.model or ""),
-            None if on_delta is None else SimpleQueue(),
-            accepted,
-        )
+        key, lora = f"{task_id}.{next(self._keys)}", self._loras.get(spec.model or "")
+        if spec.kind == "generate":
+            prompt = self._prompter.tokens(spec)
+            spec = fitted(spec, len(prompt), self._limits.context)
+            params = self._api.sampling_params(spec, spec.max_tokens)
+            pieces: Pieces | None = None if on_delta is None else SimpleQueue()
+            request = _Request(task_id, key, spec, stop, prompt, params, lora, pieces, accepted)
+        else:
+            inputs = self._inputs(spec)
+            prompt = [token for one in inputs for token in one.ids]
+            request = _Request(task_id, key, spec, stop, prompt, None, lora, None, accepted, inputs=inputs)
         before = self.counters()  # raises EngineDown
         loop = self._loop
         if loop is None:
@@ -295,6 +304,18 @@ class VLLMEngine:
             raise EngineError("the engine is closing", retry=True) from None
         return self._generation(request, before)
 
+    def _inputs(self, spec: TaskSpec) -> Sequence[Any]:
+        """The inputs of an embedding or rerank task. Raises EngineError."""
+        if self._width is not None:
+            check_dimensions(spec.dimensions, self._width)
+        inputs = self._prompter.inputs(spec)
+        for number, one in enumerate(inputs):
+            check_input(number, len(one.ids), self._limits.context)
+            if spec.input_ids and max(one.ids) >= self._limits.vocabulary:
+                known = self._limits.vocabulary
+                raise EngineError(f"input {number}: {max(one.ids)} is no token; the model knows {known}", retry=False)
+        return inputs
+
     async def _serve(self, request: _Request) -> None:
         """From vLLM's queue to the last token. Raises EngineError."""
         if self._down is not None:
@@ -305,6 +326,9 @@ class VLLMEngine:
         self._present[request] = self._prefilling[request] = None
         self._energy.enter(request)
         try:
+            if request.inputs:
+                await self._pool(request)
+                return
             async for output in self._outputs(request):
                 self._take(request, output)
                 if request.stop.reason is not None and not output.finished:
@@ -322,6 +346,41 @@ class VLLMEngine:
             request.energy = self._energy.leave(request)
             del self._present[request]
             self._prefilling.pop(request, None)
+
+    async def _pool(self, request: _Request) -> None:
+        """All inputs of an embedding or rerank task, side by side in vLLM's batch, under one name: so one abort ends
+        all of them. Raises the first failure, once all have ended."""
+        spec, remaining = request.spec, request.stop.remaining
+        work = len(request.prompt) * self._step_cost.prefill
+        urgency = priority(time.monotonic(), remaining, spec.value, work)
+        vectors: dict[int, Any] = {}
+        room = asyncio.Semaphore(self.slots)
+
+        async def one(number: int, ids: Sequence[int], second: int | None) -> None:
+            async with room:
+                if request.stop.reason is not None:
+                    return
+                async for output in self._llm.encode(
+                    self._api.tokens_input(list(ids)),
+                    self._api.pooling_params(spec.kind, second),
+                    request.key,
+                    lora_request=request.lora,
+                    priority=urgency,
+                ):
+                    vectors[number] = self._api.numbers(output)
+                    request.cached += output.num_cached_tokens or 0
+                    request.first = request.first or time.monotonic()
+
+        ended = await asyncio.gather(
+            *(one(n, *given) for n, given in enumerate(request.inputs)), return_exceptions=True
+        )
+        for failure in ended:
+            if isinstance(failure, BaseException):
+                raise failure
+        left = len(request.prompt) - request.cached - request.credited
+        request.work += max(0, left) * self._step_cost.prefill
+        request.vectors = [vector for _, vector in sorted(vectors.items()) if len(vector)]
+        request.finish = "stop" if len(request.vectors) == len(request.inputs) else "abort"
 
     def _outputs(self, request: _Request) -> Any:
         spec, remaining = request.spec, request.stop.remaining
@@ -367,12 +426,17 @@ class VLLMEngine:
             prefill = max(0.0, stats.first_token_ts - stats.scheduled_ts) if stats.scheduled_ts else 0.0
             decode = max(0.0, stats.last_token_ts - stats.first_token_ts)
         assert request.energy is not None
-        self._usual_tokens += USUAL_WEIGHT * (len(request.tokens) - self._usual_tokens)
-        logprobs = None
+        if spec.kind == "generate":
+            self._usual_tokens += USUAL_WEIGHT * (len(request.tokens) - self._usual_tokens)
+        logprobs, made = None, {}
+        finish = self._finish_reason(request)
+        if request.inputs:
+            prefill = now - (request.first or now)
+            made = made_of(request.vectors, spec) if finish == "stop" else {}
         if spec.logprobs is not None:
             logprobs = self._api.openai_logprobs(request.tokens, request.logprobs, spec.logprobs)
         return Generation(
-            output=Output(text="".join(request.text), finish_reason=self._finish_reason(request), logprobs=logprobs),
+            output=Output(text="".join(request.text), finish_reason=finish, logprobs=logprobs, **made),
             model=spec.model or self._name,
             prompt_tokens=len(request.prompt),
             completion_tokens=len(request.tokens),
@@ -510,10 +574,15 @@ class VLLMEngine:
         for count, prompt in ((1, depth), (self.slots, 16)):  # kernels are compiled when they are first needed
             await self._time_steps(count, prompt, 4)
         idle = await self._metered(asyncio.sleep(METERED))
-        decodes = [(1, 16), (1, depth), (width, 16), (width, depth), (self.slots, 16)]
-        steps = [_median_decode(await self._time_steps(count, prompt, 24), count) for count, prompt in decodes]
-        for prompt in (depth // 2, depth, depth // 2, depth):
-            steps += [step for step in await self._time_steps(1, prompt, 1) if step.prefilled]
+        steps: list[TimedStep | None] = []
+        if Capability.GENERATE in self._capabilities:
+            decodes = [(1, 16), (1, depth), (width, 16), (width, depth), (self.slots, 16)]
+            steps += [_median_decode(await self._time_steps(count, prompt, 24), count) for count, prompt in decodes]
+        prefills = [(1, depth // 2), (1, depth)] * 2
+        if Capability.GENERATE not in self._capabilities:
+            prefills += [(1, 16), (width, 16), (self.slots, 16)] * 2
+        for count, prompt in prefills:
+            steps += [step for step in await self._time_steps(count, prompt, 1) if step.prefilled]
         self._step_cost = fit_step_cost([step for step in steps if step is not None])
         seconds = step_time(self._step_cost, sequences=self.slots, context=16 * self.slots)
         tokens = int(min(self._limits.context - 16, max(24, METERED / max(seconds, 1e-6))))
@@ -540,7 +609,13 @@ class VLLMEngine:
 
     async def _calibration_request(self, prompt: int, tokens: int) -> None:
         ids = random.choices(range(self._limits.vocabulary), k=prompt)
-        key, params = f"calibration.{next(self._keys)}", self._api.calibration_params(tokens)
+        key = f"calibration.{next(self._keys)}"
+        if Capability.GENERATE not in self._capabilities:
+            kind = "embed" if Capability.EMBEDDINGS in self._capabilities else "rerank"
+            async for output in self._llm.encode(self._api.tokens_input(ids), self._api.pooling_params(kind), key):
+                self._width = len(self._api.numbers(output)) if kind == "embed" else None
+            return
+        params = self._api.calibration_params(tokens)
         async for _ in self._llm.generate(self._api.tokens_input(ids), params, key):
             pass
 

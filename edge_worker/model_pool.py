@@ -11,8 +11,8 @@ from pathlib import Path
 
 import structlog
 
-from perllm.broker.capabilities import Capability
-from perllm.broker.engine.checks import check_model
+from perllm.broker.capabilities import OF_KIND, Capability
+from perllm.broker.engine.checks import check_kind, check_model
 from perllm.broker.engine.contract import EngineError, Stop
 from perllm.broker.engine.cores import available_memory
 from perllm.broker.engine.energy import Attribution
@@ -89,11 +89,6 @@ class ServedModel:
     used: float = 0.0  # when it was last asked for
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of tasks it is for."""
-        return ("generate",) if self.pooling is None else ("rerank",) if self.pooling == "rank" else ("embed",)
-
-    @property
     def bytes(self) -> int:
         """Memory it takes when loaded, about."""
         return self.gguf.size + _kv_bytes(self.gguf, self.kv_tokens) + _scratch(self.gguf, self.pooling, self.kv_tokens)
@@ -165,10 +160,10 @@ class ModelPool:
     def get(self, name: str | None, kind: str = "generate") -> ServedModel:
         """The model of this name, or the first for this kind of task for None. Raises EngineError (retry=False)."""
         if name is None:
-            name = next((served.name for served in self._all.values() if kind in served.kinds), self.names[0])
+            able = (served.name for served in self._all.values() if OF_KIND[kind] in served.capabilities)
+            name = next(able, self.names[0])
         check_model(name, self._all)
-        if kind not in self._all[name].kinds:
-            raise EngineError(f"model: {name!r} is not one to {kind} with", retry=False)
+        check_kind(kind, name, self._all[name].capabilities)
         return self._all[name]
 
     @contextmanager

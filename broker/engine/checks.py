@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from perllm.broker.capabilities import OF_KIND
 from perllm.broker.engine.contract import EngineError
 from perllm.broker.messages import TaskSpec
 from perllm.broker.vectors import BYTES_PER_NUMBER
+
+
+def check_kind(kind: str, model: str, capabilities: Collection[str]) -> None:
+    """Raises EngineError (retry=False) for a kind of task that a model with these capabilities is not for."""
+    if OF_KIND[kind] not in capabilities:
+        raise EngineError(f"model: {model!r} is not one to {kind} with", retry=False)
 
 
 def check_model(model: str | None, served: Iterable[str]) -> None:

@@ -59,11 +59,15 @@ NEEDED = {
         "CompletionOutput.logprobs",
         "CompletionOutput.text",
         "CompletionOutput.token_ids",
+        "PoolingOutput.data",
+        "PoolingRequestOutput.num_cached_tokens",
+        "PoolingRequestOutput.outputs",
         "RequestOutput.finished",
         "RequestOutput.metrics",
         "RequestOutput.num_cached_tokens",
         "RequestOutput.outputs",
     ),
+    "vllm.pooling_params": ("PoolingParams.extra_kwargs", "PoolingParams.task"),
     "vllm.sampling_params": (
         "RequestOutputKind.DELTA",
         "RequestOutputKind.FINAL_ONLY",
@@ -87,6 +91,7 @@ NEEDED = {
     "vllm.v1.engine.async_llm": (
         "AsyncLLM.abort",
         "AsyncLLM.add_lora",
+        "AsyncLLM.encode",
         "AsyncLLM.errored",
         "AsyncLLM.from_engine_args",
         "AsyncLLM.generate",
