@@ -371,10 +371,8 @@ class VLLMEngine:
                     request.cached += output.num_cached_tokens or 0
                     request.first = request.first or time.monotonic()
 
-        ended = await asyncio.gather(
-            *(one(n, *given) for n, given in enumerate(request.inputs)), return_exceptions=True
-        )
-        for failure in ended:
+        every = [one(number, *given) for number, given in enumerate(request.inputs)]
+        for failure in await asyncio.gather(*every, return_exceptions=True):
             if isinstance(failure, BaseException):
                 raise failure
         left = len(request.prompt) - request.cached - request.credited
@@ -586,12 +584,19 @@ class VLLMEngine:
         self._step_cost = fit_step_cost([step for step in steps if step is not None])
         seconds = step_time(self._step_cost, sequences=self.slots, context=16 * self.slots)
         tokens = int(min(self._limits.context - 16, max(24, METERED / max(seconds, 1e-6))))
-        full = await self._metered(self._time_steps(self.slots, 16, tokens))
+        full = await self._metered(self._fill(tokens))
         meter = self._meter
         meter.idle = self._settings.idle_watts if self._settings.idle_watts is not None else idle
         meter.active = max(0.0, full - meter.idle)
         meter.method = f"{meter.method} ({energy_weights(self._step_cost)})"
         self._totals = EngineTotals()  # calibration is no task
+
+    async def _fill(self, tokens: int) -> None:
+        """Keep the batch full: for so many tokens each, or where nothing is generated for `METERED` s."""
+        until = time.monotonic() + METERED
+        await self._time_steps(self.slots, 16, tokens)
+        while Capability.GENERATE not in self._capabilities and time.monotonic() < until:
+            await self._time_steps(self.slots, 16, 1)
 
     async def _metered(self, doing: Any) -> float:
         """Mean W while it was done."""
