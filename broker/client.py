@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -25,7 +25,15 @@ import redis.asyncio
 
 from perllm.broker import grammar
 from perllm.broker.connection import connect, connect_async, reaching
-from perllm.broker.errors import TaskNotFound, Unreachable, WaitTimeout
+from perllm.broker.errors import (
+    InvalidTask,
+    TaskExpired,
+    TaskFailed,
+    TaskNotFound,
+    TaskRejected,
+    Unreachable,
+    WaitTimeout,
+)
 from perllm.broker.ledger import Ledger, TaskRecord
 from perllm.broker.messages import MAX_VALUE, Delta, Explanation, Result, State, TaskFields, TaskSpec, new_id
 from perllm.broker.validation import TaskValidator
@@ -93,6 +101,26 @@ class Client:
         InvalidTask at the first bad one; those before it may be stored."""
         specs = ((new_id(), t if isinstance(t, TaskSpec) else self.accept(_with_prompt(t, {}))) for t in tasks)
         return [Handle(task_id, self) for task_id in self.ledger.submit(specs)]
+
+    def embed(
+        self, inputs: Sequence[str], /, *, timeout: float | None = None, **fields: Unpack[TaskFields]
+    ) -> list[list[float]]:
+        """The embeddings of texts, in order, each of length 1: as many tasks as that takes, handed in and waited for.
+        Their deadline is in an hour unless one is given. Raises InvalidTask, WaitTimeout and, for a task without a
+        result, TaskFailed, TaskExpired or TaskRejected."""
+        handles = self.submit_many(self._embedding_tasks(inputs, fields))
+        results = {result.id: result for result in self.wait((h.id for h in handles), timeout)}
+        return [vector for handle in handles for vector in _succeeded(results[handle.id]).vectors]
+
+    def _embedding_tasks(self, inputs: Sequence[str], fields: Mapping[str, Any]) -> list[TaskSpec]:
+        if isinstance(inputs, str):
+            raise InvalidTask("inputs: a list of texts is required")
+        key = fields.get("idempotency_key")
+        tasks = []
+        for number, some in enumerate(_parts(inputs, self.settings.max_prompt_bytes)):
+            own = {"idempotency_key": f"{key}:{number}"} if key is not None and number else {}
+            tasks.append(self.accept({"kind": "embed", "deadline": 3600.0, **fields, **own, "inputs": some}))
+        return tasks
 
     def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
         """Check a task without submitting it. Raises InvalidTask naming every field that is wrong."""
@@ -224,6 +252,7 @@ class AsyncClient:
         self._looker: asyncio.Task[None] | None = None
         self.settings = self._client.settings
         self.ledger = self._client.ledger
+        self.validator = self._client.validator
         self._bells: dict[str, set[_Waiter]] = {}  # channel → those who wait for it
         self._pubsub: redis.asyncio.client.PubSub | None = None
         self._subscribed = asyncio.Event()
@@ -247,6 +276,15 @@ class AsyncClient:
         """See Client.submit_many."""
         handles = await self._in_thread(self._client.submit_many, tasks)
         return [AsyncHandle(h.id, self) for h in handles]
+
+    async def embed(
+        self, inputs: Sequence[str], /, *, timeout: float | None = None, **fields: Unpack[TaskFields]
+    ) -> list[list[float]]:
+        """See Client.embed."""
+        tasks = await self._in_thread(self._client._embedding_tasks, inputs, fields)
+        handles = await self.submit_many(tasks)
+        results = {result.id: result async for result in self.wait([h.id for h in handles], timeout)}
+        return [vector for handle in handles for vector in _succeeded(results[handle.id]).vectors]
 
     async def result(self, task_id: str, timeout: float | None = None) -> Result:
         """See Client.result."""
@@ -520,6 +558,30 @@ class _Announcements:
     ) -> None:
         self._pubsub.close()
         self._redis.close()
+
+
+#: Inputs of one task that `embed` makes, at most: few enough that several nodes share the work.
+_EMBEDDED_AT_ONCE = 256
+_ENDS = {State.FAILED: TaskFailed, State.EXPIRED: TaskExpired, State.REJECTED: TaskRejected}
+
+
+def _parts(inputs: Sequence[str], most_bytes: int) -> Iterator[Sequence[str]]:
+    """The inputs in order, as many together as one task may have; all that are left, where they are none."""
+    start = size = 0
+    for number, text in enumerate(inputs):
+        own = len(text.encode(errors="replace")) if isinstance(text, str) else 0
+        if number > start and (size + own > most_bytes or number - start == _EMBEDDED_AT_ONCE):
+            yield inputs[start:number]
+            start, size = number, 0
+        size += own
+    yield inputs[start:]
+
+
+def _succeeded(result: Result) -> Result:
+    """The result of a task that has one. Raises as `AsyncResult.get` does for others."""
+    if result.state is State.SUCCEEDED:
+        return result
+    raise _ENDS.get(result.state, TaskFailed)(f"task {result.id} {result.state}: {result.reason or 'no reason given'}")
 
 
 def _channel(task_id: str) -> str:

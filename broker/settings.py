@@ -71,6 +71,8 @@ class Settings(BaseSettings):
 
     max_prompt_bytes: Annotated[int, Field(ge=1)] = 1 << 20
     """Longest input of a task, bytes."""
+    max_result_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
+    """Most bytes the embeddings of one task may take, 16 for 3 numbers."""
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
     """Longest answer of a task that does not say, tokens; the context and the deadline may end it before."""
     lease: Annotated[float, Field(ge=0.5, le=300)] = 4.0

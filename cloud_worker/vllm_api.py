@@ -11,7 +11,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 import vllm
@@ -22,6 +22,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.parser.parser_manager import ParserManager
+from vllm.pooling_params import PoolingParams
 from vllm.reasoning import ReasoningParserManager
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.tool_parsers import ToolParserManager
@@ -34,6 +35,7 @@ from perllm.broker.chat import AnswerStream, ChatTemplate
 from perllm.broker.engine.answers import answer_seed
 from perllm.broker.engine.checks import check_echo, check_tokens
 from perllm.broker.engine.contract import EngineError
+from perllm.broker.engine.embedding import Vector
 from perllm.broker.engine.text import Prompt, chat_messages, openai_tool, prompt_text
 from perllm.broker.errors import BadSetting, InvalidTask, TryAgain
 from perllm.broker.messages import Delta, TaskSpec
@@ -51,8 +53,10 @@ __all__ = [
     "facts",
     "limits",
     "lora_requests",
+    "numbers",
     "open_engine",
     "openai_logprobs",
+    "pooling_params",
     "sampling_params",
     "tokens_input",
 ]
@@ -151,7 +155,12 @@ def limits(llm: Any) -> Limits:
     config = llm.vllm_config
     cache = config.cache_config
     return Limits(
-        kv_tokens=int(cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size),
+        # A model that sees all tokens at once keeps none: it takes one input at least.
+        kv_tokens=int(
+            cache.kv_cache_size_tokens
+            or (cache.num_gpu_blocks or 0) * cache.block_size
+            or config.model_config.max_model_len
+        ),
         context=int(config.model_config.max_model_len),
         step_tokens=int(config.scheduler_config.max_num_batched_tokens),
         vocabulary=int(config.model_config.get_vocab_size()),
@@ -218,6 +227,19 @@ def _answer_params(spec: TaskSpec, max_tokens: int, structured: Any, index: int,
     )
 
 
+def pooling_params(kind: str, second: int | None = None) -> Any:
+    """For one input of an embedding or rerank task; of a pair, `second` is where the second text's tokens begin, where
+    the model wants to know."""
+    extra = None if second is None else {"compressed_token_type_ids": second}
+    return PoolingParams(task="embed" if kind == "embed" else "classify", extra_kwargs=extra)
+
+
+def numbers(output: Any) -> Vector:
+    """What came of one input: its vector, its scores, or nothing where it was aborted."""
+    vector: Vector = output.outputs.data.float().cpu().numpy().reshape(-1)
+    return vector
+
+
 def calibration_params(tokens: int) -> Any:
     """For calibration: exactly so many tokens, and no text."""
     return SamplingParams(
@@ -242,6 +264,13 @@ def openai_logprobs(tokens: Sequence[int], positions: Sequence[Mapping[int, Any]
 def _entry(one: Any) -> dict[str, Any]:
     text = one.decoded_token or ""
     return {"token": text, "logprob": one.logprob, "bytes": list(text.encode())}
+
+
+class PooledInput(NamedTuple):
+    """An input's tokens, and where the second text of a pair begins, where the tokenizer says so."""
+
+    ids: Sequence[int]
+    second: int | None = None
 
 
 class Prompter:
@@ -274,6 +303,20 @@ class Prompter:
                 return Prompt(list(self._tokenizer.encode(text)))
             tokens = list(self._tokenizer.encode(text, add_special_tokens=False))
         return Prompt(tokens, form, self._controls, foreign)
+
+    def inputs(self, spec: TaskSpec) -> list[PooledInput]:
+        """The tokens of an embedding or rerank task's inputs; what is ranked, beside its query."""
+        with self._lock:
+            if spec.input_ids:
+                return [PooledInput(ids) for ids in spec.input_ids]
+            if spec.kind == "embed":
+                return [PooledInput(self._tokenizer.encode(text)) for text in spec.inputs]
+            return [self._pair(spec.query or "", text) for text in spec.inputs]
+
+    def _pair(self, query: str, text: str) -> PooledInput:
+        encoded = self._tokenizer(query, text)
+        ids, types = encoded["input_ids"], encoded.get("token_type_ids")
+        return PooledInput(ids, None if types is None else types.index(1) if 1 in types else len(ids))
 
     def answer(self, spec: TaskSpec, prompt: Prompt, task_id: str, index: int) -> AnswerStream | None:
         """What takes one answer to a prompt apart; None where all of it is text."""

@@ -27,6 +27,8 @@ SERVED = frozenset(
         Capability.TOKENS,
     }
 )
+#: The same of a model that vLLM runs to pool.
+SERVED_POOLED = frozenset({Capability.EMBEDDINGS, Capability.RERANK, Capability.TOKENS})
 #: Marks of what comes before and after a gap, by families of models, as their vocabularies spell them.
 INFILL_MARKS = (
     ("<|fim_prefix|>", "<|fim_suffix|>"),  # Qwen coder

@@ -18,6 +18,7 @@ from perllm.broker.api.request_limits import RequestLimits
 from perllm.broker.api.routes import (
     batches,
     completions,
+    embeddings,
     files,
     health,
     models,
@@ -62,6 +63,7 @@ def make_app(settings: ApiSettings) -> FastAPI:
     errors.install(app)
     routers = (
         completions.router,
+        embeddings.router,
         responses.router,
         tasks.router,
         files.router,

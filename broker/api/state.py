@@ -11,6 +11,7 @@ from perllm.broker.api.batches.store import Batches
 from perllm.broker.api.callers import Callers
 from perllm.broker.api.files.store import Files
 from perllm.broker.api.keys import Keys
+from perllm.broker.api.request_limits import MEMORY_SHARES
 from perllm.broker.api.settings import ApiSettings
 from perllm.broker.api.store import ApiStore
 from perllm.broker.api.submission import Tasks
@@ -45,6 +46,9 @@ class Api:
         self.waits = ConcurrencyLimit(
             settings.api_waiting, settings.api_waiting_per_key, "streams and waits for results"
         )
+        memory = settings.api_body_memory
+        of_one = max(memory // MEMORY_SHARES, settings.max_result_bytes)
+        self.embeddings = ConcurrencyLimit(max(memory, of_one), of_one, "bytes of embeddings")
         self.uploads = ConcurrencyLimit(MAX_UPLOADS, MAX_UPLOADS_PER_KEY, "uploads")
         self.files = Files(settings, self.store)
         self.batches = Batches(self.store)

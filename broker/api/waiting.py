@@ -25,27 +25,27 @@ T = TypeVar("T")
 
 
 class ConcurrencyLimit:
-    """At most `limit` requests of one kind at once, `per_caller` of one caller."""
+    """At most `limit` of one kind of thing at once, `per_caller` of one caller."""
 
     def __init__(self, limit: int, per_caller: int, kind: str) -> None:
         self._limit, self._per_caller, self._kind = limit, per_caller, kind
         self._taken: Counter[str] = Counter()
 
-    def slot(self, caller: Caller) -> ExitStack:
-        """A slot, taken until the stack is closed. Raises ApiError where none is free."""
+    def slot(self, caller: Caller, size: int = 1) -> ExitStack:
+        """So many of them, taken until the stack is closed. Raises ApiError where they are not free."""
         name, headers = caller.name, {"Retry-After": "5"}
-        if self._taken[name] >= self._per_caller:
+        if self._taken[name] + size > self._per_caller:
             message = f"{self._per_caller} {self._kind} at once with this key: end one of them"
             raise ApiError(429, message, code="too_many_requests", headers=headers)
-        if self._taken.total() >= self._limit:
+        if self._taken.total() + size > self._limit:
             raise ApiError(503, f"too many {self._kind} at once: try again", code="unavailable", headers=headers)
-        self._taken[name] += 1
+        self._taken[name] += size
         slot = ExitStack()
-        slot.callback(self._release, name)
+        slot.callback(self._release, name, size)
         return slot
 
-    def _release(self, name: str) -> None:
-        self._taken[name] -= 1
+    def _release(self, name: str, size: int) -> None:
+        self._taken[name] -= size
         if not self._taken[name]:
             del self._taken[name]
 

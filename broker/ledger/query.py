@@ -27,6 +27,9 @@ from perllm.broker.ledger.records import (
 from perllm.broker.logs import LazyLogger
 from perllm.broker.messages import Delta, Heartbeat, NodeInfo, Result, State
 
+#: Bytes of results read in one call, and how many results are read at once whatever their size.
+READ_BYTES, FEW = 8 << 20, 4
+
 log = LazyLogger(__name__)
 
 
@@ -67,6 +70,32 @@ class Query(LedgerBase):
     def results(self, task_ids: Sequence[str]) -> list[Result | None]:
         """The results of those that are final, None for the others and the unknown, in order. One that cannot be read
         is that of a failed task which says so."""
+        return list(self.each_result(task_ids))
+
+    def each_result(self, task_ids: Sequence[str]) -> Iterator[Result | None]:
+        """The same one by one, of which only so many are held at once as have `READ_BYTES` together, or one."""
+        for some in self._readable_at_once(task_ids):
+            yield from self._results(some)
+
+    def _readable_at_once(self, task_ids: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Neighbours among these whose results are read in one call: an answer is held whole by the server, too."""
+        if len(task_ids) <= FEW:
+            yield task_ids
+            return
+        with reaching(self.settings):
+            pipe = self._client.pipeline(transaction=False)
+            for task_id in task_ids:
+                pipe.strlen(f"{self._prefix}result:{task_id}")
+            sizes = [size if isinstance(size, int) else 0 for size in pipe.execute(raise_on_error=False)]
+        start = total = 0
+        for number, size in enumerate(sizes):
+            if number > start and total + size > READ_BYTES:
+                yield task_ids[start:number]
+                start, total = number, 0
+            total += size
+        yield task_ids[start:]
+
+    def _results(self, task_ids: Sequence[str]) -> list[Result | None]:
         if not task_ids:
             return []
         with reaching(self.settings):

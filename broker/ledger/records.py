@@ -14,7 +14,6 @@ from pydantic_core import PydanticSerializationError
 from perllm.broker.errors import InvalidTask, Unreadable, field_errors
 from perllm.broker.logs import LazyLogger
 from perllm.broker.messages import (
-    BYTES_PER_TOKEN,
     DELTAS,
     Claimed,
     Delta,
@@ -176,11 +175,11 @@ def _features(spec: TaskSpec, payload_bytes: int) -> str:
         "value": spec.value,
         "service": spec.service,
         "tenant": spec.tenant,
-        "prompt_tokens": spec.text_bytes() // BYTES_PER_TOKEN + 1,
+        "prompt_tokens": spec.estimated_tokens(),
         "payload_bytes": payload_bytes,
         "max_tokens": spec.max_tokens,
         "preview": spec.preview(),
-        "text": sketch_task(spec),
+        "text": sketch_task(spec) if spec.kind == "generate" else "",  # from which output lengths are learned
         "needs": spec.needs(),
     }
     if spec.kind != "generate":

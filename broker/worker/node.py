@@ -19,6 +19,7 @@ import structlog
 from pydantic import ValidationError
 
 from perllm.broker import grammar
+from perllm.broker.engine.checks import embeddings_excess
 from perllm.broker.engine.contract import Engine, EngineDown, EngineError, Generation, Stop, counters_or_none
 from perllm.broker.errors import (
     BadSetting,
@@ -191,6 +192,7 @@ class NodeWorker:
             return self._failed(task_id, attempt, reason, retry=True)
         try:
             grammar.check(spec)
+            self._check_size(spec)
             publisher = TextPublisher(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
             if may_be_cut(spec):
                 attempt.stop.bring_forward(self._time_to_deliver(claim, transfer))
@@ -212,6 +214,14 @@ class NodeWorker:
             log.exception("engine_error", task_id=task_id)
             return self._failed(task_id, attempt, f"{type(error).__name__}: {error}", retry=True)
         return self._deliver(task_id, attempt, done, self._receipt(attempt, done, claim, transfer))
+
+    def _check_size(self, spec: TaskSpec) -> None:
+        """Raises InvalidTask where what it asks for is more than may be stored."""
+        offer = self.info.offer(spec.model)
+        if offer is None or offer.dimensions is None:
+            return
+        if excess := embeddings_excess(spec, offer.dimensions, self._settings.max_result_bytes):
+            raise InvalidTask(f"inputs: {excess}")
 
     def _deliver(self, task_id: str, attempt: _Attempt, done: Generation, receipt: Receipt) -> str:
         ledger, number, token = self._ledger, attempt.number, attempt.token

@@ -36,7 +36,7 @@ class Task:
     demand: Demand  # of a node
     prompt_tokens: int  # estimated
     payload_bytes: int
-    max_tokens: int  # of each answer
+    max_tokens: int  # of each answer; 0: it generates nothing, its inputs are embedded or ranked
     tenant: str = "default"
     fit_context: bool = False  # it may end where the context does; its `max_tokens` is not the producer's
     n: int = 1  # answers
@@ -51,6 +51,10 @@ class Task:
     claimed: float | None = None
     generated: int = 0  # tokens of all answers, as of the node's last heartbeat
     avoid: Mapping[str, float] = field(default_factory=dict)  # nodes that lost it, until when they are avoided (s)
+
+    @property
+    def generates(self) -> bool:
+        return self.max_tokens > 0
 
     @property
     def model(self) -> str | None:

@@ -317,10 +317,11 @@ def _sum_up_arms(node: NodeRow, arms: Records, in_flight: Records, lengths: Reco
         placed: InFlightRow = in_flight[i]
         if placed.start != 0.0:
             node.bytes_coming += placed.payload_bytes
-        length: LengthsRow = lengths[placed.lengths]
-        tokens = placed.tokens - _turns(length, placed.n, placed.width, placed.max_tokens)
-        each = max(at(length.mean, placed.max_tokens), tokens)
-        arms[placed.arm].kv_used += placed.prompt_tokens + placed.width * each
+        if placed.max_tokens > 0:
+            length: LengthsRow = lengths[placed.lengths]
+            tokens = placed.tokens - _turns(length, placed.n, placed.width, placed.max_tokens)
+            each = max(at(length.mean, placed.max_tokens), tokens)
+            arms[placed.arm].kv_used += placed.prompt_tokens + placed.width * each
 
 
 @compiled
@@ -460,7 +461,10 @@ def p_on_time_alone(node: NodeRow, arm: ArmRow, task: TaskRow, now: float, lengt
 
 @compiled
 def kv_needed(node: NodeRow, task: TaskRow, lengths: Records) -> float:
-    """Tokens of KV cache the task will probably hold: its prompt once, and its answers."""
+    """Tokens of KV cache the task will probably hold: its prompt once, and its answers. What is embedded is not kept
+    from step to step."""
+    if task.max_tokens <= 0:
+        return 0.0
     return float(task.prompt_tokens + width(node, task) * at(lengths[task.lengths].mean, task.max_tokens))
 
 

@@ -92,9 +92,11 @@ class CsUcb(Policy):
         self._node_models.observe(event, task, cluster)
         if isinstance(event, Completed) and task is not None:
             receipt = event.receipt
+            self._scale.observe(receipt.energy.transfer + receipt.energy.inference)
+            if not task.generates:
+                return
             for tokens in receipt.choice_tokens or (receipt.completion_tokens,):
                 self._observe_length(task, tokens, cut=event.state is not State.SUCCEEDED, at_limit=receipt.cut)
-            self._scale.observe(receipt.energy.transfer + receipt.energy.inference)
 
     def _observe_length(self, task: Task, tokens: int, *, cut: bool, at_limit: bool) -> None:
         """An answer had so many tokens; one that was `cut`, or ended at a limit, would have had more."""
@@ -233,7 +235,7 @@ class CsUcb(Policy):
 
     @override
     def forecast_length(self, task: Task) -> LengthForecast | None:
-        return self._lengths.forecast(task)
+        return self._lengths.forecast(task) if task.generates else None
 
     # --- kept over a restart
 

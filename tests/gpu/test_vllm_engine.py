@@ -18,6 +18,7 @@ from support.wait import eventually
 from perllm.broker.engine.contract import EngineDown, EngineError, Generation, Stop
 from perllm.broker.errors import BadSetting
 from perllm.broker.messages import Delta, Message, TaskSpec
+from perllm.broker.vectors import unpack
 from perllm.cloud_worker.nvml import PowerLimitMeter
 from perllm.cloud_worker.settings import CloudSettings
 from perllm.cloud_worker.vllm_engine import VLLMEngine
@@ -430,3 +431,31 @@ def test_what_cannot_be_started_is_one_clear_error(
     with pytest.raises(BadSetting, match=message):
         engine.start()
     engine.close()
+
+
+# --- embedding
+
+
+def test_inputs_of_a_task_are_embedded_side_by_side(smollm2: Path, small: dict[str, Any]) -> None:
+    engine = make(smollm2, {**small, "runner": "pooling"}, model_name="embedder")
+    engine.start()
+    try:
+        (offer,) = engine.offers()
+        assert offer.capabilities == ("embeddings", "tokens")
+        texts = [f"text number {number}" for number in range(50)]
+        done = engine.generate("a", TaskSpec(kind="embed", inputs=tuple(texts)), Stop(60))
+        assert done.output.vectors is not None
+        vectors = [unpack(vector) for vector in done.output.vectors]
+        assert [len(vector) for vector in vectors] == [offer.dimensions] * 50
+        alone = engine.generate("b", TaskSpec(kind="embed", inputs=(texts[7],)), Stop(60))
+        assert alone.output.vectors is not None
+        assert sum(a * b for a, b in zip(vectors[7], unpack(alone.output.vectors[0]), strict=True)) > 0.99
+        assert done.prompt_tokens > alone.prompt_tokens > 0
+        assert done.energy.inference > 0
+        with pytest.raises(EngineError, match="input 1 has"):
+            engine.generate("c", TaskSpec(kind="embed", inputs=("a", "word " * 600)), Stop(60))
+        stop = Stop(60)
+        stop.cancel()
+        assert engine.generate("d", TaskSpec(kind="embed", inputs=tuple(texts)), stop).output.vectors is None
+    finally:
+        engine.close()

@@ -103,8 +103,8 @@ class BatchRequest(Shape):
     model_config = ConfigDict(extra="forbid")
 
     input_file_id: str = Field(description="a file of requests, one a line")
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"] = Field(
-        description="of all its lines: chat completions, completions or responses"
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank"] = (
+        Field(description="of all its lines: chat completions, completions, responses, embeddings or rerank")
     )
     completion_window: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,6}[smhd]$")] = Field(
         description="any duration from `1s` to `30d`"
@@ -192,6 +192,41 @@ class Completion(ReceiptFields):
     model: str
     choices: list[TextChoice]
     usage: Usage
+
+
+class EmbeddingsUsage(Shape):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Shape):
+    object: Literal["embedding"]
+    index: int
+    embedding: Annotated[
+        list[float] | str, Field(description="base64 of little-endian 32-bit floats where that was asked for")
+    ]
+
+
+class Embeddings(ReceiptFields):
+    id: str
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingsUsage
+
+
+class Ranked(Shape):
+    index: Annotated[int, Field(description="of the document, in the order they were given")]
+    relevance_score: Annotated[float, Field(description="as the model gives it: compare within one answer")]
+    document: dict[str, str] | None = None
+
+
+class Reranking(ReceiptFields):
+    id: str
+    object: Literal["list"]
+    model: str
+    results: list[Ranked]
+    usage: EmbeddingsUsage
 
 
 class ResponseObject(ReceiptFields):

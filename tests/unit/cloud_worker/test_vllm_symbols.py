@@ -65,6 +65,9 @@ NEEDED = {
         "CompletionOutput.logprobs",
         "CompletionOutput.text",
         "CompletionOutput.token_ids",
+        "PoolingOutput.data",
+        "PoolingRequestOutput.num_cached_tokens",
+        "PoolingRequestOutput.outputs",
         "RequestOutput.finished",
         "RequestOutput.metrics",
         "RequestOutput.num_cached_tokens",
@@ -74,6 +77,7 @@ NEEDED = {
     "vllm.parser.abstract_parser": ("Parser.parse_delta",),
     "vllm.parser.parser_manager": ("ParserManager.get_parser",),
     "vllm.reasoning": ("ReasoningParserManager.list_registered",),
+    "vllm.pooling_params": ("PoolingParams.extra_kwargs", "PoolingParams.task"),
     "vllm.sampling_params": (
         "RequestOutputKind.DELTA",
         "RequestOutputKind.FINAL_ONLY",
@@ -101,6 +105,7 @@ NEEDED = {
     "vllm.v1.engine.async_llm": (
         "AsyncLLM.abort",
         "AsyncLLM.add_lora",
+        "AsyncLLM.encode",
         "AsyncLLM.errored",
         "AsyncLLM.from_engine_args",
         "AsyncLLM.generate",
