@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from perllm.broker.capabilities import Capability
 from perllm.broker.engine.contract import EngineError, Stop
 from perllm.broker.engine.energy import Attribution
 from perllm.broker.engine.text import Prompt
@@ -78,7 +79,7 @@ def engine() -> Iterator[Callable[[StandIn], VLLMEngine]]:
             EngineDeadError=DeadError,
             EngineGenerateError=GenerateError,
         )
-        one._loras = {}
+        one._loras, one._capabilities = {}, (Capability.GENERATE,)
         one._prompter = SimpleNamespace(
             prompt=lambda _: Prompt([1, 2, 3]), answer=lambda *_: None, echo=lambda spec: "E:" if spec.echo else ""
         )

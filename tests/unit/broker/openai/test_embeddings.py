@@ -13,7 +13,8 @@ from support import make
 from perllm.broker.errors import InvalidTask
 from perllm.broker.messages import MAX_INPUTS, Output, Result, State, TaskSpec
 from perllm.broker.openai import batch_file as batch
-from perllm.broker.openai.embeddings import EMBEDDINGS, RERANK, form, in_their_words, response_pieces, task_fields
+from perllm.broker.openai.embeddings import EMBEDDINGS, RERANK, form, in_their_words, response_pieces
+from perllm.broker.openai.embeddings import fields as task_fields
 from perllm.broker.vectors import as_json, pack, unpack
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
