@@ -236,7 +236,7 @@ class ClusterArrays:
             prompt_tokens=task.prompt_tokens,
             payload_bytes=task.payload_bytes,
             deadline=task.deadline,
-            max_tokens=task.max_tokens,
+            max_tokens=task.most_output,
             value=task.value,
             lengths=self._lengths.row_of(task),
             arm=self._arm(entry.node, task.demand),

@@ -261,7 +261,7 @@ def _sum_up_arms(node: NodeRow, arms: Records, in_flight: Records, lengths: Reco
         placed: InFlightRow = in_flight[i]
         if placed.start != 0.0:
             node.bytes_coming += placed.payload_bytes
-        if placed.max_tokens > 0:
+        if placed.max_tokens >= 1:
             expected = at(lengths[placed.lengths].mean, placed.max_tokens)
             arms[placed.arm].kv_used += placed.prompt_tokens + max(expected, placed.tokens)
 
@@ -385,7 +385,7 @@ def p_on_time_alone(node: NodeRow, arm: ArmRow, task: TaskRow, now: float, lengt
 @compiled
 def kv_needed(task: TaskRow, lengths: Records) -> float:
     """Tokens of KV cache the task will probably hold. What is embedded is not kept from step to step."""
-    if task.max_tokens <= 0:
+    if task.max_tokens < 1:
         return 0.0
     return float(task.prompt_tokens + at(lengths[task.lengths].mean, task.max_tokens))
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from perllm.broker.api.batches.store import Status
-from perllm.broker.messages import Sampling, State
+from perllm.broker.messages import MAX_DIMENSIONS, MAX_INPUTS, Sampling, State, TokenIds
 from perllm.broker.openai.requests import (
     ChatMessage,
     Deadline,
@@ -42,12 +42,20 @@ class ErrorDocument(Shape):
 
 
 class TaskRequest(Sampling):
-    """A task: exactly one of `prompt` and `messages`. Its fields are `TaskSpec`'s, but for the key's tenant."""
+    """A task: exactly one of `prompt` and `messages`, or of another kind `inputs`. Its fields are `TaskSpec`'s, but for
+    the key's tenant."""
 
     model_config = ConfigDict(extra="forbid")
 
     prompt: Annotated[str | None, Field(min_length=1)] = None
     messages: list[ChatMessage] | None = None
+    kind: Annotated[
+        Literal["generate", "embed", "rerank"], Field(description="What is made of the input: text, vectors, scores.")
+    ] = "generate"
+    inputs: list[str] = Field(default_factory=list, max_length=MAX_INPUTS, description="What to embed, or to rank.")
+    input_ids: list[TokenIds] = Field(default_factory=list, max_length=MAX_INPUTS, description="The same as token ids.")
+    query: Annotated[str | None, Field(min_length=1, description="What to rank by.")] = None
+    dimensions: Annotated[int | None, Field(ge=1, le=MAX_DIMENSIONS, description="Numbers of a vector.")] = None
     deadline: Deadline | None = None
     value: Value = 1.0
     max_tokens: Tokens | None = None
