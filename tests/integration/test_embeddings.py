@@ -28,7 +28,6 @@ from perllm.broker.errors import InvalidTask, TaskFailed
 from perllm.broker.ledger import query
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import State, TaskSpec
-from perllm.broker.settings import Settings
 from perllm.broker.vectors import unpack
 from perllm.cloud_worker.remote_engine import RemoteEngine
 from perllm.cloud_worker.settings import CloudSettings
@@ -50,10 +49,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiProcess]:
         ]
         for node in nodes:
             cluster.await_node(node)
-        with ApiProcess(users.url_of("api", server.url), folder, max_result_bytes=1_000_000) as running:
-            running.settings = running.settings.model_copy(
-                update={"redis_url": Settings(redis_url=server.url).redis_url}
-            )
+        with ApiProcess(users.url_of("api", server.url), folder, max_result_bytes=200_000) as running:
             yield running
         assert users.denied(server.url) == []
 
@@ -156,13 +152,12 @@ def test_a_batch_of_embeddings_and_one_of_ranks(client: OpenAI) -> None:
         batch = eventually(
             lambda: b if (b := client.batches.retrieve(made.id)).status == "completed" else None, "the batch is done"
         )
-        files = [
-            client.files.content(f).text.splitlines() if f else [] for f in (batch.output_file_id, batch.error_file_id)
-        ]
-        output, errors = ({entry["custom_id"]: entry for entry in map(json.loads, each)} for each in files)
-        return batch, output, errors
+        files = (batch.output_file_id, batch.error_file_id)
+        texts = (client.files.content(f).text.splitlines() if f else [] for f in files)
+        output, errors = ({entry["custom_id"]: entry for entry in map(json.loads, lines)} for lines in texts)
+        return output, errors
 
-    _, output, errors = run(
+    output, errors = run(
         "/v1/embeddings",
         {"input": TEXTS, "model": "bert:f32"},
         {"input": TEXTS[0], "encoding_format": "base64", "dimensions": 3},
@@ -257,9 +252,8 @@ def test_the_command_embeds_texts_and_files(api: ApiProcess, tmp_path: Path) -> 
     assert [len(each) for each in data] == [1, 1, 2, 1]
     assert len(data[2][1]["embedding"]) == 2
     assert len(unpack(data[3][0]["embedding"])) == 2
-    errors = [
-        json.loads(line)["error"]["message"] for line in (tmp_path / "texts.errors.jsonl").read_text().splitlines()
-    ]
+    errors = map(json.loads, (tmp_path / "texts.errors.jsonl").read_text().splitlines())
+    messages = [entry["error"]["message"] for entry in errors]
     assert [message.partition(":")[0] for message in messages] == ["line 4", "line 6"]
 
 
