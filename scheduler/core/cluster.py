@@ -57,6 +57,12 @@ class Task:
         return self.max_tokens > 0
 
     @property
+    def most_output(self) -> float:
+        """Tokens of output at most, as a forecast counts steps: half a one where there is none, for it has its result
+        at a step's end."""
+        return self.max_tokens or 0.5
+
+    @property
     def model(self) -> str | None:
         """The one it names."""
         return self.demand.model

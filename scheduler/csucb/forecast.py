@@ -317,7 +317,7 @@ def _sum_up_arms(node: NodeRow, arms: Records, in_flight: Records, lengths: Reco
         placed: InFlightRow = in_flight[i]
         if placed.start != 0.0:
             node.bytes_coming += placed.payload_bytes
-        if placed.max_tokens > 0:
+        if placed.max_tokens >= 1:
             length: LengthsRow = lengths[placed.lengths]
             tokens = placed.tokens - _turns(length, placed.n, placed.width, placed.max_tokens)
             each = max(at(length.mean, placed.max_tokens), tokens)
@@ -463,7 +463,7 @@ def p_on_time_alone(node: NodeRow, arm: ArmRow, task: TaskRow, now: float, lengt
 def kv_needed(node: NodeRow, task: TaskRow, lengths: Records) -> float:
     """Tokens of KV cache the task will probably hold: its prompt once, and its answers. What is embedded is not kept
     from step to step."""
-    if task.max_tokens <= 0:
+    if task.max_tokens < 1:
         return 0.0
     return float(task.prompt_tokens + width(node, task) * at(lengths[task.lengths].mean, task.max_tokens))
 

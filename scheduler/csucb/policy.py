@@ -123,7 +123,7 @@ class CsUcb(Policy):
                 prompt_tokens=task.prompt_tokens,
                 payload_bytes=task.payload_bytes,
                 deadline=task.deadline,
-                max_tokens=task.max_tokens,
+                max_tokens=task.most_output,
                 n=task.n,
                 value=task.value,
                 lengths=self._lengths.row_of(task),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from perllm.broker.api.batches.store import Status
-from perllm.broker.messages import MAX_CHOICES, MAX_INPUTS, MAX_TOOLS, Sampling, State
+from perllm.broker.messages import MAX_CHOICES, MAX_DIMENSIONS, MAX_INPUTS, MAX_TOOLS, Sampling, State
 from perllm.broker.openai.requests import (
     ChatMessage,
     Deadline,
@@ -48,10 +48,16 @@ class TaskRequest(Sampling):
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["generate", "embed", "rerank"] = "generate"
     prompt: Annotated[str | None, Field(min_length=1)] = None
     prompt_ids: TokenIds | None = None
     messages: list[ChatMessage] | None = None
+    kind: Annotated[
+        Literal["generate", "embed", "rerank"], Field(description="What is made of the input: text, vectors, scores.")
+    ] = "generate"
+    inputs: list[str] = Field(default_factory=list, max_length=MAX_INPUTS, description="What to embed, or to rank.")
+    input_ids: list[TokenIds] = Field(default_factory=list, max_length=MAX_INPUTS, description="The same as token ids.")
+    query: Annotated[str | None, Field(min_length=1, description="What to rank by.")] = None
+    dimensions: Annotated[int | None, Field(ge=1, le=MAX_DIMENSIONS, description="Numbers of a vector.")] = None
     deadline: Deadline | None = None
     value: Value = 1.0
     max_tokens: Tokens | None = None
@@ -76,12 +82,6 @@ class TaskRequest(Sampling):
     parallel_tool_calls: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    inputs: Annotated[list[str], Field(max_length=MAX_INPUTS, description="what to embed, or to rank")] = Field(
-        default_factory=list
-    )
-    input_ids: Annotated[list[TokenIds], Field(max_length=MAX_INPUTS)] = Field(default_factory=list)
-    query: Annotated[str | None, Field(min_length=1, description="what to rank `inputs` by")] = None
-    dimensions: Annotated[int, Field(ge=1, le=65_536)] | None = None
 
 
 class TasksRequest(TaskRequest):
