@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 from kombu.asynchronous import get_event_loop
@@ -37,6 +37,18 @@ class _Task(BaseModel):
     retries: int | None = None
     eta: str | None = None
     expires: str | None = None
+
+
+class _Reply(BaseModel):
+    """Where the sender of a command may have its answer: not wherever the worker that answers may write."""
+
+    exchange: Literal["reply.celery.pidbox"]
+
+
+class _Command(BaseModel):
+    """Remote control, as far as we look at it."""
+
+    reply_to: _Reply | None = None
 
 
 #: What kombu's QoS notes of a message it has taken, also at the memory limit: the message was in memory before.
@@ -124,6 +136,8 @@ class Channel(redis.Channel):
             try:
                 if not no_ack:  # without acknowledgement it is no task but an event, or remote control
                     _Task.model_validate(message.headers if "task" in message.headers else message.payload)
+                elif isinstance(message.payload, dict) and "method" in message.payload:
+                    _Command.model_validate(message.payload)
                 return callback(message)
             except self.connection_errors:
                 raise

@@ -11,6 +11,7 @@ from celery import chain
 from celery.canvas import Signature
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
+from kombu import Exchange
 from support.cluster import Cluster
 from support.make import node_info
 from support.raw import prefix_of, redis_of
@@ -156,6 +157,20 @@ def test_no_command_stops_a_node_from_working(cluster: Cluster, producer: celery
     assert send(producer).get(timeout=PATIENCE)["state"] == "succeeded"
     assert set(tell(producer, "ping", {})) == set(tell(producer, "stats", {})) == BOTH  # they may be looked at
     assert all(process.running for process in cluster.processes)
+
+
+def test_a_command_has_no_answer_written_where_its_sender_may_not_write(
+    cluster: Cluster, producer: celery.Celery
+) -> None:
+    """Whoever may broadcast could have the inbox spoil the ledger's keys, and a node another's queue."""
+    spoilt, pidbox = [f"{prefix_of(cluster.ledger)}refused", "edge.b"], Exchange("celery.pidbox", type="fanout")
+    with producer.connection_for_write() as connection, connection.SimpleQueue("x") as queue:
+        for exchange in ("", "inbox", "celery.pidbox", 7, None):
+            for key in spoilt:
+                command = {"method": "ping", "arguments": {}, "reply_to": {"exchange": exchange, "routing_key": key}}
+                queue.producer.publish(command, exchange=pidbox, routing_key="", declare=[pidbox], serializer="json")
+    assert set(tell(producer, "ping", {})) == BOTH
+    assert not redis_of(cluster.ledger).exists(*spoilt)
 
 
 @pytest.mark.parametrize("nonsense", [None, 7, {}, [[]], [None, 1, "with space", "x" * 300], "", {"$": 1}])

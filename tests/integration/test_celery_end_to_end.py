@@ -398,6 +398,7 @@ def test_foreign_entries_do_not_keep_neighbours_from_running(cluster: Cluster, p
     assert {r["state"] for r in results} == {"succeeded"}
     assert {r["receipt"]["node"] for r in results} == {"a", "b"}
     eventually(lambda: not any(map(redis.llen, queues)) and not redis.hlen("inbox:unacked"), "nothing is left over")
+    eventually(lambda: not redis.exists("{perllm}:followers", "{perllm}:to_follow"), "nothing is left to follow")
     for process in cluster.processes:
         assert process.running
     nodes = [p for p in cluster.processes if p.name in ("a", "b")]
