@@ -97,11 +97,15 @@ def _turns(length: LengthsRow, n: float, wide: float, most: float) -> float:
 @compiled
 def _all_over(length: LengthsRow, n: float, wide: float, most: float, steps: float) -> float:
     """P(n answers of up to `most` tokens are all over after so many steps), so many of them there at a time."""
+    if n <= 1.0:
+        return 1.0 if steps >= most else 1.0 - at(length.tail, steps)
+    return _several_over(length, n, wide, most, steps)
+
+
+@compiled
+def _several_over(length: LengthsRow, n: float, wide: float, most: float, steps: float) -> float:
     if n <= wide:
-        if steps >= most:
-            return 1.0
-        over = 1.0 - at(length.tail, steps)
-        return over if n <= 1.0 else over**n
+        return 1.0 if steps >= most else (1.0 - at(length.tail, steps)) ** n
     mean, over = at(length.mean, most) / wide, 1.0
     for i in range(int(n)):
         mine = steps - max(0.0, i + 1.0 - wide) * mean
