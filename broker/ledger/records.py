@@ -207,26 +207,29 @@ def _reason(error: Exception) -> str:
     return field_errors(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
 
 
-#: Fields of a task that say how it was cancelled.
+#: How a producer may end a task, and the reason its result has then: at its wish, or late, where nobody else was there
+#: to end it.
+WITHDRAWN = {State.CANCELLED: "cancelled on request", State.EXPIRED: "the deadline passed"}
+#: Fields of a task that say how its producer ended it.
 ENDING_FIELDS = ("state", "submitted", "claimed", "finished")
 
 
 def result_of(task_id: str, raw: bytes | None, ending: Sequence[bytes | None] | None) -> Result | None:
-    """A final task's result: as it was stored or, of a cancelled one, as its record says."""
+    """A final task's result: as it was stored or, of one that its producer ended, as its record says."""
     try:
         if raw:
             return Result.model_validate_json(raw)
-        state, submitted, claimed, finished = ending or (None,) * 4
-        if state != b"cancelled" or submitted is None or finished is None:
+        how, submitted, claimed, finished = ending or (None,) * 4
+        if how is None or submitted is None or finished is None or (state := State(how.decode())) not in WITHDRAWN:
             return None
         since = float(submitted)
         return Result(
             id=task_id,
-            state=State.CANCELLED,
+            state=state,
             on_time=False,
             latency=float(finished) - since,
             queued=float(claimed) - since if claimed else None,
-            reason="cancelled on request",
+            reason=WITHDRAWN[state],
         )
     except ValueError as error:  # whoever waits for it, or for its neighbours, shall know
         log.warning("result_unreadable", task_id=task_id, reason=_reason(error))

@@ -26,6 +26,7 @@ from perllm.broker.settings import Settings
 OPERATIONS = (
     "submit",
     "cancel",
+    "expire",
     "forget",
     "lead",
     "resign",

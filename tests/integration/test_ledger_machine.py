@@ -74,6 +74,7 @@ class Task:
     late: bool = False  # its deadline has passed
     hung: bool = False  # … so long ago that its lease is renewed no more
     aged: bool = False  # it was final before the retention time began
+    withdrawn: bool = False  # its producer ended it: it has no result of its own
     ended: tuple[int, str] = (0, "")  # when it became final: step, then id
     past: list[tuple[int, str, str | None]] = field(default_factory=list)  # attempts: number, node, token
 
@@ -118,7 +119,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.pushed: Counter[str] = Counter()
         self.results: dict[str, bytes] = {}
         self.expected: list[Fact] = []
-        self.untold: dict[str, str | None] = {}  # cancelled tasks nobody was told of, and their nodes
+        self.untold: dict[str, str | None] = {}  # withdrawn tasks nobody was told of, and their nodes
         self.announced: list[tuple[str, str]] = []  # expected publications: channel, task id
         self.replayed: dict[str, tuple[str, int, str | None]] = {}  # by the events alone: state, attempt, node
         self.position = "0-0"
@@ -141,7 +142,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def finish(self, task: Task, state: str) -> None:
         task.state, task.ended = state, (self.step, task.id)
         self.totals[state] += 1
-        if state != "cancelled":
+        if not task.withdrawn:
             self.announced.append((f"celery-task-meta-{task.id}", task.id))
 
     def end(self, task: Task, state: str) -> None:
@@ -194,6 +195,7 @@ class LedgerMachine(RuleBasedStateMachine):
             "a_finished_task_ages": bool(finished),
             "cancel": bool(there),
             "forget": bool(there),
+            "expire": bool(unfinished),
             "decide_to_end": bool(there),
             "hear_of_cancellations": bool(self.untold),
             "another_leads": 1,
@@ -283,13 +285,23 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.cancel(task.id) == was
 
     def stop(self, task: Task) -> None:
-        node = task.node if task.placed else None
         if not task.final:
-            self.end(task, "cancelled")
-            self.untold[task.id] = node
+            self.withdraw(task, "cancelled")
+
+    def withdraw(self, task: Task, state: str) -> None:
+        task.withdrawn = True
+        self.untold[task.id] = task.node if task.placed else None
+        self.end(task, state)
+
+    def expire(self, data: st.DataObject) -> None:
+        """Somebody waits for what should have ended long ago; on what runs there is a lease."""
+        overdue = [t for t in self.tasks.values() if t.late and not t.final and (t.state != "running" or t.lapsed)]
+        for task in overdue:
+            self.withdraw(task, "expired")
+        assert self.ledger.expire() == len(overdue)
 
     def announce(self) -> None:
-        """Who is to hear of cancellations hears of them, if they are not forgotten meanwhile."""
+        """Who is to hear of what producers ended hears of it, if it is not forgotten meanwhile."""
         for task_id, node in self.untold.items():
             if node is not None:
                 self.announced.append((f"{self.p}signal:{node}", task_id))
@@ -603,8 +615,8 @@ class LedgerMachine(RuleBasedStateMachine):
             assert set(ids) == {t.id for t in self.tasks.values() if t.state == state}, f"the set of {state} tasks"
         finals = {t.id for t in self.tasks.values() if t.final}
         assert {k.decode().removeprefix("celery-task-meta-") for k in copies} == finals - self.untold.keys()
-        cancelled = {t.id for t in self.tasks.values() if t.state == "cancelled"}
-        assert {k.decode().removeprefix(f"{self.p}result:") for k in results} == finals - cancelled
+        withdrawn = {t.id for t in self.tasks.values() if t.withdrawn}
+        assert {k.decode().removeprefix(f"{self.p}result:") for k in results} == finals - withdrawn
         for task in self.tasks.values():
             self.check_task(task, *hashes[task.id], sets[task.state][task.id])
         held: Counter[bytes] = Counter()
