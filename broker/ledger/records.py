@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
@@ -235,6 +236,19 @@ def result_of(task_id: str, raw: bytes | None, ending: Sequence[bytes | None] | 
         log.warning("result_unreadable", task_id=task_id, reason=_reason(error))
         reason = "what is stored of its result cannot be read"
         return Result(id=task_id, state=State.FAILED, on_time=False, latency=0.0, reason=reason)
+
+
+def outcome_of(task_id: str, row: Sequence[bytes | None] | None, now: float) -> Result | float | None:
+    """Of a task without a stored result, by its ENDING_FIELDS and deadline: its result, seconds to its deadline, or
+    None where there is no such task. One that cannot be read is waited for until the ledger ends it."""
+    if row is None:
+        return inf
+    if row[0] is None:
+        return None
+    try:
+        return result_of(task_id, None, row[:-1]) or float(row[-1] or "inf") - now
+    except ValueError:
+        return inf
 
 
 def record_of(task_id: str, raw: dict[bytes, bytes], result: bytes | None) -> TaskRecord:

@@ -57,7 +57,8 @@ MAY = {
     "webhooks": set[str](),
     "inbox": {"submit", "cancel", "expire", "revoke", "refuse"},
     "scheduler": {"lead", "resign", "dispatch", "end", "sweep", "announce", "snapshot"},
-    "worker": {"register", "beat", "claim", "say", "complete", "fail", "hand_back", "drain", "leave", "revoke", "sweep"},
+    "worker": {"register", "beat", "claim", "say", "complete", "fail", "hand_back", "drain", "leave", "revoke"}
+    | {"sweep"},
     "monitor": set[str](),
 }
 
