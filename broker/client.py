@@ -238,7 +238,7 @@ class AsyncClient:
         self._waiters: dict[_Waiter, None] = {}
         self._looker: asyncio.Task[None] | None = None
         self.settings = self._client.settings
-        self.ledger, self._looks = self._client.ledger, self._client.looks
+        self.ledger, self.looks = self._client.ledger, self._client.looks
         self._announcements = Announcements(self.settings)
 
     async def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
@@ -269,7 +269,7 @@ class AsyncClient:
     async def _result(self, task_id: str) -> Result:
         async with self._waiter(task_id, _channel(task_id)) as waiter:
             while True:
-                (outcome,) = await self._through_outages(waiter, partial(self._looks.outcomes, [task_id]))
+                (outcome,) = await self._through_outages(waiter, partial(self.looks.outcomes, [task_id]))
                 if isinstance(outcome, Result):
                     return outcome
                 await self._news(waiter, outcome)
@@ -295,8 +295,8 @@ class AsyncClient:
                 await self._news(waiter, outcome)
 
     def _look_and_hear(self, task_id: str, heard: int) -> tuple[Result | float | None, list[tuple[int, str]]]:
-        (outcome,) = self._looks.outcomes([task_id])
-        return outcome, self._looks.text(task_id, heard)  # in this order: what was said before it ended is all there
+        (outcome,) = self.looks.outcomes([task_id])
+        return outcome, self.looks.text(task_id, heard)  # in this order: what was said before it ended is all there
 
     async def _news(self, waiter: _Waiter, outcome: float | None) -> None:
         """Wait for news of a task, or until it is overdue and nobody else ends it. Raises TaskNotFound, Unreachable."""
@@ -307,7 +307,7 @@ class AsyncClient:
             async with asyncio.timeout(max(outcome, 0.0) + OVERDUE if outcome < inf else None):
                 await waiter.rung()
         except TimeoutError:
-            await self._through_outages(waiter, self._looks.expire)
+            await self._through_outages(waiter, self.looks.expire)
 
     @asynccontextmanager
     async def _waiter(self, task_id: str, *channels: str) -> AsyncIterator[_Waiter]:
@@ -333,7 +333,7 @@ class AsyncClient:
             try:
                 for start in range(0, len(waiters), _CHUNK):
                     some = waiters[start : start + _CHUNK]
-                    news = await self._in_thread(self._looks.news, [(w.task_id, w.heard) for w in some])
+                    news = await self._in_thread(self.looks.news, [(w.task_id, w.heard) for w in some])
                     for waiter in (w for w, new in zip(some, news, strict=True) if new):
                         waiter.ring()
                 answered = time.monotonic()

@@ -24,6 +24,7 @@ from perllm.broker.api.files.store import Files
 from perllm.broker.api.keys import Key, Keys
 from perllm.broker.api.request_limits import MAX_HEAD, LimitedProtocol
 from perllm.broker.api.settings import ApiSettings
+from perllm.broker.api.stopping import LAST_WORDS, Server
 from perllm.broker.api.store import ApiStore
 from perllm.broker.connection import check
 from perllm.broker.errors import BadSetting
@@ -74,8 +75,9 @@ def run(settings: ApiSettings) -> None:
     LimitedProtocol.max_connections_per_address = settings.api_connections_per_address
     Files(settings, ApiStore(settings)).check()
     listening = _listen(settings.api_host, settings.api_port)
+    api = make_app(settings)
     config = uvicorn.Config(
-        make_app(settings),
+        api,
         http=LimitedProtocol,
         ws="none",
         lifespan="on",
@@ -85,9 +87,9 @@ def run(settings: ApiSettings) -> None:
         server_header=False,
         h11_max_incomplete_event_size=MAX_HEAD,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=LAST_WORDS,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    Server(config, api.state.stopping).run(sockets=[listening])
 
 
 def _open_files() -> int:

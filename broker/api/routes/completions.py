@@ -118,7 +118,7 @@ async def _events(url: str, api: Api, accepted: Accepted, with_usage: bool) -> A
             first = {"index": 0, "finish_reason": None, "delta": {"role": "assistant", "content": ""}}
             yield sse.event({**common, "choices": [first]})
         sent = ""
-        async for piece in with_heartbeats(api.client.stream(accepted.id)):
+        async for piece in with_heartbeats(api.client.stream(accepted.id), api.stopping):
             if piece is None:
                 yield sse.HEARTBEAT
             elif isinstance(piece, str):

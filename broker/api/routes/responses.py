@@ -132,7 +132,7 @@ async def _events(api: Api, accepted: Accepted, *, background: bool, after: int)
     """The events with a number above `after`. The same event has the same number whenever it is read."""
     done = False
     try:
-        async for event in with_heartbeats(_numbered(api, accepted, background)):
+        async for event in with_heartbeats(_numbered(api, accepted, background), api.stopping):
             if event is None:
                 yield sse.HEARTBEAT
             else:
