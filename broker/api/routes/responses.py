@@ -173,7 +173,7 @@ async def _events(api: Api, accepted: Accepted, *, background: bool, after: int)
     try:
         if text := said(events.opening()):
             yield text
-        async for piece in with_heartbeats(api.client.deltas(accepted.id)):
+        async for piece in with_heartbeats(api.client.deltas(accepted.id), api.stopping):
             if piece is None:
                 yield sse.HEARTBEAT
                 continue
