@@ -78,6 +78,16 @@ class Request:
         return len(self.tokens) - self.prompt_tokens
 
     @property
+    def left(self) -> int:
+        """Tokens that may still be generated."""
+        return self.spec.max_tokens - self.generated
+
+    @property
+    def shortened(self) -> bool:
+        """Whether it ended in time only because it was brought to an end."""
+        return self.finish == "stop" and self.sampler is not None and self.sampler.shortened
+
+    @property
     def over(self) -> bool:
         return self.finish is not None or self.error is not None
 
@@ -356,7 +366,7 @@ class Batch:
     def _sample(self, request: Request, row: int) -> None:
         logits = self.context.logits(row)
         try:
-            token = int(logits.argmax()) if request.sampler is None else request.sampler.sample(logits)
+            token = int(logits.argmax()) if request.sampler is None else request.sampler.sample(logits, request.left)
         except GrammarError as error:
             request.error = EngineError(f"{constraint(request.spec)}: {error}", retry=False)
             return

@@ -232,7 +232,7 @@ class LlamaEngine:
         return Generation(
             output=Output(
                 text=answer.text,
-                finish_reason=answer.finish_reason(request.finish),
+                finish_reason=answer.finish_reason("length" if request.shortened else request.finish),
                 logprobs=logprobs,
                 reasoning=answer.reasoning,
                 tool_calls=answer.calls,

@@ -103,7 +103,7 @@ def test_stop_strings_end_the_text_before_them(engine: LlamaEngine) -> None:
 def test_pieces_are_whole_characters_and_make_the_text(engine: LlamaEngine) -> None:
     pieces: list[str] = []
     spec = TaskSpec(prompt="日本の首都はどこですか？", max_tokens=24)
-    done = engine.generate("t", spec, Stop(60), pieces.append)
+    done = engine.generate("t", spec, Stop(60), lambda delta: pieces.append(delta.text))
     assert "".join(pieces) == done.output.text
     assert len(pieces) > 3
     assert all("�" not in piece and piece for piece in pieces)
