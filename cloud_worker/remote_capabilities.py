@@ -57,7 +57,7 @@ def _repeats(text: str) -> bool:
 
 def _calls(answer: Any) -> bool:
     (call,) = _choice(answer)["message"]["tool_calls"]
-    return call["function"]["name"] == "ping" and json.loads(call["function"]["arguments"] or "{}") == {}
+    return bool(call["function"]["name"] == "ping" and json.loads(call["function"]["arguments"] or "{}") == {})
 
 
 def _thought(answer: Any) -> bool:

@@ -142,7 +142,7 @@ def explanation(task_id: str, why: Explanation) -> Group:
     table.add_column("slacks and reasons")
     for c in why.candidates:
         slacks = ", ".join(f"{name} {slack:+.2f}" for name, slack in c.slacks.items())
-        reasons = [slacks + ("" if c.feasible else " (infeasible)"), c.note]
+        reasons = [slacks + (" (infeasible)" if slacks and not c.feasible else ""), c.note]
         chosen = c.node == why.node
         table.add_row(
             f"{'▶' if chosen else ' '} {c.node}",
@@ -182,7 +182,7 @@ def nodes(rows: Sequence[tuple[NodeInfo, Heartbeat | None, bool]]) -> Table:
         c = beat.counters if beat else Counters()
         table.add_row(
             info.queue,
-            f"{info.engine}\n{', '.join(m.name for m in info.models)}",
+            "\n".join([info.engine, *(f"{m.name}: {', '.join(sorted(m.capabilities))}" for m in info.models)]),
             f"{c.active} of {info.slots}",
             str(c.waiting),
             str(c.generated),

@@ -47,7 +47,7 @@ MAX_REASON = 2000
 STOPPING = "the worker is stopping"
 
 #: Least time before its deadline at which an answer that may be cut ends, s: what completing it takes a busy server.
-DELIVERY_SECONDS = 0.05
+DELIVERY_SECONDS = 0.1
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")

@@ -126,7 +126,7 @@ def test_the_older_message_protocol(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     ("args", "fields", "says"),
     [
-        ([], {}, "give exactly one of 'prompt' and 'messages'"),
+        ([], {}, "give exactly one of 'prompt', 'prompt_ids' and 'messages'"),
         ([], {"prompt": "hi", "colour": "blue"}, "colour: "),
         ([], {"prompt": "hi", "deadline": -1, "value": "much"}, r"deadline: .*; value: "),
         ([], {"prompt": ""}, "prompt: "),

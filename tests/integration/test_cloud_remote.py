@@ -463,6 +463,24 @@ def test_newer_models_get_the_limit_under_its_newer_name(odd: OddStart) -> None:
     assert "max_tokens" not in server.asked[1]
 
 
+def test_an_answer_of_any_length_fits_the_context_as_the_server_counts_it(odd: OddStart) -> None:
+    no = "This model's maximum context length is 2048 tokens. However, you requested 2060 tokens"
+    many = stream(*[word(f"{i} ") for i in range(40)], word("", "stop"), USAGE)
+    server, engine = odd(reply(400, {"error": {"message": no}}), many)
+    done = engine.generate("a", HELLO.model_copy(update={"max_tokens": 4096, "fit_context": True}), Stop(60))
+    assert done.output.text.split() == [str(i) for i in range(40)]
+    assert server.asked[0]["max_tokens"] == 2048 - len("Hello.") // 4 - 1
+    assert "max_tokens" not in server.asked[1]
+
+
+def test_a_limit_the_server_does_not_take_is_kept_all_the_same(odd: OddStart) -> None:
+    no = "max_tokens is too large: 9. This model supports at most 8 completion tokens"
+    many = stream(*[word(f"{i} ") for i in range(40)], word("", "stop"), USAGE)
+    _, engine = odd(reply(400, {"error": {"message": no}}), many)
+    done = engine.generate("a", HELLO.model_copy(update={"max_tokens": 9, "fit_context": True}), Stop(60))
+    assert (done.output.text.split(), done.output.finish_reason) == ([str(i) for i in range(9)], "length")
+
+
 def test_closing_ends_what_runs(odd: OddStart) -> None:
     silent = threading.Event()
     server, engine = odd(stream(word("one "), silent.wait))

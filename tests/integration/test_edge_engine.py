@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from perllm.broker.engine.contract import EngineError, Generation, Stop
-from perllm.broker.messages import Message, TaskSpec
+from perllm.broker.messages import Delta, Message, TaskSpec
 from perllm.edge_worker.engine import LlamaEngine
 from perllm.edge_worker.settings import EdgeSettings
 
@@ -101,9 +101,10 @@ def test_stop_strings_end_the_text_before_them(engine: LlamaEngine) -> None:
 
 
 def test_pieces_are_whole_characters_and_make_the_text(engine: LlamaEngine) -> None:
-    pieces: list[str] = []
+    given: list[Delta] = []
     spec = TaskSpec(prompt="日本の首都はどこですか？", max_tokens=24)
-    done = engine.generate("t", spec, Stop(60), pieces.append)
+    done = engine.generate("t", spec, Stop(60), given.append)
+    pieces = [piece.text for piece in given]
     assert "".join(pieces) == done.output.text
     assert len(pieces) > 3
     assert all("�" not in piece and piece for piece in pieces)

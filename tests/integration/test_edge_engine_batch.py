@@ -166,6 +166,14 @@ def test_what_cannot_fit_is_refused_with_its_numbers(cramped: LlamaEngine) -> No
         cramped.generate("t", TaskSpec(prompt="Hi.", max_tokens=500), Stop(60))
 
 
+def test_an_answer_of_any_length_has_all_the_context(cramped: LlamaEngine) -> None:
+    specs = [TaskSpec(prompt=f"Go on, {i}!", max_tokens=4096, fit_context=True) for i in range(4)]
+    whole = [d for d in all_of(cramped, specs) if d.output.finish_reason == "length"]
+    assert [d.prompt_tokens + d.completion_tokens for d in whole] == [512] * len(whole) != []
+    with pytest.raises(EngineError, match=r"^prompt of 5\d\d tokens leaves no room in the context of 512 tokens"):
+        cramped.generate("t", TaskSpec(prompt="word " * 500, max_tokens=4096, fit_context=True), Stop(60))
+
+
 def test_a_decode_that_finds_no_cells_preempts(cramped: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama.cpp itself says that the cache is full: here because the count of free cells is made to be wrong."""
     (batch,) = cramped._pool.batches

@@ -114,6 +114,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.tasks: dict[str, Task] = {}
         self.keys: dict[tuple[str, str], str] = {}
         self.nodes: dict[str, Node] = {}
+        self.gone: set[str] = set()
         self.totals: Counter[str] = Counter()
         self.pushed: Counter[str] = Counter()
         self.results: dict[str, bytes] = {}
@@ -167,6 +168,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def forget_node(self, name: str) -> None:
         del self.nodes[name]
         del self.pushed[name]  # its queue
+        self.gone.add(name)
 
     def on(self, node: str, *states: str) -> list[Task]:
         return [t for t in self.tasks.values() if t.node == node and t.state in states]
@@ -363,6 +365,7 @@ class LedgerMachine(RuleBasedStateMachine):
             number, node, token = self.an_attempt(data, task)
             if not likely(data):
                 node = "b" if node == "a" else "a"
+            self.step += 1  # a call of its own
             self.claim_one(task, number, node, token)
 
     def claim_one(self, task: Task, number: int, node: str, token: str) -> None:
@@ -441,6 +444,7 @@ class LedgerMachine(RuleBasedStateMachine):
             for task in self.on(name, "dispatched", "running"):
                 self.give_back(task, "lease_expired", strike=task.state == "running")
         self.nodes[name] = Node(boot)
+        self.gone.discard(name)
         self.expected.append(("node_up", name, boot))
         assert self.ledger.register(node_info(name, boot)) is None
 
@@ -644,6 +648,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert {k.decode().split(":", 2)[2] for k in self.redis.keys(f"{self.p}node:*") if b":tasks" not in k} == set(
             live
         )
+        assert {info.name for info, _ in self.ledger.gone()} == self.gone
         for name in NODES:
             held = {i.decode() for i in self.redis.smembers(f"{self.p}node:{name}:tasks")}
             there = {t.id for t in self.on(name, "dispatched", "running")}

@@ -22,6 +22,7 @@ from perllm.broker.ledger import Dispatch, Ledger
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import State, TaskSpec, new_id
 from perllm.broker.queues.app import node_message
+from perllm.broker.worker import node
 from perllm.broker.worker.node import NodeWorker
 from perllm.broker.worker.settings import WorkerSettings
 
@@ -155,6 +156,26 @@ def test_a_deadline_while_it_runs_keeps_the_part_done(stage: Stage) -> None:
     assert (result.state, result.on_time) == ("expired", False)
     assert 0 < result.receipt.completion_tokens == len(result.text.split()) < ENDLESS
     assert f"after {result.receipt.completion_tokens} tokens" in (result.reason or "")
+
+
+def test_an_answer_of_any_length_is_as_long_as_its_deadline_allows(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "DELIVERY_SECONDS", 10.0)  # so a fifth of the time left, however busy this machine is
+    answer, formed = (
+        stage.submit(ENDLESS, deadline=2, fit_context=True, **fields) for fields in ({}, {"grammar": 'root ::= "a"'})
+    )
+    runs = [stage.send(task_id) for task_id in (answer, formed)]
+    runs[0].result()
+    with pytest.raises(TaskExpired):  # half of what must have a form is worth nothing
+        runs[1].result()
+    result = stage.ledger.results([answer])[0]
+    assert result is not None
+    assert result.output is not None
+    assert result.receipt is not None
+    assert (result.state, result.on_time, result.output.finish_reason) == ("succeeded", True, "length")
+    assert 0 < result.receipt.completion_tokens < ENDLESS
+    assert result.receipt.cut
 
 
 @pytest.mark.parametrize(

@@ -113,12 +113,14 @@ RESPONSE_STREAM = (
     "event: response.output_text.delta\n"
     'data: {"type":"response.output_text.delta","sequence_number":4,"delta":"Because"}\n\n'
 )
+CAPABILITIES = ["chat", "generate", "grammar", "json_schema", "logprobs"]
 MODEL_OBJECT = {
     "id": MODEL,
     "object": "model",
     "created": 0,
     "owned_by": "perllm",
     "context": 2048,
+    "capabilities": CAPABILITIES,
     "nodes": ["e1", "e2"],
 }
 TASK_REQUEST = {"prompt": "Why is the sky blue?", "max_tokens": 64, "deadline": 20, "value": 1.0}
@@ -150,6 +152,7 @@ NODE = {
     "energy": {"joules": 5310.4, "method": "cpu-model", "estimated": True},
     "draining": False,
     "models": [MODEL],
+    "capabilities": {MODEL: CAPABILITIES},
 }
 EXPLANATION = {
     "id": TASK_ID,

@@ -59,6 +59,9 @@ class TaskRequest(Sampling):
     deadline: Deadline | None = None
     value: Value = 1.0
     max_tokens: Tokens | None = None
+    fit_context: Annotated[
+        bool, Field(description="An answer longer than context or deadline allow ends there; so where nothing is said.")
+    ] = False
     model: ModelName | None = None
     service: Service = "default"
     expected_tokens: ExpectedTokens | None = None
@@ -238,6 +241,7 @@ class ModelObject(Shape):
     created: int
     owned_by: str
     context: Annotated[int, Field(description="tokens, prompt and output together, of the node that takes most")]
+    capabilities: Annotated[list[str], Field(description="what it can do on one of its nodes or another")]
     nodes: list[str]
 
 
@@ -339,6 +343,7 @@ class NodeObject(Shape):
     energy: NodeEnergy
     draining: bool
     models: list[str]
+    capabilities: Annotated[dict[str, list[str]], Field(description="what each of its models can do here")]
 
 
 class NodeList(Shape):
