@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar, Unpac
 
 from perllm.broker import grammar
 from perllm.broker.announcements import Announcements, ThreadedAnnouncements
-<<<<<<< HEAD
-from perllm.broker.connection import LOOK_RETRIES, LOOK_TIMEOUT, REPLY_TIMEOUT
+from perllm.broker.connection import LOOK_TIMEOUT, REPLY_TIMEOUT
 from perllm.broker.errors import (
     InvalidTask,
     TaskExpired,
@@ -35,10 +34,6 @@ from perllm.broker.errors import (
     Unreachable,
     WaitTimeout,
 )
-=======
-from perllm.broker.connection import LOOK_TIMEOUT, REPLY_TIMEOUT
-from perllm.broker.errors import TaskNotFound, Unreachable, WaitTimeout
->>>>>>> liveness
 from perllm.broker.ledger import Ledger, TaskRecord
 from perllm.broker.messages import MAX_VALUE, Delta, Explanation, Result, State, TaskFields, TaskSpec, new_id
 from perllm.broker.validation import TaskValidator
