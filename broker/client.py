@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar, Unpac
 
 from perllm.broker import grammar
 from perllm.broker.announcements import Announcements, ThreadedAnnouncements
-from perllm.broker.connection import LOOK_RETRIES, LOOK_TIMEOUT, REPLY_TIMEOUT
+from perllm.broker.connection import LOOK_TIMEOUT, REPLY_TIMEOUT
 from perllm.broker.errors import (
     InvalidTask,
     TaskExpired,
@@ -95,7 +95,7 @@ class Client:
 
         self.settings = settings or (load_settings(redis_url=url) if url else load_settings())
         self.ledger = Ledger(self.settings, reply_timeout=reply_timeout)
-        self.looks = Ledger(self.settings, reply_timeout=LOOK_TIMEOUT, retries=LOOK_RETRIES)
+        self.looks = Ledger(self.settings, reply_timeout=LOOK_TIMEOUT, retries=0)
         self.validator = TaskValidator(self.settings, self.ledger)
         self._announcements = ThreadedAnnouncements(self.settings)
         self._met = False  # whether the server has ever answered

@@ -27,8 +27,8 @@ if TYPE_CHECKING:  # loaded when settings are read: half of what importing a cli
 CONNECT_TIMEOUT = 5.0
 REPLY_TIMEOUT = 30.0
 NEAR_REPLY_TIMEOUT = 5.0
-#: The same where something is only looked at, for whoever looks will look again.
-LOOK_TIMEOUT, LOOK_RETRIES = 2.0, 1
+#: Seconds a reply may take where something is only looked at, and never again by itself: who looks will look again.
+LOOK_TIMEOUT = 2.0
 #: Seconds after which nothing is repeated any more: the caller shall know.
 RETRY_TIME = 10.0
 
