@@ -20,6 +20,7 @@ SERVED = frozenset(
     {
         Capability.GENERATE,
         Capability.CHAT,
+        Capability.CHOICES,
         Capability.TOOLS,
         Capability.REASONING,
         Capability.LOGPROBS,
@@ -100,7 +101,6 @@ ASKS: Mapping[Capability, tuple[Ask, ...]] = {
     ),
     Capability.GRAMMAR: (Ask(_CHAT, {"grammar": 'root ::= "perllm"'}, lambda a: _said(a).strip() == "perllm", 32),),
     Capability.LOGIT_BIAS: (Ask(_CHAT, {"logit_bias": {"1000": 100}}, lambda answer: _repeats(_said(answer)), 4),),
-    Capability.CHOICES: (Ask(_CHAT, {"n": 2}, lambda answer: len(answer["choices"]) == 2),),
     Capability.TOOLS: (
         Ask(_CHAT, {"tools": [_TOOL]}, _choice),
         Ask(_CHAT, {"tools": [_TOOL], "tool_choice": "required"}, _calls, 64),
@@ -136,8 +136,9 @@ Post = Callable[[str, dict[str, Any]], Awaitable[Any]]
 
 
 async def look(post: Post, limit: str, *, served: Set[Capability] = SERVED) -> Found:
-    """Ask a server that was seen to chat for what is `served` beside. `limit` is its name for `max_tokens`."""
-    found = {Capability.GENERATE, Capability.CHAT}
+    """Ask a server that was seen to chat for what is `served` beside. `limit` is its name for `max_tokens`. Several
+    answers come from every server: from one that gives but one at a time, by as many requests."""
+    found = {Capability.GENERATE, Capability.CHAT, Capability.CHOICES}
     for capability, asks in ASKS.items():
         if capability in served and all([await _shows(post, ask, limit) for ask in asks]):
             found.add(capability)

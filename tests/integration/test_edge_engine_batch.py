@@ -319,7 +319,7 @@ def test_a_gap_is_filled_where_the_model_was_taught_to(engine: LlamaEngine, tmp_
     marks = [pair(f"tokenizer.ggml.fim_{which}_token_id", U32, 4 + i) for i, which in enumerate(("pre", "suf", "mid"))]
     model = Model(tiny_llama(tmp_path / "filling.gguf", more=marks))
     before, after = (model.tokenize(text, special=False, add_bos=False) for text in ("def f(", "return <|im_end|>"))
-    asked = sampling.Prompter(model).tokens(TaskSpec(prompt="def f(", suffix="return <|im_end|>"))
+    asked = sampling.Prompter(model).prompt(TaskSpec(prompt="def f(", suffix="return <|im_end|>")).tokens
     assert asked == [4, *before, 5, *after, 6]
     assert model.eos not in asked  # what a user writes is text, whatever it looks like
     model.close()
