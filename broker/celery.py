@@ -1,8 +1,9 @@
 """`celery -A perllm.broker worker`: the inbox, for plain Celery producers in any language.
 
-They send `perllm.generate` or `perllm.embed` with a TaskSpec's fields as keyword arguments. It is submitted to the ledger under the
-message's own id and answers nothing itself: the producer's `AsyncResult` shows what the ledger writes under that id as
-the task starts and ends. What is to follow it (a chain, a chord, callbacks) is sent when it has ended.
+They send `perllm.generate` or `perllm.embed` with a TaskSpec's fields as keyword arguments. It is submitted to the
+ledger under the message's own id and answers nothing itself: the producer's `AsyncResult` shows what the ledger writes
+under that id as the task starts and ends. What is to follow it (a chain, a chord, callbacks) is sent when it has
+ended.
 """
 
 from __future__ import annotations

@@ -116,10 +116,8 @@ class Followers(TolerantModel):
         if self.chord is not None and not self.group:
             raise InvalidTask("chord: the message names no group")
         for errback in self.errbacks:
-            if errback["task"] in (GENERATE, EMBED) and not errback.get("immutable"):
-                raise InvalidTask(
-                    f"link_error: {errback['task']} would be given a task's id: make it immutable, with .si()"
-                )
+            if (task := errback["task"]) in (GENERATE, EMBED) and not errback.get("immutable"):
+                raise InvalidTask(f"link_error: {task} would be given a task's id: make it immutable, with .si()")
         for n, signature in enumerate((*self.callbacks, *self.errbacks)):
             if signature.get("subtask_type") is None:
                 signature["options"].setdefault("task_id", str(uuid5(NAMESPACE_OID, f"{task_id} {n}")))

@@ -1,11 +1,11 @@
-"""Pydantic AI: an agent's loop over both endpoints, a stream of it, and typed output in each of its three ways."""
+"""Pydantic AI: an agent's loop over both endpoints, a stream of it, typed output by a tool and by a schema."""
 
 from __future__ import annotations
 
 import asyncio
 
 from pydantic import BaseModel
-from pydantic_ai import Agent, NativeOutput, PromptedOutput, ToolOutput
+from pydantic_ai import Agent, NativeOutput, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 
 

@@ -1,4 +1,5 @@
-"""`make test-clients`: other people's clients against a whole system with the real model, unchanged but for the address.
+"""`make test-clients`: other people's clients against a whole system with the real model, unchanged but for
+the address.
 
 Each is a program beside this module, as a user of its library would write it, which says nothing where all is well; it
 runs in the environment its library is installed in (`.build/clients/`, by make), and is skipped by name without it.
