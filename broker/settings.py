@@ -79,6 +79,8 @@ class Settings(BaseSettings):
     """A worker that is silent for so long, s, has lost its tasks: they are placed anew."""
     heartbeat: Annotated[float, Field(ge=0.05, le=60)] = 1.0
     """Seconds between a worker's heartbeats."""
+    grace: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    """Seconds for which running work, and answers under way, may go on after SIGTERM."""
     max_strikes: Annotated[int, Field(ge=1, le=100)] = 3
     """Attempts that may end without a result before a task fails."""
     retention: Annotated[float, Field(ge=1)] = 86_400.0

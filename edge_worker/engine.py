@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 
 from perllm.broker.engine.checks import fitted
-from perllm.broker.engine.contract import EngineError, Generation, OnDelta, Stop, Stuck
+from perllm.broker.engine.contract import EngineError, FinishReason, Generation, OnDelta, Stop, Stuck
 from perllm.broker.engine.cores import ThreadClaim, available_cores
 from perllm.broker.engine.embedding import made_of
 from perllm.broker.engine.energy import Attribution, Meter, power_of
@@ -343,12 +343,13 @@ def _new_request(
 def _choice(answer: Answer) -> dict[str, Any]:
     """An answer that is over, as the fields of a `Choice`."""
     request, text = answer.request, answer.text
+    finish: FinishReason | None = "length" if answer.shortened else answer.finish
     logprobs = None
     if request.spec.logprobs is not None:
         logprobs = request.prompt_logprobs + [entry for begins, entry in answer.logprobs if begins < text.extent]
     return {
         "text": request.echo + text.text,
-        "finish_reason": text.finish_reason(answer.finish) if answer.finish is not None else None,
+        "finish_reason": finish and text.finish_reason(finish),
         "logprobs": logprobs,
         "reasoning": text.reasoning,
         "tool_calls": text.calls,

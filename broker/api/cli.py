@@ -25,6 +25,7 @@ from perllm.broker.api.keys import Key, Keys
 from perllm.broker.api.openapi.fields import markdown
 from perllm.broker.api.request_limits import MAX_HEAD, LimitedProtocol
 from perllm.broker.api.settings import ApiSettings
+from perllm.broker.api.stopping import LAST_WORDS, Server
 from perllm.broker.api.store import ApiStore
 from perllm.broker.connection import check
 from perllm.broker.errors import BadSetting
@@ -75,8 +76,9 @@ def run(settings: ApiSettings) -> None:
     LimitedProtocol.max_connections_per_address = settings.api_connections_per_address
     Files(settings, ApiStore(settings)).check()
     listening = _listen(settings.api_host, settings.api_port)
+    api = make_app(settings)
     config = uvicorn.Config(
-        make_app(settings),
+        api,
         http=LimitedProtocol,
         ws="none",
         lifespan="on",
@@ -86,9 +88,9 @@ def run(settings: ApiSettings) -> None:
         server_header=False,
         h11_max_incomplete_event_size=MAX_HEAD,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=LAST_WORDS,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    Server(config, api.state.stopping).run(sockets=[listening])
 
 
 def _open_files() -> int:

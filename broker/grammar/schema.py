@@ -7,6 +7,7 @@ validator, over random schemas (`make bench-tools`).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ FORMATS = (
 #: Significant digits of a number that survive being read and written.
 DIGITS = 15
 _LARGEST = 10**22
+#: Planes of Unicode in which nothing is assigned: some vocabularies lack their bytes.
+_UNASSIGNED = re.compile("[\U00040000-\U000bffff]")
 #: Keywords whose value is a schema, a list of them, or schemas by name.
 _ONE = ("additionalProperties", "additionalItems", "contains", "else", "if", "items", "not", "propertyNames", "then")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -61,9 +64,14 @@ def _prepared(schema: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check(schema: Mapping[str, Any], where: str) -> None:
-    for keyword in ("const", "enum"):
-        if keyword in schema and not all(_kept(number) for number in _numbers(schema[keyword])):
-            raise BadSchema(f"{where}/{keyword}: a number of more than {DIGITS} digits is not kept exactly: shorten it")
+    for keyword in ("const", "enum", "properties", "required"):
+        exact = schema.get(keyword)
+        exact = list(exact) if keyword == "properties" and isinstance(exact, dict) else exact
+        for value in _leaves(exact):
+            if isinstance(value, str) and _UNASSIGNED.search(value):
+                raise BadSchema(f"{where}/{keyword}: U+40000 to U+BFFFF are no characters: not every model spells them")
+            if isinstance(value, int | float) and not _kept(value):
+                raise BadSchema(f"{where}/{keyword}: a number of more than {DIGITS} digits is not kept: shorten it")
     if isinstance(step := schema.get("multipleOf"), float) and len(_digits(step)) > DIGITS // 2:
         raise BadSchema(f"{where}/multipleOf: {step!r} has too many digits: round it")
     least, required = schema.get("minProperties"), schema.get("required")
@@ -73,19 +81,21 @@ def _check(schema: Mapping[str, Any], where: str) -> None:
         raise BadSchema(f"{where}/minProperties: names that the schema does not list may repeat: list what is required")
 
 
-def _numbers(value: Any) -> Iterator[int | float]:
+def _leaves(value: Any) -> Iterator[Any]:
+    """The texts (also keys), numbers and words in a value."""
     left = [value]
     while left:
         one = left.pop()
         if isinstance(one, dict):
-            left += one.values()
+            left += [*one, *one.values()]
         elif isinstance(one, list):
             left += one
-        elif isinstance(one, int | float) and not isinstance(one, bool):
+        else:
             yield one
 
 
 def _kept(number: int | float) -> bool:
+    """Whether a number is the same once it was read and written."""
     if isinstance(number, int):
         return abs(number) < 2**53
     return number == 0 or (len(_digits(number)) <= DIGITS and 1 / _LARGEST < abs(number) < _LARGEST)

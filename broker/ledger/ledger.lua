@@ -21,8 +21,9 @@
 --                              why         the last Explanation, JSON
 --                              of a task by a Celery producer: celery, what Celery is to be told on the way, of the
 --                              words `started`, `progress` and `followers`
---                              when final: finished
---   result:<id>        string  of a task that ended otherwise than cancelled: its Result, JSON
+--                              when final: finished; withdrawn, where its producer ended it
+--   result:<id>        string  of a task that has ended: its Result, JSON. Not of one that its producer ended (cancelled,
+--                              or expired while nobody was there to end it): that is told by the record
 --   of:<tenant>        zset    the tenant's tasks by the time they were submitted
 --   text:<id>          list    the text of a task submitted with `stream`, as it is generated: pieces, each
 --                              "<attempt> <text>"; gone an hour after the last
@@ -41,9 +42,10 @@
 --   key:<tenant> <key> string  idempotency key → task id, kept for as long as the task
 --   events             stream  what schedulers and workers caused. One field `e`: an Event, JSON; trimmed to about the
 --                              length given
---   requests           stream  what producers caused, submissions and cancellations, alike. Two streams, since who may
---                              write to one can write anything there
---   untold             hash    cancelled task → its node or '': those whose node and Celery producer are still to be told
+--   requests           stream  what producers caused, submissions, cancellations and ends of what was overdue, alike.
+--                              Two streams, since who may write to one can write anything there
+--   untold             hash    task its producer ended → its node or '': those whose node and Celery producer are still
+--                              to be told
 --   refused            hash    id of a message that became no task → what its Celery producer is still to be told
 --   followers          hash    task → what its Celery producer wants to follow it (callbacks, the rest of a chain, a
 --                              chord's body), JSON, until that was sent
@@ -293,18 +295,22 @@ end
 local ops = {}
 local MOST = 1000 -- tasks and ids per call: one call must not hold the server for long
 
--- End a task as cancelled; returns the state it was found in, or false. Producers may: its result is read off the
--- record, and the rest is for `announce`.
+-- How producers end a task: its result is read off the record, and the rest is for `announce`.
+local WITHDRAWN = { cancelled = 'cancelled on request', expired = 'the deadline passed' }
+local function withdraw(id, t, state)
+    append('requests', '{"type":"ended","at":' .. num(now) .. ',"id":' .. str(id) .. ',"state":"' .. state
+        .. '","reason":"' .. WITHDRAWN[state] .. '"' .. (t.node and ',"node":' .. str(t.node) or '') .. '}')
+    redis.call('HSET', task_key(id), 'state', state, 'finished', num(now), 'withdrawn', 1)
+    move(id, t.state, state, now)
+    redis.call('HSET', P .. 'untold', id, t.node or '')
+    count(state, 1)
+end
+
+-- End a task as cancelled; returns the state it was found in, or false.
 local function cancel(id)
     local t = read(id, unpack(PLACED))
     if not t then return false end
-    if FINAL[t.state] then return t.state end
-    append('requests', '{"type":"ended","at":' .. num(now) .. ',"id":' .. str(id)
-        .. ',"state":"cancelled","reason":"cancelled on request"' .. (t.node and ',"node":' .. str(t.node) or '') .. '}')
-    redis.call('HSET', task_key(id), 'state', 'cancelled', 'finished', num(now))
-    move(id, t.state, 'cancelled', now)
-    redis.call('HSET', P .. 'untold', id, t.node or '')
-    count('cancelled', 1)
+    if not FINAL[t.state] then withdraw(id, t, 'cancelled') end
     return t.state
 end
 
@@ -454,6 +460,24 @@ end
 -- → the state it found, or nothing for an unknown task
 function ops.cancel(id) return cancel(id) end
 
+-- → how many were ended: tasks whose deadline passed a while ago, `limit` of each state at most. It names none, so
+-- whoever waits may call it. The scheduler, which can say more, or a worker, with the part that was done, came first if it
+-- lives: what runs is left to it for a lease
+local OVERDUE = 0.5 -- s
+function ops.expire(limit)
+    local ended_now = 0
+    for _, state in ipairs({ 'pending', 'dispatched', 'running' }) do
+        for _, id in ipairs(redis.call('ZRANGEBYSCORE', set_key(state), '-inf', num(now - OVERDUE), 'LIMIT', 0, limit)) do
+            local readable, t = pcall(read, id, unpack(PLACED))
+            if readable and t and t.state == state and tonumber(t.deadline) <= now - OVERDUE then
+                withdraw(id, t, 'expired')
+                ended_now = ended_now + 1
+            end
+        end
+    end
+    return ended_now
+end
+
 -- → for each the state it found, or '' for one not known yet: it is cancelled when it is submitted
 -- within `keep` s. The latest `most` of these are kept.
 function ops.revoke(keep, most) -- each: id
@@ -493,7 +517,7 @@ function ops.followed(id)
     return 'ok'
 end
 
--- → how many were told        cancelled tasks to their nodes and, as refusals, to Celery's producers
+-- → how many were told        tasks their producers ended, to their nodes and, as refusals, to Celery's producers
 local function announce(limit)
     local function some(key, tell)
         local pairs_ = redis.call('HRANDFIELD', P .. key, limit, 'WITHVALUES')
@@ -504,12 +528,13 @@ local function announce(limit)
         return #pairs_ / 2
     end
     return some('untold', function(id, node, t)
-        if t.state and t.state ~= 'cancelled' then return end
+        if t.state and not WITHDRAWN[t.state] then return end
         if node ~= '' then
             redis.call('SREM', P .. 'node:' .. node .. ':tasks', id)
             redis.call('PUBLISH', P .. 'signal:' .. node, id)
         end
-        if t.state then fail_celery(id, 'revoked', 'cancelled') end
+        if t.state == 'cancelled' then fail_celery(id, 'revoked', 'cancelled') end
+        if t.state == 'expired' then fail_celery(id, 'expired', WITHDRAWN.expired) end
         to_follow(id, redis.call('HEXISTS', P .. 'followers', id) == 1 and 'followers' or t.celery, not t.claimed)
     end) + some('refused', function(id, said, t)
         local kind, reason = string.match(said, '^(%a+) (.*)$')
@@ -595,8 +620,8 @@ function ops.leave(name, boot, reason)
     return 'ok'
 end
 
--- → how many things were mended; call again
--- while it returns `limit` or more. What is dispatched is looked at every `unclaimed` s, and may wait `wait` s for others
+-- → how many things were mended; call again while it returns `limit` or more. The leader's, and where none leads the
+-- workers'. What is dispatched is looked at every `unclaimed` s, and may wait `wait` s for others
 -- to make room.
 function ops.sweep(limit, max_strikes, max_kept, unclaimed, wait, shortest_rest, longest_rest)
     limit, max_strikes, max_kept = tonumber(limit), tonumber(max_strikes), tonumber(max_kept)

@@ -19,6 +19,7 @@ from perllm.broker.ledger.records import (
     glance_of,
     gone_of,
     node_of,
+    outcome_of,
     record_of,
     result_of,
     state_of,
@@ -107,6 +108,31 @@ class Query(LedgerBase):
             endings = dict(zip(others, readable(pipe.execute(raise_on_error=False)), strict=True))
         return [result_of(i, raw, endings.get(i)) for i, raw in zip(task_ids, kept, strict=True)]
 
+    def outcomes(self, task_ids: Sequence[str]) -> list[Result | float | None]:
+        """What those who wait for these tasks are to know, in order: the result or, of one that is not final, seconds
+        to its deadline (by the server's clock, below 0 once it has passed); None for the unknown."""
+        if not task_ids:
+            return []
+        with reaching(self.settings):
+            kept = cast("list[bytes | None]", self._client.mget([f"{self._prefix}result:{i}" for i in task_ids]))
+            found: dict[str, Result | float | None] = {
+                i: result_of(i, raw, None) for i, raw in zip(task_ids, kept, strict=True) if raw is not None
+            }
+            others = [i for i in task_ids if i not in found]
+            if not others:
+                return [found[i] for i in task_ids]
+            pipe = self._client.pipeline(transaction=False)
+            pipe.time()
+            for task_id in others:
+                pipe.hmget(f"{self._prefix}task:{task_id}", *ENDING_FIELDS, "deadline")
+            clock, *rows = pipe.execute(raise_on_error=False)
+            if isinstance(clock, Exception):
+                raise clock
+            now = clock[0] + clock[1] / 1e6
+            for task_id, row in zip(others, readable(rows), strict=True):
+                found[task_id] = outcome_of(task_id, row, now)
+        return [found[i] for i in task_ids]
+
     def glances(self, task_ids: Sequence[str]) -> list[Glance | None]:
         """What lists filter by, None for the unknown and the unreadable, in order; without the tasks' texts."""
         with reaching(self.settings):
@@ -148,17 +174,6 @@ class Query(LedgerBase):
         it. What cannot be read is passed over."""
         with reaching(self.settings):
             return _pieces(cast("list[bytes]", self._client.lrange(f"{self._prefix}text:{task_id}", start, -1)))
-
-    def result_and_deltas(self, task_id: str, start: int) -> tuple[Result | None, list[tuple[int, list[Delta]]]]:
-        """A task's result, None unless it is final, and `deltas`, in one round trip: where there is a result, what was
-        published before it is all there."""
-        with reaching(self.settings):
-            pipe = self._client.pipeline(transaction=False)
-            pipe.get(f"{self._prefix}result:{task_id}")
-            pipe.hmget(f"{self._prefix}task:{task_id}", *ENDING_FIELDS)
-            pipe.lrange(f"{self._prefix}text:{task_id}", start, -1)
-            raw, ending, pieces = readable(pipe.execute(raise_on_error=False))
-        return result_of(task_id, raw, ending), _pieces(pieces or [])
 
     def news(self, watched: Sequence[tuple[str, int]]) -> list[bool]:
         """For tasks, each with how many pieces of its text are known (-1: they do not matter): whether there is more,

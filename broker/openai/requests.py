@@ -247,7 +247,7 @@ class ResponseRequest(_WithTools):
     )
     text: Schema | None = Field(None, description="`format` as `response_format`; `verbosity` has no effect")
     reasoning: Schema | None = Field(
-        None, description="`effort` as `reasoning_effort`; `summary` has no effect, the whole thought is given"
+        None, description="`effort` as `reasoning_effort`; with a `summary`, the whole thought is given as one"
     )
     include: list[str] | None = Field(
         None, description="`message.output_text.logprobs`; what else there is to include is never there"

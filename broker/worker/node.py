@@ -1,7 +1,8 @@
 """The part of a worker around its engine: register, heartbeat, claim, run, complete, hand back.
 
 One `NodeWorker` per process. Celery threads call `run`; one more thread sends heartbeats: each renews every running
-attempt's lease and returns which of them must stop. A cancel wakes it at once through the node's signal channel.
+attempt's lease and returns which of them must stop. A cancel wakes it at once through the node's signal channel. While
+no scheduler leads, it also does what of its work nobody can wait for: ends what is overdue, frees what dead nodes held.
 """
 
 from __future__ import annotations
@@ -402,3 +403,5 @@ class NodeWorker:
         for task_id in must_stop:
             log.info("attempt_stopped", task_id=task_id)
             running[task_id].stop.cancel()
+        if not self._ledger.led():  # deadlines and leases hold all the same
+            self._ledger.sweep()

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from support.ports import free_port
 from support.wait import eventually
@@ -41,11 +42,19 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     )
     with supervisor as running:
         eventually(lambda: not running.waiting_for(), "all nodes are there", START_TIMEOUT)
+        eventually(lambda: is_ready(port), "a scheduler leads", START_TIMEOUT)
         yield {
             "OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1",
             "OPENAI_API_KEY": "any",
             "CELERY_BROKER_URL": running.settings.celery_url,
         }
+
+
+def is_ready(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @pytest.mark.parametrize(

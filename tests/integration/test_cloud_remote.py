@@ -77,7 +77,7 @@ def engine(llama_server: str) -> Iterator[RemoteEngine]:
 def test_text_comes_back_with_its_price(engine: RemoteEngine) -> None:
     pieces: list[Delta] = []
     spec = TaskSpec(prompt="Name three colours.", max_tokens=12)
-    done = engine.generate("a", spec, Stop(60), pieces.append)
+    done = engine.generate("a", spec, Stop(60), lambda delta: pieces.append(delta.text))
     assert done.output.finish_reason == "length"
     assert done.output.text.strip()
     assert "".join(piece.text for piece in pieces) == done.output.text
