@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -190,8 +191,27 @@ def up(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         running.wait()
 
 
-def test_up_runs_until_interrupted_and_leaves_nothing(up: subprocess.Popen[bytes]) -> None:
+#: A producer that has nothing but Celery, and the URL.
+BARE_PRODUCER = """
+import sys, celery
+app = celery.Celery(broker=sys.argv[1], backend=sys.argv[1])
+def generate(**fields):
+    return app.signature("perllm.generate", kwargs=fields | {"deadline": 600}, queue="inbox")
+print(celery.chain(generate(prompt="hi", max_tokens=2), generate(max_tokens=3))().get(timeout=120)["output"]["text"])
+slow = generate(prompt="hi", max_tokens=4000).apply_async()
+slow.revoke(terminate=True)
+slow.get(timeout=60, propagate=False)
+print(slow.state, any(name.startswith("perllm") for name in sys.modules))
+"""
+
+
+def test_up_runs_until_interrupted_and_leaves_nothing(up: subprocess.Popen[bytes], tmp_path: Path) -> None:
     children = _descendants(up.pid)
+    told = re.search(r"^Celery: (\S+)$", (tmp_path / "up.txt").read_text(), re.MULTILINE)
+    assert told is not None
+    bare = [sys.executable, "-c", BARE_PRODUCER, told[1]]
+    produced = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False)
+    assert produced.stdout.splitlines() == ["word word word", "REVOKED False"], produced.stderr
     assert len(children) >= 8  # server, scheduler, inbox, three workers, the HTTP API and its webhooks
     up.send_signal(signal.SIGINT)
     assert up.wait(timeout=60) == 0
