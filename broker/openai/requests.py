@@ -253,6 +253,9 @@ class ResponseRequest(_WithTools):
         None, description="`message.output_text.logprobs`; what else there is to include is never there"
     )
     background: bool = Field(False, description="answer at once; retrieve it, or stream it, later")
+    background_options: Schema | None = Field(
+        None, description="a `completion_window` of `2h` or `8h` is the deadline, unless one is given"
+    )
 
     access_programs: Annotated[Any, Ignored("there are no access programs here")] = None
     image: Annotated[Any, _NO_IMAGES] = None
