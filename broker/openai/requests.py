@@ -222,7 +222,7 @@ class CompletionRequest(_WithMaxTokens):
     logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = Field(
         None, description="log probabilities of the answer's tokens, and of so many alternatives"
     )
-    echo: bool = Field(False, description="the answer begins with the prompt, which is text")
+    echo: bool = Field(False, description="the answer begins with the prompt; with `logprobs`, those of token ids too")
     suffix: str | None = Field(None, description="what comes after the answer; the prompt is text")
 
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(

@@ -137,7 +137,6 @@ def test_what_is_wrong_with_a_response_is_said_in_its_words(body: dict[str, Any]
         ({"prompt": [1, "a"]}, "prompt: "),
         ({"prompt": [[]]}, "prompt: "),
         ({"prompt": {"a": 1}}, "prompt: "),
-        ({"prompt": [1], "echo": True}, "echo: only a prompt of text"),
         ({"best_of": 2}, "best_of: only the same as 'n'"),
     ],
 )
