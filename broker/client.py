@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -41,6 +41,8 @@ OUTAGE = 60.0
 OUTAGE_LOOKS = (0.2, 1.0)
 #: Channels per SUBSCRIBE, ids per look.
 _CHUNK = 1000
+#: Ids named where several begin alike.
+_AMBIGUOUS = 5
 #: Threads of an AsyncClient.
 _THREADS = 8
 
@@ -158,6 +160,21 @@ class Client:
         if record is None:
             raise TaskNotFound(f"no task {task_id!r} (unknown, or finished and forgotten)")
         return record
+
+    def find(self, beginnings: Sequence[str]) -> list[str]:
+        """The whole ids of the tasks whose ids begin so, in order, for people who have copied a part. Raises
+        TaskNotFound, also for what several begin with."""
+        known = dict(zip(beginnings, self.ledger.known(beginnings), strict=True))
+        return [given if known[given] else self._find(given) for given in beginnings]
+
+    def _find(self, beginning: str) -> str:
+        found = self.ledger.beginning_with(beginning, _AMBIGUOUS + 1)
+        if len(found) > 1:
+            some = ", ".join(found[:_AMBIGUOUS]) + (", …" if len(found) > _AMBIGUOUS else "")
+            raise TaskNotFound(f"several tasks begin with {beginning!r}: {some}")
+        if not found:
+            raise TaskNotFound(f"no task {beginning!r} (unknown, or finished and forgotten)")
+        return found[0]
 
     def cancel(self, task_id: str) -> State:
         """Cancel a task; returns the state it was found in (a final one stays). Raises TaskNotFound."""
