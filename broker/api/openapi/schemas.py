@@ -59,6 +59,7 @@ class TaskRequest(Sampling):
     query: Annotated[str | None, Field(min_length=1, description="What to rank by.")] = None
     dimensions: Annotated[int | None, Field(ge=1, le=MAX_DIMENSIONS, description="Numbers of a vector.")] = None
     deadline: Deadline | None = None
+    start_after: Annotated[float, Field(ge=0, description="Seconds from now before which it is not placed.")] = 0.0
     value: Value = 1.0
     max_tokens: Tokens | None = None
     fit_context: Annotated[
