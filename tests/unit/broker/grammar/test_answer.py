@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.schemas import parameters
 
 from perllm.broker import grammar
 from perllm.broker.chat.forms import CALL_FORMS, GENERIC, THOUGHT_FORMS, AnswerForm, ThoughtForm
@@ -171,42 +172,6 @@ def test_as_many_tools_as_there_may_be_are_checked_in_time() -> None:
 # --- what a grammar lets through is valid
 
 
-NAMES = st.from_regex(r"[a-z_]{1,6}", fullmatch=True)
-NUMBERS = st.integers(-1000, 1000)
-SCALARS = st.none() | st.booleans() | NUMBERS | st.text(max_size=5)
-LEAVES = st.one_of(
-    st.sampled_from([{}, {"type": "boolean"}, {"type": ["null", "integer"]}, {"type": "string", "pattern": "^a+b?$"}]),
-    st.builds(
-        lambda low, more: {"type": "string", "minLength": low, "maxLength": low + more}, *[st.integers(0, 4)] * 2
-    ),
-    st.sampled_from(["date", "email", "ipv4", "uuid"]).map(lambda name: {"type": "string", "format": name}),
-    st.builds(
-        lambda kind, low, by: {"type": kind, "minimum": low, "multipleOf": by},
-        st.sampled_from(["integer", "number"]),
-        NUMBERS,
-        st.sampled_from([1, 5, 0.5]),
-    ),
-    st.lists(SCALARS, min_size=1, max_size=4).map(lambda values: {"enum": values}),
-    SCALARS.map(lambda value: {"const": value}),
-)
-
-
-@st.composite
-def objects(draw: st.DrawFn, inner: st.SearchStrategy[Any]) -> dict[str, Any]:
-    properties = draw(st.dictionaries(NAMES, inner, max_size=4))
-    required = [name for name in properties if draw(st.booleans())]
-    more = draw(st.sampled_from([False, True]) | inner)
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": more}
-
-
-def composed(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.one_of(
-        objects(inner),
-        st.builds(lambda items, least: {"type": "array", "items": items, "minItems": least}, inner, st.integers(0, 2)),
-        st.lists(inner, min_size=1, max_size=3).map(lambda options: {"anyOf": options}),
-    )
-
-
 def written(one: llguidance.LLMatcher, dice: random.Random) -> str | None:
     """Some text the grammar allows; None where none came to an end."""
     out = bytearray()
@@ -223,9 +188,9 @@ def written(one: llguidance.LLMatcher, dice: random.Random) -> str | None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(objects(st.recursive(LEAVES, composed, max_leaves=6)), st.randoms(use_true_random=False))
-def test_whatever_is_let_through_is_valid(parameters: dict[str, Any], dice: random.Random) -> None:
-    tools = [{"name": "f", "parameters": parameters, "strict": True}]
+@given(parameters(leaves=5), st.randoms(use_true_random=False))
+def test_whatever_is_let_through_is_valid(schema: dict[str, Any], dice: random.Random) -> None:
+    tools = [{"name": "f", "parameters": schema, "strict": True}]
     spec = TaskSpec.model_validate({"prompt": "x", "tools": tools, "tool_choice": "required"})
     try:
         one = matcher(spec)
@@ -237,4 +202,4 @@ def test_whatever_is_let_through_is_valid(parameters: dict[str, Any], dice: rand
     stream.push(text)
     stream.finish()
     assert stream.finish_reason("stop") == "tool_calls"
-    jsonschema.Draft202012Validator(parameters).validate(json.loads(stream.calls[0].arguments))
+    jsonschema.Draft202012Validator(schema).validate(json.loads(stream.calls[0].arguments))
