@@ -144,6 +144,26 @@ def test_what_is_wrong_with_a_completion_is_said_in_its_words(body: dict[str, An
     assert wrong(COMPLETIONS, **{"prompt": "hi", **body}).startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("said", "given", "meant"),
+    [
+        (
+            "reasoning: no node has offered it",
+            {"reasoning_effort"},
+            "reasoning_effort: reasoning: no node has offered it",
+        ),
+        ("reasoning: no node has offered it", {"reasoning"}, "reasoning: no node has offered it"),
+        ("choices, tools: m does not offer that", {"n", "tools"}, "n: choices, tools: m does not offer that"),
+        ("infill: offered by m", {"suffix"}, "suffix: infill: offered by m"),
+        ("tools: offered by m", {"tools"}, "tools: offered by m"),
+        ("messages: 9 bytes; the limit is 8 bytes", {"input"}, "input: 9 bytes; the limit is 8 bytes"),
+        ("something else", {"n"}, "something else"),
+    ],
+)
+def test_what_is_wrong_with_a_task_is_said_of_the_requests_field(said: str, given: set[str], meant: str) -> None:
+    assert as_asked(said, given) == meant
+
+
 def test_prompts_and_their_tokens_are_tasks() -> None:
     made = completions.tasks({"prompt": ["a", [1, 2]], "n": 2, "logprobs": 0})
     assert made == [{"n": 2, "logprobs": 0, "prompt": "a"}, {"n": 2, "logprobs": 0, "prompt_ids": [1, 2]}]
