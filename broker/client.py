@@ -52,6 +52,8 @@ OUTAGE_LOOKS = (0.2, 1.0)
 OVERDUE, OVERDUE_OUTAGE = 0.6, 2.0
 #: Ids per look.
 _CHUNK = 1000
+#: Ids named where several begin alike.
+_AMBIGUOUS = 5
 #: Threads of an AsyncClient.
 _THREADS = 8
 
@@ -199,6 +201,21 @@ class Client:
         if record is None:
             raise _not_found(task_id)
         return record
+
+    def find(self, beginnings: Sequence[str]) -> list[str]:
+        """The whole ids of the tasks whose ids begin so, in order, for people who have copied a part. Raises
+        TaskNotFound, also for what several begin with."""
+        known = dict(zip(beginnings, self.ledger.known(beginnings), strict=True))
+        return [given if known[given] else self._find(given) for given in beginnings]
+
+    def _find(self, beginning: str) -> str:
+        found = self.ledger.beginning_with(beginning, _AMBIGUOUS + 1)
+        if len(found) > 1:
+            some = ", ".join(found[:_AMBIGUOUS]) + (", …" if len(found) > _AMBIGUOUS else "")
+            raise TaskNotFound(f"several tasks begin with {beginning!r}: {some}")
+        if not found:
+            raise TaskNotFound(f"no task {beginning!r} (unknown, or finished and forgotten)")
+        return found[0]
 
     def cancel(self, task_id: str) -> State:
         """Cancel a task; returns the state it was found in (a final one stays). Raises TaskNotFound."""

@@ -76,7 +76,7 @@ class Sampler:
         return token
 
     def _sample_within(self, matcher: LLMatcher, logits: Logits, left: int) -> int:
-        ending = self._wind_down.choose(matcher, logits, left) if self._wind_down is not None else None
+        ending = self._wind_down.choose(matcher, left) if self._wind_down is not None else None
         began = time.thread_time()
         token = self._chain.choose(logits) if ending is None else ending
         if matcher.try_consume_tokens([token]) == 0:  # cheaper than always asking for all that are allowed

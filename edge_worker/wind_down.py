@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher
 
-from perllm.edge_worker.llama import Logits, Model
+from perllm.edge_worker.llama import Model
 
 Ids = npt.NDArray[np.intp]
 Allowed = npt.NDArray[np.bool_]
 #: Tokens before the limit from which on the way to the end is looked at, and the longest way that is followed.
-WINDOW = 192
+WINDOW = 384
 #: Tokens kept free beyond those the way takes.
 SPARE = 6
 #: CPU time a request may spend on looking, s: others in the batch wait meanwhile.
@@ -63,7 +63,9 @@ class Endings:
         self._groups = {True: [ends, quotes], False: [ends, closes, quotes, links]}
         #: What leads away from the end: more depth, and white space.
         self._away = self._where(lambda piece: piece[:1] in b" \t\r\n{[")
-        self._single = self._where(lambda piece: len(piece) == 1 and piece.isascii())
+        single = self._where(lambda piece: len(piece) == 1 and piece.isascii())
+        #: Characters to try, likewise.
+        self._characters = {True: single, False: np.setdiff1d(single, self._away)}
 
     def _where(self, fits: Callable[[bytes], bool]) -> Ids:
         found = [token for token, piece in enumerate(self.pieces) if piece and fits(piece)]
@@ -73,21 +75,22 @@ class Endings:
         """Which tokens the grammar allows next."""
         return allowed_tokens(matcher, len(self.pieces))
 
-    def closest(self, allowed: Allowed, inside: bool, logits: Logits | None) -> int | None:
-        """Of the tokens that lead to the end at once: the likeliest, or longest; None where there are none."""
+    def closest(self, allowed: Allowed, inside: bool) -> int | None:
+        """Of the tokens that lead to the end at once the longest; None where there are none."""
         for group in self._groups[inside]:
             if len(among := group[allowed[group]]):
-                return self._one(among, logits)
+                return self._longest(among)
         return None
 
-    def onward(self, allowed: Allowed, logits: Logits | None) -> int | None:
-        """Some token that leads on, for want of a better one; None where none is allowed."""
+    def onward(self, allowed: Allowed) -> int | None:
+        """Some token that leads on, for want of a better one: the longest, since that is how what is certain goes by
+        fastest. None where none is allowed."""
         towards = allowed.copy()
         towards[self._away] = False
         among = np.flatnonzero(towards)
         if not len(among):
             among = np.flatnonzero(allowed)
-        return self._one(among, logits) if len(among) else None
+        return self._longest(among) if len(among) else None
 
     def search(self, matcher: LLMatcher, allowed: Allowed, inside: bool) -> list[int]:
         """The shortest way, character by character, to where `closest` finds one; empty where none is found."""
@@ -101,7 +104,7 @@ class Endings:
                 if not ahead.consume_token(token):
                     continue
                 then = self.allowed(ahead)
-                if self.closest(then, inside, None) is not None:
+                if self.closest(then, inside) is not None:
                     return [*way, token]
                 left.append((ahead, then, [*way, token]))
         return []
@@ -109,16 +112,15 @@ class Endings:
     def _alphabet(self, allowed: Allowed, inside: bool) -> list[int]:
         """The characters to try. In a string one letter, and one digit, is as good as another."""
         found: dict[object, int] = {}
-        among = self._single[allowed[self._single]]
-        for token in among if inside else np.setdiff1d(among, self._away):
+        among = self._characters[inside]
+        for token in among[allowed[among]]:
             character = self.pieces[token].decode()
             alike = character.isalnum() and inside
             found.setdefault((character.isdigit(), character.isupper()) if alike else character, int(token))
         return list(found.values())
 
-    def _one(self, among: Ids, logits: Logits | None) -> int:
-        """The likeliest; without logits the longest, since that is how what is certain goes by fastest."""
-        return int(among[(self._length[among] if logits is None else logits[among]).argmax()])
+    def _longest(self, among: Ids) -> int:
+        return int(among[self._length[among].argmax()])
 
 
 def allowed_tokens(matcher: LLMatcher, count: int) -> Allowed:
@@ -146,10 +148,10 @@ class _Way:
         self._endings = to
         self._found: deque[int] = deque()  # by the last search
 
-    def step(self, matcher: LLMatcher, inside: bool, logits: Logits | None) -> int | None:
+    def step(self, matcher: LLMatcher, inside: bool) -> int | None:
         """The next token of it; None where the grammar allows none."""
         allowed = self._endings.allowed(matcher)
-        token = self._endings.closest(allowed, inside, logits)
+        token = self._endings.closest(allowed, inside)
         if token is not None:
             self._found.clear()
             return token
@@ -157,7 +159,7 @@ class _Way:
             self._found.extend(self._endings.search(matcher, allowed, inside))
         if self._found:
             return self._found.popleft()
-        return self._endings.onward(allowed, logits)
+        return self._endings.onward(allowed)
 
 
 class WindDown:
@@ -171,7 +173,7 @@ class WindDown:
         self._patience = PATIENCE
         self.begun = False
 
-    def choose(self, matcher: LLMatcher, logits: Logits, left: int) -> int | None:
+    def choose(self, matcher: LLMatcher, left: int) -> int | None:
         """The token to take, with so many left to the limit; None: the model's own choice."""
         if matcher.is_error() or (not self.begun and (left > self._look_at or matcher.is_accepting())):
             return None
@@ -181,7 +183,7 @@ class WindDown:
             self._patience -= time.thread_time() - began
             if self._patience < 0:
                 self._look_at = -1
-        return self._way.step(matcher, self._strings.inside, logits) if self.begun else None
+        return self._way.step(matcher, self._strings.inside) if self.begun else None
 
     def take(self, matcher: LLMatcher, token: int) -> None:
         """This token was generated."""
@@ -203,7 +205,7 @@ class WindDown:
         for distance in range(most + 1):
             if matcher.is_accepting():
                 return distance
-            token = way.step(matcher, strings.inside, None)
+            token = way.step(matcher, strings.inside)
             if token is None or not matcher.consume_token(token):
                 return None
             strings.take(self._endings.pieces[token])

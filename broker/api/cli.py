@@ -15,7 +15,6 @@ from typing import Annotated
 import typer
 import uvicorn
 from rich.console import Console
-from rich.table import Table
 
 from perllm.broker import logs
 from perllm.broker.api.app import make_app
@@ -32,6 +31,7 @@ from perllm.broker.errors import BadSetting
 from perllm.broker.ledger import Ledger
 from perllm.broker.private_files import private_folder
 from perllm.broker.settings import load_settings
+from perllm.broker.tables import Wide, line, show, table
 
 app = typer.Typer(help="The HTTP API, for any OpenAI client; `perllm api keys` for who may use it.")
 keys = typer.Typer(help="Who may use the HTTP API.", no_args_is_help=True)
@@ -135,16 +135,21 @@ def make(
 
 
 @keys.command("list")
-def list_keys(as_json: AsJson = False) -> None:
+def list_keys(wide: Wide = False, as_json: AsJson = False) -> None:
     """Every key, revoked ones too, without its secret."""
     rows = [_row(key) for key in _keys().list()]
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table("id", "tenant", "name", "made", "requests/s", "in flight", "max value", "revoked")
+    if not rows:
+        print("no keys")
+        return
+    numbers = ("req/s", "in flight", "value")
+    view = table("id", "tenant", "name", "made", *numbers, "revoked", numbers=numbers, flexible=("tenant", "name"))
     for row in rows:
-        table.add_row(*("-" if value in (None, "") else str(value) for value in row.values()))
-    Console(file=sys.stdout).print(table if rows else "no keys")
+        times = {} if wide else {name: str(row[name] or "")[:10] for name in ("made", "revoked")}
+        view.add_row(*(line("-" if value in (None, "") else str(value)) for value in (row | times).values()))
+    show(Console(file=sys.stdout), view, wide=wide)
 
 
 @keys.command("revoke")

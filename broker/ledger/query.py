@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import cast
 
 import redis
@@ -18,6 +19,7 @@ from perllm.broker.ledger.records import (
     deltas_of,
     glance_of,
     gone_of,
+    is_id,
     node_of,
     outcome_of,
     record_of,
@@ -30,6 +32,8 @@ from perllm.broker.messages import Delta, Heartbeat, NodeInfo, Result, State
 
 #: Bytes of results read in one call, and how many results are read at once whatever their size.
 READ_BYTES, FEW = 8 << 20, 4
+#: Tasks looked at per call of a search: bounds how long one holds the server.
+_SCAN = 2_000
 
 log = LazyLogger(__name__)
 
@@ -168,6 +172,17 @@ class Query(LedgerBase):
             for task_id in task_ids:
                 pipe.exists(f"{self._prefix}task:{task_id}")
             return [bool(n) for n in pipe.execute()]
+
+    def beginning_with(self, prefix: str, most: int) -> list[str]:
+        """Ids of up to `most` tasks that begin so, in order. Every task is looked at, so this is for people."""
+        found: set[str] = set()
+        if not is_id(prefix):
+            return []
+        with reaching(self.settings):
+            for state in State:
+                pairs = self._client.zscan_iter(f"{self._prefix}in:{state}", match=f"{prefix}*", count=_SCAN)
+                found |= {text_of(raw) for raw, _ in islice(pairs, most)}
+        return sorted(found)[:most]
 
     def deltas(self, task_id: str, start: int = 0) -> list[tuple[int, list[Delta]]]:
         """What was published of a streamed task's answer from number `start` on, each with the attempt that generated

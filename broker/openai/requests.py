@@ -222,7 +222,7 @@ class CompletionRequest(_WithMaxTokens):
     logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = Field(
         None, description="log probabilities of the answer's tokens, and of so many alternatives"
     )
-    echo: bool = Field(False, description="the answer begins with the prompt, which is text")
+    echo: bool = Field(False, description="the answer begins with the prompt; with `logprobs`, those of token ids too")
     suffix: str | None = Field(None, description="what comes after the answer; the prompt is text")
 
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
@@ -253,6 +253,9 @@ class ResponseRequest(_WithTools):
         None, description="`message.output_text.logprobs`; what else there is to include is never there"
     )
     background: bool = Field(False, description="answer at once; retrieve it, or stream it, later")
+    background_options: Schema | None = Field(
+        None, description="a `completion_window` of `2h` or `8h` is the deadline, unless one is given"
+    )
 
     access_programs: Annotated[Any, Ignored("there are no access programs here")] = None
     image: Annotated[Any, _NO_IMAGES] = None

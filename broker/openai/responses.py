@@ -18,7 +18,7 @@ from perllm.broker.openai.sampling import ANY_MODEL, effort, output_format, shar
 
 _OWN = (
     "input", "instructions", "max_output_tokens", "top_logprobs", "previous_response_id", "text", "reasoning",
-    "include", "n", "truncation", "context_management",
+    "include", "n", "truncation", "context_management", "background_options",
 )  # fmt: skip
 #: What may be included: log probabilities, and what belongs to items that never occur here.
 _LOGPROBS = "message.output_text.logprobs"
@@ -27,6 +27,7 @@ _INCLUDABLE = frozenset((
     "web_search_call.action.sources", "message.input_image.image_url", "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
 ))  # fmt: skip
+_WINDOWS = {"soonest": None, "2h": 7200.0, "8h": 28800.0}  # s
 _VERBOSITIES = ("low", "medium", "high")
 _SUMMARIES = ("auto", "concise", "detailed")
 
@@ -58,6 +59,8 @@ def fields(body: Mapping[str, Any], before: Sequence[Mapping[str, Any]] | None =
         made.update(_text_format(asked["text"]))
     if "reasoning" in asked and (wanted := _effort(asked["reasoning"])) is not None:
         made["reasoning_effort"] = effort(wanted)
+    if "background_options" in asked and (window := _window(asked["background_options"])) is not None:
+        made.setdefault("deadline", window)
     if repeated := _repeated(asked):
         made["request"] = repeated
     return made
@@ -70,6 +73,15 @@ def _logprobs(asked: Mapping[str, Any]) -> Any:
     if unknown := [each for each in include if each not in _INCLUDABLE]:
         raise InvalidTask(f"include: {unknown[0][:80]!r} is not known")
     return asked.get("top_logprobs", 0 if _LOGPROBS in include else None)
+
+
+def _window(value: Any) -> float | None:
+    if not isinstance(value, dict) or set(value) - {"completion_window", "continuation_id"}:
+        raise InvalidTask("background_options: a 'completion_window' is supported")
+    window = value.get("completion_window", "soonest")
+    if not isinstance(window, str) or window not in _WINDOWS:
+        raise InvalidTask(f"background_options.completion_window: one of {', '.join(_WINDOWS)} is required")
+    return _WINDOWS[window]
 
 
 def _text_format(value: Any) -> dict[str, Any]:

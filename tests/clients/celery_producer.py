@@ -25,6 +25,10 @@ assert result["receipt"]["node"]
 vectors = app.send_task("perllm.embed", kwargs={"inputs": ["the sky", "the sea"]}, queue="inbox").get(PATIENCE)
 assert len(vectors["output"]["vectors"]) == 2
 
+texts = [generate(prompt=f"Say {n}.") for n in range(2)]
+embed = app.signature("perllm.embed", kwargs={"inputs": ["the sky"]}, queue="inbox")
+assert len(chord(texts, embed)().get(PATIENCE)["output"]["vectors"]) == 3
+
 assert len(group(generate(prompt=f"Say {n}.") for n in range(3))().get(PATIENCE)) == 3
 assert chain(generate(prompt="Name a river."), generate(prompt="Where is it?"))().get(PATIENCE)["output"]["text"]
 summary = chord([generate(prompt=f"Say {n}.") for n in range(2)], generate(prompt="Summarise:"))().get(PATIENCE)

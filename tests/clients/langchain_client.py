@@ -61,10 +61,9 @@ for api in (chat, responses):
     answers(api)
     tools(api)
     structured(api)
-several = ChatOpenAI(model="auto", n=2, temperature=1, max_completion_tokens=8).generate(
-    [[HumanMessage("Name a river.")]]
-)
-assert len(several.generations[0]) == 2
+several = ChatOpenAI(model="auto", n=2, temperature=1, max_completion_tokens=8)
+both = several.generate([[HumanMessage("Name a river.")]])
+assert len(both.generations[0]) == 2
 completion = OpenAI(model="auto", max_tokens=8)
 assert completion.invoke("One, two,")
 assert "".join(completion.stream("One, two,"))

@@ -1,4 +1,4 @@
-"""The official Python SDK: chats, streams, tools, structured output, several answers, responses, embeddings, batches."""
+"""The official Python SDK: chats, streams, tools, structured output, responses, embeddings, batches, errors."""
 
 from __future__ import annotations
 

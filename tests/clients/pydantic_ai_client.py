@@ -1,4 +1,4 @@
-"""Pydantic AI: an agent's loop over both endpoints, a stream of it, and typed output in each of its three ways."""
+"""Pydantic AI: an agent's loop over both endpoints, a stream of it, typed output by a tool and by a schema."""
 
 from __future__ import annotations
 

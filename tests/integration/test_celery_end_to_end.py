@@ -25,7 +25,7 @@ from support.wait import PATIENCE, eventually
 
 from perllm.broker.errors import InvalidTask, TaskExpired, TaskFailed, TaskRejected
 from perllm.broker.messages import TaskSpec, new_id
-from perllm.broker.queues.app import GENERATE, RUN, node_message
+from perllm.broker.queues.app import EMBED, GENERATE, RUN, node_message
 
 CONTEXT = 100_000  # tokens
 ENDLESS = 90_000  # tokens: 15 minutes
@@ -225,6 +225,18 @@ def test_a_chord_and_groups_within_chains(cluster: Cluster, producer: celery.Cel
     assert words(nested.get(timeout=PATIENCE)) == 2
     fan = chain(generate(producer, prompt="a"), group(generate(producer, max_tokens=n) for n in (1, 2)))()
     assert [words(answer) for answer in fan.get(timeout=PATIENCE)] == [1, 2]
+
+
+def test_texts_are_embedded(cluster: Cluster, producer: celery.Celery) -> None:
+    def embed(**fields: Any) -> Signature:
+        return producer.signature(EMBED, kwargs=fields, queue="inbox")
+
+    assert len(embed(inputs=["a", "b"], kind="generate").apply_async().get(timeout=PATIENCE)["output"]["vectors"]) == 2
+    joined = chord([generate(producer, prompt=str(n), max_tokens=1) for n in range(2)], embed(inputs=["alone"]))()
+    assert len(joined.get(timeout=PATIENCE)["output"]["vectors"]) == 3
+    assert cluster.task(joined.id).spec.inputs == ("alone", "word", "word")
+    with pytest.raises(InvalidTask, match="inputs: "):
+        embed(inputs={}).apply_async(("text",)).get(timeout=PATIENCE)
 
 
 def test_tasks_of_the_producers_own_in_between(cluster: Cluster) -> None:

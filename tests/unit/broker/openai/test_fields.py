@@ -51,6 +51,7 @@ SCHEMA = {"type": "object", "properties": {}}
 TAKEN: dict[str, Any] = {
     "allowed_tools": ["a"],
     "background": True,
+    "background_options": {"completion_window": "2h"},
     "best_of": 1,
     "chat_template_kwargs": {"enable_thinking": False},
     "deadline": 5,

@@ -111,6 +111,8 @@ def test_what_is_wrong_with_a_chat_is_said_in_its_words(body: dict[str, Any], sa
         ({"top_logprobs": -1}, "top_logprobs: "),
         ({"include": ["everything"]}, "include: 'everything' is not known"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"a": [[]] * 70_000}}}}, "text: "),
+        ({"background_options": {"completion_window": "3h"}}, "background_options.completion_window: one of"),
+        ({"background_options": []}, "background_options: "),
         ({"text": {"verbosity": "much"}}, "text.verbosity: "),
         ({"truncation": "auto"}, "truncation: input is never cut"),
         ({"conversation": {"id": "x"}}, "conversation: "),
@@ -135,7 +137,6 @@ def test_what_is_wrong_with_a_response_is_said_in_its_words(body: dict[str, Any]
         ({"prompt": [1, "a"]}, "prompt: "),
         ({"prompt": [[]]}, "prompt: "),
         ({"prompt": {"a": 1}}, "prompt: "),
-        ({"prompt": [1], "echo": True}, "echo: only a prompt of text"),
         ({"best_of": 2}, "best_of: only the same as 'n'"),
     ],
 )
