@@ -9,6 +9,8 @@ per answer (no token may end a text), at temperature 1:
 - `over_one_alone`: against one request with nothing else in the batch.
 - `over_four_tasks`: against four tasks at once, of prompts that share nothing; `over_four_alike` of the same prompt,
   which the engine's prefix cache shares among them.
+
+`cpu_…` is the same in CPU time of the whole process, which a noisy neighbour does not disturb as much.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import psutil
 import structlog
@@ -40,8 +43,15 @@ SIZES = ((32, 64), (400, 64))
 WORDS = ("sun", "tree", "river", "stone", "cloud", "bird", "house", "road", "night", "light", "water", "wind")
 
 
+class Took(NamedTuple):
+    """What something took, s: time, and CPU time of the whole process."""
+
+    wall: float
+    cpu: float
+
+
 class Bench:
-    """The engine, and what is done with it. Times in s."""
+    """The engine, and what is done with it."""
 
     def __init__(self, engine: LlamaEngine, tokens: int) -> None:
         (batch,) = engine._pool.batches
@@ -57,13 +67,13 @@ class Bench:
         options = {**self._options, "n": n, "seed": next(self._seeds), **more}
         return TaskSpec.model_validate({"prompt": text, **options})
 
-    def time(self, specs: Sequence[TaskSpec]) -> float:
-        """Seconds until all are done, handed in at once."""
+    def time(self, specs: Sequence[TaskSpec]) -> Took:
+        """Until all are done, handed in at once."""
         with ThreadPoolExecutor(len(specs)) as pool:
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             jobs = [pool.submit(self._engine.generate, str(i), spec, Stop(600)) for i, spec in enumerate(specs)]
             done: list[Generation] = [job.result() for job in jobs]
-            took = time.perf_counter() - began
+            took = Took(time.perf_counter() - began, time.process_time() - cpu)
         assert all(c.tokens == s.max_tokens for d, s in zip(done, specs, strict=True) for c in d.output.choices)
         return took
 
@@ -84,15 +94,15 @@ def measure(bench: Bench, prompt: int, rounds: int) -> dict[str, list[float]]:
     """Samples of each time and ratio, by name."""
     samples: dict[str, list[float]] = defaultdict(list)
 
-    def in_company() -> float:
+    def in_company() -> Took:
         with bench.company(32, ANSWERS - 1):
             return bench.time([bench.spec(prompt)])
 
-    def alike() -> float:
+    def alike() -> Took:
         first = bench.spec(prompt)
         return bench.time([bench.spec(prompt, like=first) for _ in range(ANSWERS)])
 
-    peers: dict[str, Callable[[], float]] = {
+    peers: dict[str, Callable[[], Took]] = {
         "one_alone": lambda: bench.time([bench.spec(prompt)]),
         "one_in_company": in_company,
         "four_tasks": lambda: bench.time([bench.spec(prompt) for _ in range(ANSWERS)]),
@@ -102,11 +112,12 @@ def measure(bench: Bench, prompt: int, rounds: int) -> dict[str, list[float]]:
         for name, peer in peers.items():
             before = bench.time([bench.spec(prompt, n=ANSWERS)])
             theirs = peer()
-            mine = (before + bench.time([bench.spec(prompt, n=ANSWERS)])) / 2  # before and after: the machine drifts
-            samples["four_answers"].append(mine)
-            samples[name].append(theirs)
-            samples[f"over_{name}"].append(mine / theirs)
-        ratios = {name: round(samples[f"over_{name}"][-1], 2) for name in peers}
+            after = bench.time([bench.spec(prompt, n=ANSWERS)])  # before and after: the machine drifts
+            samples["four_answers"].append((before.wall + after.wall) / 2)
+            samples[name].append(theirs.wall)
+            samples[f"over_{name}"].append((before.wall + after.wall) / 2 / theirs.wall)
+            samples[f"cpu_over_{name}"].append((before.cpu + after.cpu) / 2 / theirs.cpu)
+        ratios = {name: [round(samples[f"{cpu}over_{name}"][-1], 2) for cpu in ("", "cpu_")] for name in peers}
         print(f"prompt of {prompt}, round {number + 1}/{rounds}: {ratios}", flush=True)
     return samples
 
@@ -129,7 +140,9 @@ def main() -> None:
     split = served.tuning.widths.choose(ANSWERS) if served.tuning else ()
     engine.close()
     figures, spread = median_and_spread(samples)
-    figures["over_one_in_company"] = max(figures[f"over_one_in_company_{prompt}"] for prompt, _ in SIZES)
+    for cpu in ("", "cpu_"):
+        of_sizes = [figures[f"{cpu}over_one_in_company_{prompt}"] for prompt, _ in SIZES]
+        figures[f"{cpu}over_one_in_company"] = max(of_sizes)
     emit(
         "answers", figures, spread, model=served.name, threads=arguments.threads, rounds=arguments.rounds,
         answers=ANSWERS, sizes=SIZES, decodes_per_step=len(split), load=statistics.fmean(psutil.getloadavg()),

@@ -215,7 +215,10 @@ def _print_result(outcome: Result, as_json: bool) -> None:
     if as_json:
         print_json(outcome.model_dump(mode="json"))
     else:
-        print(outcome.text)
+        for index, choice in enumerate(outcome.output.choices if outcome.output else ()):
+            if outcome.output and outcome.output.more:
+                err.print(f"answer {index}:", style="dim", highlight=False)
+            print(choice.text, flush=True)
         if outcome.reason:
             err.print(f"{outcome.state}: {outcome.reason}", style="red", highlight=False)
         if outcome.receipt:

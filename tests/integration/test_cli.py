@@ -58,6 +58,15 @@ def test_a_prompt_from_submission_to_explanation(stack: Supervisor) -> None:
     assert status["result"] == result
 
 
+def test_all_answers_are_printed(stack: Supervisor) -> None:
+    with Client(stack.url) as client:
+        task_id = client.submit("hi", max_tokens=2, n=3).id
+    done = perllm(stack.url, "result", task_id)
+    assert done.stdout.splitlines() == ["word word"] * 3
+    assert [f"answer {i}:" in done.stderr for i in range(4)] == [True, True, True, False]
+    assert "6 tokens" in done.stderr
+
+
 def test_a_running_task_is_cancelled(stack: Supervisor) -> None:
     task_id = perllm(stack.url, "submit", "slow", "--max-tokens", "4000").stdout.strip()
     eventually(
