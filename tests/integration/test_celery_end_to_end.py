@@ -354,6 +354,7 @@ def test_times_and_priority(cluster: Cluster, producer: celery.Celery) -> None:
         del signature.kwargs["deadline"]
     ids = [signature.apply_async(countdown=3600).id for signature in later]
     assert spec(ids[-1]).deadline == pytest.approx(3660, abs=5)
+    eventually(lambda: all(cluster.ledger.known(ids)), "they are handed in")
     assert {cluster.task(i).state for i in ids} == {"pending"}
     assert not redis_of(cluster.ledger).hlen("inbox:unacked")  # none is held in the inbox's memory
     producer.control.revoke(ids)

@@ -77,7 +77,7 @@ def engine(llama_server: str) -> Iterator[RemoteEngine]:
 def test_text_comes_back_with_its_price(engine: RemoteEngine) -> None:
     pieces: list[Delta] = []
     spec = TaskSpec(prompt="Name three colours.", max_tokens=12)
-    done = engine.generate("a", spec, Stop(60), lambda delta: pieces.append(delta.text))
+    done = engine.generate("a", spec, Stop(60), pieces.append)
     assert done.output.finish_reason == "length"
     assert done.output.text.strip()
     assert "".join(piece.text for piece in pieces) == done.output.text
@@ -94,7 +94,9 @@ def test_text_comes_back_with_its_price(engine: RemoteEngine) -> None:
 def test_it_offers_what_it_tried(engine: RemoteEngine) -> None:
     (offer,) = engine.offers()
     assert offer.name == "smollm2"
-    assert set(offer.capabilities) == {"generate", "chat", "logprobs", "grammar", "json_schema"}
+    assert set(offer.capabilities) == {
+        "generate", "chat", "choices", "logprobs", "logit_bias", "grammar", "json_schema", "infill",
+    }  # fmt: skip
     assert offer.calibration.step > 0
     assert offer.calibration.prefill > 0
     assert engine.power().estimated
