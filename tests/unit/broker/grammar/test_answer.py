@@ -1,4 +1,4 @@
-"""What an answer's grammar allows in the arguments of a call that must be."""
+"""What an answer's grammar allows of what a schema does not list."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ PLACE: dict[str, Any] = {"type": "object", "properties": {"place": {"type": "str
         ({"required": ["place"]}, '{"place": "Rome", "year": 1}', False),
         ({"additionalProperties": True}, '{"place": "Rome", "year": 1}', True),
         ({"required": ["place", "year"]}, '{"place": "Rome", "year": 1}', True),
+        ({"properties": {"place": {"$ref": "#/$defs/at"}}, "$defs": {"at": PLACE}}, '{"place": {"year": 1}}', False),
+        ({"properties": {"place": {"items": PLACE, "type": "array"}}}, '{"place": [{"year": 1}]}', False),
+        ({"properties": {"place": {"anyOf": [PLACE, {"type": "null"}]}}}, '{"place": {"year": 1}}', False),
+        ({"properties": {"place": {"allOf": [PLACE]}}}, '{"place": {"year": 1}}', True),
+        ({"properties": {"place": {"type": "object"}}}, '{"place": {"year": 1}}', True),
         ({"anyOf": [{"required": ["year"]}, {"required": ["place"]}]}, '{"place": "Rome", "year": 1}', True),
     ],
 )
@@ -34,3 +39,13 @@ def test_a_call_has_what_its_schema_lists_where_that_can_be(more: Any, arguments
     assert not matcher.is_error(), matcher.get_error()
     raw = list(f'<tool_call>\n{{"name": "look", "arguments": {arguments}}}\n</tool_call>'.encode())
     assert (matcher.try_consume_tokens(raw) == len(raw)) is allowed
+
+
+def test_a_document_is_held_alike() -> None:
+    spec = TaskSpec(prompt="x", json_schema=PLACE | {"required": ["place"]})
+    grammar = answer_grammar(spec)
+    assert grammar is not None
+    assert spec.json_schema == PLACE | {"required": ["place"]}
+    for text, allowed in (('{"place": "Rome"}', True), ('{"place": "Rome", "year": 1}', False)):
+        matcher = llguidance.LLMatcher(BYTES, grammar.text, log_level=0)
+        assert (matcher.try_consume_tokens(list(text.encode())) == len(text)) is allowed
