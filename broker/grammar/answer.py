@@ -25,11 +25,6 @@ WHITE_SPACE = r" |\n{1,2}[ \t]{0,20}"
 _HEAD = '%llguidance {"no_forcing": true}'  # forcing would compute all that is certain to follow, however much it is
 _OPTIONS = {"whitespace_pattern": WHITE_SPACE, "lenient": False}
 _ANY = "(?s:.*)"
-#: Keywords of a schema that ask for no property but those it lists.
-_OF_LISTED = frozenset({
-    "$schema", "$id", "$defs", "definitions", "title", "description", "default", "examples", "type", "properties",
-    "required",
-})  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -79,17 +74,7 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
     """The schema of a tool's arguments, which are always an object."""
     if tool.parameters is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
-    closed = {"additionalProperties": False} if _can_be_closed(tool.parameters) else {}
-    return {**tool.parameters, "type": "object", **closed}
-
-
-def _can_be_closed(schema: Mapping[str, Any]) -> bool:
-    """Whether the schema lists what an object may have, and an object of nothing else keeps to it. A call then has
-    nothing else: a small model would go on with names of its own for ever."""
-    listed, required = schema.get("properties"), schema.get("required", [])
-    if not isinstance(listed, dict) or not isinstance(required, list):
-        return False
-    return schema.keys() <= _OF_LISTED and all(isinstance(name, str) and name in listed for name in required)
+    return {**tool.parameters, "type": "object"}
 
 
 class _Writer:

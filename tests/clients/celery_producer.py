@@ -35,7 +35,7 @@ summary = chord([generate(prompt=f"Say {n}.") for n in range(2)], generate(promp
 assert summary["output"]["text"]
 
 for terminate in (False, True):
-    waiting = generate(prompt="later").apply_async(countdown=600)
+    waiting = generate(prompt="later", deadline=700).apply_async(countdown=600)
     app.control.revoke(waiting.id, terminate=terminate)
     try:
         waiting.get(PATIENCE)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the network for prices
 import litellm
 
+litellm.suppress_debug_info = True  # else it prints where its providers are listed
 MODEL = "openai/auto"
 MESSAGES: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
 WEATHER: dict[str, Any] = {
@@ -42,7 +45,7 @@ schema = {"type": "json_schema", "json_schema": {"name": "w", "strict": True, "s
 formed = litellm.completion(MODEL, MESSAGES, response_format=schema)
 assert list(json.loads(formed.choices[0].message.content)) == ["place"]
 
-texts = litellm.text_completion("text-completion-openai/auto", prompt=["One, two,", "A, B,"], max_tokens=4)
+texts = litellm.text_completion(model="text-completion-openai/auto", prompt=["One, two,", "A, B,"], max_tokens=4)
 assert len(texts.choices) == 2
 response = litellm.responses(
     input="Weather in Rome?",
