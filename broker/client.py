@@ -286,7 +286,6 @@ class AsyncClient:
         self._looker: asyncio.Task[None] | None = None
         self.settings = self._client.settings
         self.ledger, self.looks = self._client.ledger, self._client.looks
-        self.validator = self._client.validator
         self._announcements = Announcements(self.settings)
 
     async def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:

@@ -60,10 +60,6 @@ class Tasks:
         """A deadline given as text: seconds, or a time (RFC 3339) by the server's clock."""
         return seconds_left(deadline, await self._pool.run("", self._ledger.now))
 
-    def embeddings_bytes(self, spec: TaskSpec) -> int:
-        """What a checked task's embeddings will take, as far as is known."""
-        return self._client.validator.embeddings_bytes(spec)
-
     async def submit(self, caller: Caller, specs: Iterable[TaskSpec]) -> list[Accepted]:
         """Submit checked tasks. Raises ApiError where they are too many at once, or where an idempotency key was used
         for another task, here or before: none of them is kept then."""
@@ -136,8 +132,9 @@ def _reused(spec: TaskSpec) -> ApiError:
 
 
 def _same_work(first: TaskSpec, again: TaskSpec) -> bool:
-    """Whether a repeated request asks for the same work. Its deadline may have been counted from another moment, its
-    model been chosen only when there was one to embed with, and it may be answered in another way."""
-    open_model = again.kind == "embed" and None in (first.model, again.model)
-    may_differ = ("deadline", "stream", "request", *(("model",) if open_model else ()))
+    """Whether a repeated request asks for the same work. Its deadline may have been counted from another moment, it may
+    be answered in another way, and what embeds, and how wide, been known only once."""
+    may_differ = ["deadline", "stream", "request"]
+    if again.kind == "embed":
+        may_differ += [n for n in ("model", "dimensions") if None in (getattr(first, n), getattr(again, n))]
     return first.model_copy(update={name: getattr(again, name) for name in may_differ}) == again

@@ -57,7 +57,9 @@ class Entry(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes it takes before it has a result, as the ledger counts them."""
-        return TASK_BYTES + sum(len(text.encode()) for text in (self.payload, self.features, self.followers))
+        reserved: int = 2 * json.loads(self.features).get("result_bytes", 0)
+        texts = sum(len(text.encode()) for text in (self.payload, self.features, self.followers))
+        return TASK_BYTES + texts + reserved
 
 
 class Dispatch(NamedTuple):
@@ -185,6 +187,8 @@ def _features(spec: TaskSpec, payload_bytes: int) -> str:
     }
     if spec.kind != "generate":
         features["kind"] = spec.kind
+    if expected := spec.embeddings_bytes():
+        features["result_bytes"] = expected
     if spec.n > 1:
         features["n"] = spec.n
     if spec.fit_context:
