@@ -225,11 +225,11 @@ def test_the_failure_of_one_answer_is_the_task_s(engine: LlamaEngine, monkeypatc
     (batch,) = engine._pool.batches
     real, calls = sampling.Sampler.sample, [0]
 
-    def fail(self: sampling.Sampler, logits: Any) -> int:
+    def fail(self: sampling.Sampler, logits: Any, left: int) -> int:
         calls[0] += 1
         if calls[0] == 6:
             raise RuntimeError("something broke")
-        return real(self, logits)
+        return real(self, logits, left)
 
     monkeypatch.setattr(sampling.Sampler, "sample", fail)
     with pytest.raises(EngineError, match="something broke"):
