@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from perllm.broker.api.batches.store import Status
-from perllm.broker.messages import Sampling, State
+from perllm.broker.messages import MAX_DEADLINE, Sampling, State
 from perllm.broker.openai.requests import (
     ChatMessage,
     Deadline,
@@ -60,6 +60,7 @@ class TaskRequest(Sampling):
     ] = False
     metadata: Metadata = Field(default_factory=dict)
     stop: str | list[str] | None = None  # type: ignore[assignment]
+    start_after: Annotated[float, Field(ge=0, lt=MAX_DEADLINE, description="Not to be begun before, s from now.")] = 0
 
 
 class TasksRequest(TaskRequest):
