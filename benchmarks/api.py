@@ -1,10 +1,16 @@
-"""`make bench-api`: what the HTTP API costs over a bare FastAPI endpoint, and a batch of 50,000 lines.
+"""`make bench-api`: what the HTTP API costs over a bare FastAPI endpoint, batches of 50,000 lines, and embeddings.
 
 - submission: POST /v1/tasks, ours stored in the ledger against a bare endpoint that checks the same body and stores
   nothing; the same connections and requests, alternating, medians over the rounds; requests/s and p50, p99 in ms;
+- streams: from the moment the engine made a piece of an answer until a client of the API has it, ms: of the last piece
+  in each event (what the way costs), and of each piece (with the time pieces are gathered for); one stream, and 16 at
+  once, of a piece every 20 ms;
 - batch: upload and creation until every line is checked and in the ledger (accepted, s), the API process's largest
   resident memory (MB), and whether every line is in the output or the error file, once. The system runs meanwhile: one
-  node with the emulated engine, which does nothing at once.
+  node with the emulated engine, which does nothing at once. The same with lines of chats and lines of embeddings;
+- embeddings: 512 texts in one request, through the API and a node with llama.cpp, against the same engine called in
+  this process, and against llama-cpp-python's own batches of 512 tokens; the small model, mean pooling, one thread;
+  alternating, medians over the rounds, s.
 """
 
 from __future__ import annotations
@@ -27,7 +33,10 @@ import psutil
 from benchmarks.common import SCHEDULER, celery_worker, child, emit, median_and_spread
 from perllm import Client
 from perllm.broker.connection import connect
+from perllm.broker.engine.contract import Stop
 from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import TaskSpec
+from perllm.broker.settings import load_settings
 
 TASK = {"prompt": "Why is the sky blue? Answer in one short sentence.", "max_tokens": 32, "deadline": 600}
 #: Every so many lines of the batch one is no request.
@@ -39,7 +48,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=3000, help="requests per round and side")
     parser.add_argument("--connections", type=int, default=16)
-    parser.add_argument("--lines", type=int, default=50_000, help="lines of the batch")
+    parser.add_argument("--pieces", type=int, default=250, help="pieces of each stream")
+    parser.add_argument("--lines", type=int, default=50_000, help="lines of a batch")
+    parser.add_argument("--inputs", type=int, default=512, help="texts embedded in one request")
+    parser.add_argument("--embed-rounds", type=int, default=3)
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -55,11 +67,19 @@ def main() -> None:
         samples: dict[str, list[float]] = {}
         for number in range(options.rounds):
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-            for name, value in submissions(folder, options.requests, options.connections).items():
+            round_figures = submissions(folder, options.requests, options.connections) | streams(folder, options.pieces)
+            for name, value in round_figures.items():
                 samples.setdefault(name, []).append(value)
         figures, spread = median_and_spread(samples)
-        print(f"a batch of {options.lines} lines", file=sys.stderr)
-        figures |= batch(folder, options.lines)
+        for endpoint in ("/v1/chat/completions", "/v1/embeddings"):
+            print(f"a batch of {options.lines} lines, {endpoint}", file=sys.stderr)
+            figures |= batch(folder, options.lines, endpoint)
+        print(f"{options.inputs} embeddings in one request", file=sys.stderr)
+        embedded, embedded_spread = median_and_spread(embeddings(folder, options.inputs, options.embed_rounds))
+        figures |= embedded
+        figures["embed_512_engine_over_api"] = embedded["embed_512_engine_s"] / embedded["embed_512_api_s"]
+        figures["embed_512_llama_cpp_over_api"] = embedded["embed_512_llama_cpp_s"] / embedded["embed_512_api_s"]
+        spread |= embedded_spread
     emit(
         "api",
         figures,
@@ -67,7 +87,10 @@ def main() -> None:
         rounds=options.rounds,
         requests=options.requests,
         connections=options.connections,
+        pieces=options.pieces,
         batch_lines=options.lines,
+        embedded_inputs=options.inputs,
+        embed_rounds=options.embed_rounds,
         engine="emulated, no delay",
     )
 
@@ -131,19 +154,70 @@ async def _load(port: int, requests: int, connections: int) -> list[float]:
     return latencies
 
 
+# --- streams
+
+
+def streams(folder: Path, pieces: int) -> dict[str, float]:
+    """One stream, then 16 at once."""
+    port = _free_port()
+    with ExitStack() as stack:
+        stack.enter_context(child(folder / "scheduler.log", SCHEDULER))
+        stack.enter_context(child(folder / "node.log", celery_worker("benchmarks.stamping_worker")))
+        stack.enter_context(child(folder / "api.log", [sys.executable, "-m", "perllm.broker.api", "--port", str(port)]))
+        _await(port)
+        while httpx.get(f"http://127.0.0.1:{port}/ready").status_code != 200:
+            time.sleep(0.1)
+        asyncio.run(_watch(port, 20))  # warm
+        figures = {}
+        for count, name in ((1, "stream"), (16, "stream_of_16")):
+            event, each = asyncio.run(_watch_many(port, pieces, count))
+            cuts = statistics.quantiles(event, n=100)
+            figures |= {f"{name}_event_p50_ms": 1e3 * cuts[49], f"{name}_event_p99_ms": 1e3 * cuts[98]}
+            figures |= {f"{name}_piece_p50_ms": 1e3 * statistics.median(each)}
+            figures |= {f"{name}_pieces_per_event": len(each) / len(event)}
+    with Client() as client, connect(client.settings) as server:
+        server.flushdb()
+    return figures
+
+
+async def _watch_many(port: int, pieces: int, count: int) -> tuple[list[float], list[float]]:
+    watched = await asyncio.gather(*(_watch(port, pieces) for _ in range(count)))
+    return [delay for event, _ in watched for delay in event], [delay for _, each in watched for delay in each]
+
+
+async def _watch(port: int, pieces: int) -> tuple[list[float], list[float]]:
+    """Seconds each event's last piece, and each piece, was on its way. The engine and we read the same clock."""
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "max_tokens": pieces, "stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(head.encode() + body)
+    event, each = [], []
+    while (line := await reader.readline()) != b"data: [DONE]\n":
+        now = time.monotonic_ns()
+        assert line, "the stream was cut"
+        if line.startswith(b"data: ") and (choices := json.loads(line[6:])["choices"]):
+            stamps = [int(stamp) for stamp in (choices[0]["delta"].get("content") or "").split()]
+            event += [(now - stamp) / 1e9 for stamp in stamps[-1:]]
+            each += [(now - stamp) / 1e9 for stamp in stamps]
+    writer.close()
+    await writer.wait_closed()
+    return event, each
+
+
 # --- a batch
 
 
-def batch(folder: Path, lines: int) -> dict[str, float]:
+def batch(folder: Path, lines: int, endpoint: str) -> dict[str, float]:
     """Accept it, watch the memory, and count every line."""
-    path = folder / "batch.jsonl"
+    path, embeds = folder / "batch.jsonl", endpoint == "/v1/embeddings"
     with path.open("w", encoding="utf-8") as file:
         for number in range(lines):
             if number % BAD_EVERY == BAD_EVERY - 1:
                 file.write('{"custom_id": "cut", "body": {\n')
                 continue
-            body = {"model": "emulated", "messages": [{"role": "user", "content": TASK["prompt"]}], "max_tokens": 32}
-            line = {"custom_id": f"line-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+            asked = {"messages": [{"role": "user", "content": TASK["prompt"]}], "max_tokens": 32}
+            body = {"model": "emulated", **({"input": TASK["prompt"]} if embeds else asked)}
+            line = {"custom_id": f"line-{number}", "method": "POST", "url": endpoint, "body": body}
             file.write(json.dumps(line) + "\n")
     port = _free_port()
     with ExitStack() as stack:
@@ -159,12 +233,12 @@ def batch(folder: Path, lines: int) -> dict[str, float]:
         with path.open("rb") as content:
             uploaded = http.post("/v1/files", files={"file": ("batch.jsonl", content)}, data={"purpose": "batch"})
         upload = time.perf_counter() - began
-        asked = {
+        wanted = {
             "input_file_id": uploaded.raise_for_status().json()["id"],
-            "endpoint": "/v1/chat/completions",
+            "endpoint": endpoint,
             "completion_window": "1h",
         }
-        made = http.post("/v1/batches", json=asked).raise_for_status().json()
+        made = http.post("/v1/batches", json=wanted).raise_for_status().json()
         while (state := http.get(f"/v1/batches/{made['id']}").json())["status"] == "validating":
             time.sleep(0.05)
         accepted = time.perf_counter() - began
@@ -182,16 +256,17 @@ def batch(folder: Path, lines: int) -> dict[str, float]:
     whole = {f"line-{n}" for n in range(lines) if n % BAD_EVERY != BAD_EVERY - 1}
     lost = len(whole - set(outcomes)) + max(0, bad - outcomes.count("bad"))
     doubled = len(outcomes) - len(set(outcomes)) - max(0, outcomes.count("bad") - 1)
-    return {
-        "batch_50k_accept_s": accepted,
-        "batch_50k_upload_s": upload,
-        "batch_50k_rss_mb": peak,
-        "batch_50k_lost": lost,
-        "batch_50k_doubled": doubled,
-        "batch_50k_bad_lines": bad,
-        "batch_50k_per_s": lines / done,
-        "batch_50k_file_mb": path.stat().st_size / 1e6,
+    figures = {
+        "accept_s": accepted,
+        "upload_s": upload,
+        "rss_mb": peak,
+        "lost": lost,
+        "doubled": doubled,
+        "bad_lines": bad,
+        "per_s": lines / done,
+        "file_mb": path.stat().st_size / 1e6,
     }
+    return {f"{'embed_' if embeds else ''}batch_50k_{name}": value for name, value in figures.items()}
 
 
 def _peak_rss(pid: int) -> float:
@@ -201,6 +276,60 @@ def _peak_rss(pid: int) -> float:
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024 / 1e6
     return float(psutil.Process(pid).memory_info().rss / 1e6)
+
+
+# --- embeddings
+
+
+def embeddings(folder: Path, count: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds until all texts are embedded, by each way, in each round."""
+    from llama_cpp import LLAMA_POOLING_TYPE_MEAN, Llama  # noqa: PLC0415  of the edge's extra
+
+    from perllm.edge_worker.engine import LlamaEngine  # noqa: PLC0415
+    from perllm.edge_worker.model_files import DEFAULT_QUANTISATION, default_gguf, quantised  # noqa: PLC0415
+    from perllm.edge_worker.settings import EdgeSettings  # noqa: PLC0415
+
+    texts = [f"Number {number} of a few short sentences about the sea." for number in range(count)]
+    settings = load_settings(EdgeSettings, engine="llama", pooling="mean", threads=1)
+    gguf = quantised(default_gguf(), DEFAULT_QUANTISATION, settings.model_cache)
+    peer = Llama(
+        str(gguf), embedding=True, pooling_type=LLAMA_POOLING_TYPE_MEAN, flash_attn=True, verbose=False,
+        n_ctx=2048, n_batch=512, n_ubatch=512, n_threads=1, n_threads_batch=1,
+    )  # fmt: skip
+    engine = LlamaEngine(settings)
+    engine.start()
+    model = engine.offers()[1].name
+    port = _free_port()
+    with ExitStack() as stack:
+        stack.callback(engine.close)
+        stack.enter_context(child(folder / "scheduler.log", SCHEDULER))
+        own = {"PERLLM_ENGINE": "llama", "PERLLM_POOLING": "mean", "PERLLM_THREADS": "1"}
+        stack.enter_context(child(folder / "node.log", celery_worker("perllm.edge_worker"), **own))
+        command = [sys.executable, "-m", "perllm.broker.api", "--port", str(port)]
+        stack.enter_context(child(folder / "api.log", command))
+        _await(port)
+        http = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600))
+        while http.get("/ready").status_code != 200:
+            time.sleep(0.1)
+
+        def by_api(texts: list[str]) -> None:
+            asked = {"model": model, "input": texts, "encoding_format": "base64", "deadline": 600}
+            assert len(http.post("/v1/embeddings", json=asked).raise_for_status().json()["data"]) == len(texts)
+
+        def by_engine(texts: list[str]) -> None:
+            spec = TaskSpec(kind="embed", model=model, inputs=tuple(texts))
+            assert len(engine.generate("t", spec, Stop(600)).output.vectors or ()) == len(texts)
+
+        ways = {"api": by_api, "engine": by_engine, "llama_cpp": lambda texts: peer.embed(texts, normalize=True)}
+        samples: dict[str, list[float]] = {}
+        for number in range(-1, rounds):  # the first one warms up
+            for name, way in ways.items():
+                began = time.perf_counter()
+                way(texts if number >= 0 else texts[:8])
+                if number >= 0:
+                    samples.setdefault(f"embed_512_{name}_s", []).append(time.perf_counter() - began)
+                    print(f"  {name}: {samples[f'embed_512_{name}_s'][-1]:.2f} s", file=sys.stderr)
+    return samples
 
 
 # --- processes

@@ -20,6 +20,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "celery",
         "dns",
         "fastapi",
+        "fastapi_offline",
         "fsspec",
         "h11",
         "httpcore",

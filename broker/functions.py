@@ -26,6 +26,7 @@ _PREFIX = "perllm_"
 _MODULES = (
     "perllm.broker.ledger.script",
     "perllm.broker.queues.transport",
+    "perllm.broker.inbox.results",
     "perllm.broker.api.leased_worker",
     "perllm.broker.api.keys",
 )

@@ -18,11 +18,13 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
-from perllm.broker.capabilities import BEFORE_CAPABILITIES, Capability
+from perllm.broker.capabilities import BEFORE_CAPABILITIES, OF_KIND, Capability, lacking
+from perllm.broker.vectors import BYTES_PER_NUMBER, unpack
 
 WIRE_VERSION = 1
 
-#: Longest accepted deadline, seconds (30 days).
+#: The deadline where none is given, and the longest that is accepted, seconds (30 days).
+DEADLINE = 60.0
 MAX_DEADLINE = 30 * 86_400.0
 #: Longest name of a node, model, service class or tenant, characters.
 MAX_NAME = 128
@@ -35,7 +37,11 @@ MAX_SCHEMA = 65_536
 MAX_TOOLS, MAX_TOOLS_BYTES = 128, 262_144
 #: Most answers to one prompt, and most inputs of one embedding or rerank task.
 MAX_CHOICES = 16
+#: Most log-probabilities at one position of all answers to a prompt together.
+MAX_LOGPROBS = 64
 MAX_INPUTS = 2048
+#: Most numbers of an embedding, and so many where it is not known.
+MAX_DIMENSIONS, USUAL_DIMENSIONS = 65_536, 1024
 #: Deepest nesting of JSON that comes from outside, levels: below what any of our readers can take (pydantic's: 199),
 #: so that whatever is accepted can be read again, also where it is part of something larger.
 MAX_DEPTH = 64
@@ -223,18 +229,25 @@ class TaskSpec(Sampling):
     is the producer's guess of the output length, used as evidence, not as a limit. `stream` asks the worker to publish
     the answer as it is generated (`AsyncClient.stream`).
 
+    It is not placed before `start_after` seconds have passed from that moment.
+    An answer has at most `max_tokens`. With `fit_context` one that is longer than the context has room for, or the time
+    to the deadline, ends there (`length`), where it is refused, or expires, without: so it is for a task whose producer
+    did not say `max_tokens` (`TaskValidator`).
+
     `n` answers are made of one prompt. `tools` may be called if `tool_choice` is `auto`, and must be if it is
     `required`; only the `allowed_tools` if some are named. `echo` has the text begin with the prompt; `suffix` is what
-    comes after the text that is asked for.
+    comes after the text that is asked for. `request` is what the HTTP API's answer repeats of its request, and means
+    nothing to the task.
     """
 
     kind: Literal["generate", "embed", "rerank"] = "generate"
     prompt: Annotated[str, Field(min_length=1)] | None = None
     prompt_ids: TokenIds | None = None
     messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE)] = 60.0
+    deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE)] = DEADLINE
     value: Annotated[float, Field(gt=0, le=MAX_VALUE, allow_inf_nan=False)] = 1.0
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    fit_context: bool = False
     model: Name | None = None
     service: Name = "default"
     tenant: Name = "default"
@@ -258,9 +271,13 @@ class TaskSpec(Sampling):
     inputs: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=MAX_INPUTS)] = ()
     input_ids: Annotated[tuple[TokenIds, ...], Field(max_length=MAX_INPUTS)] = ()
     query: Annotated[str, Field(min_length=1)] | None = None
-    dimensions: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
+    start_after: Annotated[float, Field(ge=0, lt=MAX_DEADLINE)] = 0.0
+    request: Annotated[dict[Annotated[str, Field(max_length=64)], Any], Field(max_length=16)] = Field(
+        default_factory=dict
+    )
 
-    @field_validator("chat_template_kwargs")
+    @field_validator("chat_template_kwargs", "request")
     @classmethod
     def _small_json(cls, given: dict[str, Any]) -> dict[str, Any]:
         return checked_json(given, MAX_SCHEMA)
@@ -274,13 +291,19 @@ class TaskSpec(Sampling):
         else:
             if bool(self.inputs) == bool(self.input_ids) or (self.kind == "rerank" and self.input_ids):
                 raise ValueError(f"give 'inputs': what to {self.kind}")
-            foreign = any((self.prompt, self.prompt_ids, self.messages, self.tools)) or self.n > 1
+            ours = (self.prompt, self.prompt_ids, self.messages, self.tools, self.json_schema, self.grammar)
+            foreign = any(each is not None and each != () for each in ours) or self.n > 1
+            if self.kind == "rerank" and self.dimensions is not None:
+                raise ValueError("'dimensions' is for embed")
             if (self.query is None) == (self.kind == "rerank"):
                 raise ValueError("give a 'query' to rerank by" if self.kind == "rerank" else "'query' is for rerank")
         if foreign:
             raise ValueError(f"a field of another kind of task is given; this one's is {self.kind!r}")
         if self.json_schema is not None and self.grammar is not None:
             raise ValueError("give at most one of 'json_schema' and 'grammar'")
+        if self.start_after >= self.deadline:
+            both = f"start_after, {self.start_after:g} s, is not before its deadline, {self.deadline:g} s"
+            raise ValueError(f"{both}: both count from the submission")
         return self
 
     @model_validator(mode="after")
@@ -294,8 +317,12 @@ class TaskSpec(Sampling):
             raise ValueError("'tool_choice' is 'required': give 'tools'")
         if sum(len(tool.model_dump_json()) for tool in self.tools) > MAX_TOOLS_BYTES:
             raise ValueError(f"'tools' take more than {MAX_TOOLS_BYTES} bytes")
-        if (self.suffix is not None or self.echo) and self.prompt is None:
-            raise ValueError(f"{'echo' if self.suffix is None else 'suffix'!r} needs a 'prompt'")
+        if self.logprobs is not None and self.n * (self.logprobs + 1) > MAX_LOGPROBS:
+            raise ValueError(f"'n' times 'logprobs' + 1 is above {MAX_LOGPROBS}: lower one of them")
+        if self.suffix is not None and self.prompt is None:
+            raise ValueError("'suffix' needs a 'prompt'")
+        if self.echo and self.prompt is None and self.prompt_ids is None:
+            raise ValueError("'echo' needs a 'prompt' or 'prompt_ids'")
         return self
 
     @property
@@ -308,10 +335,8 @@ class TaskSpec(Sampling):
     def needs(self) -> tuple[Capability, ...]:
         """What a model must be able to do to serve this, sorted."""
         match self.kind:
-            case "embed":
-                wanted = {Capability.EMBEDDINGS: True}
-            case "rerank":
-                wanted = {Capability.RERANK: True}
+            case "embed" | "rerank":
+                wanted = {OF_KIND[self.kind]: True}
             case "generate":
                 wanted = {
                     Capability.GENERATE: True,
@@ -344,10 +369,27 @@ class TaskSpec(Sampling):
         texts = sum(len(t.encode(errors="replace")) for t in (self.prompt, self.suffix, self.query, *self.inputs) if t)
         return texts + BYTES_PER_TOKEN * sum(map(len, (self.prompt_ids or (), *self.input_ids)))
 
+    def estimated_tokens(self) -> int:
+        """Tokens of the input, about; a query is read anew beside each of what is ranked by it."""
+        again = len((self.query or "").encode(errors="replace")) * max(0, len(self.inputs) - 1)
+        return (self.text_bytes() + again) // BYTES_PER_TOKEN + 1
+
+    def embeddings_bytes(self) -> int:
+        """Bytes its embeddings will take as they are stored, about; of another task nothing."""
+        if self.kind != "embed":
+            return 0
+        numbers = (len(self.inputs) + len(self.input_ids)) * (self.dimensions or USUAL_DIMENSIONS)
+        return round(numbers * BYTES_PER_NUMBER)
+
     def preview(self, width: int = 60) -> str:
         """The start of the input on one line, for people."""
-        texts = self.texts()
-        text = texts[-1] if self.kind == "generate" else texts[0]
+        match self.kind:
+            case "generate":
+                text = self.texts()[-1]
+            case "embed":
+                text = self.inputs[0] if self.inputs else " ".join(map(str, self.input_ids[0][:width]))
+            case "rerank":
+                text = self.query or ""
         line = " ".join(text[: width * 4].split())
         return line if len(line) <= width else line[: width - 1] + "…"
 
@@ -359,6 +401,7 @@ class TaskFields(TypedDict, total=False):
     deadline: float
     value: float
     max_tokens: int
+    fit_context: bool
     model: str
     service: str
     tenant: str
@@ -394,6 +437,7 @@ class TaskFields(TypedDict, total=False):
     input_ids: Sequence[Sequence[int]]
     query: str
     dimensions: int
+    start_after: float
 
 
 def new_id() -> str:
@@ -462,7 +506,9 @@ class Receipt(TolerantModel):
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of prompt_tokens, not prefilled because a shared prefix was there
     completion_tokens: int = 0  # of all choices
+    choice_tokens: tuple[int, ...] = ()  # of each, where there are several
     reasoning_tokens: int = 0  # of completion_tokens
+    cut: bool = False  # an answer ended at a limit and would have gone on
     energy: Energy
     before: Counters = Counters()
     after: Counters = Counters()
@@ -557,6 +603,11 @@ class Result(TolerantModel):
         """The generated text, empty where there is none."""
         return self.output.text if self.output else ""
 
+    @property
+    def vectors(self) -> list[list[float]]:
+        """An embedding task's vectors, in the order of its inputs; none where there are none."""
+        return [unpack(vector).tolist() for vector in (self.output.vectors if self.output else None) or ()]
+
 
 # --- what a node says of itself
 
@@ -580,10 +631,11 @@ class ModelOffer(TolerantModel):
     kv_tokens: Annotated[int, Field(gt=0)]  # KV cache over all sequences, tokens
     calibration: StepCost
     capabilities: tuple[str, ...] = BEFORE_CAPABILITIES
+    dimensions: Annotated[int, Field(gt=0)] | None = None  # numbers in its embeddings, where it makes any
 
     def lacks(self, needs: Iterable[str]) -> list[str]:
         """Those of the needed capabilities this model does not have."""
-        return [need for need in needs if need not in self.capabilities]
+        return lacking(needs, self.capabilities)
 
 
 class Power(TolerantModel):
@@ -602,7 +654,7 @@ class NodeInfo(TolerantModel):
     name: NodeName
     tier: Literal["edge", "cloud"]
     boot: Annotated[str, Field(min_length=1, max_length=64)]  # new at every start of the worker process
-    slots: Annotated[int, Field(ge=1, le=4096)]  # tasks in the engine at once
+    slots: Annotated[int, Field(ge=1, le=4096)]  # answers in the engine at once; so many tasks are taken, too
     models: Annotated[tuple[ModelOffer, ...], Field(min_length=1)]
     power: Power
     bandwidth: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # bytes/s, a prior until claims have measured it
@@ -614,11 +666,10 @@ class NodeInfo(TolerantModel):
         """The Celery queue this node consumes."""
         return f"{self.tier}.{self.name}"
 
-    def offer(self, model: str | None) -> ModelOffer | None:
-        """The offer for `model`, or the first one when any model will do; None when not served here."""
-        if model is None:
-            return self.models[0]
-        return next((m for m in self.models if m.name == model), None)
+    def offer(self, model: str | None, needs: Sequence[str] = ()) -> ModelOffer | None:
+        """The offer for `model`, or the first of those that can do what is needed when any model will do; None when
+        not served here."""
+        return next((m for m in self.models if model in (None, m.name) and not m.lacks(needs)), None)
 
 
 # --- what happened: the event stream
@@ -646,9 +697,11 @@ class Submitted(_TaskEvent):
     max_tokens: Count = 128
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1  # answers, each of at most max_tokens
     kind: str = "generate"
-    needs: tuple[str, ...] = ()  # capabilities
+    needs: Annotated[tuple[str, ...], Field(max_length=64)] = ()  # capabilities
+    fit_context: bool = False  # it ends where the context does; `max_tokens` is not the producer's
     expected_tokens: Annotated[int, Field(ge=1, lt=2**32)] | None = None
     text: str = ""  # as `perllm.broker.text_features.sketch` makes it
+    start_after: NonNegative = 0.0  # s from its submission
     strikes: Count = 0
     attempt: Count = 0  # attempts made before, where this tells of a task that is older
 

@@ -1,6 +1,6 @@
-"""The part of the OpenAI API a worker needs: the list of models, and chat completions as they are generated.
+"""The part of the OpenAI API a worker needs: the list of models, and completions as they are generated.
 
-Source: OpenAI API reference, "Models", "Chat Completions" and their streaming objects.
+Source: OpenAI API reference, "Models", "Chat Completions", "Completions" and their streaming objects.
 """
 
 from __future__ import annotations
@@ -96,12 +96,34 @@ class ChunkDelta(_Tolerant):
 
 
 class _Logprobs(_Tolerant):
+    """Of a chat, or the lists of a plain completion."""
+
     content: list[dict[str, Any]] | None = None
+    tokens: list[str] | None = None
+    token_logprobs: list[float | None] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+    def entries(self) -> list[dict[str, Any]]:
+        """In a chat's form."""
+        if self.content is not None or not self.tokens:
+            return self.content or []
+        tops = self.top_logprobs or [None] * len(self.tokens)
+        return [
+            _entry(token, logprob) | {"top_logprobs": [_entry(*one) for one in (top or {}).items()]}
+            for token, logprob, top in zip(self.tokens, self.token_logprobs or (), tops, strict=False)
+        ]
 
 
-class _Choice(_Tolerant):
+def _entry(token: str, logprob: float | None) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode(errors="replace"))}
+
+
+class Choice(_Tolerant):
+    """A piece of one answer: of a chat in `delta`, of a plain completion in `text`."""
+
     index: int = 0
     delta: ChunkDelta = ChunkDelta()
+    text: str | None = None
     logprobs: _Logprobs | None = None
     finish_reason: str | None = None
 
@@ -126,7 +148,7 @@ class Usage(_Tolerant):
 class Chunk(_Tolerant):
     """One event of a stream."""
 
-    choices: list[_Choice] = []
+    choices: list[Choice] = []
     usage: Usage | None = None
     error: Any = None
 
@@ -154,9 +176,21 @@ class OpenAIClient:
         except ValidationError as error:
             raise Malformed(f"its list of models is not one: {_short(error)}") from None
 
-    async def chat(self, body: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
-        """The chunks of one streamed completion. Closing the iterator tells the server to stop. Raises ServerError."""
-        async with _as_server_error(), self._http.stream("POST", "chat/completions", json=body) as response:
+    async def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON of the answer to one request that is not streamed. Raises ServerError."""
+        async with _as_server_error():
+            response = await self._http.post(path, json=body)
+        if response.status_code != httpx.codes.OK:
+            raise _error_of(response.status_code, response.headers, response.content)
+        try:
+            return response.json()
+        except ValueError as error:
+            raise Malformed(f"it sent what is not JSON: {error}") from None
+
+    async def complete(self, path: str, body: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
+        """The chunks of one streamed completion, of the endpoint at `path`. Closing the iterator tells the server to
+        stop. Raises ServerError."""
+        async with _as_server_error(), self._http.stream("POST", path, json=body) as response:
             if response.status_code != httpx.codes.OK:
                 raise _error_of(response.status_code, response.headers, await _read_error(response))
             done = False

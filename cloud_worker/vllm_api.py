@@ -11,7 +11,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 import vllm
@@ -22,6 +22,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.parser.parser_manager import ParserManager
+from vllm.pooling_params import PoolingParams
 from vllm.reasoning import ReasoningParserManager
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.tool_parsers import ToolParserManager
@@ -31,13 +32,17 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from perllm.broker import grammar
 from perllm.broker.chat import AnswerStream, ChatTemplate
+from perllm.broker.engine.answers import answer_seed
+from perllm.broker.engine.checks import check_echo, check_tokens
 from perllm.broker.engine.contract import EngineError
+from perllm.broker.engine.embedding import Vector
 from perllm.broker.engine.text import Prompt, chat_messages, openai_tool, prompt_text
 from perllm.broker.errors import BadSetting, InvalidTask, TryAgain
 from perllm.broker.messages import Delta, TaskSpec
 from perllm.cloud_worker.openai_api import ChunkDelta
 from perllm.cloud_worker.remote_answer import RemoteAnswer
 from perllm.cloud_worker.settings import CloudSettings
+from perllm.cloud_worker.vllm_capabilities import INFILL_MARKS, Facts
 
 __all__ = [
     "EngineDeadError",
@@ -45,10 +50,13 @@ __all__ = [
     "Prompter",
     "calibration_params",
     "engine_args",
+    "facts",
     "limits",
     "lora_requests",
+    "numbers",
     "open_engine",
     "openai_logprobs",
+    "pooling_params",
     "sampling_params",
     "tokens_input",
 ]
@@ -147,10 +155,27 @@ def limits(llm: Any) -> Limits:
     config = llm.vllm_config
     cache = config.cache_config
     return Limits(
-        kv_tokens=int(cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size),
+        # A model that sees all tokens at once keeps none: it takes one input at least.
+        kv_tokens=int(
+            cache.kv_cache_size_tokens
+            or (cache.num_gpu_blocks or 0) * cache.block_size
+            or config.model_config.max_model_len
+        ),
         context=int(config.model_config.max_model_len),
         step_tokens=int(config.scheduler_config.max_num_batched_tokens),
         vocabulary=int(config.model_config.get_vocab_size()),
+    )
+
+
+def facts(llm: Any, tasks: frozenset[str], template: ChatTemplate | None) -> Facts:
+    """What there is to see of an engine `open_engine` started, beside the `tasks` it says it can do."""
+    config, vocabulary = llm.vllm_config, llm.get_tokenizer().get_vocab()
+    return Facts(
+        tasks=tasks,
+        template=template,
+        infills=any(before in vocabulary and after in vocabulary for before, after in INFILL_MARKS),
+        max_logprobs=int(config.model_config.max_logprobs),
+        labels=int(getattr(config.model_config.hf_config, "num_labels", 0)),
     )
 
 
@@ -162,34 +187,57 @@ def lora_requests(adapters: Mapping[str, Path], prefix: str) -> dict[str, Any]:
     }
 
 
-def sampling_params(spec: TaskSpec, max_tokens: int, prompt: Prompt) -> Any:
-    """`spec` in vLLM's terms, for the answer to `prompt`. Raises EngineError (retry=False) for what vLLM does not
-    accept."""
+def sampling_params(spec: TaskSpec, max_tokens: int, prompt: Prompt) -> list[Any]:
+    """`spec` in vLLM's terms, for each of its answers to `prompt`. Raises EngineError (retry=False) for what vLLM does
+    not accept.
+
+    Each answer is a request to vLLM, as it would itself make of `n`: the prompt is computed once, by its prefix cache.
+    (Its own `n` is refused at temperature 0, and ends early when an answer does before the last one was added.)
+    """
     structured = None
     plain = prompt.form.plain and not prompt.foreign
     try:
         if not prompt.foreign and (text := grammar.lark(spec, prompt.form, prompt.controls)) is not None:
             structured = StructuredOutputsParams(grammar=text)
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=spec.temperature,
-            top_p=spec.top_p,
-            top_k=spec.top_k,
-            min_p=spec.min_p,
-            presence_penalty=spec.presence_penalty,
-            frequency_penalty=spec.frequency_penalty,
-            repetition_penalty=spec.repeat_penalty,
-            seed=spec.seed,
-            stop=list(spec.stop) if plain else [],  # a thought or a call may contain them
-            skip_special_tokens=plain,
-            logprobs=spec.logprobs,
-            structured_outputs=structured,
-            output_kind=RequestOutputKind.DELTA,
-        )
+        return [_answer_params(spec, max_tokens, structured, index, plain=plain) for index in range(spec.n)]
     except InvalidTask as error:
         raise EngineError(str(error), retry=isinstance(error, TryAgain)) from None
     except ValueError as error:
         raise EngineError(f"vLLM does not accept it: {error}", retry=False) from None
+
+
+def _answer_params(spec: TaskSpec, max_tokens: int, structured: Any, index: int, *, plain: bool) -> Any:
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=spec.temperature,
+        top_p=spec.top_p,
+        top_k=spec.top_k,
+        min_p=spec.min_p,
+        presence_penalty=spec.presence_penalty,
+        frequency_penalty=spec.frequency_penalty,
+        repetition_penalty=spec.repeat_penalty,
+        seed=None if spec.seed is None else answer_seed(spec.seed, index),
+        stop=list(spec.stop) if plain else [],  # a thought or a call may contain them
+        skip_special_tokens=plain,
+        logprobs=spec.logprobs,
+        prompt_logprobs=spec.logprobs if spec.echo and index == 0 else None,
+        logit_bias=dict(spec.logit_bias) or None,
+        structured_outputs=structured,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def pooling_params(kind: str, second: int | None = None) -> Any:
+    """For one input of an embedding or rerank task; of a pair, `second` is where the second text's tokens begin, where
+    the model wants to know."""
+    extra = None if second is None else {"compressed_token_type_ids": second}
+    return PoolingParams(task="embed" if kind == "embed" else "classify", extra_kwargs=extra)
+
+
+def numbers(output: Any) -> Vector:
+    """What came of one input: its vector, its scores, or nothing where it was aborted."""
+    vector: Vector = output.outputs.data.float().cpu().numpy().reshape(-1)
+    return vector
 
 
 def calibration_params(tokens: int) -> Any:
@@ -218,21 +266,36 @@ def _entry(one: Any) -> dict[str, Any]:
     return {"token": text, "logprob": one.logprob, "bytes": list(text.encode())}
 
 
+class PooledInput(NamedTuple):
+    """An input's tokens, and where the second text of a pair begins, where the tokenizer says so."""
+
+    ids: Sequence[int]
+    second: int | None = None
+
+
 class Prompter:
     """Renders tasks with the model's chat template, and tokenises them, in the caller's thread."""
 
     def __init__(self, llm: Any, settings: CloudSettings) -> None:
         """Raises BadSetting for parsers that vLLM does not have."""
         self._tokenizer: Any = copy.deepcopy(llm.get_tokenizer())  # vLLM's own is in use by its loop
+        self._vocabulary = limits(llm).vocabulary
         self._lock = threading.Lock()
-        source = getattr(self._tokenizer, "chat_template", None)
-        self.template = ChatTemplate(str(source), self._rendered) if source else None
+        source = getattr(self._tokenizer, "chat_template", None) or ""
+        named = "\n".join(source.values()) if isinstance(source, dict) else source
+        template = ChatTemplate(named, self._rendered)
+        self.template = template if template.chats else None
         self._controls = self._find_controls() if self.template is not None else {}
         self._parser = _parser_class(settings)
         self._loops_tokenizer = copy.deepcopy(self._tokenizer) if self._parser is not None else None
 
     def prompt(self, spec: TaskSpec) -> Prompt:
         """Raises EngineError (retry=False)."""
+        if spec.prompt_ids is not None:
+            check_tokens("prompt_ids", spec.prompt_ids, self._vocabulary)
+            return Prompt(list(spec.prompt_ids))
+        if spec.suffix is not None:
+            raise EngineError("suffix: this engine does not fill in; leave it out", retry=False)
         foreign = self._parser is not None and not grammar.is_held(spec)
         with self._lock:
             text, form = prompt_text(spec, self.template, foreign=foreign)
@@ -241,14 +304,46 @@ class Prompter:
             tokens = list(self._tokenizer.encode(text, add_special_tokens=False))
         return Prompt(tokens, form, self._controls, foreign)
 
-    def answer(self, spec: TaskSpec, prompt: Prompt, task_id: str) -> AnswerStream | None:
-        """What takes the answer to a prompt apart; None where all of it is text."""
+    def inputs(self, spec: TaskSpec) -> list[PooledInput]:
+        """The tokens of an embedding or rerank task's inputs; what is ranked, beside its query."""
+        with self._lock:
+            if spec.input_ids:
+                return [PooledInput(ids) for ids in spec.input_ids]
+            if spec.kind == "embed":
+                return [PooledInput(self._tokenizer.encode(text)) for text in spec.inputs]
+            return [self._pair(spec.query or "", text) for text in spec.inputs]
+
+    def _pair(self, query: str, text: str) -> PooledInput:
+        encoded = self._tokenizer(query, text)
+        ids, types = encoded["input_ids"], encoded.get("token_type_ids")
+        return PooledInput(ids, None if types is None else types.index(1) if 1 in types else len(ids))
+
+    def answer(self, spec: TaskSpec, prompt: Prompt, task_id: str, index: int) -> AnswerStream | None:
+        """What takes one answer to a prompt apart; None where all of it is text."""
         if prompt.foreign:
             assert self._parser is not None
-            return AnswerStream(
-                stops=spec.stop, parser=VLLMParser(self._parser, self._loops_tokenizer, spec, prompt.tokens)
-            )
-        return None if prompt.form.plain else AnswerStream(prompt.form, spec.stop, task_id)
+            parser = VLLMParser(self._parser, self._loops_tokenizer, spec, prompt.tokens)
+            return AnswerStream(stops=spec.stop, index=index, parser=parser)
+        return None if prompt.form.plain else AnswerStream(prompt.form, spec.stop, task_id, index)
+
+    def echo(self, spec: TaskSpec) -> str:
+        """What the text is to begin with. Raises EngineError (retry=False)."""
+        if not spec.echo:
+            return ""
+        if spec.prompt_ids is not None:
+            with self._lock:
+                return str(self._tokenizer.decode(list(spec.prompt_ids), skip_special_tokens=True))
+        check_echo(spec, as_it_is=self.template is None)
+        return spec.prompt or ""
+
+    def prompt_logprobs(self, tokens: Sequence[int], positions: Sequence[Any], top: int) -> list[dict[str, Any]]:
+        """As `openai_logprobs`, of a prompt: its first token has none, since nothing foretells it."""
+        if not positions:
+            return []
+        with self._lock:
+            text = str(self._tokenizer.decode(list(tokens[:1])))
+        first = {"token": text, "logprob": None, "bytes": list(text.encode()), "top_logprobs": []}
+        return [first, *openai_logprobs(tokens[1:], positions[1:], top)]
 
     def _rendered(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, more: dict[str, Any]

@@ -4,35 +4,41 @@
 contexts and steps them while there is work.
 
 With a seed and nothing else in the batch, or at temperature 0 alone in the batch, the same request gives the same
-tokens every time. In company, or after a shared prefix, it may not: llama.cpp's kernels round differently at different
-widths, so a near tie between two tokens can fall the other way.
+tokens every time. In company, that of its other answers too, or after a shared prefix, it may not: llama.cpp's kernels
+round differently at different widths, so a near tie between two tokens can fall the other way. Answer i of a request
+with seed s draws as a request for one answer with seed s + i would (`answer_seed`).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from queue import Empty
+from typing import Any
 
 import structlog
 
-from perllm.broker.engine.checks import check_context
-from perllm.broker.engine.contract import EngineError, Generation, OnDelta, Stop, Stuck
+from perllm.broker.engine.checks import fitted
+from perllm.broker.engine.contract import EngineError, FinishReason, Generation, OnDelta, Stop, Stuck
 from perllm.broker.engine.cores import ThreadClaim, available_cores
+from perllm.broker.engine.embedding import made_of
 from perllm.broker.engine.energy import Attribution, Meter, power_of
-from perllm.broker.engine.text import DeltaSink
+from perllm.broker.engine.text import DeltaSink, Prompt
 from perllm.broker.engine.totals import EngineTotals
-from perllm.broker.messages import Counters, Energy, ModelOffer, Output, Power, TaskSpec
-from perllm.edge_worker.batch import Batch, Request
+from perllm.broker.messages import Choice, Counters, Delta, Energy, ModelOffer, Output, Power, TaskSpec
+from perllm.edge_worker.batch import Answer, Batch, Request
+from perllm.edge_worker.embedding_batch import EmbeddingBatch, EmbeddingRequest
 from perllm.edge_worker.llama import MAX_SEQUENCES, VERSION
 from perllm.edge_worker.meters import make_meter
 from perllm.edge_worker.model_pool import LoadedModel, ModelPool, ServedModel, Stopped
-from perllm.edge_worker.sampling import greedy, make_sampler
+from perllm.edge_worker.sampling import Sampler, make_samplers
 from perllm.edge_worker.settings import EdgeSettings
 from perllm.edge_worker.text_stream import TextStream
 
 log = structlog.get_logger(__name__)
+
+AnyBatch = Batch | EmbeddingBatch
 
 #: Requests decoded together unless set, on a machine of fewer cores than `MANY_CORES` and of more: with few cores more
 #: requests add little speed and slow each other.
@@ -58,7 +64,7 @@ class LlamaEngine:
         self._totals = EngineTotals()
         self._changed = threading.Condition()
         self._closing = False
-        self._requests: dict[Request, None] = {}
+        self._requests: dict[Request | EmbeddingRequest, None] = {}
         self._thread: threading.Thread | None = None
         self._meter: Meter
         self._energy: Attribution
@@ -159,13 +165,18 @@ class LlamaEngine:
     def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         """Run one task to its end or until `stop`. Raises EngineError."""
         accepted = time.monotonic()
-        served = self._pool.get(spec.model)
+        served = self._pool.get(spec.model, spec.kind)
         if self._closing:
             raise EngineError("the engine is closing", retry=True)
+        if spec.kind != "generate":
+            return self._embed(task_id, spec, stop, served, accepted)
         try:
             with self._pool.using(served, stop) as loaded:
                 request = self._request(task_id, spec, stop, served, loaded, accepted)
                 request.streams = on_delta is not None
+                if request.streams and request.echo:
+                    for answer in request.answers:
+                        request.outbox.put(Delta(index=answer.index, text=request.echo))
                 self._enqueue(loaded.batch, request)
                 try:
                     self._wait(loaded.batch, request, on_delta)
@@ -173,32 +184,38 @@ class LlamaEngine:
                     with self._changed:
                         del self._requests[request]
         except Stopped:
-            request = Request(task_id, spec, stop, [], None, TextStream(), accepted)
-            request.finish, request.after = stop.reason, self.counters()
+            request = _new_request(task_id, spec, stop, Prompt([]), [None] * spec.n, accepted)
+            request.after = self.counters()
+            for answer in request.answers:
+                answer.finish = stop.reason
         return self._generation(served, request)
 
     @staticmethod
     def _request(
         task_id: str, spec: TaskSpec, stop: Stop, served: ServedModel, loaded: LoadedModel, accepted: float
     ) -> Request:
+        assert loaded.prompter is not None
         prompt = loaded.prompter.prompt(spec)
-        check_context(len(prompt.tokens), spec.max_tokens, served.context)
-        sampler = None if greedy(spec) else make_sampler(loaded.model, spec, served.context, prompt)
-        text = TextStream(spec.stop, prompt.form, prompt.marks, task_id)
-        return Request(task_id, spec, stop, prompt.tokens, sampler, text, accepted)
+        spec = fitted(spec, len(prompt.tokens), served.context)
+        samplers = make_samplers(loaded.model, spec, served.context, prompt)
+        request = _new_request(task_id, spec, stop, prompt, samplers, accepted)
+        request.echo = loaded.prompter.echo(spec)
+        return request
 
-    def _enqueue(self, batch: Batch, request: Request) -> None:
+    def _enqueue(self, batch: AnyBatch, request: Request | EmbeddingRequest) -> None:
         with self._changed:
             if self._closing:
                 raise EngineError("the engine is closing", retry=True)
             if not self._requests:
                 self._totals.last_progress = time.monotonic()
             self._requests[request] = None
-            batch.waiting.append(request)
+            # A batch is asked for its own kind.
+            waiting: Any = request.answers if isinstance(request, Request) else [request]
+            batch.waiting.extend(waiting)
             self._changed.notify_all()
 
     @staticmethod
-    def _wait(batch: Batch, request: Request, on_delta: OnDelta | None) -> None:
+    def _wait(batch: AnyBatch, request: Request | EmbeddingRequest, on_delta: OnDelta | None) -> None:
         """Until the decode thread is done with the request. Passes text on, and cancels it if that fails."""
         sink = DeltaSink(on_delta, request.stop) if on_delta is not None else None
         while True:
@@ -220,30 +237,20 @@ class LlamaEngine:
     def _generation(self, served: ServedModel, request: Request) -> Generation:
         if request.error is not None:
             raise request.error
-        assert request.finish is not None
         assert request.after is not None
-        answer = request.text
-        logprobs = None
-        if request.spec.logprobs is not None:
-            logprobs = [entry for begins, entry in request.logprobs if begins < answer.extent]
         ended = time.monotonic()
         began = request.began or ended
-        first = request.first or ended
+        first = min((a.first for a in request.answers if a.first), default=ended)
+        last = max((a.last for a in request.answers if a.last), default=first)
+        head, *more = [_choice(answer) for answer in request.answers]
         return Generation(
-            output=Output(
-                text=answer.text,
-                finish_reason=answer.finish_reason("length" if request.shortened else request.finish),
-                logprobs=logprobs,
-                reasoning=answer.reasoning,
-                tool_calls=answer.calls,
-                tokens=request.generated,
-            ),
+            output=Output(**head, more=tuple(Choice(**each) for each in more)),
             model=served.name,
-            prompt_tokens=request.prompt_tokens,
+            prompt_tokens=len(request.prompt),
             completion_tokens=request.generated,
             wait=began - request.accepted,
             prefill=first - began,
-            decode=(request.last or first) - first,
+            decode=last - first,
             energy=Energy(
                 inference=request.inference,
                 idle=request.idle,
@@ -252,8 +259,50 @@ class LlamaEngine:
             ),
             before=request.before or request.after,
             after=request.after,
-            reasoning_tokens=answer.reasoning_tokens,
+            reasoning_tokens=sum(answer.text.reasoning_tokens for answer in request.answers),
             cached_tokens=request.cached,
+            stalled=request.stalled,
+        )
+
+    # --- embedding
+
+    def _embed(self, task_id: str, spec: TaskSpec, stop: Stop, served: ServedModel, accepted: float) -> Generation:
+        """Embed or rerank one task's inputs, to their end or until `stop`. Raises EngineError."""
+        try:
+            with self._pool.using(served, stop) as loaded:
+                assert loaded.embedder is not None
+                request = EmbeddingRequest(task_id, spec, stop, loaded.embedder.inputs(spec), accepted)
+                self._enqueue(loaded.batch, request)
+                try:
+                    self._wait(loaded.batch, request, None)
+                finally:
+                    with self._changed:
+                        del self._requests[request]
+        except Stopped:
+            request = EmbeddingRequest(task_id, spec, stop, [], accepted)
+            request.finish, request.after = stop.reason, self.counters()
+        if request.error is not None:
+            raise request.error
+        assert request.finish is not None
+        assert request.after is not None
+        made = made_of(request.vectors, spec) if request.finish == "stop" else {}
+        began = request.began or time.monotonic()
+        return Generation(
+            output=Output(text="", finish_reason=request.finish, **made),
+            model=served.name,
+            prompt_tokens=sum(map(len, request.inputs)),
+            completion_tokens=0,
+            wait=began - accepted,
+            prefill=(request.last or began) - began,
+            decode=0.0,
+            energy=Energy(
+                inference=request.inference,
+                idle=request.idle,
+                method=self._meter.method,
+                estimated=self._meter.estimated,
+            ),
+            before=request.before or request.after,
+            after=request.after,
             stalled=request.stalled,
         )
 
@@ -271,7 +320,7 @@ class LlamaEngine:
             batch.fail(EngineError("the engine is closing", retry=True))
 
     @staticmethod
-    def _step(batch: Batch) -> None:
+    def _step(batch: AnyBatch) -> None:
         if not batch.busy:
             return
         try:
@@ -279,3 +328,30 @@ class LlamaEngine:
         except Exception as error:  # the engine must outlive whatever happens to a batch
             log.exception("step_failed")
             batch.fail(EngineError(f"the engine failed: {type(error).__name__}: {error}", retry=True))
+
+
+def _new_request(
+    task_id: str, spec: TaskSpec, stop: Stop, prompt: Prompt, samplers: Sequence[Sampler | None], accepted: float
+) -> Request:
+    request = Request(task_id, spec, stop, prompt.tokens, accepted)
+    for index, sampler in enumerate(samplers):
+        text = TextStream(spec.stop, prompt.form, prompt.marks, task_id, index)
+        request.answers.append(Answer(request, index, sampler, text))
+    return request
+
+
+def _choice(answer: Answer) -> dict[str, Any]:
+    """An answer that is over, as the fields of a `Choice`."""
+    request, text = answer.request, answer.text
+    finish: FinishReason | None = "length" if answer.shortened else answer.finish
+    logprobs = None
+    if request.spec.logprobs is not None:
+        logprobs = request.prompt_logprobs + [entry for begins, entry in answer.logprobs if begins < text.extent]
+    return {
+        "text": request.echo + text.text,
+        "finish_reason": finish and text.finish_reason(finish),
+        "logprobs": logprobs,
+        "reasoning": text.reasoning,
+        "tool_calls": text.calls,
+        "tokens": answer.generated,
+    }

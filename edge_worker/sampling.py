@@ -15,6 +15,8 @@ from llguidance import LLMatcher
 
 from perllm.broker import grammar
 from perllm.broker.chat import ChatTemplate
+from perllm.broker.engine.answers import answer_seed
+from perllm.broker.engine.checks import check_echo, check_tokens
 from perllm.broker.engine.contract import EngineError
 from perllm.broker.engine.text import Prompt, prompt_text
 from perllm.broker.errors import InvalidTask, TryAgain
@@ -35,11 +37,6 @@ class GrammarError(Exception):
     """A grammar came to its end, or to a limit, where none should be: that request is over."""
 
 
-def greedy(spec: TaskSpec) -> bool:
-    """Whether the most likely token is taken as it is."""
-    return spec.temperature == 0 and not _penalised(spec) and constraint(spec) is None
-
-
 def constraint(spec: TaskSpec) -> str | None:
     """The field that constrains what may be generated; None where nothing does."""
     if spec.grammar is not None:
@@ -49,12 +46,20 @@ def constraint(spec: TaskSpec) -> str | None:
     return "tools" if spec.offered_tools else None
 
 
-class Sampler:
-    """Samples one request's tokens: by a chain of samplers, within a grammar if there is one."""
+class Allowance:
+    """The CPU time, s, a request still has for its grammar, all its answers together."""
 
-    def __init__(self, chain: SamplerChain, matcher: LLMatcher | None, wind_down: WindDown | None = None) -> None:
-        self._chain, self._matcher, self._wind_down = chain, matcher, wind_down
-        self._budget = GRAMMAR_BURST
+    def __init__(self) -> None:
+        self.left = GRAMMAR_BURST
+
+
+class Sampler:
+    """Samples one answer's tokens: by a chain of samplers, within a grammar if there is one."""
+
+    def __init__(
+        self, chain: SamplerChain, matcher: LLMatcher | None, allowance: Allowance, wind_down: WindDown | None = None
+    ) -> None:
+        self._chain, self._matcher, self._allowance, self._wind_down = chain, matcher, allowance, wind_down
 
     @property
     def shortened(self) -> bool:
@@ -86,8 +91,8 @@ class Sampler:
             raise GrammarError(_limit(matcher))
         if self._wind_down is not None:
             self._wind_down.take(matcher, token)
-        self._budget += GRAMMAR_RATE - (time.thread_time() - began)
-        if self._budget < 0:
+        self._allowance.left += GRAMMAR_RATE - (time.thread_time() - began)
+        if self._allowance.left < 0:
             raise GrammarError("finding what it allows takes too long: simplify it")
         return token
 
@@ -103,11 +108,30 @@ def _limit(matcher: LLMatcher) -> str:
     return f"too many possibilities to follow: simplify it, or write recursion as repetition ({error})"
 
 
-def make_sampler(model: Model, spec: TaskSpec, penalty_window: int, prompt: Prompt) -> Sampler:
-    """The sampler `spec` asks for, for the answer to `prompt`. Penalties look at up to `penalty_window` generated
-    tokens (not at the prompt, as in the OpenAI API). Raises EngineError (retry=False) for a grammar, schema or tools
-    that cannot be used."""
-    matcher = _matcher(model, spec, prompt)
+def make_samplers(model: Model, spec: TaskSpec, penalty_window: int, prompt: Prompt) -> list[Sampler | None]:
+    """The samplers `spec` asks for, one per answer to `prompt`; None takes the most likely token as it is. Penalties
+    look at up to `penalty_window` generated tokens (not at the prompt, as in the OpenAI API). Raises EngineError
+    (retry=False) for a grammar, schema or tools that cannot be used, and for a bias on a token that the model does not
+    have.
+    """
+    check_tokens("logit_bias", spec.logit_bias, model.vocab_size)
+    matcher, allowance = _matcher(model, spec, prompt), Allowance()
+    if matcher is None and spec.temperature == 0 and not spec.logit_bias and not _penalised(spec):
+        return [None] * spec.n
+    seed = spec.seed if spec.seed is not None else int.from_bytes(os.urandom(4), "little")
+    return [
+        Sampler(
+            SamplerChain(model, _chain(model, spec, penalty_window, answer_seed(seed, i)), spec.logit_bias),
+            None if matcher is None else matcher.deep_copy(),
+            allowance,
+            WindDown(endings(model)) if matcher is not None and spec.grammar is None else None,
+        )
+        for i in range(spec.n)
+    ]
+
+
+def _chain(model: Model, spec: TaskSpec, penalty_window: int, seed: int) -> list[Callable[[], Any]]:
+    """What makes the samplers, in order."""
     chain: list[Callable[[], Any]] = []
     if _penalised(spec):
         chain.append(
@@ -117,20 +141,16 @@ def make_sampler(model: Model, spec: TaskSpec, penalty_window: int, prompt: Prom
         )
     if spec.temperature == 0:
         chain.append(lib.llama_sampler_init_greedy)
-    else:
-        seed = spec.seed if spec.seed is not None else int.from_bytes(os.urandom(4), "little")
-        if spec.top_k:
-            chain.append(lambda: lib.llama_sampler_init_top_k(spec.top_k))
-        if spec.top_p < 1:
-            chain.append(lambda: lib.llama_sampler_init_top_p(spec.top_p, 1))
-        if spec.min_p > 0:
-            chain.append(lambda: lib.llama_sampler_init_min_p(spec.min_p, 1))
-        chain.append(lambda: lib.llama_sampler_init_temp(spec.temperature))
-        chain.append(lambda: lib.llama_sampler_init_dist(seed))
-    wind_down = None
-    if matcher is not None and spec.grammar is None:
-        wind_down = WindDown(endings(model))
-    return Sampler(SamplerChain(model, chain), matcher, wind_down)
+        return chain
+    if spec.top_k:
+        chain.append(lambda: lib.llama_sampler_init_top_k(spec.top_k))
+    if spec.top_p < 1:
+        chain.append(lambda: lib.llama_sampler_init_top_p(spec.top_p, 1))
+    if spec.min_p > 0:
+        chain.append(lambda: lib.llama_sampler_init_min_p(spec.min_p, 1))
+    chain.append(lambda: lib.llama_sampler_init_temp(spec.temperature))
+    chain.append(lambda: lib.llama_sampler_init_dist(seed))
+    return chain
 
 
 def _penalised(spec: TaskSpec) -> bool:
@@ -160,27 +180,52 @@ class Prompter:
 
     def prompt(self, spec: TaskSpec) -> Prompt:
         """Raises EngineError (retry=False)."""
+        if spec.prompt_ids is not None:
+            check_tokens("prompt_ids", spec.prompt_ids, self._model.vocab_size)
+            return Prompt(list(spec.prompt_ids))
+        if spec.suffix is not None:
+            tokens = self._model.tokenize_gap(spec.prompt or "", spec.suffix)
+            if tokens is None:
+                raise EngineError("suffix: this model has no tokens to fill in with; leave it out", retry=False)
+            return Prompt(tokens)
         text, form = prompt_text(spec, self.template)
         if self.template is None:
             return Prompt(self._model.tokenize(text, special=False, add_bos=self._model.adds_bos))
         return Prompt(self._model.tokenize(text, special=True, add_bos=False), form, self._controls)
 
+    def echo(self, spec: TaskSpec) -> str:
+        """What the text is to begin with. Raises EngineError (retry=False)."""
+        if not spec.echo:
+            return ""
+        if spec.prompt_ids is not None:
+            return b"".join(map(self._model.piece, spec.prompt_ids)).decode(errors="replace")
+        check_echo(spec, as_it_is=self.template is None and spec.suffix is None)
+        return spec.prompt or ""
+
 
 def _chat_template(model: Model) -> ChatTemplate | None:
-    """The template in the model's file, run in Jinja's sandbox as Hugging Face's libraries run it. None where there is
-    none, or none that can be used."""
-    if (source := model.chat_template()) is None:
+    source = model.chat_template()
+    if source is None:
         return None
+    template = gguf_template(source, eos=model.token_text(model.eos), bos=model.token_text(model.bos))
+    if template is None:
+        log.warning("chat_template_unusable", hint="the model completes prompts, and takes no chats")
+    return template
+
+
+def gguf_template(source: str, *, eos: str = "", bos: str = "") -> ChatTemplate | None:
+    """The template in a model's file, run in Jinja's sandbox as Hugging Face's libraries run it. None for one that
+    cannot be used."""
     try:
-        formatter: Any = Jinja2ChatFormatter(source, model.token_text(model.eos), model.token_text(model.bos))
-    except Exception as error:  # it is whatever the file's makers wrote
-        log.warning("chat_template_unusable", reason=str(error), hint="the model completes prompts, and takes no chats")
+        formatter: Any = Jinja2ChatFormatter(source, eos, bos)
+    except Exception:  # it is whatever the file's makers wrote
         return None
 
     def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, more: dict[str, Any]) -> str:
         return str(formatter(messages=messages, tools=tools, **more).prompt)
 
-    return ChatTemplate(source, render)
+    template = ChatTemplate(source, render)
+    return template if template.chats else None
 
 
 def _controls(model: Model, template: ChatTemplate) -> dict[str, int]:
@@ -204,10 +249,19 @@ def token_logprobs(model: Model, logits: Logits, token: int, top: int) -> dict[s
     return entry
 
 
+def first_logprobs(model: Model, token: int) -> dict[str, Any]:
+    """The entry of a text's first token, which nothing foretells."""
+    return _named(model, token, None) | {"top_logprobs": []}
+
+
 def _logprob(model: Model, token: int, logprobs: Logits) -> dict[str, Any]:
+    return _named(model, token, float(logprobs[token]))
+
+
+def _named(model: Model, token: int, logprob: float | None) -> dict[str, Any]:
     piece = model.piece(token)
     return {
         "token": piece.decode(errors="replace") or model.token_text(token),
-        "logprob": float(logprobs[token]),
+        "logprob": logprob,
         "bytes": list(piece),
     }

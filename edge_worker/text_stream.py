@@ -22,8 +22,9 @@ class TextStream(AnswerStream):
         form: AnswerForm = PLAIN,
         marks: Mapping[int, bytes] | None = None,
         seed: str = "",
+        index: int = 0,
     ) -> None:
-        super().__init__(form, stops, seed)
+        super().__init__(form, stops, seed, index)
         self._marks = marks or {}
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 

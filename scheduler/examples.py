@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from perllm.broker.capabilities import BEFORE_CAPABILITIES
 from perllm.broker.messages import Completed, Energy, ModelOffer, NodeInfo, Power, Receipt, State, StepCost, Submitted
 from perllm.scheduler.core.cluster import Task
 from perllm.scheduler.core.scheduler import task_of
@@ -25,6 +26,7 @@ def node_info(
     context: int = 4096,
     kv_tokens: int = 65_536,
     step_cost: StepCost = STEP_COST,
+    capabilities: Sequence[str] = BEFORE_CAPABILITIES,
     power: Power | None = None,
     **fields: Any,
 ) -> NodeInfo:
@@ -33,7 +35,16 @@ def node_info(
         name=name,
         boot=boot or f"{name}.1",
         slots=slots,
-        models=tuple(ModelOffer(name=m, context=context, kv_tokens=kv_tokens, calibration=step_cost) for m in models),
+        models=tuple(
+            ModelOffer(
+                name=m,
+                context=context,
+                kv_tokens=kv_tokens,
+                calibration=step_cost,
+                capabilities=tuple(capabilities),
+            )
+            for m in models
+        ),
         power=power or Power(idle=10, active=100, method="emulated", estimated=True),
         **{"tier": "edge", "bandwidth": 1e7, "engine": "none"} | fields,
     )

@@ -156,6 +156,8 @@ class _LeaderSession:
         """Bring the core to where the ledger is."""
         oldest, newest = self._ledger.first_and_last_event()
         self._restore(oldest)
+        for info, at in self._ledger.gone():
+            self._core.remember(info, at)
         for info, heartbeat, _draining in self._ledger.nodes():
             self._handle(NodeUp(at=self.now(), info=info))
             if heartbeat:
@@ -233,7 +235,7 @@ class _LeaderSession:
         if decisions:
             self._dispatch([d for d in decisions if d.action == "dispatch"])
             self._end([d for d in decisions if d.action != "dispatch"])
-        return len(self._core.pending) > 0
+        return self._core.pending.awake > 0
 
     def sweep(self) -> bool:
         """Let the ledger mend what time has broken, and read its clock. Returns whether there may be more to mend.

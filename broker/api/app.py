@@ -13,10 +13,25 @@ from prometheus_client import CollectorRegistry
 
 from perllm.broker.api import errors, metrics
 from perllm.broker.api.openapi import document
+from perllm.broker.api.request_ids import RequestIds
 from perllm.broker.api.request_limits import RequestLimits
-from perllm.broker.api.routes import batches, completions, files, health, models, nodes, responses, tasks, webhooks
+from perllm.broker.api.routes import (
+    batches,
+    completions,
+    embeddings,
+    files,
+    health,
+    models,
+    nodes,
+    pages,
+    responses,
+    tasks,
+    webhooks,
+)
 from perllm.broker.api.settings import ApiSettings
 from perllm.broker.api.state import Api
+from perllm.broker.api.stopping import RefuseWhileStopping, Stopping
+from perllm.broker.api.time_limit import TimeLimit
 
 _ABOUT = """\
 The OpenAI API over PerLLM's queue: submit and wait, stream, or submit and forget. Give `deadline`, `value` and
@@ -26,12 +41,13 @@ The OpenAI API over PerLLM's queue: submit and wait, stream, or submit and forge
 def make_app(settings: ApiSettings) -> FastAPI:
     """The ASGI application for these settings."""
     registry = CollectorRegistry(auto_describe=False)
+    stopping = Stopping(settings.grace)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.api = Api(settings)
+        app.state.api = Api(settings, stopping)
         app.state.metrics = registry
-        registry.register(metrics.LedgerMetrics(app.state.api.ledger))
+        registry.register(metrics.LedgerMetrics(app.state.api.client.looks))
         app.state.api.start()
         gc.collect()
         gc.freeze()  # what exists now stays: collections that look through it would stop all requests for 50 ms
@@ -43,12 +59,15 @@ def make_app(settings: ApiSettings) -> FastAPI:
         version=version("perllm"),
         description=_ABOUT,
         lifespan=lifespan,
+        docs_url=None,  # these two are in routes/pages.py
         redoc_url=None,
         separate_input_output_schemas=False,
     )
+    app.state.stopping = stopping
     errors.install(app)
     routers = (
         completions.router,
+        embeddings.router,
         responses.router,
         tasks.router,
         files.router,
@@ -58,14 +77,23 @@ def make_app(settings: ApiSettings) -> FastAPI:
         models.router,
         health.router,
         metrics.router,
+        pages.router,
     )
     for router in routers:
         app.include_router(router)
     document.install(app, routers)
+    app.add_middleware(TimeLimit)
     app.add_middleware(RequestLimits, settings=settings)
+    app.add_middleware(RefuseWhileStopping, stopping=stopping)
     if settings.api_cors:
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.api_cors, allow_methods=["*"], allow_headers=["*"], max_age=600
+            CORSMiddleware,
+            allow_origins=settings.api_cors,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+            max_age=600,
         )
     app.add_middleware(metrics.Timer, registry=registry)
+    app.add_middleware(RequestIds)
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Send
 
 from perllm.broker.errors import (
     InvalidTask,
@@ -62,6 +64,17 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status), **more}}
 
 
+async def refuse(send: Send, status: int, message: str, *, retry_after: int | None = None) -> None:
+    """Answer a request that is not let in, from a middleware. The connection ends with it."""
+    body = json.dumps(error_body(status, message, code="unavailable" if status == 503 else None)).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    if retry_after is not None:
+        headers["retry-after"] = str(retry_after)
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})
+
+
 def invalid_task(error: InvalidTask) -> ApiError:
     """A task that is not acceptable."""
     said = str(error)
@@ -75,7 +88,7 @@ def invalid_task(error: InvalidTask) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every failure in this shape."""
+    """Answer every failure that is foreseen in this shape; what is not, `request_ids` answers."""
 
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
@@ -119,7 +132,3 @@ def install(app: FastAPI) -> None:
     async def _no_files(_: Request, __: StoreUnavailable) -> JSONResponse:
         message = "files cannot be stored or read now: try again later"
         return JSONResponse(error_body(503, message, code="unavailable"), 503, {"Retry-After": "5"})
-
-    @app.exception_handler(Exception)
-    async def _bug(_: Request, __: Exception) -> JSONResponse:
-        return JSONResponse(error_body(500, "an internal error; it is in the server's log", code="internal"), 500)

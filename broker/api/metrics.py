@@ -76,7 +76,8 @@ def _of_nodes(nodes: list[tuple[NodeInfo, Heartbeat | None, bool]], now: float) 
 
 
 class Timer:
-    """ASGI middleware: times each request until its answer is whole, and names it in the log at debug level."""
+    """ASGI middleware: times each request until its answer is whole, and names it in the log: at debug level, or as a
+    warning where we have failed."""
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
         self._app = app
@@ -103,7 +104,8 @@ class Timer:
             route = getattr(scope.get("route"), "path", "none")  # never the path itself: anybody could make up more
             method = scope["method"] if scope["method"] in METHODS else "other"
             self._seconds.labels(method, route, status).observe(seconds)
-            log.debug("request", method=method, path=scope["path"][:200], status=status, seconds=round(seconds, 4))
+            say = log.warning if status >= 500 else log.debug
+            say("request", method=method, path=scope["path"][:200], status=status, seconds=round(seconds, 4))
 
 
 _EXAMPLE = 'perllm_tasks{state="pending"} 3.0\nperllm_node_slots{node="edge-1",tier="edge"} 4.0\n'

@@ -16,7 +16,8 @@ import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from perllm.broker.api.errors import ApiError, error_body
+from perllm.broker.api.errors import ApiError, error_body, refuse
+from perllm.broker.api.request_ids import HEADER, new_request_id
 from perllm.broker.api.settings import ApiSettings
 
 #: Bytes a second at which a body must come, beyond PERLLM_API_PATIENCE seconds that each request has.
@@ -53,16 +54,16 @@ class RequestLimits:
             return
         s = self._settings
         if scope["method"] not in METHODS:
-            await _refuse(send, 405, "no such method")
+            await refuse(send, 405, "no such method")
             return
         if s.api_open and (reason := _foreign_page(scope, s.api_cors)):
-            await _refuse(send, 403, reason)
+            await refuse(send, 403, reason)
             return
         upload = scope["method"] == "POST" and scope["path"] == "/v1/files"
         most = s.api_max_file + MULTIPART_OVERHEAD if upload else s.api_max_body
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if int(length) > most:
-            await _refuse(send, 413, f"the body has more than {most} bytes")
+            await refuse(send, 413, f"the body has more than {most} bytes")
             return
         began, seen, held, whole, caller = time.monotonic(), 0, 0, False, ""
 
@@ -119,17 +120,6 @@ def _foreign_page(scope: Scope, origins: Sequence[str]) -> str | None:
     return None
 
 
-async def _refuse(send: Send, status: int, message: str) -> None:
-    body = json.dumps(error_body(status, message)).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
 class LimitedProtocol(H11Protocol):
     """Uvicorn's HTTP protocol with bounds on connections: how many there are, in all and from one address; how long
     the head of a request takes to come; how long the rest of a request takes that was answered early, and how long
@@ -149,7 +139,7 @@ class LimitedProtocol(H11Protocol):
         address = self.client[0] if self.client else ""
         if len(self.connections) > self.max_connections or self._open[address] >= self.max_connections_per_address:
             self.connections.discard(self)
-            transport.write(_TOO_MANY)
+            transport.write(_too_many())
             transport.close()
             self._await_end(transport)
             return
@@ -162,6 +152,23 @@ class LimitedProtocol(H11Protocol):
             return
         super().data_received(data)
         self._watch_head()
+
+    def send_400_response(self, msg: str) -> None:
+        body = json.dumps(error_body(400, f"this is no HTTP request: {msg}")).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (HEADER, new_request_id().encode()),
+            (b"connection", b"close"),
+        ]
+        events = (
+            h11.Response(status_code=400, reason=b"Bad Request", headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        )
+        for event in events:
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head_due, self._linger, self._unread):
@@ -225,7 +232,5 @@ class LimitedProtocol(H11Protocol):
 def _too_many() -> bytes:
     body = json.dumps(error_body(503, "too many connections: try again later", code="unavailable")).encode()
     head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    return head.encode() + b"retry-after: 5\r\nconnection: close\r\n\r\n" + body
-
-
-_TOO_MANY = _too_many()
+    name = b"%s: %s\r\n" % (HEADER, new_request_id().encode())
+    return head.encode() + name + b"retry-after: 5\r\nconnection: close\r\n\r\n" + body

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,10 @@ from perllm.broker.api.settings import ApiSettings
 from perllm.broker.api.submit_coalescer import SubmitCoalescer
 from perllm.broker.api.threads import TenantThreadPool
 from perllm.broker.client import AsyncClient
+from perllm.broker.errors import InvalidTask
 from perllm.broker.ledger import TaskRecord
 from perllm.broker.messages import TaskSpec, new_id
+from perllm.broker.openai.sampling import as_asked
 from perllm.broker.openai.translation import seconds_left
 
 #: Longest id looked up, characters.
@@ -39,12 +41,20 @@ class Tasks:
         self._client, self._ledger, self._keys, self._pool = client, client.ledger, keys, pool
         self._coalescer = SubmitCoalescer(settings, client.ledger)
 
-    async def accept(self, caller: Caller, fields: Mapping[str, Any]) -> TaskSpec:
-        """The checked task of this caller. Raises InvalidTask, ApiError."""
-        given = {**fields, "tenant": caller.tenant}
-        if isinstance(given.get("deadline"), str):
-            given["deadline"] = await self._seconds_left(given["deadline"])
-        return await self._client.accept(given, max_value=caller.max_value)
+    async def accept(
+        self, caller: Caller, fields: Mapping[str, Any], *, given: Collection[str] | None = None
+    ) -> TaskSpec:
+        """The checked task of this caller. Raises ApiError, and InvalidTask, which speaks of the fields that an OpenAI
+        request had `given`."""
+        fields = {**fields, "tenant": caller.tenant}
+        if isinstance(fields.get("deadline"), str):
+            fields["deadline"] = await self._seconds_left(fields["deadline"])
+        try:
+            return await self._client.accept(fields, max_value=caller.max_value)
+        except InvalidTask as error:
+            if given is None:
+                raise
+            raise type(error)(as_asked(str(error), given)) from None
 
     async def _seconds_left(self, deadline: str) -> float:
         """A deadline given as text: seconds, or a time (RFC 3339) by the server's clock."""
@@ -122,5 +132,9 @@ def _reused(spec: TaskSpec) -> ApiError:
 
 
 def _same_work(first: TaskSpec, again: TaskSpec) -> bool:
-    """Whether a repeated request asks for the same work. Its deadline may have been counted from another moment."""
-    return first.model_copy(update={"deadline": again.deadline, "stream": again.stream}) == again
+    """Whether a repeated request asks for the same work. Its deadline may have been counted from another moment, it may
+    be answered in another way, and what embeds, and how wide, been known only once."""
+    may_differ = ["deadline", "stream", "request"]
+    if again.kind == "embed":
+        may_differ += [n for n in ("model", "dimensions") if None in (getattr(first, n), getattr(again, n))]
+    return first.model_copy(update={name: getattr(again, name) for name in may_differ}) == again

@@ -80,6 +80,8 @@ class ChatTemplate:
     def __init__(self, source: str, render: Render) -> None:
         self._render = render
         self.thought = next((form for form in THOUGHT_FORMS if _shows(source, form)), None)
+        #: Whether it renders a user's turn: some want a query and documents, or are no templates at all.
+        self.chats = self._says("needle", [_turn("user", "needle")])
         self._takes_system = self._says("needle", [_turn("system", "needle"), _USER])
         tried = list(self._tried())
         found = next(((form, habits) for form, habits, _ in tried if form is not None), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from perllm.broker import extras
 from perllm.broker.cli import demo as demonstration
 from perllm.broker.cli.terminal import AsJson, err, out, print_json
 from perllm.broker.local.supervisor import Supervisor
-from perllm.broker.settings import load_settings
+from perllm.broker.settings import Settings, load_settings
 
 
 def up(
@@ -45,9 +46,8 @@ def up(
             err.print(f"Flower: http://127.0.0.1:{flower_port}", highlight=False)
         if api_port:
             err.print(f"API:    http://127.0.0.1:{api_port}/v1 (any key), /docs", highlight=False)
-        if port:
-            password = settings.data_dir / "password"
-            err.print(f"Redis:  redis://:<password in {password}>@127.0.0.1:{port}/0", highlight=False, soft_wrap=True)
+        err.print(f"Celery: {_broker_url(settings, supervisor, port)}", highlight=False, markup=False, soft_wrap=True)
+        err.print("        (broker and result backend of a producer; its queue is inbox)", highlight=False)
         err.print(f"Logs:   {supervisor.logs}\nup; Ctrl-C stops everything", highlight=False, soft_wrap=True)
         try:
             while True:
@@ -56,6 +56,16 @@ def up(
                     _say(line)
         except KeyboardInterrupt:
             _say("stopping …")
+
+
+def _broker_url(settings: Settings, supervisor: Supervisor, port: int | None) -> str:
+    """What a Celery producer here gives as its broker and result backend; a shell puts in the password, which is not
+    shown."""
+    if settings.redis_url is not None:
+        return f"as PERLLM_REDIS_URL, {settings.address}"
+    if port is not None:
+        return f"redis://:$(cat {shlex.quote(str(settings.data_dir / 'password'))})@127.0.0.1:{port}/0"
+    return supervisor.settings.celery_url
 
 
 def _say(line: str) -> None:

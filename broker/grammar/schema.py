@@ -26,6 +26,16 @@ _UNASSIGNED = re.compile("[\U00040000-\U000bffff]")
 _ONE = ("additionalProperties", "additionalItems", "contains", "else", "if", "items", "not", "propertyNames", "then")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _BY_NAME = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
+#: What says nothing of values.
+_NOTES = frozenset({
+    *("$comment", "$defs", "$id", "$schema", "default", "definitions", "description", "examples", "title"),
+})  # fmt: skip
+#: Keywords of schemas in which a narrower part makes the whole narrower, and no part needs what another forbids.
+_PLAIN = _NOTES | {
+    *("additionalProperties", "const", "enum", "format", "items", "pattern", "properties", "required", "type"),
+    *("exclusiveMaximum", "exclusiveMinimum", "maxItems", "maxLength", "maximum", "minItems", "minLength", "minimum"),
+    "multipleOf",
+}
 
 
 class BadSchema(ValueError):
@@ -33,9 +43,44 @@ class BadSchema(ValueError):
 
 
 def prepared(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema without what nobody checks. Raises BadSchema. Recurses as deep as the schema, which is at most
-    `MAX_DEPTH`."""
-    return _prepared(schema, "#")
+    """The schema without what nobody checks, and where all of it is plain, with objects that have only what it lists:
+    a small model would go on with names of its own for ever. Raises BadSchema. Recurses as deep as the schema, which is
+    at most `MAX_DEPTH`."""
+    out = _prepared(schema, "#")
+    if all(_is_plain(part) for part in _parts(out)):
+        for part in _parts(out):
+            if _lists_all(part):
+                part["additionalProperties"] = False
+    return out
+
+
+def _parts(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The schema and all schemas in it."""
+    left = [schema]
+    while left:
+        part = left.pop()
+        inner = [part.get(keyword) for keyword in _ONE]
+        for keyword in _LISTS:
+            inner += found if isinstance(found := part.get(keyword), list) else []
+        for keyword in _BY_NAME:
+            inner += found.values() if isinstance(found := part.get(keyword), dict) else []
+        left += [each for each in inner if isinstance(each, dict)]
+        yield part
+
+
+def _is_plain(part: Mapping[str, Any]) -> bool:
+    beside = part.keys() - _NOTES
+    return part.keys() <= _PLAIN or beside in ({"anyOf"}, {"$ref"})
+
+
+def _lists_all(part: Mapping[str, Any]) -> bool:
+    """Whether it lists an object's properties, among them all that must be there, and says nothing of others."""
+    listed, required = part.get("properties"), part.get("required", [])
+    if not isinstance(listed, dict) or not isinstance(required, list):
+        return False
+    if part.keys() & {"additionalProperties", "const", "enum"}:
+        return False
+    return all(isinstance(name, str) and name in listed for name in required)
 
 
 def _prepared(schema: Mapping[str, Any], where: str) -> dict[str, Any]:

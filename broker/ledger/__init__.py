@@ -2,16 +2,29 @@
 
 from perllm.broker.ledger.events import gap, later
 from perllm.broker.ledger.ledger import Ledger
-from perllm.broker.ledger.records import Claim, Dispatch, End, Entry, Glance, Leader, TaskRecord, entry, is_id, weight
+from perllm.broker.ledger.records import (
+    Claim,
+    Dispatch,
+    End,
+    EndKind,
+    Entry,
+    Glance,
+    Leader,
+    TaskRecord,
+    entry,
+    is_id,
+    weight,
+)
 from perllm.broker.ledger.scheduler import SWEEP_LIMIT
-from perllm.broker.ledger.worker import SAY_EVERY
+from perllm.broker.ledger.worker import SAY_TIME
 
 __all__ = [
-    "SAY_EVERY",
+    "SAY_TIME",
     "SWEEP_LIMIT",
     "Claim",
     "Dispatch",
     "End",
+    "EndKind",
     "Entry",
     "Glance",
     "Leader",

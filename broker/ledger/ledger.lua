@@ -19,13 +19,17 @@
 --                              key         the name below the prefix of its idempotency key, if it has one
 --                              while placed: node, model, dispatched, claimed, token
 --                              why         the last Explanation, JSON
---                              when final: finished
---   result:<id>        string  of a task that ended otherwise than cancelled: its Result, JSON
+--                              of a task by a Celery producer: celery, what Celery is to be told on the way, of the
+--                              words `started`, `progress` and `followers`
+--                              when final: finished; withdrawn, where its producer ended it
+--   result:<id>        string  of a task that has ended: its Result, JSON. Not of one that its producer ended (cancelled,
+--                              or expired while nobody was there to end it): that is told by the record
 --   of:<tenant>        zset    the tenant's tasks by the time they were submitted
 --   text:<id>          list    the text of a task submitted with `stream`, as it is generated: pieces, each
 --                              "<attempt> <text>"; gone an hour after the last
 --   bytes              hash    tenant → bytes its tasks take: payload, features, result (twice: Celery's copy) and
---                              about a kilobyte each for all the rest
+--                              about a kilobyte each for all the rest; of one without a result what its features say it
+--                              will take (`result_bytes`), or a tenant could hand in more than there is room for
 --   in:<state>         zset    the tasks in that state: a task is in exactly one of them. Scores:
 --                              pending: its deadline; dispatched, running: when its lease ends; final: when it ended.
 --                              The lease on what is dispatched ends with its deadline at the latest, that on what runs
@@ -35,18 +39,25 @@
 --                              sent nothing), rested (since when), rests_taken (how often in a row)
 --   node:<name>:tasks  set     the tasks dispatched to or running on it
 --   nodes              zset    live nodes by the time until which they count as alive
+--   gone               hash    node that left or died → "<when> <its info>", for some: who had what is asked for now
 --   key:<tenant> <key> string  idempotency key → task id, kept for as long as the task
 --   events             stream  what schedulers and workers caused. One field `e`: an Event, JSON; trimmed to about the
 --                              length given
---   requests           stream  what producers caused, submissions and cancellations, alike. Two streams, since who may
---                              write to one can write anything there
---   untold             hash    cancelled task → its node or '': those whose node and Celery producer are still to be told
+--   requests           stream  what producers caused, submissions, cancellations and ends of what was overdue, alike.
+--                              Two streams, since who may write to one can write anything there
+--   untold             hash    task its producer ended → its node or '': those whose node and Celery producer are still
+--                              to be told
 --   refused            hash    id of a message that became no task → what its Celery producer is still to be told
+--   followers          hash    task → what its Celery producer wants to follow it (callbacks, the rest of a chain, a
+--                              chord's body), JSON, until that was sent
+--   to_follow          zset    tasks by Celery producers that have ended and have followers, or ended before they began,
+--                              by when the inbox is told of them (again)
 --   totals             hash    submitted, succeeded, failed, expired, rejected, cancelled, forgotten: ever
 --   revoked            zset    ids revoked before they were submitted, by when that is forgotten
 --   epoch, leader      string  the scheduler's fencing number, and who leads under it (expires)
 --   snapshot           string  what the scheduler learned, JSON, with the stream position it stands for
 --   signal:<name>      channel a task id whose generation on that node must stop
+--   signal:@inbox      channel something was added to to_follow
 --   said:<id>          channel a piece was added to text:<id>
 --   may:<operation>    never a key: whoever may read it by the server's access rules (ACL) may call that operation
 --
@@ -72,7 +83,15 @@ local FIRST = 4 -- where an operation's own arguments begin in ARGV
 local MOST_NAMED = 16 -- and how many of them have a name of their own at most
 
 local FINAL = { succeeded = true, failed = true, expired = true, rejected = true, cancelled = true }
-local EXCEPTION = { failed = 'TaskFailed', expired = 'TaskExpired', rejected = 'TaskRejected' }
+local OURS = 'perllm.broker.errors'
+local EXCEPTION = { -- what Celery's producers see of an end that is none of success
+    failed = { 'TaskFailed', OURS },
+    expired = { 'TaskExpired', OURS },
+    rejected = { 'TaskRejected', OURS },
+    refused = { 'InvalidTask', OURS },
+    revoked = { 'TaskRevokedError', 'celery.exceptions' },
+    chord = { 'ChordError', 'celery.exceptions' },
+}
 
 local function num(x) return string.format('%.6f', x) end
 local function task_key(id) return P .. 'task:' .. id end
@@ -114,24 +133,41 @@ local function weigh(tenant, n) -- `n` bytes more, or less, are kept for a tenan
     if type(held) == 'number' and held <= 0 then redis.call('HDEL', P .. 'bytes', tenant) end
 end
 
+-- Bytes a task's result is expected to take, twice; in `features` no text of a user's can look so, for its quotes are
+-- escaped.
+local function reserved(features)
+    return 2 * (tonumber(string.match(features or '', '"result_bytes": (%d+)') or '') or 0)
+end
+
 local function unplace(id, node)
     if node then redis.call('SREM', P .. 'node:' .. node .. ':tasks', id) end
     redis.call('HDEL', task_key(id), 'node', 'model', 'dispatched', 'claimed')
 end
 
--- Celery's copy of a result, and its announcement. What it says of an end without one is an exception's arguments.
-local function tell_celery(id, status, said)
-    local result = said
-    if status == 'REVOKED' then
-        result = '{"exc_type":"TaskRevokedError","exc_message":[' .. str(said) .. '],"exc_module":"celery.exceptions"}'
-    elseif status ~= 'SUCCESS' then
-        result = '{"exc_type":"' .. (EXCEPTION[status] or 'InvalidTask') .. '","exc_message":[' .. str(said) .. '],"exc_module":"perllm.broker.errors"}'
-        status = 'FAILURE'
-    end
-    local meta = '{"status":"' .. status .. '","result":' .. result .. ',"traceback":null,"children":[],"task_id":' .. str(id) .. '}'
+-- What AsyncResult shows, and its announcement; `new`: only where it shows nothing yet.
+local function show_celery(id, status, result, new)
     local name = 'celery-task-meta-' .. id
+    local meta = '{"status":"' .. status .. '","result":' .. result .. ',"traceback":null,"children":[],"task_id":' .. str(id) .. '}'
+    if new and redis.call('EXISTS', name) == 1 then return end
     redis.call('SET', name, meta, 'EX', math.ceil(retention))
     redis.call('PUBLISH', name, meta)
+end
+
+-- The same of an end without a result.
+local function fail_celery(id, kind, reason, new)
+    local name, module = unpack(EXCEPTION[kind] or EXCEPTION.refused)
+    local result = '{"exc_type":"' .. name .. '","exc_message":[' .. str(reason) .. '],"exc_module":"' .. module .. '"}'
+    show_celery(id, kind == 'revoked' and 'REVOKED' or 'FAILURE', result, new)
+end
+
+local function wants(celery, word) return celery and string.find(celery, word, 1, true) ~= nil end
+
+-- It has ended: the inbox sends what its producer wants to follow, and shows in Flower what no worker has.
+local function to_follow(id, celery, unseen)
+    if wants(celery, 'followers') or (celery and unseen) then
+        redis.call('ZADD', P .. 'to_follow', num(now), id)
+        redis.call('PUBLISH', P .. 'signal:@inbox', '')
+    end
 end
 
 -- Enter a final state but cancelled: the result document, the set, the totals, Celery's copy and the announcement.
@@ -143,11 +179,13 @@ local function finish(id, t, state, on_time, reason, extra)
         .. (reason and ',"reason":' .. str(reason) or '') .. (extra or '') .. '}'
     redis.call('HSET', task_key(id), 'state', state, 'finished', num(now))
     redis.call('SET', P .. 'result:' .. id, doc)
-    weigh(redis.call('HGET', task_key(id), 'tenant'), 2 * #doc)
+    local tenant, celery, features = unpack(redis.call('HMGET', task_key(id), 'tenant', 'celery', 'features'))
+    weigh(tenant, 2 * #doc - reserved(features))
     move(id, t.state, state, now)
     if t.node then redis.call('SREM', P .. 'node:' .. t.node .. ':tasks', id) end
     count(state, 1)
-    tell_celery(id, state == 'succeeded' and 'SUCCESS' or state, state == 'succeeded' and doc or reason or state)
+    if state == 'succeeded' then show_celery(id, 'SUCCESS', doc) else fail_celery(id, state, reason or state) end
+    to_follow(id, celery, state ~= 'succeeded' and not t.claimed)
     return latency
 end
 
@@ -178,12 +216,13 @@ local function give_back(id, t, cause, reason, strike, max_strikes)
     redis.call('HSET', task_key(id), 'state', 'pending')
     redis.call('HDEL', task_key(id), 'token')
     unplace(id, t.node)
+    if t.celery and t.state == 'running' then redis.call('UNLINK', 'celery-task-meta-' .. id) end
     move(id, t.state, 'pending', tonumber(t.deadline))
     event('{"type":"returned","at":' .. num(now) .. ',"id":' .. str(id) .. ',"node":' .. str(t.node) .. ',"attempt":' .. t.attempt
         .. ',"cause":"' .. cause .. '","reason":' .. str(reason) .. ',"strikes":' .. strikes .. '}')
 end
 
-local PLACED = { 'attempt', 'node', 'token', 'strikes', 'deadline', 'submitted', 'claimed', 'dispatched' }
+local PLACED = { 'attempt', 'node', 'token', 'strikes', 'deadline', 'submitted', 'claimed', 'dispatched', 'celery' }
 
 local function placed_tasks(node, states, each)
     for _, id in ipairs(redis.call('SMEMBERS', P .. 'node:' .. node .. ':tasks')) do
@@ -217,21 +256,34 @@ local function rest(name, shortest, longest)
     node_down(name, string.format('it takes up nothing of what it is sent: it is sent nothing for %d s', pause))
 end
 
+local MOST_GONE = 256
+
 -- Every message in its queue is void by now, so the queue goes too.
 local function forget_node(name)
-    local queue = redis.call('HGET', P .. 'node:' .. name, 'queue')
+    local queue, info = unpack(redis.call('HMGET', P .. 'node:' .. name, 'queue', 'info'))
     redis.call('ZREM', P .. 'nodes', name)
     redis.call('DEL', P .. 'node:' .. name)
     if queue then redis.call('DEL', queue) end
+    if info then
+        if redis.call('HLEN', P .. 'gone') >= MOST_GONE then
+            redis.call('HDEL', P .. 'gone', redis.call('HRANDFIELD', P .. 'gone'))
+        end
+        redis.call('HSET', P .. 'gone', name, num(now) .. ' ' .. info)
+        redis.call('EXPIRE', P .. 'gone', math.ceil(retention))
+    end
 end
 
--- Nothing of a final task is kept.
+-- Nothing of a final task is kept, but what is still to follow it.
 local function drop(id, state)
     local tenant, key = unpack(redis.call('HMGET', task_key(id), 'tenant', 'key'))
+    local followers = redis.call('HSTRLEN', P .. 'followers', id)
     if tenant then
         local function length(field) return redis.call('HSTRLEN', task_key(id), field) end
         redis.call('ZREM', P .. 'of:' .. tenant, id)
-        weigh(tenant, -(TASK_BYTES + length('payload') + length('features') + 2 * redis.call('STRLEN', P .. 'result:' .. id)))
+        weigh(tenant, -(TASK_BYTES + length('payload') + length('features') + followers + 2 * redis.call('STRLEN', P .. 'result:' .. id)))
+    end
+    if followers > 0 and not redis.call('ZSCORE', P .. 'to_follow', id) and redis.call('HEXISTS', P .. 'untold', id) == 0 then
+        redis.call('HDEL', P .. 'followers', id)
     end
     redis.call('UNLINK', task_key(id), P .. 'result:' .. id, 'celery-task-meta-' .. id)
     if key and string.sub(key, 1, 4) == 'key:' then redis.call('UNLINK', P .. key) end
@@ -250,28 +302,35 @@ end
 local ops = {}
 local MOST = 1000 -- tasks and ids per call: one call must not hold the server for long
 
--- End a task as cancelled; returns the state it was found in, or false. Producers may: its result is read off the
--- record, and the rest is for `announce`.
+-- How producers end a task: its result is read off the record, and the rest is for `announce`.
+local WITHDRAWN = { cancelled = 'cancelled on request', expired = 'the deadline passed' }
+local function withdraw(id, t, state)
+    local tenant, features = unpack(redis.call('HMGET', task_key(id), 'tenant', 'features'))
+    if reserved(features) > 0 then weigh(tenant, -reserved(features)) end
+    append('requests', '{"type":"ended","at":' .. num(now) .. ',"id":' .. str(id) .. ',"state":"' .. state
+        .. '","reason":"' .. WITHDRAWN[state] .. '"' .. (t.node and ',"node":' .. str(t.node) or '') .. '}')
+    redis.call('HSET', task_key(id), 'state', state, 'finished', num(now), 'withdrawn', 1)
+    move(id, t.state, state, now)
+    redis.call('HSET', P .. 'untold', id, t.node or '')
+    count(state, 1)
+end
+
+-- End a task as cancelled; returns the state it was found in, or false.
 local function cancel(id)
     local t = read(id, unpack(PLACED))
     if not t then return false end
-    if FINAL[t.state] then return t.state end
-    append('requests', '{"type":"ended","at":' .. num(now) .. ',"id":' .. str(id)
-        .. ',"state":"cancelled","reason":"cancelled on request"' .. (t.node and ',"node":' .. str(t.node) or '') .. '}')
-    redis.call('HSET', task_key(id), 'state', 'cancelled', 'finished', num(now))
-    move(id, t.state, 'cancelled', now)
-    redis.call('HSET', P .. 'untold', id, t.node or '')
-    count('cancelled', 1)
+    if not FINAL[t.state] then withdraw(id, t, 'cancelled') end
     return t.state
 end
 
 -- → the id in force for each: its own, or the one its idempotency key had
-function ops.submit() -- each: id, payload, features, window, key, tenant
+-- `celery` and `followers` of a task that came by Celery's inbox, else both empty
+function ops.submit() -- each: id, payload, features, window, key, tenant, celery, followers
     local out, fresh, pending, of = {}, 0, {}, {}
-    if #ARGV >= FIRST + 6 * MOST then return redis.error_reply('ERR too many tasks at once') end
+    if #ARGV >= FIRST + 8 * MOST then return redis.error_reply('ERR too many tasks at once') end
     local revoked = redis.call('EXISTS', P .. 'revoked') == 1 and {} -- before they were submitted
-    for i = FIRST, #ARGV, 6 do
-        local id, payload, features, window, key, tenant = unpack(ARGV, i, i + 5)
+    for i = FIRST, #ARGV, 8 do
+        local id, payload, features, window, key, tenant, celery, followers = unpack(ARGV, i, i + 7)
         local first = key ~= '' and redis.call('GET', P .. 'key:' .. key)
         if first then
             id = first
@@ -285,7 +344,11 @@ function ops.submit() -- each: id, payload, features, window, key, tenant
             local mine = of[tenant] or {}
             of[tenant] = mine
             pending[2 * fresh - 1], pending[2 * fresh] = deadline, id
-            weigh(tenant, TASK_BYTES + #payload + #features)
+            if celery ~= '' then
+                redis.call('HSET', task_key(id), 'celery', celery .. (followers ~= '' and ' followers' or ''))
+                if followers ~= '' then redis.call('HSET', P .. 'followers', id, followers) end
+            end
+            weigh(tenant, TASK_BYTES + #payload + #features + #followers + reserved(features))
             mine[#mine + 1], mine[#mine + 2] = num(now + i * 1e-6), id -- tasks of one call keep their order
             if key ~= '' then
                 redis.call('SET', P .. 'key:' .. key, id)
@@ -340,7 +403,7 @@ end
 
 -- → {payload, seconds to the deadline, model} | nothing when the attempt is void
 function ops.claim(id, attempt, node, token, lease)
-    local t = read(id, 'attempt', 'node', 'token', 'strikes', 'deadline', 'submitted', 'payload', 'model')
+    local t = read(id, 'attempt', 'node', 'token', 'strikes', 'deadline', 'submitted', 'payload', 'model', 'celery')
     if not t or t.attempt ~= attempt or t.node ~= node then return false end
     if t.state == 'dispatched' then
         if tonumber(t.deadline) <= now then
@@ -350,6 +413,7 @@ function ops.claim(id, attempt, node, token, lease)
         redis.call('HSET', task_key(id), 'state', 'running', 'token', token, 'claimed', num(now))
         move(id, 'dispatched', 'running', now + tonumber(lease))
         redis.call('HSET', P .. 'node:' .. node, 'claimed', num(now))
+        if t.celery then show_celery(id, 'STARTED', '{"hostname":' .. str(node) .. '}') end
         event('{"type":"claimed","at":' .. num(now) .. ',"id":' .. str(id) .. ',"node":' .. str(node) .. ',"attempt":' .. attempt .. '}')
     elseif t.state ~= 'running' or t.token ~= token then
         return false
@@ -405,6 +469,24 @@ end
 -- → the state it found, or nothing for an unknown task
 function ops.cancel(id) return cancel(id) end
 
+-- → how many were ended: tasks whose deadline passed a while ago, `limit` of each state at most. It names none, so
+-- whoever waits may call it. The scheduler, which can say more, or a worker, with the part that was done, came first if it
+-- lives: what runs is left to it for a lease
+local OVERDUE = 0.5 -- s
+function ops.expire(limit)
+    local ended_now = 0
+    for _, state in ipairs({ 'pending', 'dispatched', 'running' }) do
+        for _, id in ipairs(redis.call('ZRANGEBYSCORE', set_key(state), '-inf', num(now - OVERDUE), 'LIMIT', 0, limit)) do
+            local readable, t = pcall(read, id, unpack(PLACED))
+            if readable and t and t.state == state and tonumber(t.deadline) <= now - OVERDUE then
+                withdraw(id, t, 'expired')
+                ended_now = ended_now + 1
+            end
+        end
+    end
+    return ended_now
+end
+
 -- → for each the state it found, or '' for one not known yet: it is cancelled when it is submitted
 -- within `keep` s. The latest `most` of these are kept.
 function ops.revoke(keep, most) -- each: id
@@ -419,33 +501,53 @@ function ops.revoke(keep, most) -- each: id
     return out
 end
 
--- → ok        a message becomes no task: its Celery producer is to be told; `status` is REVOKED or FAILURE
-function ops.refuse(id, status, reason)
-    redis.call('HSET', P .. 'refused', id, status .. ' ' .. reason)
+-- → ok        a message becomes no task: its Celery producer is to be told. `kind` is one of EXCEPTION
+function ops.refuse(id, kind, reason)
+    redis.call('HSET', P .. 'refused', id, kind .. ' ' .. reason)
     return 'ok'
 end
 
--- → how many were told        cancelled tasks to their nodes and, as refusals, to Celery's producers
+-- → {id, what is to follow it or '', ...} of tasks that have ended; again after `again` s, until `followed`
+function ops.follow(limit, again)
+    local out = {}
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'to_follow', '-inf', num(now), 'LIMIT', 0, tonumber(limit))) do
+        redis.call('ZADD', P .. 'to_follow', num(now + tonumber(again)), id)
+        out[#out + 1], out[#out + 2] = id, redis.call('HGET', P .. 'followers', id) or ''
+    end
+    return out
+end
+
+-- → ok        all that was to follow it is sent
+function ops.followed(id)
+    local readable, t = pcall(read, id, 'tenant')
+    if readable and t then weigh(t.tenant, -redis.call('HSTRLEN', P .. 'followers', id)) end
+    redis.call('HDEL', P .. 'followers', id)
+    redis.call('ZREM', P .. 'to_follow', id)
+    return 'ok'
+end
+
+-- → how many were told        tasks their producers ended, to their nodes and, as refusals, to Celery's producers
 local function announce(limit)
     local function some(key, tell)
         local pairs_ = redis.call('HRANDFIELD', P .. key, limit, 'WITHVALUES')
         for i = 1, #pairs_, 2 do
             redis.call('HDEL', P .. key, pairs_[i])
-            local t = read(pairs_[i])
-            tell(pairs_[i], pairs_[i + 1], t and t.state)
+            tell(pairs_[i], pairs_[i + 1], read(pairs_[i], 'celery', 'claimed') or {})
         end
         return #pairs_ / 2
     end
-    return some('untold', function(id, node, state)
-        if state and state ~= 'cancelled' then return end
+    return some('untold', function(id, node, t)
+        if t.state and not WITHDRAWN[t.state] then return end
         if node ~= '' then
             redis.call('SREM', P .. 'node:' .. node .. ':tasks', id)
             redis.call('PUBLISH', P .. 'signal:' .. node, id)
         end
-        if state then tell_celery(id, 'REVOKED', 'cancelled') end
-    end) + some('refused', function(id, said, state)
-        local status, reason = string.match(said, '^(%u+) (.*)$')
-        if status and not state then tell_celery(id, status == 'REVOKED' and status or 'FAILURE', reason) end
+        if t.state == 'cancelled' then fail_celery(id, 'revoked', 'cancelled') end
+        if t.state == 'expired' then fail_celery(id, 'expired', WITHDRAWN.expired) end
+        to_follow(id, redis.call('HEXISTS', P .. 'followers', id) == 1 and 'followers' or t.celery, not t.claimed)
+    end) + some('refused', function(id, said, t)
+        local kind, reason = string.match(said, '^(%a+) (.*)$')
+        if kind and not t.state then fail_celery(id, kind, reason, true) end
     end)
 end
 function ops.announce(limit) return announce(tonumber(limit)) end
@@ -473,12 +575,13 @@ function ops.register(name, boot, info, queue, ttl, max_strikes)
     redis.call('HSET', key, 'info', info, 'boot', boot, 'queue', queue)
     redis.call('HDEL', key, 'draining', 'beat', 'claimed', 'rests', 'rested', 'rests_taken')
     redis.call('ZADD', P .. 'nodes', num(now + tonumber(ttl)), name)
+    redis.call('HDEL', P .. 'gone', name)
     event('{"type":"node_up","at":' .. num(now) .. ',"info":' .. info .. '}')
     return 'ok'
 end
 
 -- → {'ok', ids to stop ...} | {'unknown'}
-function ops.beat(name, boot, beat, ttl, lease) -- each: id, attempt, token
+function ops.beat(name, boot, beat, ttl, lease) -- each: id, attempt, token, tokens
     local key = P .. 'node:' .. name
     local known = redis.call('HMGET', key, 'boot', 'rests')
     if known[1] ~= boot or not redis.call('ZSCORE', P .. 'nodes', name) then return { 'unknown' } end
@@ -491,14 +594,17 @@ function ops.beat(name, boot, beat, ttl, lease) -- each: id, attempt, token
     redis.call('HSET', key, 'beat', json)
     event(json)
     local out = { 'ok' }
-    for i = FIRST + 5, #ARGV, 3 do
-        local id, attempt, token = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+    for i = FIRST + 5, #ARGV, 4 do
+        local id, attempt, token, tokens = unpack(ARGV, i, i + 3)
         local readable, t = pcall(running_under, id, attempt, token)
         local deadline = readable and t and t.state == 'running' and tonumber(t.deadline)
         if not deadline then
             out[#out + 1] = id
         else -- an engine that overruns by a whole lease is hung
             redis.call('ZADD', set_key('running'), num(math.min(now, deadline) + tonumber(lease)), id)
+            if wants(t.celery, 'progress') and tokens and string.match(tokens, '^[1-9]%d*$') then
+                show_celery(id, 'PROGRESS', '{"tokens":' .. tokens .. ',"hostname":' .. str(t.node) .. '}')
+            end
         end
     end
     return out
@@ -523,8 +629,8 @@ function ops.leave(name, boot, reason)
     return 'ok'
 end
 
--- → how many things were mended; call again
--- while it returns `limit` or more. What is dispatched is looked at every `unclaimed` s, and may wait `wait` s for others
+-- → how many things were mended; call again while it returns `limit` or more. The leader's, and where none leads the
+-- workers'. What is dispatched is looked at every `unclaimed` s, and may wait `wait` s for others
 -- to make room.
 function ops.sweep(limit, max_strikes, max_kept, unclaimed, wait, shortest_rest, longest_rest)
     limit, max_strikes, max_kept = tonumber(limit), tonumber(max_strikes), tonumber(max_kept)

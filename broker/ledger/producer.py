@@ -1,14 +1,14 @@
-"""The ledger as producers use it: hand in tasks, cancel and forget them."""
+"""The ledger as producers use it: hand in tasks, cancel and forget them, end what is overdue."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from perllm.broker.connection import reaching
 from perllm.broker.ledger.base import LedgerBase
-from perllm.broker.ledger.records import Entry, entry, idempotency_name, state_of, text_of
+from perllm.broker.ledger.records import EndKind, Entry, entry, idempotency_name, state_of, text_of
 from perllm.broker.ledger.script import Argument, Call, call
 from perllm.broker.messages import State, TaskSpec
 
@@ -18,6 +18,9 @@ SUBMIT_BYTES = 1 << 20
 
 #: Calls of `submit` on their way at once: few enough for the socket's buffer, so that the client goes on meanwhile.
 SUBMIT_CALLS = 3
+
+#: Tasks of each state ended per call of `expire`.
+EXPIRE_LIMIT = 500
 
 #: Ids revoked before they were submitted that are kept, and s for which each is.
 REVOKED, REVOKED_FOR = 50_000, 86_400.0
@@ -48,7 +51,7 @@ class Producer(LedgerBase):
         size = 0
         for written in entries:
             each += written
-            size += len(written.payload)
+            size += len(written.payload) + len(written.followers)
             if len(each) >= len(Entry._fields) * SUBMIT_TASKS or size > SUBMIT_BYTES:
                 yield call("submit", each)
                 each, size = [], 0
@@ -80,10 +83,31 @@ class Producer(LedgerBase):
         ]
         return [State(was.decode()) if was else None for reply in self._pipeline(calls) for was in reply]
 
-    def refuse(self, task_id: str, status: Literal["FAILURE", "REVOKED"], reason: str) -> None:
-        """Have the Celery producer of a message told that it becomes no task. Where a task has the id, nothing comes of
-        it."""
-        self._call("refuse", id=_whole(task_id), status=status, reason=_whole(reason))
+    def submit_from_celery(self, task_id: str, spec: TaskSpec, followers: str = "", *, progress: bool = False) -> str:
+        """`submit` for a Celery producer, whose `AsyncResult` is told when the task has begun and, with `progress`, how
+        many tokens there are so far. Once it has ended, `follow` tells of the `followers`, if any."""
+        telling = "started progress" if progress else "started"
+        return self.store([entry(task_id, spec)._replace(celery=telling, followers=followers)])[0]
+
+    def refuse(self, task_id: str, kind: EndKind, reason: str) -> None:
+        """Have the Celery producer of a message told that it becomes no task. Where a task has the id, or the producer
+        was told something else, nothing comes of it."""
+        self._call("refuse", id=_whole(task_id), kind=kind, reason=_whole(reason))
+
+    def follow(self, limit: int, again: float) -> list[tuple[str, str]]:
+        """Some tasks of Celery's producers that have ended, and what is to follow them; '' for one of which nobody but
+        the ledger knows that it has ended. Each is told of again after `again` s, to whoever asks, until `followed`."""
+        reply = [text_of(raw) for raw in self._call("follow", limit=limit, again=again)]
+        return list(zip(reply[::2], reply[1::2], strict=True))
+
+    def followed(self, task_ids: Sequence[str]) -> None:
+        """What follows these tasks has been sent."""
+        self._pipeline([call("followed", id=i) for i in task_ids])
+
+    def expire(self) -> int:
+        """End what is overdue, whosoever it is; returns how many. Nothing comes of it while a scheduler or a worker is
+        there to do so: those who wait for results call it when these should have been there."""
+        return int(self._call("expire", limit=EXPIRE_LIMIT))
 
     def forget(self, task_id: str) -> bool:
         """Drop a task and all that is kept of it, its prompt, text and result; it is cancelled first if it goes on.

@@ -12,9 +12,9 @@ from perllm.broker.ledger.records import Claim, Verdict
 from perllm.broker.ledger.script import Argument
 from perllm.broker.messages import DELTAS, Delta, Heartbeat, NodeInfo, Output, Receipt
 
-#: Pieces of a streamed task's answer that are kept; a worker adds at most one every `SAY_EVERY` s.
-TEXT_PIECES = 20_000
-SAY_EVERY = 0.05
+#: Pieces of a streamed task's answer that are kept. A worker adds one for each `SAY_TIME` s, times those there are: at
+#: first ten thousand a second, at last ten, so that they are enough for a quarter of an hour.
+TEXT_PIECES, SAY_TIME = 20_000, 5e-6
 
 
 class Worker(LedgerBase):
@@ -34,12 +34,13 @@ class Worker(LedgerBase):
         return None if reply == b"ok" else float(reply)
 
     def beat(self, heartbeat: Heartbeat, running: Iterable[tuple[str, int, str]]) -> list[str] | None:
-        """A heartbeat and the renewal of every running attempt's lease (id, attempt, token), in one call. Returns the
+        """A heartbeat and the renewal of every running attempt's lease (id, attempt, token), in one call; producers who
+        asked for it are shown the heartbeat's progress of their task. Returns the
         ids that must stop (cancelled, or no longer this worker's), or None when the node must register again."""
         beat = heartbeat.model_dump_json(exclude={"at"})
         reply = self._call(
             "beat",
-            [word for attempt in running for word in attempt],
+            [word for attempt in running for word in (*attempt, heartbeat.progress.get(attempt[0], 0))],
             name=heartbeat.node,
             boot=heartbeat.boot,
             beat=beat,

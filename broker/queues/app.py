@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from uuid import uuid4
 
@@ -17,15 +17,18 @@ from celery import Celery
 from celery.app import backends
 from celery.backends.redis import RedisBackend
 
-from perllm.broker.connection import CONNECT_TIMEOUT, NEAR_REPLY_TIMEOUT
+from perllm.broker.connection import CONNECT_TIMEOUT, NEAR_REPLY_TIMEOUT, connect, reaching
 from perllm.broker.errors import PerLLMError, exit_with
 from perllm.broker.messages import WIRE_VERSION
 from perllm.broker.queues import transport
 from perllm.broker.settings import Settings
 
-#: The task plain Celery producers send, and the queue they send it to.
+#: The tasks plain Celery producers send, and the queue they send them to.
 GENERATE = "perllm.generate"
+EMBED = "perllm.embed"
 INBOX = "inbox"
+#: What is added to a queue's name for each priority (kombu.transport.redis).
+_PRIORITIES = ("", "\x06\x163", "\x06\x166", "\x06\x169")
 #: How kombu notices a server that is gone without a word: a reply is awaited for so long, and a connection that should
 #: have said something within 1 s + health_check_interval is dropped when next looked at (kombu.transport.redis).
 NOTICE = {"socket_timeout": NEAR_REPLY_TIMEOUT, "health_check_interval": 5}
@@ -41,19 +44,30 @@ class _Results(RedisBackend):  # type: ignore[misc]
         return result
 
     def on_chord_part_return(self, *_: Any, **__: Any) -> None:
-        """No task of ours is a part of a chord, whatever a message says."""
+        """What follows a task is the inbox's to send, after the task's end and a check (`perllm.broker.inbox`)."""
+
+    def _fail_chain(self, *_: Any, **__: Any) -> None:
+        """The same."""
+
+    def _call_task_errbacks(self, *_: Any, **__: Any) -> None:
+        """The same."""
 
 
 class _App(Celery):  # type: ignore[misc]
-    def _get_backend(self) -> _Results:
+    events_cls = "perllm.broker.queues.events:Events"
+    results: Callable[..., RedisBackend] = _Results
+
+    def _get_backend(self) -> RedisBackend:
         _, url = backends.by_url(self.conf.result_backend, self.loader)
-        return _Results(app=self, url=url)
+        return self.results(app=self, url=url)
 
 
 def configuration(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) -> dict[str, Any]:
-    """Celery's settings (JSON only) for workers that consume `queue` with `concurrency` threads and no prefetch
-    beyond, and for those who send to them."""
-    transport.install(node=queue != INBOX)
+    """Celery's settings (JSON only) for workers that consume `queue` with `concurrency` threads, and for those who send
+    to them. A node's worker has as many messages again at hand, so that a thread that is free need not wait for the way
+    to the server: a message is no more than a hint to claim."""
+    is_node = queue != INBOX
+    transport.install(node=is_node)
     made = {
         "broker_url": settings.celery_url,
         "result_backend": settings.celery_url,
@@ -71,8 +85,7 @@ def configuration(settings: Settings, *, queue: str = INBOX, concurrency: int = 
         "worker_disable_rate_limits": True,
         "worker_pool": "threads",
         "worker_concurrency": concurrency,
-        "worker_prefetch_multiplier": 1,
-        "worker_disable_prefetch": True,
+        "worker_prefetch_multiplier": 2 if is_node else 1,
         "worker_send_task_events": True,
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
@@ -98,9 +111,10 @@ def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) ->
     return lazy_app(lambda: configuration(settings, queue=queue, concurrency=concurrency))
 
 
-def lazy_app(configure: Callable[[], dict[str, Any]]) -> Celery:
+def lazy_app(configure: Callable[[], dict[str, Any]], results: Callable[..., RedisBackend] = _Results) -> Celery:
     """An app whose configuration is made when Celery first asks for it, as every command of its does. So its module can
-    be imported anywhere, whatever the settings; a wrong one ends the command with one line and status 2."""
+    be imported anywhere, whatever the settings; a wrong one ends the command with one line and status 2. `results`
+    makes its result backend."""
 
     def configure_or_exit() -> dict[str, Any]:
         try:
@@ -109,8 +123,23 @@ def lazy_app(configure: Callable[[], dict[str, Any]]) -> Celery:
             exit_with(error)
 
     app = _App("perllm")
+    app.results = results
     app.add_defaults(configure_or_exit)
     return app
+
+
+def queue_lengths(settings: Settings, names: Iterable[str]) -> dict[str, int]:
+    """Messages that wait in these queues, of all priorities; without those that this user may not see. Raises
+    Unreachable."""
+    names = list(names)
+    with reaching(settings), connect(settings, reply_timeout=NEAR_REPLY_TIMEOUT) as client:
+        pipe = client.pipeline(transaction=False)
+        for step in _PRIORITIES:
+            for name in names:
+                pipe.llen(f"{name}{step}")
+        replies = pipe.execute(raise_on_error=False)
+    lengths = {name: replies[i :: len(names)] for i, name in enumerate(names)}
+    return {name: sum(counts) for name, counts in lengths.items() if all(isinstance(n, int) for n in counts)}
 
 
 #: Where the ledger puts the start of the prompt in a node's message, for Flower and other people.

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty
-from typing import Any
+from typing import Any, Literal
 
 import structlog
+from kombu.asynchronous import get_event_loop
 from kombu.transport import TRANSPORT_ALIASES, redis, virtual
+from kombu.utils.json import loads
 from pydantic import BaseModel, ValidationError
 from redis.exceptions import ResponseError
 
@@ -34,6 +36,18 @@ class _Task(BaseModel):
     retries: int | None = None
     eta: str | None = None
     expires: str | None = None
+
+
+class _Reply(BaseModel):
+    """Where the sender of a command may have its answer: not wherever the worker that answers may write."""
+
+    exchange: Literal["reply.celery.pidbox"]
+
+
+class _Command(BaseModel):
+    """Remote control, as far as we look at it."""
+
+    reply_to: _Reply | None = None
 
 
 #: What kombu's QoS notes of a message it has taken, also at the memory limit: the message was in memory before.
@@ -121,6 +135,8 @@ class Channel(redis.Channel):
             try:
                 if not no_ack:  # without acknowledgement it is no task but an event, or remote control
                     _Task.model_validate(message.headers if "task" in message.headers else message.payload)
+                elif isinstance(message.payload, dict) and "method" in message.payload:
+                    _Command.model_validate(message.payload)
                 return callback(message)
             except self.connection_errors:
                 raise
@@ -156,19 +172,59 @@ class _NodeQoS(redis.QoS):
         virtual.QoS.append(self, message, delivery_tag)  # type: ignore[no-untyped-call]
 
     def ack(self, delivery_tag: str) -> None:
+        full = not self.can_consume()  # type: ignore[no-untyped-call]
         virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
+        if full and (loop := get_event_loop()) is not None:
+            loop.call_soon(_look_again)  # type: ignore[no-untyped-call]  # it waits for other things, for up to a second
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:  # noqa: ARG002  the ledger requeues
-        virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
+        self.ack(delivery_tag)
 
     def restore_visible(self, start: int = 0, num: int = 10, interval: int = 10) -> None:
         """Nothing to restore."""
 
 
+def _look_again() -> None:
+    """Nothing: the loop asks before each wait whether it may fetch more."""
+
+
 class NodeChannel(Channel):
-    """A channel for a node's own queue."""
+    """A channel for a node's own queue, of which one trip to the server fetches as many messages as there are places:
+    with one at a time, as kombu has it, the way there and back would bound a worker's rate whatever its slots."""
 
     QoS = _NodeQoS
+    _in_poll: Any
+    _brpop_sent_at: Any
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        keys = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]  # type: ignore[no-untyped-call]
+        places = self.qos.can_consume_max_estimate() or 1
+        self._in_poll, self._brpop_sent_at = self.client.connection, time.monotonic()
+        wait = timeout or self.brpop_timeout
+        self.client.connection.send_command("BLMPOP", wait, len(keys), *keys, "RIGHT", "COUNT", places)
+
+    def _brpop_read(self, **_: Any) -> bool:
+        """Kombu's, for what `_brpop_start` asked for. What cannot be read is no reason not to deliver the others."""
+        try:
+            reply = self.client.parse_response(self.client.connection, "BLMPOP")
+        except self.connection_errors:
+            self.client.connection.disconnect()
+            raise
+        finally:
+            self._in_poll = None
+        if not reply:
+            raise Empty
+        key, messages = reply
+        queue = key.decode().rsplit(self.sep, 1)[0]
+        for message in messages:
+            try:
+                self.connection._deliver(loads(message.decode()), queue)  # type: ignore[no-untyped-call]
+            except self.connection_errors:
+                raise
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                _report(error)
+        return True
 
 
 class NodeTransport(Transport):

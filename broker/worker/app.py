@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, Literal, TypeVar
 from uuid import uuid4
 
@@ -18,9 +18,9 @@ from pydantic import ValidationError
 
 from perllm.broker import connection, logs
 from perllm.broker.engine.contract import Engine
-from perllm.broker.errors import BadSetting, PerLLMError, TaskExpired, TaskFailed, exit_with, field_errors
+from perllm.broker.errors import BadSetting, PerLLMError, TaskExpired, TaskFailed, Unreachable, exit_with, field_errors
 from perllm.broker.ledger import Ledger
-from perllm.broker.messages import WIRE_VERSION, NodeInfo
+from perllm.broker.messages import WIRE_VERSION, NodeInfo, State
 from perllm.broker.queues import control
 from perllm.broker.queues.app import RUN, configuration, lazy_app
 from perllm.broker.settings import load_settings
@@ -53,7 +53,10 @@ class _Node(Generic[S]):
         self._worker: NodeWorker | None = None
         self.app = lazy_app(self._configure)
         # Failures are results here: they are in the ledger before Celery hears of them, so no traceback in the log.
-        self.app.task(bind=True, name=RUN, typing=False, throws=(TaskFailed, TaskExpired))(self._make_task())
+        # Acknowledged late, so that what is at hand and not yet done is bounded.
+        self.app.task(bind=True, name=RUN, typing=False, acks_late=True, throws=(TaskFailed, TaskExpired))(
+            self._make_task()
+        )
 
     def _configure(self) -> dict[str, Any]:
         """Celery's configuration. Raises PerLLMError."""
@@ -131,10 +134,18 @@ class _Node(Generic[S]):
             with structlog.contextvars.bound_contextvars(task_id=task.request.id, node=self._name):
                 line = self._worker.run(task.request.id, attempt)
             if line.startswith(("void", "stopped")):  # to Celery too this attempt is no success of the task's
+                if self._is_cancelled(task.request.id):
+                    task.send_event("task-revoked", terminated=line.startswith("stopped"), signum=None, expired=False)
                 raise Ignore(line)
             return line
 
         return run
+
+    def _is_cancelled(self, task_id: str) -> bool:
+        """Whether Flower is to show it revoked; as it was shown before, where the server does not say."""
+        with suppress(Unreachable):
+            return self._ledger.states([task_id]) == [State.CANCELLED]
+        return False
 
 
 def _host_name() -> str:

@@ -1,7 +1,8 @@
 """The part of a worker around its engine: register, heartbeat, claim, run, complete, hand back.
 
 One `NodeWorker` per process. Celery threads call `run`; one more thread sends heartbeats: each renews every running
-attempt's lease and returns which of them must stop. A cancel wakes it at once through the node's signal channel.
+attempt's lease and returns which of them must stop. A cancel wakes it at once through the node's signal channel. While
+no scheduler leads, it also does what of its work nobody can wait for: ends what is overdue, frees what dead nodes held.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, assert_never
 from uuid import uuid4
 
@@ -19,7 +20,8 @@ import structlog
 from pydantic import ValidationError
 
 from perllm.broker import grammar
-from perllm.broker.engine.contract import Engine, EngineDown, EngineError, Generation, Stop
+from perllm.broker.engine.checks import embeddings_excess
+from perllm.broker.engine.contract import Engine, EngineDown, EngineError, Generation, Stop, counters_or_none
 from perllm.broker.errors import (
     BadSetting,
     InvalidTask,
@@ -30,7 +32,7 @@ from perllm.broker.errors import (
     field_errors,
 )
 from perllm.broker.ledger import Claim, Ledger
-from perllm.broker.messages import Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec, whole_text
+from perllm.broker.messages import Choice, Counters, Energy, Heartbeat, NodeInfo, Receipt, TaskSpec, whole_text
 from perllm.broker.worker.settings import WorkerSettings
 from perllm.broker.worker.text_publisher import TextPublisher
 
@@ -45,8 +47,30 @@ MAX_REASON = 2000
 #: The reason given for work handed back by a graceful stop.
 STOPPING = "the worker is stopping"
 
+#: Least time before its deadline at which an answer that may be cut ends, s: what completing it takes a busy server.
+DELIVERY_SECONDS = 0.1
+
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
+C = TypeVar("C", bound=Choice)
+
+
+def may_be_cut(spec: TaskSpec) -> bool:
+    """Whether an answer that is not complete at the deadline is still one: not where it must have a form."""
+    formed = spec.json_schema is not None or spec.grammar is not None or spec.tool_choice == "required"
+    return spec.fit_context and not formed
+
+
+def cut_at_deadline(done: Generation) -> Generation:
+    """An answer that the deadline ended, as one that is as long as it could be; one that had not begun stays."""
+    if done.output.finish_reason != "deadline" or not done.completion_tokens:
+        return done
+    more = tuple(_cut(choice) for choice in done.output.more)
+    return replace(done, output=_cut(done.output.model_copy(update={"more": more})))
+
+
+def _cut(choice: C) -> C:
+    return choice.model_copy(update={"finish_reason": "length"}) if choice.finish_reason == "deadline" else choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +80,7 @@ class _Attempt:
     number: int
     token: str
     stop: Stop
+    deadline: float  # of the task, s, `time.monotonic()`
 
 
 class NodeWorker:
@@ -153,7 +178,7 @@ class NodeWorker:
         if claim is None:
             log.info("attempt_void", task_id=task_id, attempt=number)
             return "void: placed elsewhere, cancelled or expired meanwhile"
-        attempt = _Attempt(number, token, Stop(claim.deadline))
+        attempt = _Attempt(number, token, Stop(claim.deadline), time.monotonic() + claim.deadline)
         with self._changed:
             self._running[task_id] = attempt
             if self._handing_back.is_set():
@@ -168,8 +193,13 @@ class NodeWorker:
             return self._failed(task_id, attempt, reason, retry=True)
         try:
             grammar.check(spec)
+            self._check_size(spec)
             publisher = TextPublisher(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
+            if may_be_cut(spec):
+                attempt.stop.bring_forward(self._time_to_deliver(claim, transfer))
             done = self._engine.generate(task_id, spec, attempt.stop, publisher)
+            if may_be_cut(spec) and time.monotonic() < attempt.deadline:
+                done = cut_at_deadline(done)
         except EngineDown as error:
             reason = str(error)
             self._leave_service(reason)  # before the task goes back, or it could come straight here again
@@ -186,10 +216,18 @@ class NodeWorker:
             return self._failed(task_id, attempt, f"{type(error).__name__}: {error}", retry=True)
         return self._deliver(task_id, attempt, done, self._receipt(attempt, done, claim, transfer))
 
+    def _check_size(self, spec: TaskSpec) -> None:
+        """Raises InvalidTask where what it asks for is more than may be stored."""
+        offer = self.info.offer(spec.model)
+        if offer is None or offer.dimensions is None:
+            return
+        if excess := embeddings_excess(spec, offer.dimensions, self._settings.max_result_bytes):
+            raise InvalidTask(f"inputs: {excess}")
+
     def _deliver(self, task_id: str, attempt: _Attempt, done: Generation, receipt: Receipt) -> str:
         ledger, number, token = self._ledger, attempt.number, attempt.token
         cost = f"{done.completion_tokens} tokens, {receipt.energy.total:.2f} J ({receipt.energy.method})"
-        match done.output.finish_reason:
+        match done.finish:
             case "stop" | "length" | "tool_calls":
                 verdict = self._until_delivered(
                     lambda: ledger.complete(task_id, number, token, "succeeded", done.output, receipt)
@@ -207,13 +245,19 @@ class NodeWorker:
                     return f"handed back after {cost}"
                 return f"stopped after {cost}"
             case _:
-                assert_never(done.output.finish_reason)
+                assert_never(done.finish)
 
     def _failed(self, task_id: str, attempt: _Attempt, reason: str, *, retry: bool) -> str:
         reason = whole_text(reason[:MAX_REASON])
         log.warning("attempt_failed", task_id=task_id, attempt=attempt.number, reason=reason, retry=retry)
         self._until_delivered(lambda: self._ledger.fail(task_id, attempt.number, attempt.token, reason, retry=retry))
         raise TaskFailed(reason)
+
+    def _time_to_deliver(self, claim: Claim, transfer: float) -> float:
+        """Seconds before its deadline at which an answer that may be cut ends: so long the engine may need to notice
+        and the result to travel, both ways as long as the claim took; a fifth of the time left at most."""
+        step = counters_or_none(self._engine).longest_step
+        return min(DELIVERY_SECONDS + 2 * (step + transfer), claim.deadline / 5)
 
     def _receipt(self, attempt: _Attempt, done: Generation, claim: Claim, transfer: float) -> Receipt:
         joules = len(claim.payload) * self.info.power.joules_per_byte
@@ -230,6 +274,8 @@ class NodeWorker:
             prompt_tokens=done.prompt_tokens,
             cached_tokens=done.cached_tokens,
             completion_tokens=done.completion_tokens,
+            cut=any(choice.finish_reason in ("length", "deadline") for choice in done.output.choices),
+            choice_tokens=tuple(choice.tokens for choice in done.output.choices) if done.output.more else (),
             energy=energy,
             before=done.before,
             after=done.after,
@@ -357,3 +403,5 @@ class NodeWorker:
         for task_id in must_stop:
             log.info("attempt_stopped", task_id=task_id)
             running[task_id].stop.cancel()
+        if not self._ledger.led():  # deadlines and leases hold all the same
+            self._ledger.sweep()

@@ -131,7 +131,7 @@ class Agod(Baseline):
             if node.name not in self.actions and len(self.actions) < NODES:
                 self.actions.append(node.name)
             if node.name in self.actions:
-                cost, held = node.info.models[0].calibration, len(node.in_flight) / node.info.slots
+                cost, held = node.info.models[0].calibration, node.taken / node.info.slots
                 begin = TASK_FEATURES + self.actions.index(node.name) * NODE_FEATURES
                 row[begin : begin + NODE_FEATURES] = (
                     1.0,

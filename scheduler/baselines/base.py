@@ -38,9 +38,7 @@ class Baseline(Policy):
     @override
     def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
         """How many tasks each candidate holds: all that most of these policies look at."""
-        return tuple(
-            Candidate(node=n.name, note=f"holds {len(n.in_flight)} of {n.info.slots} slots") for n in candidates
-        )
+        return tuple(Candidate(node=n.name, note=f"holds {n.taken} of {n.info.slots} slots") for n in candidates)
 
     @override
     def snapshot(self) -> dict[str, Any]:

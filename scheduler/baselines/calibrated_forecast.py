@@ -33,20 +33,22 @@ def forecast(node: Node, task: Task, lengths: MeanLength) -> Forecast:
     A queued task starts when one of the `slots` running ones has ended; each holds its slot for its prefill and its
     mean output. Energy is busy power over the time this task adds to the node's steps.
     """
-    offer = node.info.offer(task.model)
-    assert offer is not None  # candidates offer the model
-    cost, slots, held = offer.calibration, node.info.slots, len(node.in_flight)
+    offer = node.offer(task.demand)
+    assert offer is not None  # candidates serve the task
+    cost, slots, held = offer.calibration, node.info.slots, node.taken
     tokens = lengths.tokens(task)
     prefill = cost.prefill * task.prompt_tokens
     context = cost.context * (task.prompt_tokens + tokens / 2)
     transfer = task.payload_bytes / node.info.bandwidth
     alone = transfer + prefill + tokens * (cost.step + cost.sequence + context)
-    active = min(held + 1, slots)
+    own = min(task.n, slots)  # answers at a time
+    tokens *= task.n / own
+    active = min(held + own, slots)
     # In a batch, everyone waits for everyone's prefill: it takes this share of the node's time.
     step = cost.step + active * (cost.sequence + context + prefill / max(tokens, 1.0))
     service = transfer + prefill + tokens * step
     wait = max(0, held + 1 - slots) / slots * service
-    energy = node.info.power.active * (prefill + tokens * step / active)
+    energy = node.info.power.active * (prefill + tokens * step * own / active)
     return Forecast(wait + service, alone, energy + task.payload_bytes * node.info.power.joules_per_byte)
 
 

@@ -116,7 +116,7 @@ class CsUcbPaper(Baseline):
                 needed += flight.payload_bytes / max(flight.deadline - now, _MIN_TIME)
         return {
             "deadline": (allowed - delay) / allowed,
-            "compute": (capacity - len(node.in_flight) - 1) / capacity,
+            "compute": (capacity - node.taken - 1) / capacity,
             "bandwidth": (node.info.bandwidth - needed) / node.info.bandwidth,
         }
 

@@ -13,7 +13,7 @@ from perllm.scheduler.core.policy import Choice, Place
 
 def load(node: Node) -> float:
     """Tasks held per slot."""
-    return len(node.in_flight) / node.info.slots
+    return node.taken / node.info.slots
 
 
 class LeastLoaded(Baseline):

@@ -41,7 +41,7 @@ class LinUcb(Baseline):
 
     def x(self, task: Task, node: Node, now: float) -> list[float]:
         """The features of `task` on `node`."""
-        held = len(node.in_flight) / node.info.slots
+        held = node.taken / node.info.slots
         length = self.lengths.tokens(task)
         left = task.deadline - now
         return [1.0, min(held, 1.0), max(held - 1.0, 0.0), task.prompt_tokens / 500, length / 100, min(left / 5, 4.0)]

@@ -46,7 +46,7 @@ class RewardlessGuidance(Baseline):
     @staticmethod
     def context(task: Task, node: Node, now: float) -> str:
         """What is seen when `task` is put on `node`, in coarse steps."""
-        full = min(int(4 * len(node.in_flight) / node.info.slots), 6)
+        full = min(int(4 * node.taken / node.info.slots), 6)
         left = max(0, min(int(math.log2(max(task.deadline - now, 0.1)) * 2), 12))
         prompt = max(0, min(int(math.log2(task.prompt_tokens)) - 6, 6))
         return f"{node.name}|{full}|{left}|{prompt}"

@@ -32,7 +32,7 @@ class WithAdmission(Policy):
         left = task.deadline - now
         if any(forecast(node, task, self.lengths).finish <= left for node in candidates):
             return self.policy.choose(task, candidates, cluster, now)
-        serving = [node for node in cluster.nodes.values() if node.info.offer(task.model) is not None]
+        serving = cluster.serving(task.demand)
         soonest = min(forecast(node, task, self.lengths).alone for node in serving)
         if soonest > left:
             return Reject(f"even an empty node would take {soonest:.2f} s of the {left:.2f} s left")

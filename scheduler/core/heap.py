@@ -52,12 +52,13 @@ def _build(keys: Floats, items: Ints, size: int) -> None:
 class Heap:
     """Smallest key first; of equal keys, smallest item."""
 
-    __slots__ = ("_items", "_keys", "_size")
+    __slots__ = ("_first", "_items", "_keys", "_size")
 
     def __init__(self) -> None:
         self._keys: Floats = np.empty(16)
         self._items: Ints = np.empty(16, np.int64)
         self._size = 0
+        self._first: tuple[float, int] | None = None  # None: not looked up
 
     def __len__(self) -> int:
         return self._size
@@ -68,16 +69,21 @@ class Heap:
             self._resize(2 * size)
         self._keys[size], self._items[size] = key, item
         self._size = size + 1
+        if self._first is not None and (key, item) < self._first:
+            self._first = key, item
         _up(self._keys, self._items, size)
 
     def peek(self) -> tuple[float, int]:
         """The first entry. The heap must not be empty."""
-        return float(self._keys[0]), int(self._items[0])
+        if self._first is None:
+            self._first = float(self._keys[0]), int(self._items[0])
+        return self._first
 
     def pop(self) -> tuple[float, int]:
         """Take out the first entry. The heap must not be empty."""
         keys, items, first = self._keys, self._items, self.peek()
-        self._size = size = self._size - 1
+        self._size, self._first = self._size - 1, None
+        size = self._size
         if size:
             keys[0], items[0] = keys[size], items[size]
             _down(keys, items, size, 0)
@@ -91,7 +97,7 @@ class Heap:
 
     def replace(self, keys: Floats, items: Ints) -> None:
         """Hold exactly these entries."""
-        self._keys, self._items, self._size = keys.copy(), items.copy(), len(keys)
+        self._keys, self._items, self._size, self._first = keys.copy(), items.copy(), len(keys), None
         if self._size < 16:
             self._resize(16)
         _build(self._keys, self._items, self._size)

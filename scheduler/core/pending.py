@@ -1,12 +1,13 @@
 """The pending pool: unfinished tasks that are on no node, in order of urgency, in about 280 bytes each.
 
 A task's fields are kept in a row of a structured array and become a `Task` when it is decided about. There is one lane
-per model (and one for tasks that take any), so that work for a model that is full (or nowhere) never stands before work
-that could run. In its lane a task is `fresh`, to be decided about in the next round, or `parked`: nothing good enough
-was free, and it waits until its wake-up time or its turn in a scan. A scan goes through the parked in order of how near
-they were to being placed, a few in each round; it begins anew when room appears (`rescan`), goes on when something may
-have changed (`continue_scan`), and stops with the round (`end_scan`). So a round costs what there is to decide, however
-many tasks wait, and no task waits for long beside a node that would take it.
+per demand (a model, or any, and what it must be able to do), so that work for a model that is full (or nowhere) never
+stands before work that could run. In its lane a task is `fresh`, to be decided about in the next round, or `parked`:
+nothing good enough was free, and it waits until its wake-up time or its turn in a scan. One that may not start yet is
+`asleep`, in no order but that of wake-up times. A scan goes through the parked in order of how near they were to being
+placed, a few in each round; it begins anew when room appears (`rescan`), goes on when something may have changed
+(`continue_scan`), and stops with the round (`end_scan`). So a round costs what there is to decide, however many tasks
+wait, and no task waits for long beside a node that would take it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perllm.scheduler.core.cluster import Task
+from perllm.scheduler.core.cluster import Demand, Task
 from perllm.scheduler.core.heap import Heap, Ints
 
 _CHUNK = 1 << 13  # rows per array
@@ -27,10 +28,11 @@ _ROW = np.dtype(
         ("id", "O"),
         ("service", "O"),
         ("tenant", "O"),
-        ("model", "O"),
+        ("demand", "O"),
         ("text", "O"),
         ("deadline", "f8"),
         ("submitted", "f8"),
+        ("start", "f8"),  # it is not to be placed before, s
         ("wake_at", "f8"),  # when it is fresh again or expires, s
         ("value", "f8"),
         ("payload_bytes", "u4"),
@@ -40,23 +42,28 @@ _ROW = np.dtype(
         ("attempt", "u4"),
         ("serial", "u4"),  # order of arrival here; 0: the row is free
         ("ticket", "u4"),  # order in which it was parked last
+        ("n", "u1"),
         ("strikes", "u1"),
+        ("fit_context", "u1"),
         ("state", "u1"),
     ]
 )
-_FRESH, _PARKED, _OUT = 1, 2, 3
+_FRESH, _PARKED, _OUT, _ASLEEP = 1, 2, 3, 4
 #: The field that must still be what a heap's entry of a task in this state says, or the entry is dead.
 _MARK = {_FRESH: "serial", _PARKED: "ticket"}
+#: Tasks that are let go to their lanes in one call: bounds a round when a million may start at midnight.
+_MAX_WAKING = 2_000
 _UINT32_MAX = 2**32 - 1
 _PUSH_RATIO = 16  # a heap so many times smaller is pushed into another entry by entry, not merged
 
 
 class _Lane:
-    """The pending tasks of one model (or of any), in order of urgency."""
+    """The pending tasks of one demand, in order of urgency."""
 
-    __slots__ = ("fresh", "live", "parked", "scanned", "scanning")
+    __slots__ = ("demand", "fresh", "live", "parked", "scanned", "scanning")
 
-    def __init__(self) -> None:
+    def __init__(self, demand: Demand) -> None:
+        self.demand = demand
         self.fresh, self.parked = Heap(), Heap()
         self.scanned = Heap()  # the parked that were decided about since the scan began
         self.live = 0
@@ -64,6 +71,8 @@ class _Lane:
 
     def restart_scan(self) -> None:
         """The scan begins anew with the first of the parked."""
+        if not len(self.scanned):
+            return
         if len(self.scanned) * _PUSH_RATIO < len(self.parked):
             while len(self.scanned):
                 self.parked.push(*self.scanned.pop())
@@ -88,18 +97,29 @@ class Pending:
         self._free: list[int] = []
         self._rows = 0  # rows ever used
         self._serial = self._ticket = 0
+        self._asleep = 0
         self._avoid: dict[int, Mapping[str, float]] = {}  # row → nodes; most tasks avoid none
-        self._lanes: dict[str | None, _Lane] = {}
+        self._lanes: dict[Demand, _Lane] = {}
         self._wakeups = Heap()
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def awake(self) -> int:
+        """How many may be placed now."""
+        return len(self._index) - self._asleep
 
     def __contains__(self, task_id: str) -> bool:
         return task_id in self._index
 
     def __iter__(self) -> Iterator[Task]:
         return (self._task(row) for row in list(self._index.values()))
+
+    @property
+    def demands(self) -> Iterable[Demand]:
+        """Those of all tasks here."""
+        return self._lanes.keys()
 
     def get(self, task_id: str) -> Task | None:
         """A copy of the pending task of this id."""
@@ -109,20 +129,26 @@ class Pending:
     # --- in
 
     def add(self, task: Task) -> None:
-        """Add a task, fresh. A task that is here stays as it is."""
+        """Add a task, fresh, or asleep until it may start: `wake_due` knows. A task that is here stays as it is."""
         if task.id in self._index:
             return
         row = self._free.pop() if self._free else self._grow()
+        lane = self._lanes.get(task.demand)
+        if lane is None:
+            lane = self._lanes[task.demand] = _Lane(task.demand)
         self._serial = serial = self._serial % _UINT32_MAX + 1
+        asleep = task.start > task.submitted and task.attempt == 0
+        wake_at = task.start if asleep else task.deadline
         self._chunks[row // _CHUNK][row % _CHUNK] = (
             task.id,
             intern(task.service),
             intern(task.tenant),
-            task.model if task.model is None else intern(task.model),
+            lane.demand,
             task.text,
             task.deadline,
             task.submitted,
-            task.deadline,
+            task.start,
+            wake_at,
             task.value,
             min(task.payload_bytes, _UINT32_MAX),
             min(task.prompt_tokens, _UINT32_MAX),
@@ -131,19 +157,21 @@ class Pending:
             task.attempt,
             serial,
             0,
+            task.n,
             min(task.strikes, 255),
-            _FRESH,
+            task.fit_context,
+            _ASLEEP if asleep else _FRESH,
         )
         self._index[task.id] = row
         if task.avoid:
             self._avoid[row] = task.avoid
-        lane = self._lanes.get(task.model)
-        if lane is None:
-            lane = self._lanes[task.model] = _Lane()
         lane.live += 1
         item = serial << 32 | row
-        lane.fresh.push(self._key(task), item)
-        self._wakeups.push(task.deadline, item)
+        if asleep:
+            self._asleep += 1
+        else:
+            lane.fresh.push(self._key(task), item)
+        self._wakeups.push(wake_at, item)
 
     def park(self, task: Task, until: float, rank: float = 0.0) -> None:
         """A taken task waits until `until` (s), or until the next scan of its lane, where higher ranks come first."""
@@ -157,7 +185,7 @@ class Pending:
         row = self._index[task.id]
         record = self._record(row)
         item = int(record["serial"]) << 32 | row
-        lane = self._lanes[task.model]
+        lane = self._lanes[record["demand"]]
         if state == _PARKED:
             record["ticket"] = self._ticket = self._ticket % _UINT32_MAX + 1
             heap = lane.scanned
@@ -182,19 +210,19 @@ class Pending:
         if row is None:
             return
         record = self._record(row)
-        model = record["model"]
-        lane = self._lanes[model]
+        self._asleep -= bool(record["state"] == _ASLEEP)
+        lane = self._lanes[record["demand"]]
         lane.live -= 1
         if not lane.live:
-            del self._lanes[model]
+            del self._lanes[lane.demand]
         self._avoid.pop(row, None)
-        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, None, *(0,) * 13)
+        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, None, *(0,) * 16)
         self._free.append(row)
         if len(self._wakeups) > 4 * len(self._index) + 64:
             self._tidy_wakeups()
 
-    def take(self, fresh: Iterable[str | None], parked: Iterable[str | None] = ()) -> tuple[Task, bool] | None:
-        """Take the most urgent fresh task of the models `fresh` or, when there is none, the next one in the scans of
+    def take(self, fresh: Iterable[Demand], parked: Iterable[Demand] = ()) -> tuple[Task, bool] | None:
+        """Take the most urgent fresh task of the demands `fresh` or, when there is none, the next one in the scans of
         those in `parked`. Returns it and whether it was parked, or None.
 
         It stays in the pool until `remove`; until `park` or `put_back` it is not taken again.
@@ -209,37 +237,36 @@ class Pending:
         record["state"] = _OUT
         return self._task(row), was_parked
 
-    def _first(self, models: Iterable[str | None], state: int) -> tuple[Heap, int] | None:
-        """The heap, and the row, of the first task in this state over the lanes of `models`."""
-        best: Heap | None = None
-        first = (0.0, 0)
-        for model in models:
-            if (lane := self._lanes.get(model)) is not None and (state == _FRESH or lane.scanning):
-                heap = lane.fresh if state == _FRESH else lane.parked
-                head = self._head(heap, state)
-                if head is not None and (best is None or head < first):
-                    best, first = heap, head
-        return None if best is None else (best, first[1] & 0xFFFFFFFF)
+    def _first(self, demands: Iterable[Demand], state: int) -> tuple[Heap, int] | None:
+        """The heap, and the row, of the first task in this state over the lanes of `demands`."""
+        lanes = [lane for demand in demands if (lane := self._lanes.get(demand)) is not None]
+        heaps = [lane.fresh for lane in lanes] if state == _FRESH else [lane.parked for lane in lanes if lane.scanning]
+        while heaps := [heap for heap in heaps if len(heap)]:
+            best = min(heaps, key=Heap.peek)
+            first = best.peek()
+            if self._head(best, state) == first:  # else what was first is no more
+                return best, first[1] & 0xFFFFFFFF
+        return None
 
-    def rescan(self, models: Iterable[str | None]) -> None:
-        """Room appeared for these models: their parked tasks are scanned from the first one on, until `end_scan`."""
-        for model in models:
-            if (lane := self._lanes.get(model)) is not None:
+    def rescan(self, demands: Iterable[Demand]) -> None:
+        """Room appeared for these demands: their parked tasks are scanned from the first one on, until `end_scan`."""
+        for demand in demands:
+            if (lane := self._lanes.get(demand)) is not None:
                 self._restart_scan(lane)
                 lane.scanning = True
 
-    def continue_scan(self, models: Iterable[str | None]) -> None:
-        """Something may have changed for these models: the scan goes on, or begins anew, until `end_scan`."""
-        for model in models:
-            if (lane := self._lanes.get(model)) is not None:
+    def continue_scan(self, demands: Iterable[Demand]) -> None:
+        """Something may have changed for these demands: the scan goes on, or begins anew, until `end_scan`."""
+        for demand in demands:
+            if (lane := self._lanes.get(demand)) is not None:
                 if self._head(lane.parked, _PARKED) is None:
                     self._restart_scan(lane)
                 lane.scanning = True
 
-    def end_scan(self, models: Iterable[str | None]) -> None:
-        """A round has decided about enough of these models' tasks: no more of the parked are taken."""
-        for model in models:
-            if (lane := self._lanes.get(model)) is not None:
+    def end_scan(self, demands: Iterable[Demand]) -> None:
+        """A round has decided about enough of these demands' tasks: no more of the parked are taken."""
+        for demand in demands:
+            if (lane := self._lanes.get(demand)) is not None:
                 lane.scanning = False
 
     def _restart_scan(self, lane: _Lane) -> None:
@@ -248,10 +275,12 @@ class Pending:
             self._tidy(lane.parked, _PARKED)
 
     def wake_due(self, now: float) -> list[Task]:
-        """Parked tasks whose wake-up time has come are fresh again. Returns those whose deadline has passed, taken."""
+        """Parked tasks whose wake-up time has come are fresh again, and those asleep that may start (of very many some,
+        the others in the next calls). Returns those whose deadline has passed, taken."""
         late = []
         wakeups = self._wakeups
-        while len(wakeups) and wakeups.peek()[0] <= now:
+        waking = 0
+        while len(wakeups) and wakeups.peek()[0] <= now and waking < _MAX_WAKING:
             when, item = wakeups.pop()
             row = item & 0xFFFFFFFF
             record = self._record(row)
@@ -260,6 +289,9 @@ class Pending:
             record["wake_at"] = -np.inf  # set anew when it returns
             if record["state"] == _OUT:
                 continue
+            if record["state"] == _ASLEEP:
+                self._asleep -= 1
+                waking += 1
             task = self._task(row)
             if task.deadline <= now:
                 record["state"] = _OUT
@@ -282,8 +314,8 @@ class Pending:
 
     def _task(self, row: int) -> Task:
         values: Any = self._record(row).item()
-        task_id, service, tenant, model, text, deadline, submitted, _, value, payload = values[:10]
-        prompt, most, expected, attempt = values[10:14]
+        task_id, service, tenant, demand, text, deadline, submitted, start, _, value, payload = values[:11]
+        prompt, most, expected, attempt = values[11:15]
         return Task(
             id=task_id,
             submitted=submitted,
@@ -291,13 +323,16 @@ class Pending:
             value=value,
             service=service,
             tenant=tenant,
-            model=model,
+            demand=demand,
             prompt_tokens=prompt,
             payload_bytes=payload,
             max_tokens=most,
+            fit_context=bool(values[-2]),
             expected_tokens=expected or None,
             text=text,
-            strikes=values[-2],
+            start=start,
+            n=values[-4],
+            strikes=values[-3],
             attempt=attempt,
             avoid=self._avoid.get(row, {}),
         )

@@ -6,10 +6,11 @@ shows is what the service does.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal, assert_never
 
+from perllm.broker.capabilities import unserved
 from perllm.broker.messages import (
     Candidate,
     Claimed,
@@ -19,17 +20,19 @@ from perllm.broker.messages import (
     Event,
     Explanation,
     Heartbeat,
+    ModelOffer,
     NodeDown,
+    NodeInfo,
     NodeUp,
     Returned,
     Submitted,
 )
 from perllm.broker.text_features import parse
-from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.cluster import MAX_DEMANDS, Cluster, Demand, Group, Node, Task
 from perllm.scheduler.core.pending import Pending
 from perllm.scheduler.core.policy import Place, Policy, Reject, Wait
 
-#: Tasks of one model a round may leave waiting before it goes on to others (as the look-ahead of a backfilling
+#: Tasks for the same nodes a round may leave waiting before it goes on to others (as the look-ahead of a backfilling
 #: scheduler); of those that can wait for LONG_WAIT seconds or more, MAX_LONG_WAITS are enough, since they make way for
 #: the next in the round after; of those parked before, MAX_RETRIES, the most promising first. All bound a round's cost
 #: however long the backlog is.
@@ -44,6 +47,15 @@ SNAPSHOT_FORMAT = 2
 #: A task avoids a node that lost it for so long, s, while others serve it: long enough that a node which fails all it
 #: is given takes few tasks' strikes, short enough not to leave one idle that has recovered.
 AVOID_SECONDS = 15.0
+#: What no live node can do is refused, once that has been so for a moment in which nodes may start, s; or, where a node
+#: that is gone could, for a time in which it may come back.
+AWAIT_NODES, AWAIT_RETURN = 10.0, 600.0
+#: Nodes that are gone and are remembered.
+MAX_GONE = 256
+#: Tasks refused in a round at most, for all that no live node can do.
+MAX_REFUSED = 256
+#: Excluded nodes an explanation names.
+MAX_EXCLUDED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +94,13 @@ class SchedulerCore:
         self._placed: dict[str, Task] = {}
         self._queue_beyond_slots = queue_beyond_slots
         self._explain, self._reject_on_error = explain, reject_on_error
-        self._with_room: dict[str | None, tuple[Node, ...]] = {}  # those with room now; missing: not worked out
-        self._least_context: dict[str | None, int] = {}  # smallest context offered for the model, tokens
+        self._rooms = 0  # grows when a node gets or loses room
+        self._freed: set[str] = set()  # nodes that have room since the last round …
+        self._idle: set[str] = set()  # … and those that beat with nothing to do
+        self._rescan_all = False
+        self._gone: dict[str, tuple[NodeInfo, float]] = {}  # nodes, and when they went (s)
+        self._unserved: dict[Demand, float] = {}  # demands no live node serves, since when (s)
+        self._excluded: dict[Demand, tuple[tuple[Node, str], ...]] = {}  # nodes that lack something, and what
 
     def find(self, task_id: str) -> Task | None:
         """The unfinished task of this id, pending or placed."""
@@ -122,7 +139,7 @@ class SchedulerCore:
                 self._heartbeat(event)
             case NodeDown():
                 # Its tasks stay known as placed; the ledger returns each in an event of its own.
-                self._node_down(event.node)
+                self._node_down(event.node, event.at)
             case _:
                 assert_never(event)
 
@@ -133,7 +150,7 @@ class SchedulerCore:
         task.node, task.attempt, task.dispatched, task.claimed, task.generated = node_name, attempt, at, None, 0
         self._placed[task.id] = task
         if node := self.cluster.nodes.get(node_name):
-            node.in_flight[task.id] = task
+            node.hold(task)
             node.touch(at)
             self._note_room(node)
 
@@ -155,25 +172,38 @@ class SchedulerCore:
         self._placed.pop(task.id, None)
         if task.node is None or (node := self.cluster.nodes.get(task.node)) is None:
             return
-        if node.in_flight.pop(task.id, None) is not None:
+        if node.release(task.id):
             node.touch(at)
             self._note_room(node)
-            self.pending.rescan(_models(node))
+            self._freed.add(node.name)
 
     # --- nodes
 
     def _node_up(self, event: NodeUp) -> None:
-        node = Node(event.info, since=event.at, heard=event.at, changed=event.at)
-        node.in_flight = {t.id: t for t in self._placed.values() if t.node == node.name}
+        mine = {t.id: t for t in self._placed.values() if t.node == event.info.name}
+        node = Node(event.info, since=event.at, heard=event.at, changed=event.at, in_flight=mine)
         self._note_room(node)
         self.cluster.nodes[node.name] = node
-        self._find_serving()
-        self.pending.rescan(_models(node))
+        self._gone.pop(node.name, None)
+        self._nodes_changed()
+        self._freed.add(node.name)
 
-    def _node_down(self, name: str) -> None:
-        if self.cluster.nodes.pop(name, None) is not None:
-            self._find_serving()
-            self.pending.rescan(self.cluster.serving)  # a task may now go where it avoided to go
+    def _node_down(self, name: str, at: float) -> None:
+        if (node := self.cluster.nodes.pop(name, None)) is not None:
+            self.remember(node.info, at)
+            self._nodes_changed()
+            self._rescan_all = True  # a task may now go where it avoided to go
+
+    def remember(self, info: NodeInfo, at: float) -> None:
+        """A node was there until `at` (s), and may come back."""
+        self._gone[info.name] = info, at
+        if len(self._gone) > MAX_GONE:
+            del self._gone[min(self._gone, key=lambda name: self._gone[name][1])]
+
+    def _nodes_changed(self) -> None:
+        self.cluster.changed()
+        self._excluded.clear()
+        self._rooms += 1
 
     def _heartbeat(self, event: Heartbeat) -> None:
         node = self.cluster.nodes.get(event.node)
@@ -185,39 +215,34 @@ class SchedulerCore:
                 task.generated = generated
         node.touch(event.at)
         if not node.in_flight:  # idle: what waits beside it is tried again, as slot prices and expected arrivals fade
-            self.pending.continue_scan(_models(node))
-
-    def _find_serving(self) -> None:
-        serving: dict[str | None, list[Node]] = {None: []}
-        for node in self.cluster.nodes.values():
-            for model in _models(node):
-                serving.setdefault(model, []).append(node)
-        self.cluster.serving = {model: tuple(nodes) for model, nodes in serving.items()}
-        self._least_context = {
-            model: min(o.context for n in nodes if (o := n.info.offer(model)))
-            for model, nodes in serving.items()
-            if nodes
-        }
-        self._with_room.clear()
+            self._idle.add(node.name)
 
     def _note_room(self, node: Node) -> None:
         """Its tasks have changed: it may be full now, or no longer."""
         beyond = self._queue_beyond_slots
         if beyond is not None:
             beyond = max(beyond, min(MAX_QUEUE, int(node.completion_rate * QUEUE_SECONDS)))
-        has_room = beyond is None or len(node.in_flight) < node.info.slots + beyond
+        has_room = beyond is None or node.taken < node.info.slots + beyond
         if has_room != node.has_room:
             node.has_room = has_room
-            for model in _models(node):
-                self._with_room.pop(model, None)
+            self.cluster.room_changed(node.name)
+            self._rooms += 1
 
-    def _room_for(self, model: str | None) -> tuple[Node, ...]:
-        """Nodes that offer the model and may hold one more task, in order of registration."""
-        nodes = self._with_room.get(model)
-        if nodes is None:
-            nodes = tuple(n for n in self.cluster.serving.get(model, ()) if n.has_room)
-            self._with_room[model] = nodes
-        return nodes
+    def _begin_scans(self) -> None:
+        """Parked tasks are tried again where something has changed for them since the last round."""
+        if not (self._freed or self._idle or self._rescan_all):
+            return
+        groups = [(demand, self.cluster.group(demand)) for demand in self.pending.demands]
+        freed = [d for d, group in groups if self._rescan_all or not group.names.isdisjoint(self._freed)]
+        self.pending.rescan(freed)
+        if self._idle:
+            anew = set(freed)
+            self.pending.continue_scan(
+                d for d, group in groups if d not in anew and not group.names.isdisjoint(self._idle)
+            )
+        self._freed.clear()
+        self._idle.clear()
+        self._rescan_all = False
 
     # --- decisions out
 
@@ -225,18 +250,20 @@ class SchedulerCore:
         """Decide the pending tasks that can be decided now, most urgent first. A task decided for a node counts as
         placed there at once; the stream's `Dispatched` event confirms it, `forget` or `take_back` undo it."""
         decisions = []
-        self.cluster.waiting = len(self.pending)
         for late in self.pending.wake_due(now):
             self.pending.remove(late.id)
             decisions.append(self._end(late, "expire", "the deadline passed before a node could take it"))
+        self.cluster.waiting = self.pending.awake
+        decisions += self._refuse_unserved(now)
+        self._begin_scans()
         waiting: list[tuple[Task, Wait]] = []
-        waits: dict[tuple[str | None, bool], float] = {}
+        lanes = _OpenLanes(self.cluster, self.pending)
+        rooms = -1
         while True:
-            models = [m for m in self.cluster.serving if self._room_for(m)]
-            taken = self.pending.take(
-                [m for m in models if waits.get((m, False), 0) < LOOKAHEAD],
-                [m for m in models if waits.get((m, True), 0) < MAX_RETRIES],
-            )
+            if self._rooms != rooms:
+                rooms = self._rooms
+                lanes.find()
+            taken = self.pending.take(lanes.fresh, lanes.parked)
             if taken is None:
                 break
             task, was_parked = taken
@@ -255,15 +282,46 @@ class SchedulerCore:
             else:
                 waiting.append((task, decided))
                 waits_long = decided.until is not None and decided.until - now >= LONG_WAIT
-                cost = LOOKAHEAD / MAX_LONG_WAITS if waits_long and not was_parked else 1
-                waits[task.model, was_parked] = waits.get((task.model, was_parked), 0) + cost
+                lanes.waits(task.demand, was_parked=was_parked, long=waits_long)
         for task, wait in waiting:
             if wait.until is None:
                 self.pending.put_back(task)
             else:
                 self.pending.park(task, wait.until, wait.rank)
-        self.pending.end_scan(models)
+        self.pending.end_scan(lanes.with_room)
         return decisions
+
+    def _refuse_unserved(self, now: float) -> list[Decision]:
+        """The end of tasks that need what no live node can do, once that has been so for long enough. Those whose model
+        is on no live node wait for it, and all do while no node is live."""
+        if not self.cluster.nodes:
+            self._unserved.clear()
+            return []
+        lacking = [d for d in self.pending.demands if d.needs and not self.cluster.serving(d)]
+        self._unserved = {demand: self._unserved.get(demand, now) for demand in lacking}
+        decisions: list[Decision] = []
+        for demand in lacking:
+            reason = self._refusal(demand, now)
+            if reason is None:
+                continue
+            self.pending.rescan([demand])
+            while len(decisions) < MAX_REFUSED and (taken := self.pending.take([demand], [demand])):
+                self.pending.remove(taken[0].id)
+                decisions.append(self._end(taken[0], "reject", reason))
+        return decisions
+
+    def _refusal(self, demand: Demand, now: float) -> str | None:
+        """Why tasks that no live node serves are refused now; None: not yet."""
+        live = [offer for node in self.cluster.nodes.values() for offer in node.info.models]
+        if demand.model is not None and not any(offer.name == demand.model for offer in live):
+            return None
+        for info, at in self._gone.values():
+            if now - at < AWAIT_RETURN and info.offer(*demand) is not None:
+                return None
+        if now - self._unserved[demand] < AWAIT_NODES:
+            return None
+        gone = [offer for info, _ in self._gone.values() for offer in info.models]
+        return unserved(demand.model, demand.needs, live, gone)
 
     def forget(self, task: Task) -> None:
         """The ledger refused a decision about `task`: it is final, or somebody else placed it. If it still lives, the
@@ -276,8 +334,8 @@ class SchedulerCore:
         self.forget(task)
         task.node, task.dispatched, task.attempt = None, None, task.attempt - 1
         self.pending.add(task)
-        if node_name is not None:
-            self._node_down(node_name)
+        if node_name is not None and (node := self.cluster.nodes.get(node_name)) is not None:
+            self._node_down(node_name, max(node.heard, node.changed))
 
     def keep_only(self, task_ids: Set[str]) -> None:
         """Forget every task not among these."""
@@ -294,15 +352,17 @@ class SchedulerCore:
             choice = self.policy.choose(task, candidates, self.cluster, now)
         if isinstance(choice, Wait):
             return choice
-        scores = self.policy.explain(task, candidates, self.cluster, now) if self._explain else ()
+        scores: tuple[Candidate, ...] = ()
+        if self._explain:
+            scores = (*self.policy.explain(task, candidates, self.cluster, now), *self._excluded_from(task))
         length = self.policy.forecast_length(task) if self._explain else None
         match choice:
             case Reject(reason):
                 return self._end(task, "reject", reason, scores)
             case Place(name):
                 node = self.cluster.nodes[name]
-                offer = node.info.offer(task.model)
-                assert offer is not None  # only nodes that offer the model are candidates
+                offer = node.offer(task.demand)
+                assert offer is not None  # only nodes that serve the task are candidates
                 self._place(task, name, task.attempt + 1, now)
                 sentence = self._sentence(task, name, scores, len(candidates), now)
                 explanation = Explanation(
@@ -326,26 +386,46 @@ class SchedulerCore:
 
     def _able(self, task: Task) -> tuple[Node, ...]:
         """Nodes with room that can hold the task."""
-        nodes = self._room_for(task.model)
-        if not fits(self._least_context.get(task.model, 0), task):
+        nodes = self.cluster.with_room(task.demand)
+        if not fits(self.cluster.group(task.demand).least_context, task):
             nodes = tuple(n for n in nodes if serves(n, task))
         return nodes
 
     def _alternatives(self, task: Task, now: float) -> bool:
         """Whether a node it has not failed on serves it: only then are the others avoided."""
-        serving = self.cluster.serving.get(task.model, ())
+        serving = self.cluster.serving(task.demand)
         return any(not task.avoids(n.name, now) and serves(n, task) for n in serving)
 
     def _never(self, task: Task, now: float) -> Decision | Wait:
         """No node can take it now. Wait for room, or until it need not avoid a node any more, unless live nodes serve
-        its model and none could ever hold it."""
-        offers = [o for n in self.cluster.serving.get(task.model, ()) if (o := n.info.offer(task.model))]
+        it and none could ever hold it."""
+        offers = [o for n in self.cluster.serving(task.demand) if (o := n.offer(task.demand))]
         if not offers or any(fits(o.context, task) for o in offers):
             return Wait(until=min([task.deadline, *(u for u in task.avoid.values() if u > now)]))
-        need, most = task.prompt_tokens + task.max_tokens, max(o.context for o in offers)
+        need, most = task.prompt_tokens + task.least_output, max(o.context for o in offers)
+        what = "its prompt needs" if task.fit_context else "prompt and max_tokens need"
         return self._end(
-            task, "reject", f"prompt and max_tokens need about {need} tokens; the largest context offered is {most}"
+            task,
+            "reject",
+            f"{what} about {need} tokens; the largest context offered is {most}",
+            self._excluded_from(task),
         )
+
+    def _excluded_from(self, task: Task) -> tuple[Candidate, ...]:
+        """The nodes that are no candidates for want of a capability or of context, some of them, and why."""
+        demand = task.demand
+        lacking = self._excluded.get(demand)
+        if lacking is None:
+            if len(self._excluded) >= MAX_DEMANDS:
+                self._excluded.clear()
+            lacking = self._excluded[demand] = tuple(_lacking(self.cluster, demand))
+        excluded = list(lacking)
+        if not fits(self.cluster.group(demand).least_context, task):
+            for node in self.cluster.serving(demand):
+                offer = node.offer(demand)
+                if len(excluded) < MAX_EXCLUDED and offer is not None and not fits(offer.context, task):
+                    excluded.append((node, f"its context of {offer.context} tokens is too short"))
+        return tuple(Candidate(node=node.name, feasible=False, note=note) for node, note in excluded)
 
     def _end(
         self, task: Task, action: Literal["reject", "expire"], reason: str, scores: tuple[Candidate, ...] = ()
@@ -385,9 +465,53 @@ class SchedulerCore:
         self.policy.restore(state["state"])
 
 
-def _models(node: Node) -> list[str | None]:
-    """What tasks may ask for to be served by the node: any model, or one it offers by name."""
-    return [None, *(m.name for m in node.info.models)]
+class _OpenLanes:
+    """The lanes of the pending pool a round may still take tasks from: those with room on a node that serves them,
+    until tasks for the same nodes have waited often enough."""
+
+    def __init__(self, cluster: Cluster, pending: Pending) -> None:
+        self._cluster, self._pending = cluster, pending
+        self._waits: dict[tuple[Group, bool], float] = {}
+        self.with_room: list[Demand] = []
+        self.fresh: list[Demand] = []
+        self.parked: list[Demand] = []
+
+    def find(self) -> None:
+        """Look anew: room has changed."""
+        self.with_room = [demand for demand in self._pending.demands if self._cluster.with_room(demand)]
+        self._choose()
+
+    def _choose(self) -> None:
+        groups = [(demand, self._cluster.group(demand)) for demand in self.with_room]
+        self.fresh = [d for d, group in groups if self._waits.get((group, False), 0) < LOOKAHEAD]
+        self.parked = [d for d, group in groups if self._waits.get((group, True), 0) < MAX_RETRIES]
+
+    def waits(self, demand: Demand, *, was_parked: bool, long: bool) -> None:
+        """A task was left waiting."""
+        cost = LOOKAHEAD / MAX_LONG_WAITS if long and not was_parked else 1
+        key = self._cluster.group(demand), was_parked
+        self._waits[key] = self._waits.get(key, 0) + cost
+        if self._waits[key] >= (MAX_RETRIES if was_parked else LOOKAHEAD):
+            self._choose()
+
+
+def _lacking(cluster: Cluster, demand: Demand) -> Iterable[tuple[Node, str]]:
+    """Nodes that offer the model, or any where any will do, and lack something that is needed; and what."""
+    if not demand.needs:
+        return
+    names, count = cluster.group(demand).names, 0
+    for node in cluster.nodes.values():
+        if node.name not in names and (lacks := _least_lack(node.info.models, demand)):
+            yield node, f"cannot do: {', '.join(lacks)}"
+            count += 1
+            if count == MAX_EXCLUDED:
+                return
+
+
+def _least_lack(offers: Iterable[ModelOffer], demand: Demand) -> list[str]:
+    """What the model that comes nearest lacks; nothing where the node does not have the model that is asked for."""
+    lacks = (offer.lacks(demand.needs) for offer in offers if demand.model in (None, offer.name))
+    return min(lacks, key=len, default=[])
 
 
 def task_of(event: Submitted) -> Task:
@@ -399,12 +523,15 @@ def task_of(event: Submitted) -> Task:
         value=event.value,
         service=event.service,
         tenant=event.tenant,
-        model=event.model,
+        demand=Demand(event.model, event.needs),
         prompt_tokens=event.prompt_tokens,
         payload_bytes=event.payload_bytes,
-        max_tokens=event.max_tokens,
+        max_tokens=event.max_tokens if event.kind == "generate" else 0,
+        fit_context=event.fit_context,
+        n=event.n,
         expected_tokens=event.expected_tokens,
         text=parse(event.text),
+        start=event.at + event.start_after,
         strikes=event.strikes,
         attempt=event.attempt,
     )
@@ -412,11 +539,12 @@ def task_of(event: Submitted) -> Task:
 
 def fits(context: int, task: Task) -> bool:
     """Whether a context of so many tokens could hold the task. The prompt is an estimate, so only half of it must
-    fit here; the engine, which counts exactly, has the last word."""
-    return task.prompt_tokens // 2 + 1 < context
+    fit here; the engine, which counts exactly, has the last word. Of inputs to embed each must fit, which it alone
+    sees."""
+    return not task.generates or task.prompt_tokens // 2 + task.least_output <= context
 
 
 def serves(node: Node, task: Task) -> bool:
-    """Whether the node offers the task's model with a context that may hold it."""
-    offer = node.info.offer(task.model)
+    """Whether the node can do what the task needs, with a context that may hold it."""
+    offer = node.offer(task.demand)
     return offer is not None and fits(offer.context, task)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from perllm.scheduler.core.cluster import Node, Task
+from perllm.scheduler.core.cluster import Demand, Node, Task
 from perllm.scheduler.core.compiled import compiled
 from perllm.scheduler.csucb.forecast import forecast_nodes
 from perllm.scheduler.csucb.output_lengths import Lengths
@@ -32,6 +32,8 @@ from perllm.scheduler.csucb.rows import (
 
 #: Sequences of nodes whose rows are remembered.
 _REMEMBERED = 16
+#: Demands for which the candidates among each of these are.
+_REMEMBERED_DEMANDS = 256
 
 
 class ArmEstimate(NamedTuple):
@@ -77,10 +79,10 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Asked:
-    """A sequence of nodes and, by model, their candidates' rows."""
+    """A sequence of nodes and, by demand, their candidates' rows."""
 
     nodes: Sequence[Node]
-    candidates: dict[str | None, Records] = field(default_factory=dict)
+    candidates: dict[Demand, Records] = field(default_factory=dict)
 
 
 class ClusterArrays:
@@ -109,8 +111,9 @@ class ClusterArrays:
         """All arrays as they are now: to be read after `candidates`, which may replace some."""
         return ClusterRows(self.nodes, self._outlooks, self.in_flight, self.arms, self._lengths.table)
 
-    def candidates(self, nodes: Sequence[Node], model: str | None) -> Records:
-        """A CandidateRow for each of these nodes and this model, what they refer to brought up to date."""
+    def candidates(self, nodes: Sequence[Node], demand: Demand) -> Records:
+        """A CandidateRow for each of these nodes and the model that serves this there, what they refer to brought up to
+        date."""
         asked = self._asked.get(id(nodes))
         if asked is None or asked.nodes is not nodes:
             asked = self._ask(nodes)
@@ -121,10 +124,12 @@ class ClusterArrays:
         self._lengths.refresh()  # after the tasks have named the distributions they need, before they are read
         if changed:
             forecast_nodes(np.array([e.row for e in changed], np.int64), self.rows)
-        candidates = asked.candidates.get(model)
+        candidates = asked.candidates.get(demand)
         if candidates is None:
-            pairs = [(entries[n.info.name].row, self._arm(n, model)) for n in nodes]
-            candidates = asked.candidates[model] = np.array(pairs, CANDIDATE)
+            if len(asked.candidates) >= _REMEMBERED_DEMANDS:
+                asked.candidates.clear()
+            pairs = [(entries[n.info.name].row, self._arm(n, demand)) for n in nodes]
+            candidates = asked.candidates[demand] = np.array(pairs, CANDIDATE)
         return candidates
 
     def _ask(self, nodes: Sequence[Node]) -> _Asked:
@@ -140,12 +145,14 @@ class ClusterArrays:
         asked = self._asked[id(nodes)] = _Asked(nodes)
         return asked
 
-    def _arm(self, node: Node, model: str | None) -> int:
-        """The row in `arms` of a model on a node that has an entry."""
-        first = self._entries[node.info.name].arm
-        if model is None:
-            return first
-        return first + next(i for i, offer in enumerate(node.info.models) if offer.name == model)
+    def _arm(self, node: Node, demand: Demand) -> int:
+        """The row in `arms` of the model that serves this on a node that has an entry; of its first one, should none
+        (a task may be there from before the node was registered anew)."""
+        if len(node.info.models) == 1:
+            return self._entries[node.name].arm
+        offer = node.offer(demand)
+        at = 0 if offer is None else next(i for i, each in enumerate(node.info.models) if each is offer)
+        return self._entries[node.name].arm + at
 
     def _entry(self, node: Node) -> _Entry:
         entry = self._entries.get(node.name)
@@ -173,6 +180,7 @@ class ClusterArrays:
             NodeRow(
                 first=entry.first,
                 count=len(entry.ids),
+                taken=node.taken,
                 slots=node.info.slots,
                 heard=node.heard,
                 changed=max(node.changed, node.heard),
@@ -229,10 +237,12 @@ class ClusterArrays:
             prompt_tokens=task.prompt_tokens,
             payload_bytes=task.payload_bytes,
             deadline=task.deadline,
-            max_tokens=task.max_tokens,
+            max_tokens=task.most_output,
+            n=task.n,
+            width=min(task.n, entry.node.info.slots),
             value=task.value,
             lengths=self._lengths.row_of(task),
-            arm=self._arm(entry.node, task.model),
+            arm=self._arm(entry.node, task.demand),
         )
 
     def _make_room(self, entry: _Entry, need: int) -> None:

@@ -11,12 +11,16 @@ sequence is active.
 a known amount, so its tokens by its deadline, the busy time it adds and the delay of everybody else follow from the map
 and from running integrals of its length distribution.
 
+A task of n answers to one prompt is n sequences that begin together, of lengths taken as independent: it is there while
+the longest is. Where they are more than the node's slots they take turns: the others begin as the first ones end.
+
 All of it is compiled; what is read and written is declared in `csucb.rows`. Times s, sizes tokens and bytes.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -75,6 +79,54 @@ def steps_at(times: Floats, time: float) -> float:
     return steps
 
 
+# --- several answers
+
+
+@compiled
+def width(node: NodeRow, task: TaskRow) -> float:
+    """Answers of one more task in a node's batch at a time, at most."""
+    return float(min(task.n, node.slots))
+
+
+@compiled
+def _turns(length: LengthsRow, n: float, wide: float, most: float) -> float:
+    """Steps after which the last of n answers of up to `most` tokens begins, of which so many are there at a time."""
+    return (n / wide - 1.0) * at(length.mean, most) if n > wide else 0.0
+
+
+@compiled
+def _all_over(length: LengthsRow, n: float, wide: float, most: float, steps: float) -> float:
+    """P(n answers of up to `most` tokens are all over after so many steps), so many of them there at a time."""
+    if n <= 1.0:
+        return 1.0 if steps >= most else 1.0 - at(length.tail, steps)
+    return _several_over(length, n, wide, most, steps)
+
+
+@compiled
+def _several_over(length: LengthsRow, n: float, wide: float, most: float, steps: float) -> float:
+    if n <= wide:
+        return 1.0 if steps >= most else (1.0 - at(length.tail, steps)) ** n
+    mean, over = at(length.mean, most) / wide, 1.0
+    for i in range(int(n)):
+        mine = steps - max(0.0, i + 1.0 - wide) * mean
+        if mine < most:
+            over *= 1.0 - at(length.tail, max(0.0, mine))
+    return over
+
+
+@compiled
+def _expected_steps(length: LengthsRow, n: float, wide: float, most: float) -> float:
+    """Until all of them are over."""
+    if n <= 1.0:
+        return at(length.mean, most)
+    end, total, k = _turns(length, n, wide, most) + most, 0.0, 0
+    while k < BINS and EDGES[k] < end:
+        last = min(end, EDGES[k + 1])
+        total += (last - EDGES[k]) * (1.0 - _all_over(length, n, wide, most, (EDGES[k] + last) / 2))
+        k += 1
+    return total
+
+
 @compiled
 def _transfer(node: NodeRow, size: float) -> float:
     """Seconds from a claim until the payload is there."""
@@ -120,7 +172,8 @@ def _decode_step(node: NodeRow, arms: Records, in_flight: Records) -> float:
         arm: ArmRow = arms[placed.arm]
         floor = max(floor, arm.step)
         if placed.generated >= 1:
-            rest += arm.sequence + arm.context * (placed.prompt_tokens + placed.generated)
+            each = arm.sequence + arm.context * (placed.prompt_tokens + placed.generated / placed.n)
+            rest += placed.width * each
     node.step_floor = floor
     return floor + rest
 
@@ -133,7 +186,7 @@ def _catch_up_prefills(node: NodeRow, arms: Records, in_flight: Records) -> floa
         placed: InFlightRow = in_flight[i]
         placed.ready, placed.prefill_left, placed.prefill_end = node.heard, 0.0, 0.0
         if placed.generated >= 1:
-            placed.start, placed.tokens = 0.0, placed.generated
+            placed.start, placed.tokens = 0.0, placed.generated / placed.width
             continue
         placed.ready, placed.prefill_left = _NEVER, placed.prompt_tokens
         placed.start, placed.tokens = -1.0, _BEFORE_FIRST
@@ -159,12 +212,15 @@ def _catch_up_prefills(node: NodeRow, arms: Records, in_flight: Records) -> floa
 
 @compiled
 def _condition_on_progress(in_flight: Records, lengths: Records) -> None:
-    """Fill `survival` of those that decode: what P(L > x) must be multiplied by, given the tokens they have."""
+    """Fill `survival` of those that decode: what P(it is there) must be multiplied by, given the tokens they have."""
     for i in range(len(in_flight)):
         placed: InFlightRow = in_flight[i]
         if placed.start == 0.0:
-            placed.tokens = min(placed.tokens, placed.max_tokens - 0.5)
-            placed.survival = 1.0 / max(at(lengths[placed.lengths].tail, placed.tokens), 1e-9)
+            length: LengthsRow = lengths[placed.lengths]
+            last = _turns(length, placed.n, placed.width, placed.max_tokens) + placed.max_tokens
+            placed.tokens = min(placed.tokens, last - 0.5)
+            over = _all_over(length, placed.n, placed.width, placed.max_tokens, placed.tokens)
+            placed.survival = 1.0 / max(1.0 - over, 1e-9)
 
 
 @compiled
@@ -230,24 +286,28 @@ def _batch(
                 claim = max(now, placed.dispatched + node.dispatch_delay)
                 placed.ready = claim + _transfer(node, placed.payload_bytes)
             if placed.ready >= now + span:
-                held += 1.0
+                held += placed.width
                 live[kept], kept = live[j], kept + 1
                 continue
             begin = min(hi, lo + max(0.0, placed.ready - now) / step)
             prefill += placed.prefill_left * arm.prefill
             placed.start, placed.survival = begin, 1.0
+        length: LengthsRow = lengths[placed.lengths]
         tokens = placed.tokens + (begin + hi) / 2 - placed.start
-        alive = 0.0
-        if tokens < placed.max_tokens:
-            alive = at(lengths[placed.lengths].tail, tokens) * placed.survival
+        alive = 1.0 - _all_over(length, placed.n, placed.width, placed.max_tokens, tokens)
+        alive *= placed.survival
         if alive < _NEGLIGIBLE:
             continue
+        answers = alive
+        if placed.n > 1.0:
+            tokens = max(0.0, tokens - _turns(length, placed.n, placed.width, placed.max_tokens))
+            answers = placed.width * at(length.tail, tokens) * placed.survival
         live[kept], kept = live[j], kept + 1
-        held += alive
+        held += answers
         # The part of the stretch it is there
-        alive *= (hi - begin) * per_width * min(1.0, (placed.deadline - now) * per_span)
-        idle *= 1.0 - alive
-        rest += alive * (arm.sequence + arm.context * (placed.prompt_tokens + tokens))
+        part = (hi - begin) * per_width * min(1.0, (placed.deadline - now) * per_span)
+        idle *= 1.0 - alive * part
+        rest += answers * part * (arm.sequence + arm.context * (placed.prompt_tokens + tokens))
     return kept, held, idle, prefill, rest
 
 
@@ -261,8 +321,11 @@ def _sum_up_arms(node: NodeRow, arms: Records, in_flight: Records, lengths: Reco
         placed: InFlightRow = in_flight[i]
         if placed.start != 0.0:
             node.bytes_coming += placed.payload_bytes
-        expected = at(lengths[placed.lengths].mean, placed.max_tokens)
-        arms[placed.arm].kv_used += placed.prompt_tokens + max(expected, placed.tokens)
+        if placed.max_tokens >= 1:
+            length: LengthsRow = lengths[placed.lengths]
+            tokens = placed.tokens - _turns(length, placed.n, placed.width, placed.max_tokens)
+            each = max(at(length.mean, placed.max_tokens), tokens)
+            arms[placed.arm].kv_used += placed.prompt_tokens + placed.width * each
 
 
 @compiled
@@ -283,13 +346,23 @@ def _p_done(placed: InFlightRow, lengths: Records, steps: float) -> float:
     """P(a task is done so many steps after its `start`)."""
     if steps <= 0:
         return 0.0
-    tokens = placed.tokens + steps
-    if tokens >= placed.max_tokens:
-        return 1.0
-    return float(max(0.0, 1.0 - at(lengths[placed.lengths].tail, tokens) * placed.survival))
+    over = _all_over(lengths[placed.lengths], placed.n, placed.width, placed.max_tokens, placed.tokens + steps)
+    return float(max(0.0, 1.0 - (1.0 - over) * placed.survival))
 
 
 # --- one more task
+
+
+class _Own(NamedTuple):
+    """What one more task costs, s."""
+
+    prefill: float
+    per_step: float  # whatever its answers
+    per_token: float
+    context: float  # by which that grows per token
+    width: float  # answers at a time
+    turns: float  # steps after which the last of them begins
+    mean: float  # tokens of an answer
 
 
 @compiled
@@ -302,19 +375,18 @@ def forecast_task(
     late = _idle_for(node, outlook, now)
     joined, arrives = _joins(node, outlook, now - late, task.payload_bytes)
     end = task.deadline - node.dispatch_delay - late
-    per_step, growth, prefill = _own_cost(node, arm, task.prompt_tokens)
+    own = _own_cost(node, arm, task, length)
 
-    steps = _steps_by(outlook.times, joined, arrives, prefill, per_step, growth, end)
+    steps = _steps_by(outlook.times, joined, arrives, own, length, end)
     chance = 0.0
-    if steps >= 0:
-        tokens = steps + _BEFORE_FIRST
-        chance = 1.0 if tokens >= task.max_tokens else 1.0 - at(length.tail, tokens)
-    usual = at(length.mean, task.max_tokens) - _BEFORE_FIRST
-    done = arrives + prefill + at(outlook.times, joined + usual) - at(outlook.times, joined)
-    done += (per_step + growth * usual) * usual
+    if steps + _BEFORE_FIRST >= 0:
+        chance = _all_over(length, task.n, own.width, task.max_tokens, steps + _BEFORE_FIRST)
+    usual = _expected_steps(length, task.n, own.width, task.max_tokens) - _BEFORE_FIRST
+    done = arrives + own.prefill + at(outlook.times, joined + usual) - at(outlook.times, joined)
+    done += _own_time(own, length, usual)
 
-    spent = min(max(steps, 0.0), task.max_tokens)
-    busy = _busy_added(arm, outlook, task, joined, spent, min(prefill, max(0.0, end - arrives)), length)
+    spent = min(max(steps, 0.0), own.turns + task.max_tokens)
+    busy = _busy_added(arm, outlook, task, own, joined, spent, min(own.prefill, max(0.0, end - arrives)), length)
     score.stay = max(0.0, min(done, end) - arrives + _transfer(node, task.payload_bytes))
     score.finish, score.p_on_time = max(0.0, done - now + late), max(0.0, chance)
     score.busy, score.joules = busy, busy * node.watts + task.payload_bytes * node.joules_per_byte
@@ -322,18 +394,27 @@ def forecast_task(
 
 @compiled
 def _busy_added(
-    arm: ArmRow, outlook: OutlookRow, task: TaskRow, joined: float, spent: float, prefill: float, length: LengthsRow
+    arm: ArmRow,
+    outlook: OutlookRow,
+    task: TaskRow,
+    own: _Own,
+    joined: float,
+    spent: float,
+    prefill: float,
+    length: LengthsRow,
 ) -> float:
     """Busy time a task adds, s: its `prefill` s and, of the `spent` steps it takes from step `joined` on, its part of
     each, and the whole step where no other sequence is active."""
-    per_step = arm.sequence + arm.context * task.prompt_tokens
-    busy = prefill
-    busy += per_step * at(length.mean, spent) + arm.context * at(length.moment, spent)
+    busy = prefill + _answers_time(own, length, spent)
     k, _ = position(joined)
     u, before = 0.0, 0.0
     while u < spent:
-        u = min(spent, EDGES[k + 1] - joined) if k < BINS - 1 else spent
-        after = at(length.mean, u)
+        begun, u = u, min(spent, EDGES[k + 1] - joined) if k < BINS - 1 else spent
+        if task.n > 1.0:
+            there = 1.0 - _all_over(length, task.n, own.width, task.max_tokens, (begun + u) / 2)
+            after = before + (u - begun) * there
+        else:
+            after = at(length.mean, u)
         busy += arm.step * outlook.idle[k] * (after - before)
         before, k = after, k + 1
     return float(busy)
@@ -354,14 +435,14 @@ def harm(
         return 0.0
     length: LengthsRow = lengths[task.lengths]
     joined, _ = _joins(node, outlook, now, task.payload_bytes)
-    per_step, _, prefill = _own_cost(node, arm, task.prompt_tokens)
+    own = _own_cost(node, arm, task, length)
     lost = 0.0
     for i in range(len(in_flight)):
         placed: InFlightRow = in_flight[i]
         if placed.p_on_time <= 0.0 or placed.end_step <= joined:
             continue
-        together = min(placed.end_step - joined, task.max_tokens)
-        delay = prefill + per_step * at(length.mean, together) + arm.context * at(length.moment, together)
+        together = min(placed.end_step - joined, own.turns + task.max_tokens)
+        delay = own.prefill + own.per_step * at(length.mean, together) + _answers_time(own, length, together)
         left = _p_done(placed, lengths, placed.end_step - placed.start - delay / placed.end_step_time)
         lost += placed.value * max(0.0, placed.p_on_time - left)
     return lost
@@ -370,28 +451,55 @@ def harm(
 @compiled
 def p_on_time_alone(node: NodeRow, arm: ArmRow, task: TaskRow, now: float, lengths: Records) -> float:
     """P(on time) if the node had nothing else to do."""
-    per_step = arm.step + arm.sequence + arm.context * task.prompt_tokens
+    wide = width(node, task)
+    per_step = arm.step + wide * (arm.sequence + arm.context * task.prompt_tokens)
+    growth = wide * arm.context
     left = task.deadline - now - 2 * node.dispatch_delay - _transfer(node, task.payload_bytes)
     left -= arm.prefill * task.prompt_tokens
     if left <= 0:
         return 0.0
-    # per_step·u + context/2·u² = left
-    steps = 2 * left / (per_step + math.sqrt(per_step * per_step + 2 * arm.context * left))
-    tokens = steps + _BEFORE_FIRST
-    return 1.0 if tokens >= task.max_tokens else 1.0 - at(lengths[task.lengths].tail, tokens)
+    # per_step·u + growth/2·u² = left
+    steps = 2 * left / (per_step + math.sqrt(per_step * per_step + 2 * growth * left))
+    return _all_over(lengths[task.lengths], task.n, wide, task.max_tokens, steps + _BEFORE_FIRST)
 
 
 @compiled
-def kv_needed(task: TaskRow, lengths: Records) -> float:
-    """Tokens of KV cache the task will probably hold."""
-    return float(task.prompt_tokens + at(lengths[task.lengths].mean, task.max_tokens))
+def kv_needed(node: NodeRow, task: TaskRow, lengths: Records) -> float:
+    """Tokens of KV cache the task will probably hold: its prompt once, and its answers. What is embedded is not kept
+    from step to step."""
+    if task.max_tokens < 1:
+        return 0.0
+    return float(task.prompt_tokens + width(node, task) * at(lengths[task.lengths].mean, task.max_tokens))
 
 
 @compiled
-def _own_cost(node: NodeRow, arm: ArmRow, prompt: float) -> tuple[float, float, float]:
-    """What a task adds to every step it is in, by how much that grows per step (halved), and its prefill, s."""
-    per_step = arm.sequence + max(0.0, arm.step - node.step_floor) + arm.context * prompt
-    return per_step, arm.context / 2, arm.prefill * prompt
+def _own_cost(node: NodeRow, arm: ArmRow, task: TaskRow, length: LengthsRow) -> _Own:
+    wide, most = width(node, task), task.max_tokens
+    return _Own(
+        arm.prefill * task.prompt_tokens,
+        max(0.0, arm.step - node.step_floor),
+        arm.sequence + arm.context * task.prompt_tokens,
+        arm.context,
+        wide,
+        _turns(length, task.n, wide, most),
+        at(length.mean, most),
+    )
+
+
+@compiled
+def _answers_time(own: _Own, length: LengthsRow, steps: float) -> float:
+    """What its answers are expected to add to so many steps, s."""
+    full = min(steps, own.turns)  # others wait for their turn: all places are taken
+    steps -= full
+    tokens = full + at(length.mean, steps)
+    return own.width * (own.per_token * tokens + own.context * (full * own.mean / 2 + at(length.moment, steps)))
+
+
+@compiled
+def _own_time(own: _Own, length: LengthsRow, steps: float) -> float:
+    """What it adds to so many steps if it is there in all of them, s: one answer is, the others as expected."""
+    time = (own.per_step + own.per_token + own.context / 2 * steps) * steps
+    return time if own.width <= 1.0 else time + (1.0 - 1.0 / own.width) * _answers_time(own, length, steps)
 
 
 @compiled
@@ -404,7 +512,7 @@ def _idle_for(node: NodeRow, outlook: OutlookRow, now: float) -> float:
 def _joins(node: NodeRow, outlook: OutlookRow, now: float, size: float) -> tuple[float, float]:
     """After how many steps, and when, a task decided now would be ready to be prefilled."""
     claim = now + node.dispatch_delay
-    if node.count >= node.slots:
+    if node.taken >= node.slots:
         k, _ = position(steps_at(outlook.times, claim))
         while k < BINS - 1 and outlook.taken[k] > node.slots - _SLOT_MARGIN:
             k += 1
@@ -414,26 +522,24 @@ def _joins(node: NodeRow, outlook: OutlookRow, now: float, size: float) -> tuple
 
 
 @compiled
-def _steps_by(
-    times: Floats, joined: float, arrives: float, prefill: float, per_step: float, growth: float, end: float
-) -> float:
+def _steps_by(times: Floats, joined: float, arrives: float, own: _Own, length: LengthsRow, end: float) -> float:
     """Steps (≥ 0) a task that joins after `joined` steps has taken by `end`, or −1 if not even its prefill is over.
 
-    Its u-th step ends at times(joined + u) + prefill + per_step·u + growth·u².
+    Its u-th step ends at times(joined + u) + prefill + what it adds to u steps.
     """
-    if arrives + prefill > end:
+    if arrives + own.prefill > end:
         return -1.0
-    shift = arrives - at(times, joined) + prefill
+    shift = arrives - at(times, joined) + own.prefill
     k, _ = position(joined)
     lo, hi = k, BINS  # lo: the last edge at which there is still time
     while hi - lo > 1:
         middle = (lo + hi) >> 1
         u = EDGES[middle] - joined
-        if times[middle] + shift + (per_step + growth * u) * u <= end:
+        if times[middle] + shift + _own_time(own, length, u) <= end:
             lo = middle
         else:
             hi = middle
     u0, u1 = max(0.0, EDGES[lo] - joined), EDGES[lo + 1] - joined
-    t0 = at(times, joined + u0) + shift + (per_step + growth * u0) * u0
-    t1 = times[lo + 1] + shift + (per_step + growth * u1) * u1
+    t0 = at(times, joined + u0) + shift + _own_time(own, length, u0)
+    t1 = times[lo + 1] + shift + _own_time(own, length, u1)
     return float(u0 + (u1 - u0) * min(1.0, max(0.0, (end - t0) / (t1 - t0))) if t1 > t0 else u0)

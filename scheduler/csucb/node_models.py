@@ -21,7 +21,7 @@ from perllm.broker.messages import (
     NodeUp,
     Submitted,
 )
-from perllm.scheduler.core.cluster import Cluster, Node, Task
+from perllm.scheduler.core.cluster import Cluster, Demand, Node, Task
 from perllm.scheduler.csucb.bandwidth import Bandwidth
 from perllm.scheduler.csucb.cluster_arrays import ArmEstimate, NodeEstimate
 from perllm.scheduler.csucb.slot_price import SlotPrice
@@ -43,27 +43,28 @@ PATIENT_STAYS = 10.0
 
 @dataclass(slots=True)
 class Arrivals:
-    """Tasks that come to a node: decayed counts of all and of urgent ones, and the mean of what they are."""
+    """Answers that come to a node, each with its part of its task's prompt: decayed counts of all and of urgent ones,
+    and the mean of what they are."""
 
-    recent: float = 0.0  # tasks of the last `ARRIVAL_WINDOW` s, as of `at`
+    recent: float = 0.0  # answers of the last `ARRIVAL_WINDOW` s, as of `at`
     urgent: float = 0.0  # those of them with little time
     at: float = 0.0  # s
-    prompt_tokens: float = 128.0  # of the mean task
+    prompt_tokens: float = 128.0  # of the mean answer
     output_tokens: float = 64.0
 
-    def arrived(self, now: float, *, urgent: bool) -> None:
-        """A task was sent here."""
+    def arrived(self, now: float, n: int, *, urgent: bool) -> None:
+        """A task of n answers was sent here."""
         keep = math.exp(-max(now - self.at, 0.0) / ARRIVAL_WINDOW)
-        self.recent, self.urgent = self.recent * keep + 1.0, self.urgent * keep + urgent
+        self.recent, self.urgent = self.recent * keep + n, self.urgent * keep + urgent * n
         self.at = max(now, self.at)
 
-    def ended(self, prompt: int, tokens: int) -> None:
-        """A task ended here, with so many tokens."""
-        self.prompt_tokens += MEAN_TOKENS_WEIGHT * (prompt - self.prompt_tokens)
-        self.output_tokens += MEAN_TOKENS_WEIGHT * (max(tokens, 1) - self.output_tokens)
+    def ended(self, prompt: int, tokens: int, n: int) -> None:
+        """A task ended here, with so many tokens in its n answers."""
+        self.prompt_tokens += MEAN_TOKENS_WEIGHT * (prompt / n - self.prompt_tokens)
+        self.output_tokens += MEAN_TOKENS_WEIGHT * (max(tokens / n, 1) - self.output_tokens)
 
     def rates(self, now: float) -> tuple[float, float]:
-        """Tasks/s, and urgent tasks/s."""
+        """Answers/s, and urgent ones/s."""
         keep = math.exp(-max(now - self.at, 0.0) / ARRIVAL_WINDOW) / ARRIVAL_WINDOW
         return self.recent * keep, self.urgent * keep
 
@@ -110,7 +111,7 @@ class NodeModel:
             self.active_models = frozenset({node.info.models[0].name})
         else:
             claimed = [t for t in node.in_flight.values() if t.claimed]
-            self.active_models |= {o.name for t in claimed if (o := node.info.offer(t.model))}
+            self.active_models |= {o.name for t in claimed if (o := node.offer(t.demand))}
             if model is not None:
                 self.active_models |= {model}
         if now.steps < self.read.steps or now.busy < self.read.busy:
@@ -242,7 +243,8 @@ class NodeModels:
                     known.watch_for_stall(event.counters, event.at)
             case Dispatched() if task is not None:
                 patient_from = PATIENT_STAYS * known.slot_price.stay
-                known.arrivals.arrived(event.at, urgent=patient_from <= 0 or task.deadline - event.at < patient_from)
+                urgent = patient_from <= 0 or task.deadline - event.at < patient_from
+                known.arrivals.arrived(event.at, task.n, urgent=urgent)
             case Claimed() if task is not None and task.node == event.node:
                 self._claimed(event, task, node, known)
             case Completed() if task is not None and task.node == event.node:
@@ -250,7 +252,7 @@ class NodeModels:
 
     def _watch_slots(self, known: NodeModel, node: Node, now: float) -> None:
         urgent = known.arrivals.rates(now)[1] * known.slot_price.stay / node.info.slots
-        known.slot_price.watch(now, len(node.in_flight) / node.info.slots, urgent)
+        known.slot_price.watch(now, node.taken / node.info.slots, urgent)
 
     def _node_up(self, event: NodeUp) -> None:
         info = event.info
@@ -269,7 +271,7 @@ class NodeModels:
 
     def _completed(self, event: Completed, task: Task, node: Node, known: NodeModel) -> None:
         receipt = event.receipt
-        known.arrivals.ended(task.prompt_tokens, receipt.completion_tokens)
+        known.arrivals.ended(task.prompt_tokens, receipt.completion_tokens, task.n)
         if task.claimed is not None:
             known.slot_price.stayed(event.at - task.claimed)
         if not self._learning:
@@ -285,7 +287,7 @@ class NodeModels:
         known = self.of(node)
         now = max(node.changed, node.heard)
         rate = known.arrivals.rates(now)[0] if self._foresight else 0.0
-        taken = len(node.in_flight) / node.info.slots
+        taken = node.taken / node.info.slots
         stay = known.slot_price.stay
         price = known.slot_price.per_second(self._value_weight * self._mean_value, taken) if self._price else 0.0
         return NodeEstimate(
@@ -310,9 +312,9 @@ class NodeModels:
         factor = math.exp(-spread if optimistic else spread)
         return ArmEstimate(theta[0] * factor, theta[1] * factor, theta[2] * factor, theta[3] * factor, spread)
 
-    def proven(self, node: Node, model: str | None, now: float) -> bool:
-        """Whether enough was seen of a model on a node to believe that it is too slow."""
-        offer = node.info.offer(model)
+    def proven(self, node: Node, demand: Demand, now: float) -> bool:
+        """Whether enough was seen of the model that serves this on a node to believe that it is too slow."""
+        offer = node.offer(demand)
         return offer is not None and self.of(node).step_costs[offer.name].at_time(now)[2] >= PROVEN_SAMPLES
 
     def snapshot(self) -> dict[str, Any]:

@@ -92,21 +92,27 @@ class CsUcb(Policy):
         self._node_models.observe(event, task, cluster)
         if isinstance(event, Completed) and task is not None:
             receipt = event.receipt
-            tokens, cut = receipt.completion_tokens, event.state is not State.SUCCEEDED
-            if not cut and tokens >= task.max_tokens:  # it ended at its limit: it would have been at least so long
-                tokens, cut = task.max_tokens - 1, True
-            self._lengths.observe(
-                task.service,
-                task.prompt_tokens,
-                tokens,
-                ended=not cut,
-                hint=task.expected_tokens,
-                tenant=task.tenant,
-                text=task.text,
-                max_tokens=task.max_tokens,
-                model=task.model,
-            )
             self._scale.observe(receipt.energy.transfer + receipt.energy.inference)
+            if not task.generates:
+                return
+            for tokens in receipt.choice_tokens or (receipt.completion_tokens,):
+                self._observe_length(task, tokens, cut=event.state is not State.SUCCEEDED, at_limit=receipt.cut)
+
+    def _observe_length(self, task: Task, tokens: int, *, cut: bool, at_limit: bool) -> None:
+        """An answer had so many tokens; one that was `cut`, or ended at a limit, would have had more."""
+        if not cut and (at_limit or tokens >= task.max_tokens):
+            tokens, cut = min(tokens, task.max_tokens) - 1, True
+        self._lengths.observe(
+            task.service,
+            task.prompt_tokens,
+            tokens,
+            ended=not cut,
+            hint=task.expected_tokens,
+            tenant=task.tenant,
+            text=task.text,
+            max_tokens=task.max_tokens,
+            model=task.model,
+        )
 
     # --- deciding
 
@@ -117,7 +123,8 @@ class CsUcb(Policy):
                 prompt_tokens=task.prompt_tokens,
                 payload_bytes=task.payload_bytes,
                 deadline=task.deadline,
-                max_tokens=task.max_tokens,
+                max_tokens=task.most_output,
+                n=task.n,
                 value=task.value,
                 lengths=self._lengths.row_of(task),
             )
@@ -147,7 +154,7 @@ class CsUcb(Policy):
     ) -> int:
         """Score the task that `choose` is about on each of the nodes; returns the position of the best, or −1. With
         `needs_slot`, only nodes with a free slot are feasible."""
-        self._scored, self._candidates = nodes, self._arrays.candidates(nodes, task.model)
+        self._scored, self._candidates = nodes, self._arrays.candidates(nodes, task.demand)
         if len(self._scores) != len(nodes):
             self._scores = np.zeros(len(nodes), SCORE)
         self._terms[0] = values(
@@ -176,7 +183,7 @@ class CsUcb(Policy):
 
     def _ample_time(self, task: Task, ample: float, cluster: Cluster) -> tuple[float, float]:
         """Time to its deadline with which a task is patient (s), at least `ample`; tasks/s all nodes can finish."""
-        rows = self._arrays.candidates(cluster.serving.get(task.model, ()), task.model)["node"]
+        rows = self._arrays.candidates(cluster.serving(task.demand), task.demand)["node"]
         nodes = self._arrays.nodes
         slots, throughput = float(nodes["slots"][rows].sum()), float(nodes["throughput"][rows].sum())
         if throughput > 0:  # tasks with short stays are no more patient than the mean one
@@ -185,7 +192,7 @@ class CsUcb(Policy):
 
     def _least_energy(self, task: Task, cluster: Cluster, now: float) -> float:
         """J the task would cost on the node where it costs least, room or no room."""
-        serving = cluster.serving.get(task.model, ())
+        serving = cluster.serving(task.demand)
         self._score(task, serving, now)
         scores = self._scores
         able = scores["p_on_time"] >= admission.MIN_P_ON_TIME
@@ -196,13 +203,13 @@ class CsUcb(Policy):
 
     def _without_a_chance(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
         """No candidate gives the task a chance as things stand."""
-        models, serving = self._node_models, cluster.serving.get(task.model, ())
+        models, serving = self._node_models, cluster.serving(task.demand)
         for node in candidates:
-            if not node.in_flight and not models.proven(node, task.model, now):
+            if not node.in_flight and not models.proven(node, task.demand, now):
                 return Place(node.name)  # find out what it can do
-        rows = self._arrays.candidates(serving, task.model)
+        rows = self._arrays.candidates(serving, task.demand)
         alone = scoring.best_p_on_time_alone(self._arrays.rows, rows, self._task, now)
-        if alone < admission.MIN_P_ON_TIME and all(models.proven(n, task.model, now) for n in serving):
+        if alone < admission.MIN_P_ON_TIME and all(models.proven(n, task.demand, now) for n in serving):
             return Reject(
                 f"{task.deadline - now:.1f} s are left, too little for any node even if it had nothing else to do"
             )
@@ -228,7 +235,7 @@ class CsUcb(Policy):
 
     @override
     def forecast_length(self, task: Task) -> LengthForecast | None:
-        return self._lengths.forecast(task)
+        return self._lengths.forecast(task) if task.generates else None
 
     # --- kept over a restart
 

@@ -39,6 +39,7 @@ class NodeRow:
 
     first: int  # row in `in_flight` of its first task; the others follow
     count: int  # tasks in flight
+    taken: int  # slots they take or wait for
     slots: int
     heard: float  # when its last heartbeat came, s
     changed: float  # when it last changed, a heartbeat included, s: its outlook counts from here
@@ -64,19 +65,21 @@ class InFlightRow:
 
     dispatched: float  # s
     claimed: float  # s; 0: not yet
-    generated: float  # tokens, as of the last heartbeat
+    generated: float  # tokens of all answers, as of the last heartbeat
     prompt_tokens: float
     payload_bytes: float
     deadline: float  # s
-    max_tokens: float
+    max_tokens: float  # of an answer
+    n: float  # answers
+    width: float  # those of them in the batch at a time, at most
     value: float
-    lengths: int  # row in `lengths` of its output-length distribution
+    lengths: int  # row in `lengths` of the distribution of an answer's length
     arm: int  # row in `arms`
     ready: float = 0.0  # when its payload is there, s; once decoding, when that began
     prefill_left: float = 0.0  # prompt tokens
     prefill_end: float = 0.0  # s of prefills on the node, from its last heartbeat until this task's was over
     start: float = 0.0  # the step at which it starts to decode; −1: not in the batch yet
-    tokens: float = 0.0  # its tokens at that step
+    tokens: float = 0.0  # those of an answer at that step
     survival: float = 0.0  # 1 / P(L > those tokens)
     end_step: float = 0.0  # the step at its deadline …
     end_step_time: float = 0.0  # … and that step's time, s
@@ -129,9 +132,10 @@ class TaskRow:
     prompt_tokens: float
     payload_bytes: float
     deadline: float  # s
-    max_tokens: float
+    max_tokens: float  # of an answer
+    n: float  # answers
     value: float
-    lengths: int  # row of its output-length distribution
+    lengths: int  # row of the distribution of an answer's length
 
 
 @dataclass(slots=True)

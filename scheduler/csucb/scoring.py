@@ -10,6 +10,7 @@ from perllm.scheduler.csucb.forecast import (
     in_flight_on,
     kv_needed,
     p_on_time_alone,
+    width,
 )
 from perllm.scheduler.csucb.index import index
 from perllm.scheduler.csucb.rows import (
@@ -70,14 +71,14 @@ def complete_scores(
 ) -> None:
     """Fill in what `score` left out of the candidates at these positions: harm, and the slacks of the constraints."""
     task: TaskRow = tasks[0]
-    left, needed = task.deadline - now, kv_needed(task, cluster.lengths)
+    left = task.deadline - now
     for i in positions:
         node: NodeRow = cluster.nodes[candidates[i].node]
         arm: ArmRow = cluster.arms[candidates[i].arm]
         own: ScoreRow = scores[i]
         own.deadline_slack = deadline_slack(own.finish, left)
-        own.compute_slack = compute_slack(node.count + 1.0, float(node.slots))
-        own.memory_slack = memory_slack(needed, arm.kv_used, arm.kv_tokens)
+        own.compute_slack = compute_slack(node.taken + width(node, task), float(node.slots))
+        own.memory_slack = memory_slack(kv_needed(node, task, cluster.lengths), arm.kv_used, arm.kv_tokens)
         own.bandwidth_slack = bandwidth_slack(task.payload_bytes, node.bytes_coming, node.bandwidth, left)
         if own.harm < 0 and own.index > INFEASIBLE:
             _add_harm(cluster, candidates[i], task, terms[0], now, own)
@@ -104,12 +105,12 @@ def _score_without_harm(
     own.harm, own.index = UNKNOWN, INFEASIBLE
     if node.stalled:
         own.p_on_time = 0.0
-    kv_slack = memory_slack(kv_needed(task, cluster.lengths), arm.kv_used, arm.kv_tokens)
+    kv_slack = memory_slack(kv_needed(node, task, cluster.lengths), arm.kv_used, arm.kv_tokens)
     kv_full = arm.kv_used > 0 and kv_slack < 0
-    queues = terms.needs_slot and node.count >= node.slots
+    queues = terms.needs_slot and node.taken >= node.slots
     if own.p_on_time < terms.min_p_on_time or kv_full or queues:
         return
-    own.slot_cost = node.slot_price * own.stay
+    own.slot_cost = node.slot_price * own.stay * width(node, task)
     gained = own.p_on_time * task.value
     own.index = index(terms.own_weight, gained, 0.0, own.joules, terms.energy_scale, own.slot_cost)
 

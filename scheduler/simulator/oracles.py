@@ -92,7 +92,7 @@ class Oracle(Baseline):
                 best, best_gain, best_joules = node, gain, joules
         if best is not None and not self._patience:
             return Place(best.name)
-        spare = max(self._spare(task, node, now) for node in cluster.serving.get(task.model, ()))
+        spare = max(self._spare(task, node, now) for node in cluster.serving(task.demand))
         if best is None and spare < 0:
             return Reject("no node could finish it in time, even with nothing else to do")
         until = now + max(MIN_REVIEW, REVIEW_SHARE * spare)

@@ -85,7 +85,7 @@ def _event(line: str, where: str) -> Event:
 
 
 def arrivals_of(events: Sequence[Event], *, seed: int = 0) -> list[Arrival]:
-    """The tasks of a trace in order of arrival, from time 0.
+    """The tasks of a trace in order of arrival, from time 0. One of several answers is replayed as one of the longest.
 
     The true output length of a task that did not run to its end is not known: it is drawn from those of its class that
     did and were longer than what it had generated. Raises BadSetting for a trace without tasks.
@@ -97,7 +97,7 @@ def arrivals_of(events: Sequence[Event], *, seed: int = 0) -> list[Arrival]:
         if isinstance(event, Submitted):
             submitted.setdefault(event.id, event)
         elif isinstance(event, Completed):
-            tokens = event.receipt.completion_tokens
+            tokens = max(event.receipt.choice_tokens or (event.receipt.completion_tokens,))
             (whole if event.state is State.SUCCEEDED else partial)[event.id] = tokens
     if not submitted:
         raise BadSetting("trace: no task was submitted in it")
@@ -114,7 +114,7 @@ def arrivals_of(events: Sequence[Event], *, seed: int = 0) -> list[Arrival]:
             least = partial.get(task.id, 0)
             longer = [n for n in known.get(task.service, []) if n > least] or [max(task.max_tokens, least)]
             output = longer[int(rng.integers(len(longer)))]
-        moved = task.model_copy(update={"at": task.at - begin, "deadline": task.deadline - begin, "strikes": 0})
+        moved = task.model_copy(update={"at": task.at - begin, "deadline": task.deadline - begin, "strikes": 0, "n": 1})
         arrivals.append(Arrival(moved, max(1, output)))
     return arrivals
 

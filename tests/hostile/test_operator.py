@@ -242,6 +242,10 @@ def test_flower_takes_the_developers_commands_and_no_pages(valkey: EmbeddedServe
         (task,) = cluster.submit()  # nobody schedules it
         assert web.post(f"/api/task/revoke/{task}").status_code == 200
         cluster.await_state(task, "cancelled")
+        cluster.submit(3)
+        queues = {q["name"]: q["messages"] for q in web.get("/api/queues/length").json()["active_queues"]}
+        assert queues == {"edge.a": 0, "inbox": 0, "pending (ledger)": 3}
+        assert all(name in web.get("/broker").text for name in queues)
 
 
 # --- a full disk

@@ -1,18 +1,25 @@
-"""Who may use the API: with and without keys, its settings, the limits that keys have."""
+"""Who may use the API: with and without keys, its settings, the limits that keys have. What every answer has, and the
+pages for people."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
+from openai import OpenAI
 from support.api import ApiProcess
 from support.ports import free_port
 from support.raw import redis_of
+from support.wait import eventually
 
 from perllm.broker.api.keys import Keys
 from perllm.broker.api.store import ApiStore
@@ -24,7 +31,8 @@ from perllm.broker.messages import TaskSpec
 @pytest.fixture(scope="module")
 def opened(valkey: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiProcess]:
     folder = tmp_path_factory.mktemp("open")
-    with ApiProcess(valkey.url, folder, api_open="true", api_cors='["https://app.example"]') as running:
+    settings = {"api_open": "true", "api_cors": '["https://app.example"]', "log_level": "debug", "log_json": "true"}
+    with ApiProcess(valkey.url, folder, **settings) as running:
         yield running
 
 
@@ -73,6 +81,87 @@ def test_it_is_healthy_but_not_ready_without_a_scheduler(opened: ApiProcess) -> 
     answer = httpx.get(f"{opened.base}/ready")
     assert answer.status_code == 503
     assert "scheduler" in answer.json()["status"]
+
+
+# --- every answer has the request's name
+
+
+def test_a_request_keeps_the_name_its_client_gave_it(opened: ApiProcess) -> None:
+    for name in ("order-4711", "a" * 128, "00-4bf92f3577b34da6/x:1=@+"):
+        assert httpx.get(f"{opened.base}/health", headers={"x-request-id": name}).headers["x-request-id"] == name
+    made_up = {httpx.get(f"{opened.base}/health").headers["x-request-id"] for _ in range(2)}
+    assert len(made_up) == 2
+    for bad in ("", "a" * 129, "a b", 'a"b', "\xe4"):
+        given = httpx.get(f"{opened.base}/health", headers={"x-request-id": bad.encode("latin-1")})
+        assert given.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("GET", "/v1/tasks/nobody", {}, 404),
+        ("GET", "/nowhere", {}, 404),
+        ("PUT", "/health", {}, 405),
+        ("BREW", "/health", {}, 405),
+        ("GET", "/v1/models", {"Host": "evil.example"}, 403),
+        ("POST", "/v1/tasks", {"Transfer-Encoding": "chunked"}, 400),
+        ("POST", "/v1/chat/completions", {}, 400),
+        ("GET", "/v1/models", {"Authorization": "Bearer perllm_x_y"}, None),
+    ],
+)
+def test_an_error_has_the_requests_name_too(
+    opened: ApiProcess, method: str, path: str, headers: dict[str, str], status: int | None
+) -> None:
+    answer = httpx.request(method, f"{opened.base}{path}", headers={**headers, "x-request-id": "mine"})
+    assert status in (None, answer.status_code)
+    assert answer.headers["x-request-id"] == "mine"
+
+
+def test_what_is_no_http_has_a_name(opened: ApiProcess) -> None:
+    with socket.create_connection(("127.0.0.1", opened.port), timeout=10) as connection:
+        connection.sendall(b"NONSENSE\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert b"x-request-id: req_" in answer
+    assert b'"invalid_request_error"' in answer
+
+
+def test_the_log_and_the_client_know_it_by_the_same_name(opened: ApiProcess) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        OpenAI(base_url=f"{opened.base}/v1", api_key="any", max_retries=0).models.retrieve("nobody's")
+    name = caught.value.request_id
+    assert name
+    lines = eventually(
+        lambda: [line for line in opened.log.read_text().splitlines() if f'"{name}"' in line], "the log names it"
+    )
+    assert json.loads(lines[0])["event"] == "request"
+    assert json.loads(lines[0])["status"] == 404
+
+
+# --- pages for people
+
+
+def test_the_root_says_what_this_is(opened: ApiProcess) -> None:
+    about = httpx.get(opened.base).json()
+    assert about["name"] == "PerLLM"
+    for path in (*about["docs"], about["openapi"], about["health"][0]):
+        assert httpx.get(f"{opened.base}{path}").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+def test_a_page_needs_nothing_from_elsewhere_and_runs_no_other_script(opened: ApiProcess, path: str) -> None:
+    page = httpx.get(f"{opened.base}{path}")
+    policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == "'self'"
+    assert re.findall(r"<script(?! src=)[^>]*>|<script[^>]*>\s*\S+</script>| on\w+=", page.text) == []
+    used = re.findall(r'(?:src|href|spec-url)="([^"]+)"', page.text)
+    assert len(used) >= 3
+    for name in used:
+        asset = httpx.get(f"{opened.base}/{name}")  # relative to the page, so that a proxy may put a path before it
+        assert asset.status_code == 200, name
+        assert len(asset.content) > 60
+    assert httpx.get(f"{opened.base}/pages/__init__.py").status_code == 404
 
 
 def api(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,7 @@ from support.wait import eventually
 from perllm.broker.engine.contract import EngineDown, EngineError, Stop
 from perllm.broker.errors import BadSetting
 from perllm.broker.local.process import spawn
-from perllm.broker.messages import TaskSpec
+from perllm.broker.messages import Delta, TaskSpec
 from perllm.cloud_worker.remote_engine import RemoteEngine
 from perllm.cloud_worker.settings import CloudSettings
 
@@ -75,12 +75,12 @@ def engine(llama_server: str) -> Iterator[RemoteEngine]:
 
 
 def test_text_comes_back_with_its_price(engine: RemoteEngine) -> None:
-    pieces: list[str] = []
+    pieces: list[Delta] = []
     spec = TaskSpec(prompt="Name three colours.", max_tokens=12)
-    done = engine.generate("a", spec, Stop(60), lambda delta: pieces.append(delta.text))
+    done = engine.generate("a", spec, Stop(60), pieces.append)
     assert done.output.finish_reason == "length"
     assert done.output.text.strip()
-    assert "".join(pieces) == done.output.text
+    assert "".join(piece.text for piece in pieces) == done.output.text
     assert len(pieces) > 1  # it was streamed
     assert done.completion_tokens == 12
     assert done.energy.method == "remote-price"
@@ -94,6 +94,9 @@ def test_text_comes_back_with_its_price(engine: RemoteEngine) -> None:
 def test_it_offers_what_it_tried(engine: RemoteEngine) -> None:
     (offer,) = engine.offers()
     assert offer.name == "smollm2"
+    assert set(offer.capabilities) == {
+        "generate", "chat", "choices", "logprobs", "logit_bias", "grammar", "json_schema", "infill",
+    }  # fmt: skip
     assert offer.calibration.step > 0
     assert offer.calibration.prefill > 0
     assert engine.power().estimated
@@ -153,6 +156,19 @@ def test_concurrent_requests_all_end(engine: RemoteEngine) -> None:
         assert all(run.result().completion_tokens > 0 for run in runs)
 
 
+def test_several_answers_of_a_server_that_gives_one(engine: RemoteEngine) -> None:
+    """This one takes `n` and ignores it."""
+    pieces: list[Delta] = []
+    spec = TaskSpec(prompt="Say a word.", max_tokens=6, n=3, temperature=1.0, seed=3)
+    done = engine.generate("a", spec, Stop(120), pieces.append)
+    assert [choice.tokens > 0 for choice in done.output.choices] == [True] * 3
+    assert done.completion_tokens == sum(choice.tokens for choice in done.output.choices)
+    told = ["".join(p.text for p in pieces if p.index == i) for i in range(3)]
+    assert told == [choice.text for choice in done.output.choices]
+    again = engine.generate("a", spec.model_copy(update={"n": 1, "seed": 5}), Stop(120))
+    assert again.output.text == done.output.choices[2].text
+
+
 def test_another_model_is_not_served(engine: RemoteEngine) -> None:
     with pytest.raises(EngineError, match="not served here") as caught:
         engine.generate("a", TaskSpec(prompt="Hi.", model="gpt-99"), Stop(60))
@@ -186,6 +202,7 @@ class OddServer:
 
     answers: list[Handler]
     asked: list[dict[str, Any]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     _server: ThreadingHTTPServer | None = None
     release: threading.Event = field(default_factory=threading.Event)
@@ -201,7 +218,11 @@ class OddServer:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                if not body.get("stream"):  # it is asked what it can do
+                    reply(404, {"error": {"message": "no such thing"}})(self)
+                    return
                 outer.asked.append(body)
+                outer.paths.append(self.path)
                 outer.times.append(time.monotonic())
                 answer = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
                 answer(self)
@@ -281,6 +302,7 @@ def odd() -> Iterator[Callable[..., tuple[OddServer, RemoteEngine]]]:
         engine = RemoteEngine(settings(server.url, **more), first_pause=0.01)
         engine.start()
         server.asked.clear()
+        server.paths.clear()
         server.times.clear()
         opened.append((server, engine))
         return server, engine
@@ -301,6 +323,107 @@ def test_the_server_s_own_count_of_tokens_is_believed(odd: OddStart) -> None:
     assert (done.output.text, done.output.finish_reason) == ("one two", "stop")
     assert (done.prompt_tokens, done.completion_tokens) == (11, 2)
     assert done.energy.total == pytest.approx(1.0)
+
+
+# --- several answers
+
+
+def choice(index: int, text: str, finish: str | None = None) -> bytes:
+    return event({"choices": [{"index": index, "delta": {"content": text}, "finish_reason": finish}]})
+
+
+ALL = [choice(0, "a "), choice(2, "c "), choice(1, "b "), choice(0, "A", "stop"), choice(1, "B", "length")]
+THREE = TaskSpec(prompt="Hello.", max_tokens=8, n=3, seed=7)
+
+
+def test_a_server_that_gives_several_is_asked_once(odd: OddStart) -> None:
+    usage = event({"choices": [], "usage": {"prompt_tokens": 11, "completion_tokens": 10}})
+    server, engine = odd(stream(*ALL, choice(2, "C", "stop"), usage, b"data: [DONE]\n\n"))
+    pieces: list[Delta] = []
+    done = engine.generate("a", THREE, Stop(60), pieces.append)
+    assert [(c.text, c.finish_reason) for c in done.output.choices] == [
+        ("a A", "stop"),
+        ("b B", "length"),
+        ("c C", "stop"),
+    ]
+    assert ["".join(p.text for p in pieces if p.index == i) for i in range(3)] == ["a A", "b B", "c C"]
+    assert [(body["n"], body["seed"]) for body in server.asked] == [(3, 7)]
+    assert (done.prompt_tokens, done.completion_tokens) == (11, 10)
+    assert sum(c.tokens for c in done.output.choices) == 10
+    assert done.energy.total == pytest.approx(5.0)
+
+
+def test_one_that_refuses_several_is_asked_for_each(odd: OddStart) -> None:
+    server, engine = odd(reply(400, {"error": {"message": "only one completion is supported"}}), GOOD)
+    for asked in ([(3, 7), (None, 7), (None, 8), (None, 9)], [(None, 7), (None, 8), (None, 9)]):  # and remembered
+        server.asked.clear()
+        done = engine.generate("a", THREE, Stop(60))
+        assert [c.text for c in done.output.choices] == ["one two"] * 3
+        assert sorted(map(str, [(body.get("n"), body["seed"]) for body in server.asked])) == sorted(map(str, asked))
+        assert (done.completion_tokens, [c.tokens for c in done.output.choices]) == (6, [2, 2, 2])
+        assert done.energy.total == pytest.approx(3.0)
+
+
+def test_a_refusal_for_another_reason_is_one(odd: OddStart) -> None:
+    server, engine = odd(reply(400, {"error": {"message": "too long"}}))
+    with pytest.raises(EngineError, match="too long") as caught:
+        engine.generate("a", THREE, Stop(60))
+    assert not caught.value.retry
+    assert len(server.asked) == 2
+    server.answers[:] = [stream(*ALL, choice(2, "C", "stop"), USAGE)]
+    server.asked.clear()
+    engine.generate("b", THREE, Stop(60))
+    assert [body["n"] for body in server.asked] == [3]  # it does give several
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([*ALL, choice(2, "C")], "broke off"),
+        ([*ALL, choice(3, "D", "stop")], "it sent choice 3 of 3"),
+        ([*ALL, choice(-1, "D", "stop")], "it sent choice -1 of 3"),
+    ],
+)
+def test_answers_that_make_no_sense_are_an_error(odd: OddStart, pieces: list[bytes], message: str) -> None:
+    _, engine = odd(stream(*pieces))
+    with pytest.raises(EngineError, match=message):
+        engine.generate("a", THREE, Stop(60))
+    assert engine.progress() == {}
+
+
+def test_a_cancel_closes_every_stream_of_a_task(odd: OddStart) -> None:
+    released = threading.Event()
+    server, engine = odd(reply(400, b"one at a time"), GOOD, stream(word("on"), released.wait))
+    stop, seen = Stop(60), set[int]()
+
+    def listen(piece: Delta) -> None:
+        seen.add(piece.index)
+        if seen == {0, 1, 2}:
+            stop.cancel()
+
+    done = engine.generate("a", THREE, stop, listen)
+    released.set()
+    assert [c.finish_reason for c in done.output.choices] == ["stop", "cancelled", "cancelled"]
+    assert done.finish == "cancelled"
+    assert engine.progress() == {}
+    assert len(server.asked) == 4
+
+
+def test_gaps_token_ids_and_biases_are_passed_on(odd: OddStart) -> None:
+    legacy = {"tokens": [" x"], "token_logprobs": [-0.5], "top_logprobs": [{" x": -0.5, " y": -1.0}]}
+    last = event({"choices": [{"index": 0, "text": " x", "logprobs": legacy, "finish_reason": "stop"}]})
+    server, engine = odd(stream(last, USAGE))
+    done = engine.generate("a", TaskSpec(prompt="def f(", suffix="return", logprobs=2), Stop(60))
+    assert done.output.text == " x"
+    assert done.output.logprobs is not None
+    assert [top["token"] for top in done.output.logprobs[0]["top_logprobs"]] == [" x", " y"]
+    engine.generate("a", TaskSpec(prompt_ids=[5, 6], echo=True, logit_bias={9: -100}), Stop(60))
+    assert server.paths == ["/v1/completions"] * 2
+    assert [(body["prompt"], body.get("suffix"), body.get("echo")) for body in server.asked] == [
+        ("def f(", "return", None),
+        ([5, 6], None, True),
+    ]
+    assert server.asked[1]["logit_bias"] == {"9": -100}
 
 
 @pytest.mark.parametrize(
@@ -457,6 +580,24 @@ def test_newer_models_get_the_limit_under_its_newer_name(odd: OddStart) -> None:
     assert engine.generate("a", HELLO, Stop(60)).output.text == "one two"
     assert server.asked[1]["max_completion_tokens"] == 8
     assert "max_tokens" not in server.asked[1]
+
+
+def test_an_answer_of_any_length_fits_the_context_as_the_server_counts_it(odd: OddStart) -> None:
+    no = "This model's maximum context length is 2048 tokens. However, you requested 2060 tokens"
+    many = stream(*[word(f"{i} ") for i in range(40)], word("", "stop"), USAGE)
+    server, engine = odd(reply(400, {"error": {"message": no}}), many)
+    done = engine.generate("a", HELLO.model_copy(update={"max_tokens": 4096, "fit_context": True}), Stop(60))
+    assert done.output.text.split() == [str(i) for i in range(40)]
+    assert server.asked[0]["max_tokens"] == 2048 - len("Hello.") // 4 - 1
+    assert "max_tokens" not in server.asked[1]
+
+
+def test_a_limit_the_server_does_not_take_is_kept_all_the_same(odd: OddStart) -> None:
+    no = "max_tokens is too large: 9. This model supports at most 8 completion tokens"
+    many = stream(*[word(f"{i} ") for i in range(40)], word("", "stop"), USAGE)
+    _, engine = odd(reply(400, {"error": {"message": no}}), many)
+    done = engine.generate("a", HELLO.model_copy(update={"max_tokens": 9, "fit_context": True}), Stop(60))
+    assert (done.output.text.split(), done.output.finish_reason) == ([str(i) for i in range(9)], "length")
 
 
 def test_closing_ends_what_runs(odd: OddStart) -> None:

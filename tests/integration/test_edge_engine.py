@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from perllm.broker.engine.contract import EngineError, Generation, Stop
-from perllm.broker.messages import Message, TaskSpec
+from perllm.broker.messages import Delta, Message, TaskSpec
 from perllm.edge_worker.engine import LlamaEngine
 from perllm.edge_worker.settings import EdgeSettings
 
@@ -101,17 +101,17 @@ def test_stop_strings_end_the_text_before_them(engine: LlamaEngine) -> None:
 
 
 def test_pieces_are_whole_characters_and_make_the_text(engine: LlamaEngine) -> None:
-    pieces: list[str] = []
+    pieces: list[Delta] = []
     spec = TaskSpec(prompt="日本の首都はどこですか？", max_tokens=24)
-    done = engine.generate("t", spec, Stop(60), lambda delta: pieces.append(delta.text))
-    assert "".join(pieces) == done.output.text
+    done = engine.generate("t", spec, Stop(60), pieces.append)
+    assert "".join(piece.text for piece in pieces) == done.output.text
     assert len(pieces) > 3
-    assert all("�" not in piece and piece for piece in pieces)
+    assert all("�" not in piece.text and piece.text for piece in pieces)
     assert not done.output.text.isascii()
 
 
 def test_a_failing_listener_ends_the_generation(engine: LlamaEngine) -> None:
-    def broken(_: str) -> None:
+    def broken(_: Delta) -> None:
         raise RuntimeError("no more, please")
 
     with pytest.raises(RuntimeError, match="no more, please"):
@@ -162,6 +162,25 @@ def test_a_seed_makes_sampling_repeatable(engine: LlamaEngine) -> None:
     )  # without one it is random
 
 
+def test_four_answers_are_those_of_their_seeds(engine: LlamaEngine) -> None:
+    """Up to rounding, which in company differs, so that a near tie may fall the other way."""
+    options: dict[str, Any] = {"max_tokens": 10, "temperature": 1.0, "top_p": 0.9}
+    before = engine.counters().prefilled
+    done = run(engine, "Tell me a story.", n=4, seed=7, **options)
+    assert engine.counters().prefilled - before == done.prompt_tokens  # once
+    texts = [choice.text for choice in done.output.choices]
+    alone = [run(engine, "Tell me a story.", seed=7 + i, **options).output.text for i in range(4)]
+    assert sum(a == b for a, b in zip(texts, alone, strict=True)) >= 3
+    assert len(set(texts)) == 4
+    assert done.completion_tokens == sum(choice.tokens for choice in done.output.choices)
+    assert done.energy.inference > 0
+
+
+def test_at_temperature_0_all_answers_are_the_same(engine: LlamaEngine) -> None:
+    done = run(engine, PROMPTS[1], n=3, max_tokens=8)
+    assert len({choice.text for choice in done.output.choices}) == 1
+
+
 def test_narrow_sampling_is_greedy(engine: LlamaEngine) -> None:
     greedy = run(engine, PROMPTS[5], max_tokens=12).output.text
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
@@ -186,7 +205,7 @@ def test_cancel_ends_within_one_step_and_spares_the_others(engine: LlamaEngine) 
     stop, running = Stop(120), threading.Event()
     at: list[int] = []
 
-    def cancel(_: str) -> None:
+    def cancel(_: Delta) -> None:
         if not running.is_set():
             running.set()
             stop.cancel()

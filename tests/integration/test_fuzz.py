@@ -26,6 +26,12 @@ from perllm.broker.settings import Settings
 OPERATIONS = (
     "submit",
     "cancel",
+    "revoke",
+    "refuse",
+    "announce",
+    "follow",
+    "followed",
+    "expire",
     "forget",
     "lead",
     "resign",

@@ -56,6 +56,15 @@ CELERY = {
     "cancelled": "REVOKED",
 }
 
+REFUSALS = {
+    "refused": "InvalidTask",
+    "revoked": "TaskRevokedError",
+    "chord": "ChordError",
+    "failed": "TaskFailed",
+    "expired": "TaskExpired",
+    "rejected": "TaskRejected",
+}
+
 Fact = tuple[Any, ...]  # an event, as far as the model foretells it
 
 
@@ -65,6 +74,10 @@ class Task:
 
     id: str
     spec: TaskSpec
+    celery: bool = False  # its producer is Celery's …
+    progress: bool = False  # … and asked how far it is
+    followers: str = ""  # … and what is to follow it
+    begun: bool = False  # its last attempt
     state: str = "pending"
     attempt: int = 0
     strikes: int = 0
@@ -74,6 +87,7 @@ class Task:
     late: bool = False  # its deadline has passed
     hung: bool = False  # … so long ago that its lease is renewed no more
     aged: bool = False  # it was final before the retention time began
+    withdrawn: bool = False  # its producer ended it: it has no result of its own
     ended: tuple[int, str] = (0, "")  # when it became final: step, then id
     past: list[tuple[int, str, str | None]] = field(default_factory=list)  # attempts: number, node, token
 
@@ -114,11 +128,17 @@ class LedgerMachine(RuleBasedStateMachine):
         self.tasks: dict[str, Task] = {}
         self.keys: dict[tuple[str, str], str] = {}
         self.nodes: dict[str, Node] = {}
+        self.gone: set[str] = set()
         self.totals: Counter[str] = Counter()
         self.pushed: Counter[str] = Counter()
         self.results: dict[str, bytes] = {}
         self.expected: list[Fact] = []
-        self.untold: dict[str, str | None] = {}  # cancelled tasks nobody was told of, and their nodes
+        self.untold: dict[str, str | None] = {}  # withdrawn tasks nobody was told of, and their nodes
+        self.shown: set[str] = set()  # Celery's producers see that these have begun, or have ended
+        self.followers: dict[str, str] = {}  # what is to follow tasks, until it was sent …
+        self.to_follow: set[str] = set()  # … and those of them that have ended
+        self.refused: dict[str, str] = {}  # ids that became no task, and why, nobody was told yet
+        self.told: set[str] = set()  # those of whom the producer was told
         self.announced: list[tuple[str, str]] = []  # expected publications: channel, task id
         self.replayed: dict[str, tuple[str, int, str | None]] = {}  # by the events alone: state, attempt, node
         self.position = "0-0"
@@ -141,8 +161,19 @@ class LedgerMachine(RuleBasedStateMachine):
     def finish(self, task: Task, state: str) -> None:
         task.state, task.ended = state, (self.step, task.id)
         self.totals[state] += 1
-        if state != "cancelled":
-            self.announced.append((f"celery-task-meta-{task.id}", task.id))
+        if not task.withdrawn:
+            self.show(task.id)
+            self.let_follow(task.id, unseen=task.celery and state != "succeeded" and not task.begun)
+
+    def show(self, task_id: str) -> None:
+        """Celery's copy is written, and announced."""
+        self.shown.add(task_id)
+        self.announced.append((f"celery-task-meta-{task_id}", task_id))
+
+    def let_follow(self, task_id: str, *, unseen: bool) -> None:
+        if task_id in self.followers or unseen:
+            self.to_follow.add(task_id)
+            self.announced.append((f"{self.p}signal:@inbox", ""))
 
     def end(self, task: Task, state: str) -> None:
         node = task.node if task.placed else None
@@ -157,7 +188,8 @@ class LedgerMachine(RuleBasedStateMachine):
             self.end(task, "expired")
         else:
             self.expected.append(("returned", task.id, task.node, task.attempt, cause, task.strikes))
-            task.state, task.node, task.token, task.lapsed = "pending", None, None, False
+            self.shown.discard(task.id)
+            task.state, task.node, task.token, task.lapsed, task.begun = "pending", None, None, False, False
 
     def node_down(self, name: str, *states: str) -> None:
         self.expected.append(("node_down", name))
@@ -167,6 +199,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def forget_node(self, name: str) -> None:
         del self.nodes[name]
         del self.pushed[name]  # its queue
+        self.gone.add(name)
 
     def on(self, node: str, *states: str) -> list[Task]:
         return [t for t in self.tasks.values() if t.node == node and t.state in states]
@@ -194,8 +227,11 @@ class LedgerMachine(RuleBasedStateMachine):
             "a_finished_task_ages": bool(finished),
             "cancel": bool(there),
             "forget": bool(there),
+            "expire": bool(unfinished),
             "decide_to_end": bool(there),
-            "hear_of_cancellations": bool(self.untold),
+            "hear_of_cancellations": bool(self.untold or self.refused),
+            "refuse": 1,
+            "follow": 2 * bool(self.to_follow),
             "another_leads": 1,
             "sweep": 2,
         }
@@ -250,6 +286,19 @@ class LedgerMachine(RuleBasedStateMachine):
         self.submit_batch(batch)
         again = [(t.id, t.spec) for t in self.tasks.values()]
         assert self.ledger.submit(again) == [i for i, _ in again]
+        self.submit_from_celery(data)
+
+    def submit_from_celery(self, data: st.DataObject) -> None:
+        task_id, spec = f"celery-{self.totals['submitted']}", TaskSpec(prompt="hello", deadline=1e6)
+        followers, progress = data.draw(st.sampled_from(["", "{}", "something"]), "followers"), data.draw(st.booleans())
+        self.tasks[task_id] = Task(task_id, spec, celery=True, progress=progress, followers=followers)
+        self.totals["submitted"] += 1
+        self.expected.append(("submitted", task_id))
+        if followers:
+            self.followers[task_id] = followers
+        for _ in range(2):
+            assert self.ledger.submit_from_celery(task_id, spec, followers, progress=progress) == task_id
+            followers, progress = "other", True  # not again: a message may come twice
 
     def submit_batch(self, batch: list[tuple[str, TaskSpec]]) -> None:
         wanted = []
@@ -272,6 +321,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def drop(self, task: Task) -> None:
         del self.tasks[task.id]
+        self.shown.discard(task.id)
+        if task.id not in self.to_follow and task.id not in self.untold:
+            self.followers.pop(task.id, None)
         self.keys = {k: i for k, i in self.keys.items() if i != task.id}
         self.totals["forgotten"] += 1
 
@@ -283,19 +335,56 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.cancel(task.id) == was
 
     def stop(self, task: Task) -> None:
-        node = task.node if task.placed else None
         if not task.final:
-            self.end(task, "cancelled")
-            self.untold[task.id] = node
+            self.withdraw(task, "cancelled")
+
+    def withdraw(self, task: Task, state: str) -> None:
+        task.withdrawn = True
+        self.untold[task.id] = task.node if task.placed else None
+        self.end(task, state)
+
+    def expire(self, data: st.DataObject) -> None:
+        """Somebody waits for what should have ended long ago; on what runs there is a lease."""
+        overdue = [t for t in self.tasks.values() if t.late and not t.final and (t.state != "running" or t.lapsed)]
+        for task in overdue:
+            self.withdraw(task, "expired")
+        assert self.ledger.expire() == len(overdue)
 
     def announce(self) -> None:
-        """Who is to hear of cancellations hears of them, if they are not forgotten meanwhile."""
+        """Who is to hear of what producers ended hears of it, if it is not forgotten meanwhile."""
         for task_id, node in self.untold.items():
             if node is not None:
                 self.announced.append((f"{self.p}signal:{node}", task_id))
             if task_id in self.tasks:
-                self.announced.append((f"celery-task-meta-{task_id}", task_id))
+                self.show(task_id)
+            task = self.tasks.get(task_id)
+            self.let_follow(task_id, unseen=task is not None and task.celery and not task.begun)
         self.untold.clear()
+        for task_id in self.refused.keys() - self.tasks.keys() - self.told:
+            self.announced.append((f"celery-task-meta-{task_id}", task_id))
+            self.told.add(task_id)
+        self.refused.clear()
+
+    def refuse(self, data: st.DataObject) -> None:
+        """An id that may or may not be a task's."""
+        task_id = data.draw(st.sampled_from(["nobody", *self.tasks]), "id")
+        kind: Any = data.draw(st.sampled_from(list(REFUSALS)), "kind")
+        self.ledger.refuse(task_id, kind, "because")
+        self.refused[task_id] = kind
+
+    def follow(self, data: st.DataObject) -> None:
+        """Told again and again, whether the task is still there or not, until it was done."""
+        again = data.draw(st.sampled_from([0.0, 600.0]), "again")
+        told = dict(self.ledger.follow(100, again))
+        assert told.items() <= {(i, self.followers.get(i, "")) for i in self.to_follow}
+        for task_id in self.to_follow:  # moves time
+            self.redis.zadd(f"{self.p}to_follow", {task_id: 0})
+        assert dict(self.ledger.follow(100, 0)) == {i: self.followers.get(i, "") for i in self.to_follow}
+        done = data.draw(st.sets(st.sampled_from(sorted(self.to_follow))), "done")
+        self.ledger.followed([*done, "nobody"])
+        for task_id in done:
+            self.to_follow.discard(task_id)
+            self.followers.pop(task_id, None)
 
     # --- scheduler
 
@@ -363,6 +452,7 @@ class LedgerMachine(RuleBasedStateMachine):
             number, node, token = self.an_attempt(data, task)
             if not likely(data):
                 node = "b" if node == "a" else "a"
+            self.step += 1  # a call of its own
             self.claim_one(task, number, node, token)
 
     def claim_one(self, task: Task, number: int, node: str, token: str) -> None:
@@ -372,9 +462,11 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.end(task, "expired")
             else:
                 granted = True
-                task.state, task.token, task.lapsed = "running", token, False
+                task.state, task.token, task.lapsed, task.begun = "running", token, False, True
                 task.past.append((number, node, token))
                 self.expected.append(("claimed", task.id, node, number))
+                if task.celery:
+                    self.show(task.id)
         elif current and task.state == "running":
             granted = token == task.token
         claim = self.ledger.claim(task.id, number, node, token)
@@ -441,6 +533,7 @@ class LedgerMachine(RuleBasedStateMachine):
             for task in self.on(name, "dispatched", "running"):
                 self.give_back(task, "lease_expired", strike=task.state == "running")
         self.nodes[name] = Node(boot)
+        self.gone.discard(name)
         self.expected.append(("node_up", name, boot))
         assert self.ledger.register(node_info(name, boot)) is None
 
@@ -454,7 +547,8 @@ class LedgerMachine(RuleBasedStateMachine):
         reported = data.draw(st.lists(st.sampled_from(running), max_size=4), "running") if running else []
         if claimed and data.draw(st.booleans()):
             reported.append(data.draw(st.sampled_from(claimed), "past"))
-        heartbeat = Heartbeat(at=0, node=name, boot=boot, counters=Counters(steps=3), progress={"task-0": 7})
+        progress = {t.id: 7 for t, *_ in reported}
+        heartbeat = Heartbeat(at=0, node=name, boot=boot, counters=Counters(steps=3), progress=progress)
         stops = self.ledger.beat(heartbeat, [(t.id, number, token) for t, number, token in reported])
         if node is None or boot != node.boot:
             assert stops is None
@@ -465,6 +559,8 @@ class LedgerMachine(RuleBasedStateMachine):
         for task, number, token in reported:
             if task.state == "running" and self.holds(task, number, token):
                 task.lapsed = task.hung
+                if task.progress:
+                    self.show(task.id)
 
     def a_node_goes(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.nodes)), "node")
@@ -592,7 +688,11 @@ class LedgerMachine(RuleBasedStateMachine):
         pipe.keys(f"{self.p}key:*")
         pipe.keys(f"{self.p}result:*")
         pipe.hgetall(f"{self.p}untold")
-        *rows, stored, copies, keys, results, untold = pipe.execute()
+        pipe.hgetall(f"{self.p}followers")
+        pipe.zrange(f"{self.p}to_follow", 0, -1)
+        *rows, stored, copies, keys, results, untold, followers, to_follow = pipe.execute()
+        assert {i.decode(): what.decode() for i, what in followers.items()} == self.followers
+        assert {i.decode() for i in to_follow} == self.to_follow
         rows, ids_in = rows[: 2 * len(self.tasks)], rows[2 * len(self.tasks) :]
         hashes = dict(zip(self.tasks, zip(rows[::2], rows[1::2], strict=True), strict=True))
         sets = {str(s): {i.decode(): x for i, x in ids} for s, ids in zip(State, ids_in, strict=True)}
@@ -602,15 +702,19 @@ class LedgerMachine(RuleBasedStateMachine):
         for state, ids in sets.items():
             assert set(ids) == {t.id for t in self.tasks.values() if t.state == state}, f"the set of {state} tasks"
         finals = {t.id for t in self.tasks.values() if t.final}
-        assert {k.decode().removeprefix("celery-task-meta-") for k in copies} == finals - self.untold.keys()
-        cancelled = {t.id for t in self.tasks.values() if t.state == "cancelled"}
-        assert {k.decode().removeprefix(f"{self.p}result:") for k in results} == finals - cancelled
+        shown = {k.decode().removeprefix("celery-task-meta-") for k in copies}
+        assert shown == self.shown | self.told
+        assert finals - self.untold.keys() <= shown
+        withdrawn = {t.id for t in self.tasks.values() if t.withdrawn}
+        assert {k.decode().removeprefix(f"{self.p}result:") for k in results} == finals - withdrawn
         for task in self.tasks.values():
             self.check_task(task, *hashes[task.id], sets[task.state][task.id])
         held: Counter[bytes] = Counter()
         for fields, result in hashes.values():
             held[fields[b"tenant"]] += TASK_BYTES + sum(len(fields[f]) for f in (b"payload", b"features"))
             held[fields[b"tenant"]] += 2 * len(result or b"")
+        for task in self.tasks.values():
+            held[task.spec.tenant.encode()] += len(self.followers.get(task.id, ""))
         assert self.redis.hgetall(f"{self.p}bytes") == {t: str(n).encode() for t, n in held.items()}
         totals = self.ledger.totals()
         assert totals == {k: v for k, v in self.totals.items() if v}
@@ -644,6 +748,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert {k.decode().split(":", 2)[2] for k in self.redis.keys(f"{self.p}node:*") if b":tasks" not in k} == set(
             live
         )
+        assert {info.name for info, _ in self.ledger.gone()} == self.gone
         for name in NODES:
             held = {i.decode() for i in self.redis.smembers(f"{self.p}node:{name}:tasks")}
             there = {t.id for t in self.on(name, "dispatched", "running")}
@@ -667,12 +772,19 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def check_copy(self, copy: dict[str, Any]) -> None:
         task_id = copy["task_id"]
+        if task_id not in self.tasks and copy["result"].get("exc_message") == ["because"]:
+            assert copy["result"]["exc_type"] in REFUSALS.values()
+            return
         state = self.replayed[task_id][0]
-        assert copy["status"] == CELERY[state]
         if state == "succeeded":
             assert copy["result"] == json.loads(self.results[task_id])
-        else:
+        elif State(state).final:
             assert set(copy["result"]) == {"exc_type", "exc_message", "exc_module"}
+        else:
+            assert copy["result"] == {"hostname": self.replayed[task_id][2]} | (
+                {"tokens": 7} if copy["status"] == "PROGRESS" else {}
+            )
+        assert copy["status"] in {"running": ("STARTED", "PROGRESS")}.get(state, (CELERY.get(state),))
 
 
 def _fact(event: Event) -> Fact:

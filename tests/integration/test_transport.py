@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import celery
+import kombu
 import pytest
 import redis
+from celery import chord
+from celery.events import EventReceiver
 from support.cluster import Cluster
 from support.ports import free_port
+from support.proxy import Proxy
+from support.raw import redis_of
 from support.servers import DebianRedis, skip_without_debian_redis
-from support.wait import PATIENCE
+from support.wait import PATIENCE, eventually
 
 from perllm.broker.connection import check
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import Ledger
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import TaskSpec
+from perllm.broker.queues.app import node_message
+from perllm.broker.queues.events import Dispatcher
+from perllm.broker.queues.transport import NodeTransport
 from perllm.broker.settings import Settings
 
 PASSWORD = "p@ss:w/rd?#%"  # each of these means something in a URL
@@ -69,8 +78,10 @@ def test_a_task_goes_the_whole_way(way: Callable[[Path], Iterator[str]], tmp_pat
         cluster.start_inbox()
         cluster.scheduler()
         cluster.start_nodes("a")
-        sent = cluster.producer().send_task("perllm.generate", kwargs={"prompt": "hi", "max_tokens": 1}, queue="inbox")
-        assert sent.get(timeout=PATIENCE)["state"] == "succeeded"
+        generate = cluster.producer().signature("perllm.generate", kwargs={"max_tokens": 1}, queue="inbox")
+        joined = chord([generate.clone(args=[text]) for text in ("hi", "ho")], generate.clone())()
+        assert joined.get(timeout=PATIENCE)["state"] == "succeeded"
+        assert cluster.task(joined.id).spec.prompt == "word\n\nword"
         cluster.stop()
         for process in cluster.processes:
             assert PASSWORD not in process.output
@@ -91,3 +102,63 @@ def test_a_user_who_may_not(tmp_path: Path) -> None:
             ):
                 ledger.submit([("t", TaskSpec(prompt="hi"))])
         assert admin.dbsize() == 0
+
+
+def test_one_trip_to_the_server_brings_as_many_messages_as_there_are_places(ledger: Ledger) -> None:
+    """One at a time, a worker's rate would be bound by the way there and back. What is no message takes no place."""
+    for number in range(25):
+        redis_of(ledger).lpush("edge.far", "no message" if number == 5 else node_message(f"t{number}", 1, "edge.far"))
+    taken: list[kombu.Message] = []
+    with kombu.Connection(ledger.settings.celery_url) as connection:
+        connection.transport_cls = NodeTransport
+        consumer = kombu.Consumer(
+            connection.default_channel,
+            [kombu.Queue("edge.far")],
+            on_message=taken.append,
+            prefetch_count=10,
+            auto_declare=False,
+        )
+        with consumer:
+            sent = [f"t{number}" for number in range(25) if number != 5]
+            for trip in sent[:9], sent[:10]:  # the first brings ten, one of them none
+                connection.drain_events(timeout=PATIENCE)
+                assert [message.headers["id"] for message in taken] == trip
+            for message in taken:
+                message.ack()
+            connection.drain_events(timeout=PATIENCE)
+            assert [message.headers["id"] for message in taken] == sent[:20]
+
+
+def test_who_makes_an_event_never_waits_for_the_server(server: EmbeddedServer | DebianRedis) -> None:
+    """Else a worker would begin no more tasks than there are ways there and back in a second."""
+    with Proxy(server.url) as proxy:
+        app = celery.Celery(broker=Settings(redis_url=proxy.url).celery_url)
+        near = celery.Celery(broker=Settings(redis_url=server.url).celery_url)
+        heard: list[str] = []
+        with near.connection() as connection, app.connection() as far:
+            receiver = EventReceiver(
+                connection, handlers={"task-received": lambda event: heard.append(event["uuid"])}, app=near
+            )
+            with receiver.consumer_context() as (listening, *_):
+                dispatcher = Dispatcher(far, buffer_group=["task"], app=app)
+
+                def subscribed() -> list[str]:
+                    dispatcher.send("task-received", uuid="first")
+                    drain(listening)
+                    return heard
+
+                eventually(subscribed, "the first is heard")
+                proxy.hold()
+                sent = [f"t{number}" for number in range(500)]
+                for uuid in sent:  # none of these returns while the server must be waited for, if it is waited for
+                    dispatcher.send("task-received", uuid=uuid)
+                proxy.let_through()
+                eventually(lambda: drain(listening) or sent[-1] in heard, "the last is heard")
+                assert [uuid for uuid in heard if uuid != "first"] == sent
+                dispatcher.close()
+
+
+def drain(connection: kombu.Connection) -> None:
+    """Handle the events there are."""
+    with suppress(TimeoutError):
+        connection.drain_events(timeout=0.05)

@@ -20,6 +20,7 @@ from support.make import node_info, output, receipt, why
 from support.ports import free_port
 from support.raw import prefix_of, redis_of
 from support.servers import Server
+from support.wait import eventually
 
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import Dispatch, End, Ledger
@@ -27,11 +28,15 @@ from perllm.broker.messages import Counters, Delta, Heartbeat, TaskSpec
 from perllm.broker.queues.app import node_message
 from perllm.broker.settings import Settings
 
+BEAT = Heartbeat(at=0, node="n", boot="boot-1", counters=Counters(), progress={"running": 3})
 OPERATIONS: dict[str, Callable[[Ledger], object]] = {
     "submit": lambda x: x.submit([("new", TaskSpec(prompt="hi", idempotency_key="k"))]),
     "cancel": lambda x: x.cancel("pending"),
+    "expire": lambda x: x.expire(),
     "revoke": lambda x: x.revoke(["pending", "nobody"]),
-    "refuse": lambda x: x.refuse("nobody", "FAILURE", "nonsense"),
+    "refuse": lambda x: x.refuse("nobody", "refused", "nonsense"),
+    "follow": lambda x: x.follow(10, 60),
+    "followed": lambda x: x.followed(["succeeded"]),
     "forget": lambda x: x.forget("running"),
     "lead": lambda x: x.lead("me", 60),
     "resign": lambda x: x.resign("test"),
@@ -41,7 +46,7 @@ OPERATIONS: dict[str, Callable[[Ledger], object]] = {
     "announce": lambda x: x.announce(),
     "snapshot": lambda x: x.save_snapshot(1, {"learned": 1}),
     "register": lambda x: x.register(node_info("m")),
-    "beat": lambda x: x.beat(Heartbeat(at=0, node="n", boot="boot-1", counters=Counters()), [("running", 1, "token")]),
+    "beat": lambda x: x.beat(BEAT, [("running", 1, "token")]),
     "claim": lambda x: x.claim("dispatched", 1, "n", "token"),
     "say": lambda x: x.say("running", 1, "token", [Delta(text="some text")]),
     "complete": lambda x: x.complete("running", 1, "token", "succeeded", output(), receipt("n")),
@@ -51,12 +56,13 @@ OPERATIONS: dict[str, Callable[[Ledger], object]] = {
     "leave": lambda x: x.leave("n", "boot-1", "stopped"),
 }
 MAY = {
-    "producer": {"submit", "cancel"},
-    "api": {"submit", "cancel", "forget"},
+    "producer": {"submit", "cancel", "expire"},
+    "api": {"submit", "cancel", "expire", "forget"},
     "webhooks": set[str](),
-    "inbox": {"submit", "cancel", "revoke", "refuse"},
+    "inbox": {"submit", "cancel", "expire", "revoke", "refuse", "follow", "followed"},
     "scheduler": {"lead", "resign", "dispatch", "end", "sweep", "announce", "snapshot"},
-    "worker": {"register", "beat", "claim", "say", "complete", "fail", "hand_back", "drain", "leave", "revoke"},
+    "worker": {"register", "beat", "claim", "say", "complete", "fail", "hand_back", "drain", "leave", "revoke"}
+    | {"sweep"},
     "monitor": set[str](),
 }
 
@@ -83,11 +89,13 @@ def all_states(ledgers: dict[str, Ledger]) -> Ledger:
     """The tests' own ledger: a task in every state but the final ones, and a leader that is about to change."""
     ledger = ledgers[""]
     redis_of(ledger).flushall()
-    ledger.submit([(state, TaskSpec(prompt="hi")) for state in ("pending", "dispatched", "running")])
+    for state in ("pending", "dispatched", "running", "gone"):
+        ledger.submit_from_celery(state, TaskSpec(prompt="hi"), followers="{}", progress=True)
     ledger.register(node_info("n"))
     epoch = ledger.lead("test", 60) or 0
     ledger.dispatch(epoch, [_dispatch("dispatched", 1), _dispatch("running", 1)])
     ledger.claim("running", 1, "n", "token")
+    ledger.forget("gone")  # and its node and producer are not told yet
     redis_of(ledger).delete(f"{prefix_of(ledger)}leader")
     return ledger
 
@@ -129,7 +137,9 @@ EVERYBODY = [
 ONE = {
     "producer": ["DEL {perllm}:task:running", "GET {perllm}:snapshot", "SET {perllm}:leader me", "INCR {perllm}:epoch",
                  "LPUSH edge.n x", "BRPOP inbox 1", "LPOP inbox", "UNLINK {perllm}:in:pending", "RENAME inbox inbox2",
-                 "XTRIM {perllm}:events MAXLEN 0", "PUBLISH /0.celery.pidbox x", "GET {perllm}:api:key:x"],
+                 "XTRIM {perllm}:events MAXLEN 0", "PUBLISH {perllm}:signal:n x", "GET {perllm}:api:key:x",
+                 "PUBLISH celery-task-meta-running x", "SET celery-task-meta-running x", "PUBLISH /0.celeryev/x x",
+                 "HSET {perllm}:followers running x", "ZADD {perllm}:to_follow 0 running", "LPUSH celery x"],
     "api": ["GET {perllm}:snapshot", "SET {perllm}:leader me", "LPUSH edge.n x", "BRPOP inbox 1",
             "PUBLISH /0.celery.pidbox x"],
     "webhooks": ["GET {perllm}:api:key:x", "GET {perllm}:api:file:x", "HGET {perllm}:task:running payload",
@@ -137,7 +147,7 @@ ONE = {
     "inbox": ["GET {perllm}:snapshot", "SET {perllm}:leader me", "LPUSH edge.n x", "GET {perllm}:api:key:x"],
     "scheduler": ["BRPOP inbox 1", "PUBLISH /0.celery.pidbox x", "GET {perllm}:api:key:x", "LPUSH inbox x"],
     "worker": ["BRPOP inbox 1", "LPUSH inbox x", "GET {perllm}:snapshot", "SET {perllm}:leader me",
-               "INCR {perllm}:epoch", "GET {perllm}:api:key:x", "GET {perllm}:key:default"],
+               "INCR {perllm}:epoch", "GET {perllm}:api:key:x"],
     "monitor": ["HSET {perllm}:task:running state succeeded", "ZADD {perllm}:in:succeeded 1 running", "BRPOP inbox 1",
                 "DEL {perllm}:events", "GET {perllm}:snapshot", "LPUSH inbox x", "LPUSH edge.n x",
                 "GET {perllm}:api:key:x", "GET {perllm}:key:default"],
@@ -173,15 +183,24 @@ def test_flower_sees_workers_and_tasks_as_the_monitor(own_server: Server, tmp_pa
         redis_of(cluster.ledger).flushall()
         port = free_port()
         listen = ["--address=127.0.0.1", f"--port={port}"]
-        flower = cluster.start(
-            "flower", "celery", "-A", "perllm.broker", "flower", *listen, redis_url=cluster.url_of("monitor")
-        )
+        flower = cluster.start("flower", "perllm.broker.local.flower", *listen, redis_url=cluster.url_of("monitor"))
         cluster.watch(flower, redis_of(cluster.ledger).pubsub_numpat, "listens to events")
+        cluster.start_inbox()
         cluster.scheduler()
-        cluster.start_nodes("a")
+        cluster.start_nodes("a", slots=1, context=100_000, emulated_speed=100)
         users.denied(own_server.url)
         (task_id,) = cluster.submit()
         assert cluster.result(task_id).state == "succeeded"
         cluster.watch(flower, lambda: "SUCCESS" in page(f"/task/{task_id}"), "shows the task")
         assert "a@test" in page("/workers")
+        assert all(queue in page("/broker") for queue in ("edge.a", "inbox", "pending (ledger)"))
+        # Cancelled by another door than Celery's: a producer's task that runs, and one that has come and waits.
+        endless = {"prompt": "hi", "max_tokens": 90_000, "deadline": 600}
+        producer = cluster.producer()
+        sent = [producer.send_task("perllm.generate", kwargs=endless, queue="inbox").id for _ in range(6)]
+        eventually(lambda: all(cluster.ledger.known(sent)), "all are handed in")
+        eventually(lambda: any(cluster.in_state(i, "running") for i in sent), "one runs")
+        cluster.ledger.cancel_many(sent)
+        for task in sent:
+            cluster.watch(flower, lambda: "REVOKED" in page(f"/task/{task}"), "shows it revoked")  # noqa: B023
         assert users.denied(own_server.url) == []

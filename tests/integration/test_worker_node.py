@@ -7,7 +7,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -22,6 +24,7 @@ from perllm.broker.ledger import Dispatch, Ledger
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import State, TaskSpec, new_id
 from perllm.broker.queues.app import node_message
+from perllm.broker.worker import node
 from perllm.broker.worker.node import NodeWorker
 from perllm.broker.worker.settings import WorkerSettings
 
@@ -126,6 +129,35 @@ def test_a_task_runs_and_its_receipt_says_what_it_took(stage: Stage) -> None:
     assert result.latency >= (result.queued or 0) + receipt.decode
 
 
+def test_several_answers_are_one_result_with_one_receipt(stage: Stage) -> None:
+    task_id = stage.submit(tokens=2, n=3, stream=True, echo=True)
+    stage.send(task_id).result()
+    (result,) = stage.ledger.results([task_id])
+    assert result is not None
+    assert result.output is not None
+    assert result.receipt is not None
+    assert [choice.text for choice in result.output.choices] == ["hiword word"] * 3
+    assert (result.receipt.completion_tokens, result.receipt.choice_tokens) == (6, (2, 2, 2))
+    said = [delta for _, deltas in stage.ledger.deltas(task_id) for delta in deltas]
+    assert all("hiword word".startswith("".join(d.text for d in said if d.index == i)) for i in range(3))
+
+
+def test_a_task_is_expired_where_the_deadline_cut_any_answer(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first one was whole."""
+    real = stage.engine.generate
+
+    def cut(*args: Any) -> Generation:
+        done = real(*args)
+        more = [choice.model_copy(update={"finish_reason": "deadline"}) for choice in done.output.more]
+        return replace(done, output=done.output.model_copy(update={"more": tuple(more)}))
+
+    monkeypatch.setattr(stage.engine, "generate", cut)
+    task_id = stage.submit(n=2)
+    with pytest.raises(TaskExpired):
+        stage.send(task_id).result()
+    assert stage.state(task_id) == "expired"
+
+
 def test_a_void_attempt_does_nothing(stage: Stage) -> None:
     task_id = stage.submit()
     stage.dispatch(task_id)
@@ -155,6 +187,26 @@ def test_a_deadline_while_it_runs_keeps_the_part_done(stage: Stage) -> None:
     assert (result.state, result.on_time) == ("expired", False)
     assert 0 < result.receipt.completion_tokens == len(result.text.split()) < ENDLESS
     assert f"after {result.receipt.completion_tokens} tokens" in (result.reason or "")
+
+
+def test_an_answer_of_any_length_is_as_long_as_its_deadline_allows(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "DELIVERY_SECONDS", 10.0)  # so a fifth of the time left, however busy this machine is
+    answer, formed = (
+        stage.submit(ENDLESS, deadline=2, fit_context=True, **fields) for fields in ({}, {"grammar": 'root ::= "a"'})
+    )
+    runs = [stage.send(task_id) for task_id in (answer, formed)]
+    runs[0].result()
+    with pytest.raises(TaskExpired):  # half of what must have a form is worth nothing
+        runs[1].result()
+    result = stage.ledger.results([answer])[0]
+    assert result is not None
+    assert result.output is not None
+    assert result.receipt is not None
+    assert (result.state, result.on_time, result.output.finish_reason) == ("succeeded", True, "length")
+    assert 0 < result.receipt.completion_tokens < ENDLESS
+    assert result.receipt.cut
 
 
 @pytest.mark.parametrize(

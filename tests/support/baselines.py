@@ -25,7 +25,7 @@ def node(
     for i in range(held):
         flight = task(f"{name}-{i}")
         flight.node, flight.dispatched = name, 0.0
-        made.in_flight[flight.id] = flight
+        made.hold(flight)
     return made
 
 

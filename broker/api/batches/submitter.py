@@ -64,7 +64,7 @@ class LineSubmitter:
                 fields["deadline"] = min(deadline, left) if isinstance(deadline, int | float) else deadline
             return self._validator.accept({**fields, "tenant": batch.tenant}, max_value=batch.max_value)
         except InvalidTask as error:
-            return BadLine(line.number, line.custom_id, str(error))
+            return line.bad(error)
 
     def submit(self, batch: BatchDocument, marks: bytearray, buffer: SubmitBuffer, progress: Progress) -> None:
         """Submit the lines in the buffer as far as there is room, and mark them."""

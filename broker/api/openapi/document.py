@@ -138,7 +138,8 @@ def _document(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
 
 def _restore_examples(routers: Iterable[APIRouter], document: dict[str, Any]) -> None:
     """FastAPI leaves fields out of examples that are null."""
-    for route in (route for router in routers for route in router.routes if isinstance(route, APIRoute)):
+    every = (route for router in routers for route in router.routes if isinstance(route, APIRoute))
+    for route in (route for route in every if route.include_in_schema):
         for method in route.methods or ():
             described = document["paths"][route.path_format][method.lower()]["responses"]
             for status, answer in route.responses.items():

@@ -13,6 +13,7 @@ USAGE = {
     "completion_tokens": 12,
     "total_tokens": 48,
     "prompt_tokens_details": {"cached_tokens": 32},
+    "completion_tokens_details": {"reasoning_tokens": 0},
 }
 TEXT = "Because air scatters blue light the most."
 
@@ -21,6 +22,23 @@ CHAT_REQUEST = {
     "messages": [{"role": "user", "content": "Why is the sky blue?"}],
     "max_tokens": 64,
     "deadline": 20,
+}
+WEATHER = {
+    "name": "get_weather",
+    "description": "The weather of a place, now.",
+    "parameters": {
+        "type": "object",
+        "properties": {"place": {"type": "string"}},
+        "required": ["place"],
+        "additionalProperties": False,
+    },
+    "strict": True,
+}
+TOOLS_REQUEST = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "What is the weather in Rome?"}],
+    "tools": [{"type": "function", "function": WEATHER}],
+    "tool_choice": "required",
 }
 CHAT = {
     "id": TASK_ID,
@@ -31,7 +49,7 @@ CHAT = {
         {
             "index": 0,
             "finish_reason": "stop",
-            "message": {"role": "assistant", "content": TEXT, "refusal": None},
+            "message": {"role": "assistant", "content": TEXT, "refusal": None, "annotations": []},
             "logprobs": None,
         }
     ],
@@ -42,14 +60,52 @@ CHAT_STREAM = (
     'data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"Because"}}]}\n\ndata: [DONE]\n\n'
 )
 COMPLETION_REQUEST = {"model": MODEL, "prompt": "Why is the sky blue?", "max_tokens": 64}
+COMPLETIONS_REQUEST = {"model": MODEL, "prompt": ["Why is the sky blue?", "And the sea?"], "max_tokens": 64, "n": 2}
 COMPLETION = {
     **CHAT,
     "object": "text_completion",
     "choices": [{"index": 0, "finish_reason": "stop", "text": TEXT, "logprobs": None}],
 }
 COMPLETION_STREAM = 'data: {"object":"text_completion","choices":[{"index":0,"text":"Because"}]}\n\ndata: [DONE]\n\n'
+EMBEDDINGS_REQUEST = {"model": "auto", "input": ["Why is the sky blue?", "And the sea?"], "dimensions": 3}
+EMBEDDINGS: dict[str, Any] = {
+    "id": TASK_ID,
+    "object": "list",
+    "model": "all-minilm-l6-v2:q8_0",
+    "data": [
+        {"object": "embedding", "index": 0, "embedding": [0.6, 0.0, -0.8]},
+        {"object": "embedding", "index": 1, "embedding": [0.8, 0.0, -0.6]},
+    ],
+    "usage": {"prompt_tokens": 14, "total_tokens": 14},
+    **RECEIPT,
+}
+RERANK_REQUEST = {"query": "Why is the sky blue?", "documents": ["The sea is salt.", TEXT], "top_n": 1}
+RERANKING: dict[str, Any] = {
+    "id": TASK_ID,
+    "object": "list",
+    "model": "bge-reranker-v2-m3:q8_0",
+    "results": [{"index": 1, "relevance_score": 4.1, "document": {"text": TEXT}}],
+    "usage": {"prompt_tokens": 31, "total_tokens": 31},
+    **RECEIPT,
+}
 RESPONSE_REQUEST = {"model": MODEL, "input": "Why is the sky blue?", "max_output_tokens": 64}
 BACKGROUND_REQUEST = {**RESPONSE_REQUEST, "background": True, "deadline": "2026-12-01T06:00:00Z"}
+CALLING_REQUEST = {
+    "model": MODEL,
+    "input": [
+        {"role": "user", "content": "What is the weather in Rome?"},
+        {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": '{"place": "Rome"}'},
+        {"type": "function_call_output", "call_id": "call_1", "output": "21 °C, sunny"},
+    ],
+    "tools": [{"type": "function", **WEATHER}],
+}
+INPUT_ITEM = {
+    "type": "message",
+    "id": f"msg_{TASK_ID}-in-0",
+    "status": "completed",
+    "role": "user",
+    "content": [{"type": "input_text", "text": "Why is the sky blue?"}],
+}
 RESPONSE: dict[str, Any] = {
     "id": TASK_ID,
     "object": "response",
@@ -61,12 +117,15 @@ RESPONSE: dict[str, Any] = {
     "instructions": None,
     "max_output_tokens": 64,
     "metadata": {},
+    "previous_response_id": None,
+    "reasoning": {"effort": None, "summary": None},
     "temperature": 0.0,
+    "top_logprobs": 0,
     "top_p": 1.0,
-    "text": {"format": {"type": "text"}},
+    "text": {"format": {"type": "text"}, "verbosity": "medium"},
     "tools": [],
-    "tool_choice": "none",
-    "parallel_tool_calls": False,
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
     "truncation": "disabled",
     "output": [
         {
@@ -81,7 +140,7 @@ RESPONSE: dict[str, Any] = {
     "incomplete_details": None,
     "usage": {
         "input_tokens": 36,
-        "input_tokens_details": {"cached_tokens": 32},
+        "input_tokens_details": {"cached_tokens": 32, "cache_write_tokens": 0},
         "output_tokens": 12,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": 48,
@@ -92,12 +151,14 @@ RESPONSE_STREAM = (
     "event: response.output_text.delta\n"
     'data: {"type":"response.output_text.delta","sequence_number":4,"delta":"Because"}\n\n'
 )
+CAPABILITIES = ["chat", "generate", "grammar", "json_schema", "logprobs"]
 MODEL_OBJECT = {
     "id": MODEL,
     "object": "model",
     "created": 0,
     "owned_by": "perllm",
     "context": 2048,
+    "capabilities": CAPABILITIES,
     "nodes": ["e1", "e2"],
 }
 TASK_REQUEST = {"prompt": "Why is the sky blue?", "max_tokens": 64, "deadline": 20, "value": 1.0}
@@ -129,6 +190,7 @@ NODE = {
     "energy": {"joules": 5310.4, "method": "cpu-model", "estimated": True},
     "draining": False,
     "models": [MODEL],
+    "capabilities": {MODEL: CAPABILITIES},
 }
 EXPLANATION = {
     "id": TASK_ID,

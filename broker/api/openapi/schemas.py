@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from perllm.broker.api.batches.store import Status
-from perllm.broker.messages import Sampling, State
+from perllm.broker.messages import MAX_CHOICES, MAX_DIMENSIONS, MAX_INPUTS, MAX_TOOLS, Sampling, State
 from perllm.broker.openai.requests import (
     ChatMessage,
     Deadline,
@@ -15,6 +15,7 @@ from perllm.broker.openai.requests import (
     Metadata,
     ModelName,
     Service,
+    TokenIds,
     Tokens,
     Value,
 )
@@ -42,15 +43,28 @@ class ErrorDocument(Shape):
 
 
 class TaskRequest(Sampling):
-    """A task: exactly one of `prompt` and `messages`. Its fields are `TaskSpec`'s, but for the key's tenant."""
+    """A task: exactly one of `prompt`, `prompt_ids` and `messages`, or of another `kind`, `inputs`. Its fields are
+    `TaskSpec`'s, but for the key's tenant."""
 
     model_config = ConfigDict(extra="forbid")
 
     prompt: Annotated[str | None, Field(min_length=1)] = None
+    prompt_ids: TokenIds | None = None
     messages: list[ChatMessage] | None = None
+    kind: Annotated[
+        Literal["generate", "embed", "rerank"], Field(description="What is made of the input: text, vectors, scores.")
+    ] = "generate"
+    inputs: list[str] = Field(default_factory=list, max_length=MAX_INPUTS, description="What to embed, or to rank.")
+    input_ids: list[TokenIds] = Field(default_factory=list, max_length=MAX_INPUTS, description="The same as token ids.")
+    query: Annotated[str | None, Field(min_length=1, description="What to rank by.")] = None
+    dimensions: Annotated[int | None, Field(ge=1, le=MAX_DIMENSIONS, description="Numbers of a vector.")] = None
     deadline: Deadline | None = None
+    start_after: Annotated[float, Field(ge=0, description="Seconds from now before which it is not placed.")] = 0.0
     value: Value = 1.0
     max_tokens: Tokens | None = None
+    fit_context: Annotated[
+        bool, Field(description="An answer longer than context or deadline allow ends there; so where nothing is said.")
+    ] = False
     model: ModelName | None = None
     service: Service = "default"
     expected_tokens: ExpectedTokens | None = None
@@ -60,6 +74,15 @@ class TaskRequest(Sampling):
     ] = False
     metadata: Metadata = Field(default_factory=dict)
     stop: str | list[str] | None = None  # type: ignore[assignment]
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    echo: bool = False
+    suffix: Annotated[str | None, Field(min_length=1)] = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
+    tool_choice: str | dict[str, Any] = "auto"
+    allowed_tools: list[str] = Field(default_factory=list)
+    parallel_tool_calls: bool = True
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
 class TasksRequest(TaskRequest):
@@ -80,11 +103,17 @@ class BatchRequest(Shape):
 
     model_config = ConfigDict(extra="forbid")
 
-    input_file_id: str
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
-    completion_window: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,6}[smhd]$")]
-    metadata: Metadata | None = None
-    output_expires_after: OutputExpiry | None = None
+    input_file_id: str = Field(description="a file of requests, one a line")
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank"] = (
+        Field(description="of all its lines: chat completions, completions, responses, embeddings or rerank")
+    )
+    completion_window: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,6}[smhd]$")] = Field(
+        description="any duration from `1s` to `30d`"
+    )
+    metadata: Metadata | None = Field(None, description="up to 16 pairs of text")
+    output_expires_after: OutputExpiry | None = Field(
+        None, description="how long the files that come of it are kept, from `created_at` on"
+    )
 
 
 EventName = Literal[
@@ -131,6 +160,7 @@ class Usage(Shape):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: dict[str, int]
+    completion_tokens_details: dict[str, int]
 
 
 class ChatChoice(Shape):
@@ -165,6 +195,41 @@ class Completion(ReceiptFields):
     usage: Usage
 
 
+class EmbeddingsUsage(Shape):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Shape):
+    object: Literal["embedding"]
+    index: int
+    embedding: Annotated[
+        list[float] | str, Field(description="base64 of little-endian 32-bit floats where that was asked for")
+    ]
+
+
+class Embeddings(ReceiptFields):
+    id: str
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingsUsage
+
+
+class Ranked(Shape):
+    index: Annotated[int, Field(description="of the document, in the order they were given")]
+    relevance_score: Annotated[float, Field(description="as the model gives it: compare within one answer")]
+    document: dict[str, str] | None = None
+
+
+class Reranking(ReceiptFields):
+    id: str
+    object: Literal["list"]
+    model: str
+    results: list[Ranked]
+    usage: EmbeddingsUsage
+
+
 class ResponseObject(ReceiptFields):
     id: str
     object: Literal["response"]
@@ -174,13 +239,16 @@ class ResponseObject(ReceiptFields):
     background: bool
     model: str
     instructions: str | None
-    max_output_tokens: int
+    max_output_tokens: int | None
     metadata: dict[str, str]
+    previous_response_id: str | None
+    reasoning: dict[str, Any]
     temperature: float
+    top_logprobs: int
     top_p: float
     text: dict[str, Any]
-    tools: list[Any]
-    tool_choice: str
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, Any]
     parallel_tool_calls: bool
     truncation: str
     output: list[dict[str, Any]]
@@ -189,12 +257,26 @@ class ResponseObject(ReceiptFields):
     usage: dict[str, Any] | None
 
 
+class Page(Shape):
+    """What pages of lists have beside their `data`."""
+
+    object: Literal["list"]
+    has_more: bool
+    first_id: str | None
+    last_id: Annotated[str | None, Field(description="`after` for the next page")]
+
+
+class InputItemPage(Page):
+    data: list[dict[str, Any]]
+
+
 class ModelObject(Shape):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     context: Annotated[int, Field(description="tokens, prompt and output together, of the node that takes most")]
+    capabilities: Annotated[list[str], Field(description="what it can do on one of its nodes or another")]
     nodes: list[str]
 
 
@@ -218,15 +300,6 @@ class TaskObject(Shape):
     metadata: dict[str, str]
     prompt: Annotated[str, Field(description="the start of it")]
     result: dict[str, Any] | None
-
-
-class Page(Shape):
-    """What pages of lists have beside their `data`."""
-
-    object: Literal["list"]
-    has_more: bool
-    first_id: str | None
-    last_id: Annotated[str | None, Field(description="`after` for the next page")]
 
 
 class TaskPage(Page):
@@ -296,6 +369,7 @@ class NodeObject(Shape):
     energy: NodeEnergy
     draining: bool
     models: list[str]
+    capabilities: Annotated[dict[str, list[str]], Field(description="what each of its models can do here")]
 
 
 class NodeList(Shape):

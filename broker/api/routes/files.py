@@ -24,6 +24,7 @@ from perllm.broker.api.paging import After, Order, page
 from perllm.broker.api.request_body import refuse_unknown
 from perllm.broker.api.state import Api
 from perllm.broker.api.submission import MAX_ID
+from perllm.broker.api.time_limit import lift_time_limit
 
 router = APIRouter(tags=["Files"])
 
@@ -49,18 +50,24 @@ def file_object(file: FileDocument) -> dict[str, Any]:
     }
 
 
-_FORM: dict[str, dict[str, Any]] = {
-    "file": {"type": "string", "format": "binary"},
-    "purpose": {"type": "string", "enum": list(PURPOSES)},
-    "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-    "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+#: The fields of an upload's form.
+UPLOAD_FIELDS: dict[str, dict[str, Any]] = {
+    "file": {"type": "string", "format": "binary", "description": "its content and its name"},
+    "purpose": {"type": "string", "enum": list(PURPOSES), "description": " or ".join(f"`{p}`" for p in PURPOSES)},
+    "expires_after[anchor]": {"type": "string", "enum": ["created_at"], "description": "only `created_at`"},
+    "expires_after[seconds]": {
+        "type": "integer",
+        "minimum": 3600,
+        "maximum": 2592000,
+        "description": "how long it is kept, from 3600 to 2592000",
+    },
 }
 _UPLOAD = {
     "requestBody": {
         "required": True,
         "content": {
             "multipart/form-data": {
-                "schema": {"type": "object", "required": ["file", "purpose"], "properties": _FORM},
+                "schema": {"type": "object", "required": ["file", "purpose"], "properties": UPLOAD_FIELDS},
                 "example": {"purpose": "batch", "file": '{"custom_id": "1", "body": {"prompt": "Hi"}}'},
             }
         },
@@ -77,6 +84,7 @@ async def upload_file(request: Request, api: TheApi, caller: TheCaller) -> Respo
     # Others may take very long to decode.
     if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
         raise ApiError(400, "the form's charset must be UTF-8", param="file")
+    lift_time_limit(request.scope)  # what is behind may be far and slow; `api.disk` has a limit
     with api.uploads.slot(caller):
         return JSONResponse(file_object(await _store_upload(request, api, caller)))
 
@@ -84,7 +92,7 @@ async def upload_file(request: Request, api: TheApi, caller: TheCaller) -> Respo
 async def _store_upload(request: Request, api: Api, caller: Caller) -> FileDocument:
     await api.disk.run(caller.tenant, api.files.check_room, caller.tenant)
     async with request.form(max_files=1, max_fields=8, max_part_size=64 << 10) as form:
-        refuse_unknown(form, _FORM)
+        refuse_unknown(form, UPLOAD_FIELDS)
         upload = form.get("file")
         if not isinstance(upload, UploadFile):
             raise ApiError(400, "file: a file is required, whole, as multipart/form-data", param="file")

@@ -38,8 +38,17 @@ async def _models(api: Api, caller: Caller) -> dict[str, dict[str, Any]]:
         for offer in info.models:
             model = found.setdefault(
                 offer.name,
-                {"id": offer.name, "object": "model", "created": 0, "owned_by": "perllm", "context": 0, "nodes": []},
+                {
+                    "id": offer.name,
+                    "object": "model",
+                    "created": 0,
+                    "owned_by": "perllm",
+                    "context": 0,
+                    "capabilities": [],
+                    "nodes": [],
+                },
             )
             model["context"] = max(model["context"], offer.context)
+            model["capabilities"] = sorted({*model["capabilities"], *offer.capabilities})
             model["nodes"].append(info.name)
     return found

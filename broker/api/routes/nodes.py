@@ -36,6 +36,7 @@ async def list_nodes(api: TheApi, caller: TheCaller) -> Response:
                 },
                 "draining": draining,
                 "models": [offer.name for offer in info.models],
+                "capabilities": {offer.name: sorted(offer.capabilities) for offer in info.models},
             }
         )
     return JSONResponse({"object": "list", "data": data})

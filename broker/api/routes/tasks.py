@@ -26,7 +26,8 @@ from perllm.broker.api.submission import Accepted
 from perllm.broker.errors import InvalidTask
 from perllm.broker.ledger import Glance, TaskRecord
 from perllm.broker.messages import State
-from perllm.broker.openai.translation import messages
+from perllm.broker.openai import tools
+from perllm.broker.openai.turns import turns
 
 router = APIRouter(tags=["Tasks"])
 
@@ -81,12 +82,18 @@ def _task_fields(body: dict[str, Any]) -> dict[str, Any]:
     fields = {name: value for name, value in body.items() if value is not None}
     if "tenant" in fields:
         raise InvalidTask("tenant: it is the key's; not a field of this request")
+    if "request" in fields:
+        raise InvalidTask("request: not a field of this request")
     if fields.get("model") == "auto":
         del fields["model"]
     if isinstance(fields.get("stop"), str):
         fields["stop"] = [fields["stop"]]
     if "messages" in fields:
-        fields["messages"] = messages(fields["messages"])
+        fields["messages"] = turns(fields["messages"])
+    if "tools" in fields:
+        fields["tools"] = tools.tools(fields["tools"])
+    if isinstance(fields.get("tool_choice"), dict):
+        fields.update(tools.choice(fields["tool_choice"], fields.get("tools", [])))
     return fields
 
 

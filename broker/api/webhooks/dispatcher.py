@@ -20,7 +20,7 @@ from perllm.broker.errors import Unreachable, Unreadable
 from perllm.broker.ledger import Ledger
 from perllm.broker.ledger.events import gap
 from perllm.broker.messages import Completed, Ended, State
-from perllm.broker.openai.translation import receipt_fields
+from perllm.broker.openai.receipts import receipt_fields
 from perllm.broker.queues.app import make_app
 
 #: The Celery task that delivers to a webhook under a lease.

@@ -14,7 +14,8 @@ from perllm.broker.errors import InvalidTask
 from perllm.broker.messages import Result, State, TaskSpec
 from perllm.broker.openai import batch_file as batch
 from perllm.broker.openai import translation
-from perllm.broker.openai.translation import CHAT, RESPONSES
+from perllm.broker.openai.responses import response_object
+from perllm.broker.openai.translation import CHAT, COMPLETIONS, RESPONSES
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
@@ -74,7 +75,7 @@ def test_a_chat_request_becomes_a_task() -> None:
         ("{}", "custom_id"),
         ('{"custom_id": 3, "body": {}}', "custom_id"),
         ('{"custom_id": "a", "method": "GET", "body": {}}', "method"),
-        ('{"custom_id": "a", "url": "/v1/embeddings", "body": {}}', "url"),
+        ('{"custom_id": "a", "url": "/v1/audio/speech", "body": {}}', "url"),
         ('{"custom_id": "a"}', "body"),
         (line(response_format={"type": "xml"}), "response_format"),
         (line(tools=[{"type": "function"}]), "tools"),
@@ -108,7 +109,8 @@ def result(state: State) -> Result:
 
 
 def test_a_success_is_an_openai_response_with_energy_beside_the_usage() -> None:
-    written = batch.output_line(batch.Line(1, "mine", batch.CHAT, {"prompt": "hi"}), result(State.SUCCEEDED), 0.0)
+    line = batch.Line(1, "mine", CHAT, {"prompt": "hi"})
+    written = json.loads("".join(batch.output_line(line, result(State.SUCCEEDED), 0.0)))
     body = written["response"]["body"]
     assert written["custom_id"] == "mine"
     assert written["error"] is None
@@ -120,7 +122,7 @@ def test_a_success_is_an_openai_response_with_energy_beside_the_usage() -> None:
 
 @pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.REJECTED, State.CANCELLED])
 def test_anything_else_is_an_error_with_its_reason(state: State) -> None:
-    written = batch.output_line(batch.Line(1, "mine", batch.CHAT, {"prompt": "hi"}), result(state), 0.0)
+    written = batch.failed_line(batch.Line(1, "mine", COMPLETIONS, {"prompt": "hi"}), result(state))
     assert written["response"] is None
     assert written["error"] == {"code": f"task_{state}", "message": "because"}
 
@@ -174,19 +176,20 @@ def test_a_response_request_becomes_a_task() -> None:
         (
             CHAT,
             {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
-            "messages.0.tool_calls",
+            "messages.0.tool_calls.0",
         ),
         (CHAT, {"messages": "x"}, "messages"),
-        (CHAT, {"n": 2}, "n"),
-        (CHAT, {"n": True}, "n"),
+        (CHAT, {}, "messages"),
+        (CHAT, {"prompt": "x"}, "prompt"),
         (CHAT, {"input": "x"}, "input"),
         (RESPONSES, {"input": "x", "prompt": "y"}, "prompt"),
         (RESPONSES, {"input": "x", "max_tokens": 5}, "max_tokens"),
         (RESPONSES, {"input": "x", "text": {"format": {"type": "xml"}}}, "text.format"),
         (RESPONSES, {"input": "x", "text": 5}, "text"),
         (RESPONSES, {"input": "x", "instructions": ["y"]}, "instructions"),
-        (RESPONSES, {"input": [{"type": "function_call_output"}]}, "input.0"),
+        (RESPONSES, {"input": [{"type": "function_call_output"}]}, "input.0.call_id"),
         (RESPONSES, {"input": 5}, "input"),
+        (RESPONSES, {"input": "x", "previous_response_id": "y"}, "previous_response_id"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(url: str, body: dict[str, object], named: str) -> None:
@@ -218,7 +221,7 @@ def test_any_text_is_a_deadline_or_an_error(deadline: str) -> None:
 @pytest.mark.parametrize("state", list(State))
 def test_every_state_is_shown_as_a_response(state: State) -> None:
     final = state.final
-    shown = translation.response_object("id", TaskSpec(prompt="hi"), 1.0, state, result(state) if final else None)
+    shown = response_object("id", TaskSpec(prompt="hi"), 1.0, state, result(state) if final else None)
     assert shown["status"] in ("queued", "in_progress", "completed", "incomplete", "failed", "cancelled")
     assert (shown["error"] is not None) == (shown["status"] == "failed")
     assert (shown["incomplete_details"] is not None) == (shown["status"] == "incomplete")

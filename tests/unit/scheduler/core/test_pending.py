@@ -11,13 +11,15 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from perllm.scheduler import examples
-from perllm.scheduler.core.cluster import Task
+from perllm.scheduler.core.cluster import Demand, Task
 from perllm.scheduler.core.heap import Heap
 from perllm.scheduler.core.pending import Pending
 
+ANY = Demand()
 
-def task(task_id: str, deadline: float = 10.0, model: str | None = None, submitted: float = 0.0) -> Task:
-    return examples.task(task_id, at=submitted, left=deadline - submitted, model=model)
+
+def task(task_id: str, deadline: float = 10.0, demand: Demand = ANY, submitted: float = 0.0) -> Task:
+    return examples.task(task_id, at=submitted, left=deadline - submitted, model=demand.model, needs=demand.needs)
 
 
 @dataclass
@@ -29,39 +31,41 @@ class Entry:
     out: bool = False
     ticket: int = 0  # order in which it was parked
     due: bool = False  # to be taken in this scan
+    asleep: bool = False  # it may not start yet
 
 
 class PoolMachine(RuleBasedStateMachine):
     """Every operation on the pool, beside a model that looks at all tasks each time."""
 
-    MODELS = (None, "a", "b")
+    DEMANDS = (ANY, Demand("a"), Demand("a", ("tools",)), Demand(None, ("tools",)))
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = Pending()
         self.model: dict[str, Entry] = {}
-        self.open: set[str | None] = set()
+        self.open: set[Demand] = set()
         self.count = 0
         self.now = 0.0
 
-    @rule(deadline=st.integers(1, 8), model=st.sampled_from(MODELS), again=st.booleans())
-    def add(self, deadline: int, model: str | None, again: bool) -> None:
+    @rule(deadline=st.integers(1, 8), demand=st.sampled_from(DEMANDS), again=st.booleans(), start=st.integers(0, 6))
+    def add(self, deadline: int, demand: Demand, again: bool, start: int) -> None:
         if again and self.model:
             self.pool.add(next(iter(self.model.values())).task)
             return
         self.count += 1
-        new = task(f"t{self.count}", self.now + deadline, model)
+        new = task(f"t{self.count}", self.now + deadline, demand)
+        new.start = self.now + start if 0 < start < deadline else new.submitted
         self.pool.add(new)
-        self.model[new.id] = Entry(new, self.count)
+        self.model[new.id] = Entry(new, self.count, asleep=new.start > new.submitted)
 
-    @rule(fresh=st.sets(st.sampled_from(MODELS)), parked=st.sets(st.sampled_from(MODELS)))
-    def take(self, fresh: set[str | None], parked: set[str | None]) -> None:
+    @rule(fresh=st.sets(st.sampled_from(DEMANDS)), parked=st.sets(st.sampled_from(DEMANDS)))
+    def take(self, fresh: set[Demand], parked: set[Demand]) -> None:
         idle = [e for e in self.model.values() if not e.out]
-        able = [e for e in idle if e.until is None and e.task.model in fresh]
+        able = [e for e in idle if e.until is None and not e.asleep and e.task.demand in fresh]
         best = min(able, key=lambda e: (e.task.deadline, e.order), default=None)
         was_parked = best is None
         if best is None:
-            able = [e for e in idle if e.until is not None and e.task.model in parked & self.open and e.due]
+            able = [e for e in idle if e.until is not None and e.task.demand in parked & self.open and e.due]
             best = min(able, key=lambda e: (-e.rank, e.ticket), default=None)
         got = self.pool.take(fresh, parked)
         assert got == (None if best is None else (best.task, was_parked))
@@ -94,20 +98,20 @@ class PoolMachine(RuleBasedStateMachine):
         task_id = data.draw(st.sampled_from(sorted(self.model)))
         self.pool.remove(task_id)
         gone = self.model.pop(task_id)
-        if all(e.task.model != gone.task.model for e in self.model.values()):
-            self.open.discard(gone.task.model)  # an empty lane forgets
+        if all(e.task.demand != gone.task.demand for e in self.model.values()):
+            self.open.discard(gone.task.demand)  # an empty lane forgets
 
-    @rule(models=st.sets(st.sampled_from(MODELS)))
-    def end_scan(self, models: set[str | None]) -> None:
-        self.pool.end_scan(models)
-        self.open -= models
+    @rule(demands=st.sets(st.sampled_from(DEMANDS)))
+    def end_scan(self, demands: set[Demand]) -> None:
+        self.pool.end_scan(demands)
+        self.open -= demands
 
-    @rule(models=st.sets(st.sampled_from(MODELS)), go_on=st.booleans())
-    def scan(self, models: set[str | None], go_on: bool) -> None:
-        (self.pool.continue_scan if go_on else self.pool.rescan)(models)
-        self.open |= models & {e.task.model for e in self.model.values()}
-        for model in models:
-            lane = [e for e in self.model.values() if e.task.model == model]
+    @rule(demands=st.sets(st.sampled_from(DEMANDS)), go_on=st.booleans())
+    def scan(self, demands: set[Demand], go_on: bool) -> None:
+        (self.pool.continue_scan if go_on else self.pool.rescan)(demands)
+        self.open |= demands & {e.task.demand for e in self.model.values()}
+        for demand in demands:
+            lane = [e for e in self.model.values() if e.task.demand == demand]
             parked = [e for e in lane if e.until is not None and not e.out]
             if not go_on or not any(e.due for e in parked):
                 for entry in parked:
@@ -122,12 +126,14 @@ class PoolMachine(RuleBasedStateMachine):
         for entry in idle:
             if entry.task.id in late:
                 entry.out, entry.due = True, False
-            elif entry.until is not None and entry.until <= self.now:
+            entry.asleep &= entry.task.start > self.now
+            if entry.task.id not in late and entry.until is not None and entry.until <= self.now:
                 entry.until, entry.due = None, False
 
     @invariant()
     def agree(self) -> None:
         assert len(self.pool) == len(self.model)
+        assert self.pool.awake == sum(not e.asleep for e in self.model.values())
         assert {t.id: t for t in self.pool} == {i: e.task for i, e in self.model.items()}
         for task_id in self.model:
             assert task_id in self.pool
@@ -141,7 +147,7 @@ def test_arrival_order_without_edf() -> None:
     pool = Pending(edf=False)
     pool.add(task("late", deadline=9, submitted=2))
     pool.add(task("early", deadline=99, submitted=1))
-    got = pool.take([None])
+    got = pool.take([ANY])
     assert got is not None
     assert got[0].id == "early"
 
@@ -150,22 +156,43 @@ def test_of_the_parked_the_highest_rank_comes_first() -> None:
     pool = Pending()
     for i, rank in enumerate((1.0, 5.0, -3.0)):
         pool.add(task(f"t{i}", deadline=10.0 + i))
-        got = pool.take([None])
+        got = pool.take([ANY])
         assert got is not None
         pool.park(got[0], until=9.0, rank=rank)
-    assert pool.take([None], [None]) is None  # no scan is on
-    pool.rescan([None])
-    order = [got[0].id for _ in range(3) if (got := pool.take([], [None]))]
+    assert pool.take([ANY], [ANY]) is None  # no scan is on
+    pool.rescan([ANY])
+    order = [got[0].id for _ in range(3) if (got := pool.take([], [ANY]))]
     assert order == ["t1", "t0", "t2"]
 
 
 def test_every_field_survives() -> None:
-    given = task("x", model="m")
+    given = task("x", demand=Demand("m", ("chat", "tools")))
+    given.fit_context = True
     given.value, given.expected_tokens, given.strikes, given.attempt = 0.1, 77, 2, 3
-    given.avoid = {"edge-1": 20.0}
+    given.avoid, given.start, given.n = {"edge-1": 20.0}, 4.0, 16
     pool = Pending()
     pool.add(given)
     assert pool.get("x") == given
+
+
+def test_a_million_that_may_start_at_once_do_so_piece_by_piece() -> None:
+    pool = Pending()
+    for i in range(12_000):
+        sleeper = task(f"t{i}", deadline=100.0)
+        sleeper.start = 50.0
+        pool.add(sleeper)
+    pool.add(task("awake", deadline=99.0))
+    assert pool.awake == 1
+    assert pool.wake_due(49.0) == []
+    assert (pool.take([ANY]) or pytest.fail("it may start"))[0].id == "awake"
+    assert pool.take([None], [None]) is None
+    woken = []
+    while pool.awake < len(pool):
+        before = pool.awake
+        pool.wake_due(50.0)
+        woken.append(pool.awake - before)
+    assert sum(woken) == 12_000
+    assert max(woken) < 12_000
 
 
 def test_parking_for_ever_leaves_no_dead_entries_behind() -> None:
@@ -173,11 +200,11 @@ def test_parking_for_ever_leaves_no_dead_entries_behind() -> None:
     for i in range(10):
         pool.add(task(f"t{i}", deadline=1e6))
     for step in range(3000):
-        pool.rescan([None])
-        got = pool.take([None], [None])
+        pool.rescan([ANY])
+        got = pool.take([ANY], [ANY])
         assert got is not None
         pool.park(got[0], until=10.0 + step)
-    lane = pool._lanes[None]
+    lane = pool._lanes[ANY]
     assert max(len(lane.parked), len(lane.fresh), len(pool._wakeups)) <= 4 * 10 + 64
 
 

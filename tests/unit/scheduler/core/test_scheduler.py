@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -23,12 +24,21 @@ from perllm.broker.messages import (
 from perllm.scheduler import examples
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.policy import Choice, Place, Policy, Reject, Wait
-from perllm.scheduler.core.scheduler import AVOID_SECONDS, LOOKAHEAD, MAX_LONG_WAITS, MAX_RETRIES, SchedulerCore
+from perllm.scheduler.core.scheduler import (
+    AVOID_SECONDS,
+    AWAIT_NODES,
+    AWAIT_RETURN,
+    LOOKAHEAD,
+    MAX_LONG_WAITS,
+    MAX_REFUSED,
+    MAX_RETRIES,
+    SchedulerCore,
+)
 from perllm.scheduler.examples import node_info
 
 
-def info(name: str, slots: int = 2, models: Sequence[str] = ("m",), context: int = 4096) -> NodeInfo:
-    return node_info(name, slots=slots, models=models, context=context)
+def info(name: str, slots: int = 2, models: Sequence[str] = ("m",), context: int = 4096, **fields: Any) -> NodeInfo:
+    return node_info(name, slots=slots, models=models, context=context, **fields)
 
 
 def submitted(task_id: str, at: float = 0.0, deadline: float = 100.0, **fields: Any) -> Submitted:
@@ -80,6 +90,20 @@ def test_most_urgent_first_until_the_nodes_are_full() -> None:
     assert core.decide(0) == []
     core.handle(completed("t3", "n", 1))
     assert [d.task.id for d in core.decide(1)] == ["t1"]
+
+
+def test_answers_take_slots_and_an_idle_node_takes_any_number_of_them() -> None:
+    core = core_with(Scripted(), info("n", slots=2))  # holds 2 + 2
+    for i, n in enumerate((16, 1, 2, 1)):
+        core.handle(submitted(f"t{i}", deadline=50 + i, n=n))
+    assert [d.task.id for d in core.decide(0)] == ["t0", "t1", "t2"]  # the first takes all slots, and no more
+    node = core.cluster.nodes["n"]
+    assert node.taken == 2 + 1 + 2
+    assert core.find("t0").n == 16  # type: ignore[union-attr]
+    core.handle(completed("t0", "n", at=1.0))
+    core.handle(NodeUp(at=2.0, info=info("n", slots=2)))
+    assert core.cluster.nodes["n"].taken == 3
+    assert [d.task.id for d in core.decide(2.0)] == ["t3"]
 
 
 def test_beside_an_idle_node_every_parked_task_has_its_turn() -> None:
@@ -156,6 +180,17 @@ def test_parked_tasks_wake_by_themselves() -> None:
     policy.answer = None
     assert core.decide(49) == []
     assert [d.action for d in core.decide(50)] == ["dispatch"]
+
+
+def test_a_task_is_not_asked_about_before_it_may_start() -> None:
+    policy = Scripted()
+    core = core_with(policy, info("n"))
+    core.handle(submitted("t", start_after=50.0))
+    assert core.decide(49.9) == []
+    assert policy.asked == []
+    assert [d.action for d in core.decide(50.0)] == ["dispatch"]
+    core.handle(Returned(id="t", at=51.0, node="n", attempt=1, cause="handed_back"))
+    assert [d.action for d in core.decide(51.0)] == ["dispatch"]
 
 
 def test_a_round_is_bounded_whatever_waits() -> None:
@@ -237,6 +272,106 @@ def test_too_long_for_every_context_is_rejected_and_too_long_for_some_goes_elsew
     assert "4096" in decisions["huge"].explanation.sentence
     assert decisions["long"].node is not None
     assert decisions["long"].node.name == "large"
+
+
+def test_a_context_must_hold_max_tokens_unless_the_answer_may_end_with_it() -> None:
+    core = core_with(Scripted(), info("small", context=1000), info("large", context=9000))
+    core.handle(submitted("said", prompt_tokens=100, max_tokens=4096))
+    core.handle(submitted("not-said", prompt_tokens=100, max_tokens=4096, fit_context=True))
+    decided = {d.task.id: d for d in core.decide(0)}
+    assert {i: d.node.name for i, d in decided.items() if d.node} == {"said": "large", "not-said": "small"}
+    notes = {c.node: c.note for c in decided["said"].explanation.candidates if not c.feasible}
+    assert notes == {"small": "its context of 1000 tokens is too short"}
+
+
+TOOLS, BOTH = ("generate", "tools"), ("generate", "logprobs", "tools")
+
+
+def test_what_a_task_needs_no_score_outweighs() -> None:
+    policy = Scripted()
+    core = core_with(
+        policy,
+        info("plain", capabilities=("generate",)),
+        info("able", capabilities=TOOLS, models=("plain-too", "toolsmith")),
+        info("ablest", capabilities=BOTH),
+    )
+    core.handle(submitted("t", needs=TOOLS))
+    core.handle(submitted("named", needs=TOOLS, model="toolsmith"))
+    core.handle(submitted("both", needs=BOTH))
+    decided = {d.task.id: d for d in core.decide(0)}
+    assert dict(policy.asked) == {"t": ("able", "ablest"), "named": ("able",), "both": ("ablest",)}
+    assert decided["named"].model == "toolsmith"
+    notes = {c.node: c.note for c in decided["both"].explanation.candidates if not c.feasible}
+    assert notes == {"plain": "cannot do: logprobs, tools", "able": "cannot do: logprobs"}
+
+
+def test_any_model_is_the_one_of_the_node_that_can() -> None:
+    two = info("n", models=("writer",), capabilities=("generate",))
+    embedder = info("n", models=("embedder",), capabilities=("embeddings",)).models
+    core = core_with(Scripted(), two.model_copy(update={"models": (*two.models, *embedder)}))
+    core.handle(submitted("text", needs=("generate",)))
+    core.handle(submitted("vector", needs=("embeddings",)))
+    assert {d.task.id: d.model for d in core.decide(0)} == {"text": "writer", "vector": "embedder"}
+
+
+def test_work_that_waits_for_an_able_node_does_not_stand_before_other_work() -> None:
+    core = core_with(Scripted(), info("able", slots=1, capabilities=TOOLS), info("plain", capabilities=("generate",)))
+    for i in range(3 * LOOKAHEAD):
+        core.handle(submitted(f"t{i}", deadline=10, needs=TOOLS))
+    core.handle(submitted("t", deadline=1000, needs=("generate",)))
+    assert "t" in [d.task.id for d in core.decide(0)]
+
+
+def test_what_no_live_node_can_do_is_refused_with_a_sentence() -> None:
+    core = core_with(Scripted())
+    for i in range(MAX_REFUSED + 1):
+        core.handle(submitted(f"t{i}", deadline=1000, needs=TOOLS))
+    assert core.decide(0) == core.decide(500) == []  # no node is live: they wait
+    core.handle(NodeUp(at=500, info=info("plain", capabilities=("generate",))))
+    core.handle(submitted("other", deadline=1000, needs=("generate",)))
+    assert [d.task.id for d in core.decide(500)] == ["other"]
+    assert core.decide(500 + 0.9 * AWAIT_NODES) == []  # another may just be starting
+    refused = core.decide(500 + AWAIT_NODES)
+    assert len(refused) == MAX_REFUSED
+    assert {d.action for d in refused} == {"reject"}
+    assert refused[0].explanation.sentence.startswith("tools: no node has offered it; start one whose model can")
+    assert len(core.decide(500 + AWAIT_NODES)) == 1
+    assert len(core.pending) == 0
+
+
+def test_a_node_that_went_is_waited_for_and_then_named() -> None:
+    core = core_with(Scripted(), info("plain", capabilities=("generate",)), info("able", capabilities=TOOLS))
+    core.handle(submitted("t", deadline=5000, needs=TOOLS))
+    core.decide(0)
+    core.handle(NodeDown(at=1, node="able"))
+    core.handle(Returned(id="t", node="able", attempt=1, at=1, cause="lease_expired", strikes=1))
+    assert core.decide(1) == core.decide(AWAIT_RETURN) == []
+    (refused,) = core.decide(1 + AWAIT_RETURN)
+    assert refused.explanation.sentence == "tools: offered by m; no live node serves it"
+    core.handle(submitted("u", at=700, deadline=5000, needs=TOOLS))
+    core.handle(NodeUp(at=700, info=info("able", capabilities=TOOLS)))
+    assert [d.action for d in core.decide(700)] == ["dispatch"]
+
+
+def test_a_new_leader_waits_for_nodes_it_only_heard_of() -> None:
+    core = core_with(Scripted(), info("plain", capabilities=("generate",)))
+    core.remember(info("able", capabilities=TOOLS), at=-5)
+    core.handle(submitted("t", deadline=5000, needs=TOOLS))
+    assert core.decide(0) == core.decide(2 * AWAIT_NODES) == []
+
+
+def test_many_demands_cost_a_round_what_their_nodes_do() -> None:
+    """A tenant that asks for ever other things gets no more turns by it."""
+    policy = Scripted(Wait())
+    needs = [tuple(sorted({"generate", *combination})) for combination in combinations(ODD, 3)]
+    core = core_with(policy, info("n", slots=1000, capabilities=("generate", *ODD)))
+    for i, each in enumerate(needs * 10):
+        core.handle(submitted(f"t{i}", needs=each))
+    core.decide(0)
+    assert len(policy.asked) == LOOKAHEAD
+
+
+ODD = ("chat", "choices", "grammar", "json_schema", "logit_bias", "logprobs", "tokens", "tools")
 
 
 def test_a_refused_decision_is_forgotten_and_a_taken_back_one_is_pending_again() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 
 from perllm.scheduler import examples
-from perllm.scheduler.core.cluster import Node, Task
+from perllm.scheduler.core.cluster import Demand, Node, Task
 from perllm.scheduler.csucb.cluster_arrays import ArmEstimate, ClusterArrays, NodeEstimate
 from perllm.scheduler.csucb.output_lengths import Lengths
 
@@ -44,7 +44,7 @@ GIVEN = ["dispatched", "claimed", "generated", "prompt_tokens", "payload_bytes",
 
 
 def rows_of(of: ClusterArrays, a: Node) -> np.ndarray:
-    (candidate,) = of.candidates((a,), None)
+    (candidate,) = of.candidates((a,), Demand())
     first, count = of.nodes[candidate["node"]][["first", "count"]].item()
     return of.in_flight[first : first + count][GIVEN]
 
@@ -55,7 +55,7 @@ def test_rows_follow_the_tasks(happenings: list[tuple[str, int]]) -> None:
     kept, a = arrays(), node("a")
     other = node("b")
     other.in_flight = {f"x{i}": task(50 + i) for i in range(3)}
-    kept.candidates((a, other), None)
+    kept.candidates((a, other), Demand())
     for number, (what, which) in enumerate(happenings):
         ids = list(a.in_flight)
         if what == "add":
@@ -87,7 +87,7 @@ def test_a_gap_is_closed() -> None:
 
 def test_nothing_is_worked_out_twice_and_a_change_is_seen() -> None:
     kept, a = arrays(), node("a")
-    kept.candidates((a,), None)
+    kept.candidates((a,), Demand())
     a.in_flight["t"] = task(1)
     assert len(rows_of(kept, a)) == 0  # not said to have changed
     a.touch(1.0)
@@ -96,15 +96,15 @@ def test_nothing_is_worked_out_twice_and_a_change_is_seen() -> None:
 
 def test_each_model_of_a_node_has_its_arm() -> None:
     kept, a, b = arrays(), node("a", models=2), node("b", models=2)
-    first, second = kept.candidates((a, b), None), kept.candidates((a, b), "m1")
+    first, second = kept.candidates((a, b), Demand()), kept.candidates((a, b), Demand("m1"))
     assert (second["arm"] - first["arm"]).tolist() == [1, 1]
 
 
 def test_nodes_that_come_and_go_do_not_fill_the_memory() -> None:
     kept = arrays()
     for i in range(3000):
-        kept.candidates((node(f"n{i}"),), None)
+        kept.candidates((node(f"n{i}"),), Demand())
     for _ in range(3000):
-        kept.candidates((node("same"),), None)
+        kept.candidates((node("same"),), Demand())
     assert len(kept._entries) < 200
     assert len(kept.arms) < 1000

@@ -12,11 +12,13 @@ from perllm.broker.messages import (
     Completed,
     Counters,
     Dispatched,
+    Ended,
     Heartbeat,
     NodeInfo,
     NodeUp,
     Power,
     Returned,
+    State,
     StepCost,
     Submitted,
 )
@@ -247,6 +249,34 @@ def test_memory_spoken_for_is_not_promised_again() -> None:
     assert where(submit(core, "u", 1.0, prompt_tokens=250)) == "large"
 
 
+def test_of_several_answers_each_one_s_length_is_learned() -> None:
+    """Whether in one task or in four: what is believed of one more is the same."""
+    one, four = core_with(info("a", slots=8)), core_with(info("a", slots=8))
+    lengths = (12, 12, 40, 90)
+    submit(four, "t", 1.0, left=60.0, n=4)
+    four.handle(completed("t", "a", at=3.0, completion_tokens=sum(lengths), choice_tokens=lengths))
+    for i, tokens in enumerate(lengths):
+        submit(one, f"t{i}", 1.0, left=60.0)
+        one.handle(completed(f"t{i}", "a", at=3.0, completion_tokens=tokens))
+    learned = [core.snapshot()["state"]["lengths"] for core in (one, four)]
+    assert learned[0] == learned[1] != []
+
+
+def test_several_answers_need_the_cache_for_each() -> None:
+    """The cache has room for one more usual answer, not for eight."""
+    core = core_with(info("a", slots=12, kv_tokens=400, sequence=1e-6))
+    for i in range(8):
+        submit(core, f"t{i}", 1.0, left=60.0)
+        core.handle(completed(f"t{i}", "a", at=1.5, completion_tokens=60))
+    submit(core, "first", 2.0, left=60.0, max_tokens=60)
+    (few,) = submit(core, "few", 2.0, left=60.0, n=2, max_tokens=60)
+    assert few.action == "dispatch"
+    assert submit(core, "many", 2.0, left=60.0, n=8, max_tokens=60) == []
+    core.handle(Ended(at=2.1, id="many", state=State.CANCELLED))
+    (one,) = submit(core, "one", 2.2, left=60.0, max_tokens=60)
+    assert one.action == "dispatch"
+
+
 def test_every_decision_is_explained() -> None:
     core = core_with(info("a", watts=50.0), info("b", watts=500.0))
     (decision,) = submit(core, "t", 1.0)
@@ -358,3 +388,59 @@ def test_a_snapshot_of_another_shape_is_refused_and_nothing_changes() -> None:
 def test_every_mechanism_can_be_switched_off(name: str) -> None:
     core = core_with(info("a"), info("bb", step=0.03), mechanisms=Mechanisms(**{name: False}))
     assert life(core, 1, 25)
+
+
+# --- what generates nothing
+
+
+EMBED = {"kind": "embed", "needs": ("embeddings",), "payload_bytes": 20_000, "service": "docs"}
+
+
+def embedder(name: str, **fields: Any) -> NodeInfo:
+    """A node that embeds: 5,000 tokens/s."""
+    given = info(name, **fields)
+    (offer,) = given.models
+    can = {"capabilities": ("embeddings", "tokens"), "kv_tokens": 512, "context": 512}
+    return given.model_copy(update={"models": (offer.model_copy(update=can),)})
+
+
+def test_an_embedding_is_forecast_by_its_tokens_alone() -> None:
+    core = core_with(embedder("n"), mechanisms=Mechanisms(learning=False))
+    (decision,) = submit(core, "t", 1.0, left=60.0, prompt_tokens=20_000, **EMBED)
+    (candidate,) = decision.explanation.candidates
+    assert candidate.finish == pytest.approx(20_000 * 0.0002, rel=0.1)
+    assert candidate.marginal_energy == pytest.approx(20_000 * 0.0002 * 100, rel=0.1)
+    assert candidate.p_on_time == pytest.approx(1.0)
+    assert decision.explanation.length is None
+    (second,) = submit(core, "second", 1.1, left=60.0, prompt_tokens=20_000, **EMBED)
+    (candidate,) = second.explanation.candidates
+    assert candidate.finish == pytest.approx(2 * 20_000 * 0.0002, rel=0.15)
+
+
+def test_embeddings_need_no_place_in_the_cache() -> None:
+    """What is embedded is kept from no step to the next: many inputs do not fill a node."""
+    core = core_with(embedder("n"))
+    for number in range(3):
+        (decision,) = submit(core, f"t{number}", 1.0, left=600.0, prompt_tokens=50_000, **EMBED)
+        assert where([decision]) == "n"
+
+
+def test_embeddings_teach_no_output_lengths() -> None:
+    policy = CsUcb()
+    core = SchedulerCore(policy)
+    core.handle(NodeUp(at=0.0, info=embedder("n")))
+    before = json.dumps(policy.snapshot()["lengths"])
+    totals = Counters()
+    for number in range(20):
+        now = 1.0 + number
+        submit(core, f"t{number}", now, left=60.0, prompt_tokens=1000, **EMBED)
+        after = Counters(
+            steps=totals.steps + 8, busy=totals.busy + 0.4, prefilled=totals.prefilled + 1000, sequence_steps=8
+        )
+        finish(core, f"t{number}", now + 0.5, 0, totals, after)
+        totals = after
+    assert json.dumps(policy.snapshot()["lengths"]) == before
+    (known,) = policy.snapshot()["node_models"]["nodes"].values()
+    (cost,) = known["step_costs"].values()
+    assert cost["count"] > 5  # its prefill was learned
+    assert cost["mean"][2] > 0.0002  # 0.4 s for 1,000 tokens: twice what it said at boot

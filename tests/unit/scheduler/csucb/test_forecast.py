@@ -10,7 +10,7 @@ import pytest
 
 from perllm.broker.messages import Power, StepCost
 from perllm.scheduler import examples
-from perllm.scheduler.core.cluster import Node, Task
+from perllm.scheduler.core.cluster import Demand, Node, Task
 from perllm.scheduler.csucb import forecast as f
 from perllm.scheduler.csucb.cluster_arrays import ArmEstimate, ClusterArrays, NodeEstimate
 from perllm.scheduler.csucb.output_lengths import Lengths
@@ -57,7 +57,7 @@ class Setting:
             throughput=0.0,
         )
         self.arrays = ClusterArrays(self.lengths, lambda _: estimate)
-        self.arrays.candidates((self.node,), None)
+        self.arrays.candidates((self.node,), Demand())
 
     def forecast(self, task: Task, now: float = 0.0) -> tuple[np.void, float]:
         """The forecast of one more task, and its harm to others."""
@@ -68,6 +68,7 @@ class Setting:
                 payload_bytes=task.payload_bytes,
                 deadline=task.deadline,
                 max_tokens=task.max_tokens,
+                n=task.n,
                 value=task.value,
                 lengths=self.lengths.row(task.service, task.prompt_tokens),
             )
@@ -94,42 +95,48 @@ class Setting:
         return (good / runs).tolist(), busy / runs
 
     def _play_once(self, tasks: list[Task], rng: np.random.Generator) -> tuple[np.ndarray, float]:
+        """Each answer is a sequence; those of a task begin when its prompt is computed and there is a slot."""
         a, b, c, d = THETA
+        of = [i for i, t in enumerate(tasks) for _ in range(t.n)]  # sequence → task
         total = []
-        for t in tasks:
-            longer = self.drawn[self.drawn > t.generated]
-            total.append(min(int(rng.choice(longer)), t.max_tokens))
+        for i in of:
+            longer = self.drawn[self.drawn > tasks[i].generated // tasks[i].n]
+            total.append(min(int(rng.choice(longer)), tasks[i].max_tokens))
         done = np.zeros(len(tasks))
-        tokens = [t.generated for t in tasks]
+        left = [t.n for t in tasks]
+        tokens = [tasks[i].generated // tasks[i].n for i in of]
         ready = [0.0 if t.generated else t.payload_bytes / 1e7 for t in tasks]
-        claimed = list(range(min(self.slots, len(tasks))))
-        queue = list(range(len(claimed), len(tasks)))
+        claimed = list(range(min(self.slots, len(of))))
+        queue = list(range(len(claimed), len(of)))
         now = busy = 0.0
         prefilled = [t.generated > 0 for t in tasks]
-        while claimed:
-            for i in [i for i in claimed if now >= tasks[i].deadline]:
-                claimed.remove(i)
+        while claimed or queue:
+            for s in [s for s in claimed if now >= tasks[of[s]].deadline]:
+                claimed.remove(s)
             while queue and len(claimed) < self.slots:
-                i = queue.pop(0)
-                ready[i] = now + tasks[i].payload_bytes / 1e7
-                claimed.append(i)
-            active = [i for i in claimed if ready[i] <= now]
+                s = queue.pop(0)
+                if left[of[s]] == tasks[of[s]].n and not tasks[of[s]].generated:
+                    ready[of[s]] = max(ready[of[s]], now + tasks[of[s]].payload_bytes / 1e7)
+                claimed.append(s)
+            active = [s for s in claimed if ready[of[s]] <= now]
             if not active:
                 if not claimed:
                     break
-                now = min(min(ready[i], tasks[i].deadline) for i in claimed)
+                now = min(min(ready[of[s]], tasks[of[s]].deadline) for s in claimed)
                 continue
-            new = [i for i in active if not prefilled[i]]
-            decoding = [i for i in active if prefilled[i]]
-            step = a + sum(b + d * (tasks[i].prompt_tokens + tokens[i]) for i in decoding)
+            new = {of[s] for s in active if not prefilled[of[s]]}
+            decoding = [s for s in active if prefilled[of[s]]]
+            step = a + sum(b + d * (tasks[of[s]].prompt_tokens + tokens[s]) for s in decoding)
             step += sum(c * tasks[i].prompt_tokens for i in new)
             now, busy = now + step, busy + step
-            for i in active:
-                prefilled[i] = True
-                tokens[i] += 1
-                if tokens[i] >= total[i]:
-                    done[i] = now <= tasks[i].deadline
-                    claimed.remove(i)
+            for s in active:
+                prefilled[of[s]] = True
+                tokens[s] += 1
+                if tokens[s] >= total[s]:
+                    left[of[s]] -= 1
+                    if not left[of[s]]:
+                        done[of[s]] = now <= tasks[of[s]].deadline
+                    claimed.remove(s)
         return done, busy
 
 
@@ -140,10 +147,11 @@ def task(task_id: str, deadline: float, generated: int = 0, **fields: float) -> 
         deadline=deadline,
         value=1.0,
         service="chat",
-        model=None,
+        demand=Demand(),
         prompt_tokens=int(fields.get("prompt", 100)),
         payload_bytes=int(fields.get("payload", 200_000)),
         max_tokens=int(fields.get("most", 400)),
+        n=int(fields.get("n", 1)),
         node="n",
         dispatched=0.0,
         claimed=1e-9,
@@ -214,6 +222,45 @@ def test_queued_tasks_wait_for_a_slot() -> None:
     assert score["p_on_time"] < roomy["p_on_time"]
 
 
+# --- several answers
+
+
+@pytest.mark.parametrize(("n", "slots"), [(4, 16), (16, 16), (16, 8), (5, 4)])
+@pytest.mark.parametrize("left", [4.0, 9.0])
+def test_the_chance_of_several_answers_is_that_of_the_longest(n: int, slots: int, left: float) -> None:
+    """Also where they are more than the slots, and take turns."""
+    setting, new = Setting(running(2), slots=slots), task("new", left, n=n)
+    score, _ = setting.forecast(new)
+    played, _ = setting.play(new, runs=200)
+    assert score["p_on_time"] == pytest.approx(played[-1], abs=0.15)
+
+
+@pytest.mark.parametrize(("n", "slots"), [(4, 16), (16, 8)])
+def test_the_energy_of_several_answers_is_their_sum(n: int, slots: int) -> None:
+    setting, new = Setting(running(3), slots=slots), task("new", 20.0, n=n)
+    score, _ = setting.forecast(new)
+    _, without = setting.play(runs=400)
+    _, with_it = setting.play(new, runs=400)
+    assert score["busy"] == pytest.approx(with_it - without, rel=0.3, abs=0.05)
+    one, _ = setting.forecast(task("one", 20.0))
+    assert one["busy"] < score["busy"] < n * one["busy"]  # they share steps, and the prompt
+
+
+@pytest.mark.parametrize(("n", "slots"), [(4, 16), (16, 8)])
+def test_chances_beside_several_answers_on_the_way(n: int, slots: int) -> None:
+    """One task amid its answers, two with one, one that waits."""
+    wide = task("wide", 8.0, generated=20 * n, n=n)
+    queued = task("queued", 8.0)
+    queued.claimed = None
+    setting = Setting([wide, *running(2), queued], slots=slots)
+    played, _ = setting.play(runs=200)
+    assert setting.chances() == pytest.approx(played, abs=0.2)
+    assert setting.node.taken == min(n, slots) + 3
+    many, _ = setting.forecast(task("new", 6.0))
+    few, _ = Setting([task("wide", 8.0, generated=20), *running(2), queued], slots=slots).forecast(task("new", 6.0))
+    assert many["finish"] > few["finish"]
+
+
 def test_those_expected_to_come_slow_it_down() -> None:
     new = task("new", 3.0)
     quiet, _ = Setting(running(2)).forecast(new)
@@ -235,7 +282,7 @@ def test_a_heartbeat_ago_is_caught_up() -> None:
     tasks = [task("t", 4.0, generated=10)]
     setting = Setting(tasks)
     setting.node.changed, setting.node.version = 1.0, 1
-    setting.arrays.candidates((setting.node,), None)
+    setting.arrays.candidates((setting.node,), Demand())
     step = THETA[0] + THETA[1] + THETA[3] * 110
     assert setting.arrays.in_flight["tokens"][0] == pytest.approx(10 + 1.0 / step, rel=0.02)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perllm.broker.text_features import Sketch, parse, sketch
-from perllm.scheduler.core.cluster import Task
+from perllm.scheduler.core.cluster import Demand, Task
 from perllm.scheduler.csucb.output_lengths import MAX_TENANT_ROWS, MAX_TEXTS, TEXT_ROWS, Lengths
 from perllm.scheduler.csucb.text_model import SHARE, START
 from perllm.scheduler.csucb.token_bins import BINS, EDGES, at, bin_of
@@ -239,7 +239,7 @@ def test_it_says_what_it_goes_by() -> None:
     lengths = taught()
 
     def forecast(prompt: str) -> tuple[str, float, list[int]]:
-        task = Task("x", 0.0, 9.0, 1.0, "chat", None, 50, 100, 0, text=text_of(prompt))
+        task = Task("x", 0.0, 9.0, 1.0, "chat", Demand(), 50, 100, 1, text=text_of(prompt))
         found = lengths.forecast(task)
         return found.source, found.median, [i.code for i in found.because if i.factor > 1]
 

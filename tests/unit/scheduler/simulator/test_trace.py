@@ -52,6 +52,24 @@ def test_a_replay_has_the_tasks_that_were_there(tmp_path: Path) -> None:
     )
 
 
+def test_a_task_of_several_answers_is_replayed_as_the_longest() -> None:
+    receipt = Receipt(
+        node="n",
+        model="m",
+        attempt=1,
+        completion_tokens=60,
+        choice_tokens=(10, 50),
+        energy=Energy(method="emulated", estimated=True),
+    )
+    done: dict[str, Any] = {"node": "n", "attempt": 1, "on_time": True, "latency": 1.0, "queued": 0.0}
+    log = [
+        Submitted(at=5.0, id="a", deadline=9.0, max_tokens=300, n=2),
+        Completed(at=6.0, id="a", state=State.SUCCEEDED, receipt=receipt, **done),
+    ]
+    (arrival,) = arrivals_of(log)
+    assert (arrival.output, arrival.event.n) == (50, 1)
+
+
 def test_a_cut_task_without_longer_ones_runs_to_its_limit() -> None:
     receipt = Receipt(
         node="n", model="m", attempt=1, completion_tokens=50, energy=Energy(method="emulated", estimated=True)
