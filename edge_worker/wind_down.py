@@ -25,9 +25,9 @@ WINDOW = 384
 #: Tokens kept free beyond those the way takes.
 SPARE = 6
 #: CPU time a request may spend on looking, s: others in the batch wait meanwhile.
-PATIENCE = 0.5
-#: States looked at to find the end of a number, or of a string with a pattern.
-SEARCHED = 300
+PATIENCE = 1.0
+#: Characters, and texts at most, that are tried to find the end of a number, or of a string with a pattern.
+SEARCH_DEPTH, SEARCHED = 3, 500
 
 
 class Strings:
@@ -93,30 +93,36 @@ class Endings:
         return self._longest(among) if len(among) else None
 
     def search(self, matcher: LLMatcher, allowed: Allowed, inside: bool) -> list[int]:
-        """The shortest way, character by character, to where `closest` finds one; empty where none is found."""
-        left = deque([(matcher, allowed, list[int]())])
-        for _ in range(SEARCHED):
-            if not left:
-                break
-            state, may, way = left.popleft()
-            for token in self._alphabet(may, inside):
-                ahead = state.deep_copy()
-                if not ahead.consume_token(token):
-                    continue
-                then = self.allowed(ahead)
-                if self.closest(then, inside) is not None:
-                    return [*way, token]
-                left.append((ahead, then, [*way, token]))
+        """A short way, character by character, to where `closest` finds one; empty where none is found. After the
+        first step only letters and digits are tried."""
+        nodes = [(matcher, allowed, list[int]())]
+        tried = 0
+        for depth in range(SEARCH_DEPTH):
+            further = []
+            for state, may, way in nodes:
+                for token in self._alphabet(may, inside, plain=depth > 0):
+                    tried += 1
+                    if tried > SEARCHED:
+                        return []
+                    ahead = state.deep_copy()
+                    if not ahead.consume_token(token):
+                        continue
+                    then = self.allowed(ahead)
+                    if self.closest(then, inside) is not None:
+                        return [*way, token]
+                    further.append((ahead, then, [*way, token]))
+            nodes = further
         return []
 
-    def _alphabet(self, allowed: Allowed, inside: bool) -> list[int]:
+    def _alphabet(self, allowed: Allowed, inside: bool, *, plain: bool) -> list[int]:
         """The characters to try. In a string one letter, and one digit, is as good as another."""
         found: dict[object, int] = {}
         among = self._characters[inside]
         for token in among[allowed[among]]:
             character = self.pieces[token].decode()
-            alike = character.isalnum() and inside
-            found.setdefault((character.isdigit(), character.isupper()) if alike else character, int(token))
+            if character.isalnum() or not plain:
+                alike = character.isalnum() and inside
+                found.setdefault((character.isdigit(), character.isupper()) if alike else character, int(token))
         return list(found.values())
 
     def _longest(self, among: Ids) -> int:

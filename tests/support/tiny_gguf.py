@@ -88,10 +88,24 @@ def _end(raw: bytes, at: int) -> int:
     return at
 
 
+def _renamed(entry: bytes, names: Mapping[str, str]) -> bytes:
+    for old, new in names.items():
+        entry = entry.replace(text(old), text(new))
+    return entry
+
+
 def tiny_llama(
-    path: Path, *, architecture: str = "llama", context: int = 2048, more: Iterable[bytes] = (), **changes: int
+    path: Path,
+    *,
+    architecture: str = "llama",
+    context: int = 2048,
+    template: str | None = None,
+    tokens: Mapping[str, str] | None = None,
+    more: Iterable[bytes] = (),
+    **changes: int,
 ) -> Path:
-    """Write the tiny model. `changes` replace numbers in its metadata, e.g. `head_count=0`; `more` are entries."""
+    """Write the tiny model. `changes` replace numbers in its metadata, e.g. `head_count=0`; `template` is its chat
+    template; `tokens` gives control tokens other names; `more` are entries."""
     width, hidden, layers, heads, vocab = 32, 64, 2, 2, 49152
     numbers = {
         "context_length": context, "embedding_length": width, "block_count": layers, "feed_forward_length": hidden,
@@ -104,7 +118,8 @@ def tiny_llama(
         pair("general.file_type", U32, 0),
         *(pair(f"{architecture}.{key}", U32, value) for key, value in numbers.items()),
         pair(f"{architecture}.attention.layer_norm_rms_epsilon", F32, 1e-5),
-        *vocabulary(),
+        *(_renamed(entry, tokens or {}) for entry in vocabulary()[: None if template is None else -1]),
+        *([] if template is None else [pair("tokenizer.chat_template", STRING, template)]),
         *more,
     ]
     rng = np.random.default_rng(7)
