@@ -34,19 +34,19 @@ class Strings:
     """Whether what was written so far ends within a JSON string."""
 
     def __init__(self, inside: bool = False, escaped: bool = False) -> None:
-        self.inside, self._escaped = inside, escaped
+        self.inside, self.escaped = inside, escaped
 
     def take(self, piece: bytes) -> None:
         for byte in piece:
-            if self._escaped:
-                self._escaped = False
+            if self.escaped:
+                self.escaped = False
             elif self.inside and byte == ord("\\"):
-                self._escaped = True
+                self.escaped = True
             elif byte == ord('"'):
                 self.inside = not self.inside
 
     def copy(self) -> Strings:
-        return Strings(self.inside, self._escaped)
+        return Strings(self.inside, self.escaped)
 
 
 class Endings:
@@ -61,9 +61,9 @@ class Endings:
         links = self._where(lambda piece: piece[:1] in b",:" and not piece.strip(b' ",:]}'))
         #: Each group is better than the next, inside a string and outside.
         self._groups = {True: [ends, quotes], False: [ends, closes, quotes, links]}
-        #: What leads away from the end: more depth, and white space.
-        self._away = self._where(lambda piece: piece[:1] in b" \t\r\n{[")
-        single = self._where(lambda piece: len(piece) == 1 and piece.isascii())
+        #: What leads away from the end: more depth, white space, and escapes.
+        self._away = self._where(lambda piece: piece[:1] in b" \t\r\n{[" or b"\\" in piece)
+        single = self._where(lambda piece: len(piece) == 1 and piece.isascii() and piece != b"\\")
         #: Characters to try, likewise.
         self._characters = {True: single, False: np.setdiff1d(single, self._away)}
 
@@ -154,9 +154,11 @@ class _Way:
         self._endings = to
         self._found: deque[int] = deque()  # by the last search
 
-    def step(self, matcher: LLMatcher, inside: bool) -> int | None:
+    def step(self, matcher: LLMatcher, strings: Strings) -> int | None:
         """The next token of it; None where the grammar allows none."""
-        allowed = self._endings.allowed(matcher)
+        allowed, inside = self._endings.allowed(matcher), strings.inside
+        if strings.escaped:
+            return self._endings.onward(allowed)
         token = self._endings.closest(allowed, inside)
         if token is not None:
             self._found.clear()
@@ -189,7 +191,7 @@ class WindDown:
             self._patience -= time.thread_time() - began
             if self._patience < 0:
                 self._look_at = -1
-        return self._way.step(matcher, self._strings.inside) if self.begun else None
+        return self._way.step(matcher, self._strings) if self.begun else None
 
     def take(self, matcher: LLMatcher, token: int) -> None:
         """This token was generated."""
@@ -211,7 +213,7 @@ class WindDown:
         for distance in range(most + 1):
             if matcher.is_accepting():
                 return distance
-            token = way.step(matcher, strings.inside)
+            token = way.step(matcher, strings)
             if token is None or not matcher.consume_token(token):
                 return None
             strings.take(self._endings.pieces[token])
