@@ -31,6 +31,11 @@ test: env ## the whole test suite
 test-fast: env ## the unit tests only
 	$(BIN)/pytest tests/unit
 
+.PHONY: test-clients
+test-clients: env ## other people's clients (OpenAI's SDKs, agent frameworks, Celery) against a whole system
+	@$(BIN)/python scripts/build_clients.py
+	$(BIN)/pytest tests/clients
+
 .PHONY: lint
 lint: env ## ruff, the import contract, mypy
 	$(BIN)/ruff check
@@ -57,7 +62,7 @@ soak: env ## a million no-op tasks, and whether any process's memory grows (ARGS
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 # Each benchmark is a module of benchmarks/ that prints JSON and compares with a peer.
-bench-%: .venv/.bench ## run a benchmark: bench-dispatch, bench-decision, bench-schedule, bench-edge, bench-cloud, bench-api
+bench-%: .venv/.bench ## run a benchmark: bench-dispatch, bench-decision, bench-schedule, bench-edge, bench-answers, bench-cloud, bench-api
 	@$(BIN)/python -m benchmarks.$*
 
 .venv/.bench: requirements/bench.txt .venv/.complete
@@ -82,6 +87,8 @@ lock: $(UV) ## bring requirements/*.txt up to date with pyproject.toml (UPGRADE=
 	$(COMPILE) $(EVERYWHERE) --no-deps requirements/source.in -o requirements/source.txt
 	$(COMPILE) $(EVERYWHERE) --no-deps requirements/model.in -o requirements/model.txt
 	$(COMPILE) $(EVERYWHERE) requirements/build.in -o requirements/build.txt
+	for one in openai-2 openai-3; do $(COMPILE) $(EVERYWHERE) tests/clients/$$one.in -o tests/clients/$$one.txt; done
+	cd tests/clients && npm install --package-lock-only --silent --no-audit --no-fund
 
 $(UV):
 	$(PYTHON) -m venv .build/lock

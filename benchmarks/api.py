@@ -1,4 +1,4 @@
-"""`make bench-api`: what the HTTP API costs over a bare FastAPI endpoint, and a batch of 50,000 lines.
+"""`make bench-api`: what the HTTP API costs over a bare FastAPI endpoint, batches of 50,000 lines, and embeddings.
 
 - submission: POST /v1/tasks, ours stored in the ledger against a bare endpoint that checks the same body and stores
   nothing; the same connections and requests, alternating, medians over the rounds; requests/s and p50, p99 in ms;
@@ -7,7 +7,10 @@
   once, of a piece every 20 ms;
 - batch: upload and creation until every line is checked and in the ledger (accepted, s), the API process's largest
   resident memory (MB), and whether every line is in the output or the error file, once. The system runs meanwhile: one
-  node with the emulated engine, which does nothing at once.
+  node with the emulated engine, which does nothing at once. The same with lines of chats and lines of embeddings;
+- embeddings: 512 texts in one request, through the API and a node with llama.cpp, against the same engine called in
+  this process, and against llama-cpp-python's own batches of 512 tokens; the small model, mean pooling, one thread;
+  alternating, medians over the rounds, s.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ import psutil
 from benchmarks.common import SCHEDULER, celery_worker, child, emit, median_and_spread
 from perllm import Client
 from perllm.broker.connection import connect
+from perllm.broker.engine.contract import Stop
 from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.messages import TaskSpec
+from perllm.broker.settings import load_settings
 
 TASK = {"prompt": "Why is the sky blue? Answer in one short sentence.", "max_tokens": 32, "deadline": 600}
 #: Every so many lines of the batch one is no request.
@@ -43,7 +49,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3000, help="requests per round and side")
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--pieces", type=int, default=250, help="pieces of each stream")
-    parser.add_argument("--lines", type=int, default=50_000, help="lines of the batch")
+    parser.add_argument("--lines", type=int, default=50_000, help="lines of a batch")
+    parser.add_argument("--inputs", type=int, default=512, help="texts embedded in one request")
+    parser.add_argument("--embed-rounds", type=int, default=3)
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -63,8 +71,15 @@ def main() -> None:
             for name, value in round_figures.items():
                 samples.setdefault(name, []).append(value)
         figures, spread = median_and_spread(samples)
-        print(f"a batch of {options.lines} lines", file=sys.stderr)
-        figures |= batch(folder, options.lines)
+        for endpoint in ("/v1/chat/completions", "/v1/embeddings"):
+            print(f"a batch of {options.lines} lines, {endpoint}", file=sys.stderr)
+            figures |= batch(folder, options.lines, endpoint)
+        print(f"{options.inputs} embeddings in one request", file=sys.stderr)
+        embedded, embedded_spread = median_and_spread(embeddings(folder, options.inputs, options.embed_rounds))
+        figures |= embedded
+        figures["embed_512_engine_over_api"] = embedded["embed_512_engine_s"] / embedded["embed_512_api_s"]
+        figures["embed_512_llama_cpp_over_api"] = embedded["embed_512_llama_cpp_s"] / embedded["embed_512_api_s"]
+        spread |= embedded_spread
     emit(
         "api",
         figures,
@@ -74,6 +89,8 @@ def main() -> None:
         connections=options.connections,
         pieces=options.pieces,
         batch_lines=options.lines,
+        embedded_inputs=options.inputs,
+        embed_rounds=options.embed_rounds,
         engine="emulated, no delay",
     )
 
@@ -190,16 +207,17 @@ async def _watch(port: int, pieces: int) -> tuple[list[float], list[float]]:
 # --- a batch
 
 
-def batch(folder: Path, lines: int) -> dict[str, float]:
+def batch(folder: Path, lines: int, endpoint: str) -> dict[str, float]:
     """Accept it, watch the memory, and count every line."""
-    path = folder / "batch.jsonl"
+    path, embeds = folder / "batch.jsonl", endpoint == "/v1/embeddings"
     with path.open("w", encoding="utf-8") as file:
         for number in range(lines):
             if number % BAD_EVERY == BAD_EVERY - 1:
                 file.write('{"custom_id": "cut", "body": {\n')
                 continue
-            body = {"model": "emulated", "messages": [{"role": "user", "content": TASK["prompt"]}], "max_tokens": 32}
-            line = {"custom_id": f"line-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+            asked = {"messages": [{"role": "user", "content": TASK["prompt"]}], "max_tokens": 32}
+            body = {"model": "emulated", **({"input": TASK["prompt"]} if embeds else asked)}
+            line = {"custom_id": f"line-{number}", "method": "POST", "url": endpoint, "body": body}
             file.write(json.dumps(line) + "\n")
     port = _free_port()
     with ExitStack() as stack:
@@ -215,12 +233,12 @@ def batch(folder: Path, lines: int) -> dict[str, float]:
         with path.open("rb") as content:
             uploaded = http.post("/v1/files", files={"file": ("batch.jsonl", content)}, data={"purpose": "batch"})
         upload = time.perf_counter() - began
-        asked = {
+        wanted = {
             "input_file_id": uploaded.raise_for_status().json()["id"],
-            "endpoint": "/v1/chat/completions",
+            "endpoint": endpoint,
             "completion_window": "1h",
         }
-        made = http.post("/v1/batches", json=asked).raise_for_status().json()
+        made = http.post("/v1/batches", json=wanted).raise_for_status().json()
         while (state := http.get(f"/v1/batches/{made['id']}").json())["status"] == "validating":
             time.sleep(0.05)
         accepted = time.perf_counter() - began
@@ -238,16 +256,17 @@ def batch(folder: Path, lines: int) -> dict[str, float]:
     whole = {f"line-{n}" for n in range(lines) if n % BAD_EVERY != BAD_EVERY - 1}
     lost = len(whole - set(outcomes)) + max(0, bad - outcomes.count("bad"))
     doubled = len(outcomes) - len(set(outcomes)) - max(0, outcomes.count("bad") - 1)
-    return {
-        "batch_50k_accept_s": accepted,
-        "batch_50k_upload_s": upload,
-        "batch_50k_rss_mb": peak,
-        "batch_50k_lost": lost,
-        "batch_50k_doubled": doubled,
-        "batch_50k_bad_lines": bad,
-        "batch_50k_per_s": lines / done,
-        "batch_50k_file_mb": path.stat().st_size / 1e6,
+    figures = {
+        "accept_s": accepted,
+        "upload_s": upload,
+        "rss_mb": peak,
+        "lost": lost,
+        "doubled": doubled,
+        "bad_lines": bad,
+        "per_s": lines / done,
+        "file_mb": path.stat().st_size / 1e6,
     }
+    return {f"{'embed_' if embeds else ''}batch_50k_{name}": value for name, value in figures.items()}
 
 
 def _peak_rss(pid: int) -> float:
@@ -257,6 +276,60 @@ def _peak_rss(pid: int) -> float:
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024 / 1e6
     return float(psutil.Process(pid).memory_info().rss / 1e6)
+
+
+# --- embeddings
+
+
+def embeddings(folder: Path, count: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds until all texts are embedded, by each way, in each round."""
+    from llama_cpp import LLAMA_POOLING_TYPE_MEAN, Llama  # noqa: PLC0415  of the edge's extra
+
+    from perllm.edge_worker.engine import LlamaEngine  # noqa: PLC0415
+    from perllm.edge_worker.model_files import DEFAULT_QUANTISATION, default_gguf, quantised  # noqa: PLC0415
+    from perllm.edge_worker.settings import EdgeSettings  # noqa: PLC0415
+
+    texts = [f"Number {number} of a few short sentences about the sea." for number in range(count)]
+    settings = load_settings(EdgeSettings, engine="llama", pooling="mean", threads=1)
+    gguf = quantised(default_gguf(), DEFAULT_QUANTISATION, settings.model_cache)
+    peer = Llama(
+        str(gguf), embedding=True, pooling_type=LLAMA_POOLING_TYPE_MEAN, flash_attn=True, verbose=False,
+        n_ctx=2048, n_batch=512, n_ubatch=512, n_threads=1, n_threads_batch=1,
+    )  # fmt: skip
+    engine = LlamaEngine(settings)
+    engine.start()
+    model = engine.offers()[1].name
+    port = _free_port()
+    with ExitStack() as stack:
+        stack.callback(engine.close)
+        stack.enter_context(child(folder / "scheduler.log", SCHEDULER))
+        own = {"PERLLM_ENGINE": "llama", "PERLLM_POOLING": "mean", "PERLLM_THREADS": "1"}
+        stack.enter_context(child(folder / "node.log", celery_worker("perllm.edge_worker"), **own))
+        command = [sys.executable, "-m", "perllm.broker.api", "--port", str(port)]
+        stack.enter_context(child(folder / "api.log", command))
+        _await(port)
+        http = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600))
+        while http.get("/ready").status_code != 200:
+            time.sleep(0.1)
+
+        def by_api(texts: list[str]) -> None:
+            asked = {"model": model, "input": texts, "encoding_format": "base64", "deadline": 600}
+            assert len(http.post("/v1/embeddings", json=asked).raise_for_status().json()["data"]) == len(texts)
+
+        def by_engine(texts: list[str]) -> None:
+            spec = TaskSpec(kind="embed", model=model, inputs=tuple(texts))
+            assert len(engine.generate("t", spec, Stop(600)).output.vectors or ()) == len(texts)
+
+        ways = {"api": by_api, "engine": by_engine, "llama_cpp": lambda texts: peer.embed(texts, normalize=True)}
+        samples: dict[str, list[float]] = {}
+        for number in range(-1, rounds):  # the first one warms up
+            for name, way in ways.items():
+                began = time.perf_counter()
+                way(texts if number >= 0 else texts[:8])
+                if number >= 0:
+                    samples.setdefault(f"embed_512_{name}_s", []).append(time.perf_counter() - began)
+                    print(f"  {name}: {samples[f'embed_512_{name}_s'][-1]:.2f} s", file=sys.stderr)
+    return samples
 
 
 # --- processes

@@ -134,20 +134,21 @@ class Peer:
         from perllm.cloud_worker import vllm_api  # noqa: PLC0415  takes seconds
 
         self._api = vllm_api
-        self._args = vllm_api.engine_args(settings, settings.slots or 1)
+        self._settings, self._args = settings, vllm_api.engine_args(settings, settings.slots or 1)
         self._count = 0
 
     async def open(self) -> None:
         self._llm = self._api.open_engine(self._args, lambda *_: None)
-        self._prompter = self._api.Prompter(self._llm)
+        self._prompter = self._api.Prompter(self._llm, self._settings)
 
     async def generate(self, prompt: str, tokens: int) -> int:
         from vllm.sampling_params import RequestOutputKind  # noqa: PLC0415
 
         self._count += 1
-        params = self._api.sampling_params(TaskSpec(prompt=prompt), tokens)
+        rendered = self._prompter.prompt(TaskSpec(prompt=prompt))
+        params = self._api.sampling_params(TaskSpec(prompt=prompt), tokens, rendered)
         params.output_kind = RequestOutputKind.FINAL_ONLY
-        ids = self._api.tokens_input(self._prompter.tokens(TaskSpec(prompt=prompt)))
+        ids = self._api.tokens_input(rendered.tokens)
         async for output in self._llm.generate(ids, params, f"peer.{self._count}"):
             return len(output.outputs[0].token_ids)
         raise AssertionError("no output")

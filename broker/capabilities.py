@@ -25,6 +25,9 @@ class Capability(StrEnum):
     RERANK = "rerank"
 
 
+#: What each kind of task needs first of all.
+OF_KIND = {"generate": Capability.GENERATE, "embed": Capability.EMBEDDINGS, "rerank": Capability.RERANK}
+
 #: What a node of a version that did not say could do.
 BEFORE_CAPABILITIES = (
     Capability.GENERATE,

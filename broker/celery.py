@@ -1,8 +1,9 @@
 """`celery -A perllm.broker worker`: the inbox, for plain Celery producers in any language.
 
-They send `perllm.generate` with a TaskSpec's fields as keyword arguments. It is submitted to the ledger under the
-message's own id and answers nothing itself: the producer's `AsyncResult` shows what the ledger writes under that id as
-the task starts and ends. What is to follow it (a chain, a chord, callbacks) is sent when it has ended.
+They send `perllm.generate` or `perllm.embed` with a TaskSpec's fields as keyword arguments. It is submitted to the
+ledger under the message's own id and answers nothing itself: the producer's `AsyncResult` shows what the ledger writes
+under that id as the task starts and ends. What is to follow it (a chain, a chord, callbacks) is sent when it has
+ended.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from perllm.broker.inbox.sender import Sender, Unsendable
 from perllm.broker.ledger import EndKind, Ledger, is_id
 from perllm.broker.messages import Result, State
 from perllm.broker.queues import control
-from perllm.broker.queues.app import GENERATE, configuration, lazy_app
+from perllm.broker.queues.app import EMBED, GENERATE, configuration, lazy_app
 from perllm.broker.settings import load_settings
 from perllm.broker.validation import TaskValidator
 
@@ -102,7 +103,7 @@ class _Inbox:
     def _unknown(self, name: str = "", id: str = "", **_: Any) -> None:
         """A message that Celery itself lets become no task."""
         try:
-            self.ledger.refuse(id, "refused", f"there is no task {name[:80]!r}: send {GENERATE!r}")
+            self.ledger.refuse(id, "refused", f"there is no task {name[:80]!r}: send {GENERATE!r} or {EMBED!r}")
         except Unreachable as error:
             log.warning("refusal_not_stored", task_id=id, reason=str(error))
 
@@ -148,23 +149,28 @@ _inbox = _Inbox()
 app = lazy_app(_inbox.configure)
 
 
-# Acknowledged late: submitting the same id twice does no harm, losing one would.
-@app.task(
-    bind=True,
-    name=GENERATE,
-    typing=False,
-    acks_late=True,
-    Strategy="perllm.broker.inbox.request:strategy",
-    Request="perllm.broker.inbox.request:Arrival",
-)
-def generate(task: Task, *args: Any, **fields: Any) -> None:
+def submit(task: Task, *args: Any, **fields: Any) -> None:
     """Submit to the ledger under this message's id, or tell the producer why not."""
     _take_in(task, args, fields)
     raise Ignore
 
 
+for _name in (GENERATE, EMBED):
+    app.task(
+        submit,
+        bind=True,
+        name=_name,
+        typing=False,
+        acks_late=True,  # submitting the same id twice does no harm, losing one would
+        Strategy="perllm.broker.inbox.request:strategy",
+        Request="perllm.broker.inbox.request:Arrival",
+    )
+
+
 def _take_in(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     message: Context = task.request
+    if task.name == EMBED:
+        kwargs = {**kwargs, "kind": "embed"}
     try:
         _retry(message.id, partial(_inbox.submit, message, args, kwargs))
     except InvalidTask as error:

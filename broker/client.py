@@ -12,20 +12,28 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from math import inf
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar, Unpack
 
-import redis
-import redis.asyncio
-
 from perllm.broker import grammar
-from perllm.broker.connection import connect, connect_async, reaching
-from perllm.broker.errors import TaskNotFound, Unreachable, WaitTimeout
+from perllm.broker.announcements import Announcements, ThreadedAnnouncements
+from perllm.broker.connection import LOOK_TIMEOUT, REPLY_TIMEOUT
+from perllm.broker.errors import (
+    InvalidTask,
+    TaskExpired,
+    TaskFailed,
+    TaskNotFound,
+    TaskRejected,
+    Unreachable,
+    WaitTimeout,
+)
 from perllm.broker.ledger import Ledger, TaskRecord
 from perllm.broker.messages import MAX_VALUE, Delta, Explanation, Result, State, TaskFields, TaskSpec, new_id
 from perllm.broker.validation import TaskValidator
@@ -39,8 +47,13 @@ LOOK_EVERY = 2.0
 #: (drawn at random, so that not all waiters come back at once).
 OUTAGE = 60.0
 OUTAGE_LOOKS = (0.2, 1.0)
-#: Channels per SUBSCRIBE, ids per look.
+#: Seconds after a deadline at which who waits ends what is overdue himself, as nobody else seems to be there to do so;
+#: and for which a server that does not answer is then asked.
+OVERDUE, OVERDUE_OUTAGE = 0.6, 2.0
+#: Ids per look.
 _CHUNK = 1000
+#: Ids named where several begin alike.
+_AMBIGUOUS = 5
 #: Threads of an AsyncClient.
 _THREADS = 8
 
@@ -77,22 +90,49 @@ class Client:
     Every method raises perllm.broker.errors.Unreachable when the server cannot be used.
     """
 
-    def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
+    def __init__(
+        self, url: str | None = None, *, settings: Settings | None = None, reply_timeout: float = REPLY_TIMEOUT
+    ) -> None:
         from perllm.broker.settings import load_settings  # noqa: PLC0415
 
         self.settings = settings or (load_settings(redis_url=url) if url else load_settings())
-        self.ledger = Ledger(self.settings)
+        self.ledger = Ledger(self.settings, reply_timeout=reply_timeout)
+        self.looks = Ledger(self.settings, reply_timeout=LOOK_TIMEOUT, retries=0)
         self.validator = TaskValidator(self.settings, self.ledger)
+        self._announcements = ThreadedAnnouncements(self.settings)
+        self._met = False  # whether the server has ever answered
 
     def submit(self, prompt: str | None = None, **fields: Unpack[TaskFields]) -> Handle:
         """Hand in one task: a `prompt`, or `messages=`. Raises InvalidTask; see TaskSpec for the fields."""
-        return Handle(self.ledger.submit([(new_id(), self.accept(_with_prompt(prompt, fields)))])[0], self)
+        return self.submit_many([self.accept(_with_prompt(prompt, fields))])[0]
 
     def submit_many(self, tasks: Iterable[str | Mapping[str, Any] | TaskSpec]) -> list[Handle]:
         """Hand in many tasks, pipelined: prompts, mappings of a TaskSpec's fields, or checked TaskSpecs. Raises
         InvalidTask at the first bad one; those before it may be stored."""
         specs = ((new_id(), t if isinstance(t, TaskSpec) else self.accept(_with_prompt(t, {}))) for t in tasks)
-        return [Handle(task_id, self) for task_id in self.ledger.submit(specs)]
+        ids = self.ledger.submit(specs)
+        self._met = True
+        return [Handle(task_id, self) for task_id in ids]
+
+    def embed(
+        self, inputs: Sequence[str], /, *, timeout: float | None = None, **fields: Unpack[TaskFields]
+    ) -> list[list[float]]:
+        """The embeddings of texts, in order, each of length 1: as many tasks as that takes, handed in and waited for.
+        Their deadline is in an hour unless one is given. Raises InvalidTask, WaitTimeout and, for a task without a
+        result, TaskFailed, TaskExpired or TaskRejected."""
+        handles = self.submit_many(self._embedding_tasks(inputs, fields))
+        results = {result.id: result for result in self.wait((h.id for h in handles), timeout)}
+        return [vector for handle in handles for vector in _succeeded(results[handle.id]).vectors]
+
+    def _embedding_tasks(self, inputs: Sequence[str], fields: Mapping[str, Any]) -> list[TaskSpec]:
+        if isinstance(inputs, str):
+            raise InvalidTask("inputs: a list of texts is required")
+        key = fields.get("idempotency_key")
+        tasks = []
+        for number, some in enumerate(_parts(inputs, self.settings.max_prompt_bytes)):
+            own = {"idempotency_key": f"{key}:{number}"} if key is not None and number else {}
+            tasks.append(self.accept({"kind": "embed", "deadline": 3600.0, **fields, **own, "inputs": some}))
+        return tasks
 
     def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
         """Check a task without submitting it. Raises InvalidTask naming every field that is wrong."""
@@ -103,67 +143,85 @@ class Client:
         return next(self.wait([task_id], timeout))
 
     def wait(self, task_ids: Iterable[str], timeout: float | None = None) -> Iterator[Result]:
-        """Results as tasks reach their final states, in that order. Raises WaitTimeout when `timeout` s have passed
-        and TaskNotFound for an id the ledger does not hold. A server that is away for less than a minute meanwhile is
-        waited for."""
-        left = dict.fromkeys(task_ids)
-        give_up = None if timeout is None else time.monotonic() + timeout
-        answered: float | None = None  # when the server last did
-        while left:
-            try:
-                for result in self._follow(left, give_up):
-                    answered = time.monotonic()
-                    if result is not None:
-                        yield result
-            except Unreachable:
-                if answered is None or time.monotonic() > answered + OUTAGE:
-                    raise
-                time.sleep(random.uniform(*OUTAGE_LOOKS))
-            if left and give_up is not None and time.monotonic() >= give_up:
-                raise WaitTimeout(f"{len(left)} task(s) not final after {timeout:g} s; they go on")
-
-    def _follow(self, left: dict[str, None], give_up: float | None) -> Iterator[Result | None]:
-        """Take results out of `left` as they come, until it is empty or `give_up`; None whenever the server answered
-        that there is no more yet."""
-        with reaching(self.settings), _Announcements(self.settings) as announcements:
-            announcements.listen(left)  # before looking, so that nothing ends unheard in between
-            fresh: list[str] | None = None
-            while left:
-                for result in self._look(list(left) if fresh is None else fresh, everything=fresh is None):
-                    del left[result.id]
-                    yield result
-                yield None
-                patience = LOOK_EVERY if give_up is None else min(LOOK_EVERY, give_up - time.monotonic())
-                if not left or patience <= 0:
+        """Results as tasks reach their final states, in that order, shortly after their deadlines at the latest. Raises
+        WaitTimeout when `timeout` s have passed and TaskNotFound for an id the ledger does not hold. A server that is
+        away for less than a minute meanwhile is waited for, if the deadlines allow."""
+        left = dict.fromkeys(task_ids, inf)  # when each is due, on this machine's monotonic clock, once it is known
+        give_up = inf if timeout is None else time.monotonic() + timeout
+        channels = {_channel(i): i for i in left}
+        heard = SimpleQueue[str]()
+        bell, outage = heard.put, _Outage(time.monotonic() if self._met else None)
+        self._announcements.listen(bell, channels)  # before looking, so that nothing ends unheard in between
+        try:
+            fresh, everything, due_at = list(left), True, inf
+            while True:
+                pause = LOOK_EVERY
+                try:
+                    if time.monotonic() >= due_at:
+                        self.looks.expire()
+                    for start in range(0, len(fresh), _CHUNK):
+                        yield from self._look(fresh[start : start + _CHUNK], left)
+                    outage.over()
+                    self._met = True
+                except Unreachable:
+                    if not outage.bearable(min(left.values())):
+                        raise
+                    pause = random.uniform(*OUTAGE_LOOKS)
+                if not left:
                     return
-                fresh = announcements.hear(patience, left)
+                now = time.monotonic()
+                if now >= give_up:
+                    raise WaitTimeout(f"{len(left)} task(s) not final after {timeout:g} s; they go on")
+                if everything:
+                    due_at = max(min(left.values()), now) + OVERDUE
+                fresh = [
+                    i for channel in _hear(heard, min(now + pause, give_up, due_at)) if (i := channels[channel]) in left
+                ]
+                everything = not fresh or time.monotonic() >= due_at
+                if everything:
+                    fresh = list(left)
+        finally:
+            self._announcements.forget(bell, channels)
 
-    def _look(self, task_ids: list[str], *, everything: bool) -> list[Result]:
-        """The results there are among these."""
-        found: list[Result] = []
-        for start in range(0, len(task_ids), _CHUNK):
-            chunk = task_ids[start : start + _CHUNK]
-            results = self.ledger.results(chunk)
-            found += [r for r in results if r is not None]
-            missing = [i for i, r in zip(chunk, results, strict=True) if r is None]
-            if everything and missing:
-                for task_id, known in zip(missing, self.ledger.known(missing), strict=True):
-                    if not known:
-                        raise TaskNotFound(f"no task {task_id!r} (unknown, or finished and forgotten)")
-        return found
+    def _look(self, task_ids: Sequence[str], left: dict[str, float]) -> Iterator[Result]:
+        """The results there are among these, which are taken out of `left`."""
+        outcomes, now = self.looks.outcomes(task_ids), time.monotonic()
+        for task_id, outcome in zip(task_ids, outcomes, strict=True):
+            if outcome is None:
+                raise _not_found(task_id)
+            if isinstance(outcome, Result):
+                del left[task_id]
+                yield outcome
+            else:
+                left[task_id] = now + outcome
 
     def status(self, task_id: str) -> TaskRecord:
         """Everything known of a task now. Raises TaskNotFound."""
         record = self.ledger.task(task_id)
         if record is None:
-            raise TaskNotFound(f"no task {task_id!r} (unknown, or finished and forgotten)")
+            raise _not_found(task_id)
         return record
+
+    def find(self, beginnings: Sequence[str]) -> list[str]:
+        """The whole ids of the tasks whose ids begin so, in order, for people who have copied a part. Raises
+        TaskNotFound, also for what several begin with."""
+        known = dict(zip(beginnings, self.ledger.known(beginnings), strict=True))
+        return [given if known[given] else self._find(given) for given in beginnings]
+
+    def _find(self, beginning: str) -> str:
+        found = self.ledger.beginning_with(beginning, _AMBIGUOUS + 1)
+        if len(found) > 1:
+            some = ", ".join(found[:_AMBIGUOUS]) + (", …" if len(found) > _AMBIGUOUS else "")
+            raise TaskNotFound(f"several tasks begin with {beginning!r}: {some}")
+        if not found:
+            raise TaskNotFound(f"no task {beginning!r} (unknown, or finished and forgotten)")
+        return found[0]
 
     def cancel(self, task_id: str) -> State:
         """Cancel a task; returns the state it was found in (a final one stays). Raises TaskNotFound."""
         state = self.ledger.cancel(task_id)
         if state is None:
-            raise TaskNotFound(f"no task {task_id!r} (unknown, or finished and forgotten)")
+            raise _not_found(task_id)
         return state
 
     def explain(self, task_id: str) -> Explanation | None:
@@ -179,6 +237,8 @@ class Client:
 
     def close(self) -> None:
         """Close the connections."""
+        self._announcements.close()
+        self.looks.close()
         self.ledger.close()
 
     def __enter__(self) -> Self:
@@ -217,18 +277,16 @@ class AsyncClient:
     look at all that they wait for every `LOOK_EVERY` s: a waiter costs next to nothing until something is announced.
     """
 
-    def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
-        self._client = Client(url, settings=settings)
+    def __init__(
+        self, url: str | None = None, *, settings: Settings | None = None, reply_timeout: float = REPLY_TIMEOUT
+    ) -> None:
+        self._client = Client(url, settings=settings, reply_timeout=reply_timeout)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="perllm-client")
         self._waiters: dict[_Waiter, None] = {}
         self._looker: asyncio.Task[None] | None = None
         self.settings = self._client.settings
-        self.ledger = self._client.ledger
-        self._bells: dict[str, set[_Waiter]] = {}  # channel → those who wait for it
-        self._pubsub: redis.asyncio.client.PubSub | None = None
-        self._subscribed = asyncio.Event()
-        self._subscribing = asyncio.Lock()
-        self._listener: asyncio.Task[None] | None = None
+        self.ledger, self.looks = self._client.ledger, self._client.looks
+        self._announcements = Announcements(self.settings)
 
     async def accept(self, fields: Mapping[str, Any], *, max_value: float = MAX_VALUE) -> TaskSpec:
         """See Client.accept."""
@@ -248,6 +306,15 @@ class AsyncClient:
         handles = await self._in_thread(self._client.submit_many, tasks)
         return [AsyncHandle(h.id, self) for h in handles]
 
+    async def embed(
+        self, inputs: Sequence[str], /, *, timeout: float | None = None, **fields: Unpack[TaskFields]
+    ) -> list[list[float]]:
+        """See Client.embed."""
+        tasks = await self._in_thread(self._client._embedding_tasks, inputs, fields)
+        handles = await self.submit_many(tasks)
+        results = {result.id: result async for result in self.wait([h.id for h in handles], timeout)}
+        return [vector for handle in handles for vector in _succeeded(results[handle.id]).vectors]
+
     async def result(self, task_id: str, timeout: float | None = None) -> Result:
         """See Client.result."""
         try:
@@ -257,11 +324,11 @@ class AsyncClient:
 
     async def _result(self, task_id: str) -> Result:
         async with self._waiter(task_id, _channel(task_id)) as waiter:
-            everything = True
             while True:
-                if found := await self._through_outages(partial(self._client._look, [task_id], everything=everything)):
-                    return found[0]
-                everything = await waiter.rung()
+                (outcome,) = await self._through_outages(waiter, partial(self.looks.outcomes, [task_id]))
+                if isinstance(outcome, Result):
+                    return outcome
+                await self._news(waiter, outcome)
 
     async def stream(self, task_id: str) -> AsyncIterator[str | Result]:
         """The text of a task submitted with `stream`, in pieces as it is generated, and last its Result: `deltas` for
@@ -279,53 +346,49 @@ class AsyncClient:
         lost, what the next one says is passed on as far as it goes on from what was said; what it says otherwise is in
         the Result only, as is all of a task submitted without `stream`. Raises TaskNotFound.
         """
-        said, everything = _Said(), True
+        said = _Said()
         async with self._waiter(task_id, _channel(task_id), self.ledger.said(task_id)) as waiter:
             while True:
-                look = partial(self._look_and_hear, task_id, waiter.heard, everything)
-                found, pieces = await self._through_outages(look)
+                look = partial(self._look_and_hear, task_id, waiter.heard)
+                outcome, pieces = await self._through_outages(waiter, look)
                 waiter.heard += len(pieces)
                 for attempt, deltas in pieces:
                     for delta in deltas:
                         if (news := said.add(attempt, delta)) is not None:
                             yield news
-                if found:
-                    yield found[0]
+                if isinstance(outcome, Result):
+                    yield outcome
                     return
-                everything = await waiter.rung()
+                await self._news(waiter, outcome)
 
-    def _look_and_hear(
-        self, task_id: str, heard: int, everything: bool
-    ) -> tuple[list[Result], list[tuple[int, list[Delta]]]]:
-        if everything:
-            found = self._client._look([task_id], everything=True)
-            return found, self.ledger.deltas(task_id, heard)  # in this order, so that all that was said is there
-        result, pieces = self.ledger.result_and_deltas(task_id, heard)
-        return [] if result is None else [result], pieces
+    def _look_and_hear(self, task_id: str, heard: int) -> tuple[Result | float | None, list[tuple[int, list[Delta]]]]:
+        (outcome,) = self.looks.outcomes([task_id])
+        return outcome, self.looks.deltas(task_id, heard)  # in this order: what was said before it ended is all there
+
+    async def _news(self, waiter: _Waiter, outcome: float | None) -> None:
+        """Wait for news of a task, or until it is overdue and nobody else ends it. Raises TaskNotFound, Unreachable."""
+        if outcome is None:
+            raise _not_found(waiter.task_id)
+        waiter.due = time.monotonic() + outcome
+        try:
+            async with asyncio.timeout(max(outcome, 0.0) + OVERDUE if outcome < inf else None):
+                await waiter.rung()
+        except TimeoutError:
+            await self._through_outages(waiter, self.looks.expire)
 
     @asynccontextmanager
     async def _waiter(self, task_id: str, *channels: str) -> AsyncIterator[_Waiter]:
         """Rings when something is announced on one of the channels. The waiters of all share one connection."""
-        pubsub = self._listen()
+        if self._looker is None:
+            self._looker = asyncio.create_task(self._look_for_all())
         waiter = _Waiter(task_id, texts=len(channels) > 1)
         self._waiters[waiter] = None
-        for channel in channels:
-            self._bells.setdefault(channel, set()).add(waiter)
         try:
-            with reaching(self.settings):
-                async with self._subscribing:  # or the first of them would open a connection each
-                    await pubsub.subscribe(*channels)
-            self._subscribed.set()
+            await self._announcements.listen(waiter.ring, channels)
             yield waiter
         finally:
             self._waiters.pop(waiter, None)
-            for channel in channels:
-                self._bells[channel].discard(waiter)
-            if silent := [c for c in channels if not self._bells[c]]:
-                for channel in silent:
-                    del self._bells[channel]
-                with suppress(redis.exceptions.RedisError):
-                    await pubsub.unsubscribe(*silent)
+            self._announcements.forget(waiter.ring, channels)
 
     async def _look_for_all(self) -> None:
         """Every so often, wake those for whom there is something new though they heard nothing of it: announcements are
@@ -337,9 +400,9 @@ class AsyncClient:
             try:
                 for start in range(0, len(waiters), _CHUNK):
                     some = waiters[start : start + _CHUNK]
-                    news = await self._in_thread(self.ledger.news, [(w.task_id, w.heard) for w in some])
+                    news = await self._in_thread(self.looks.news, [(w.task_id, w.heard) for w in some])
                     for waiter in (w for w, new in zip(some, news, strict=True) if new):
-                        waiter.ring(everything=True)
+                        waiter.ring()
                 answered = time.monotonic()
             except Unreachable as error:
                 if time.monotonic() > answered + OUTAGE:
@@ -349,38 +412,20 @@ class AsyncClient:
     async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *arguments))
 
-    async def _through_outages(self, look: Callable[[], T]) -> T:
-        """What there is to see, also when the server is away for less than a minute."""
-        give_up = time.monotonic() + OUTAGE
-        while True:
-            try:
-                return await self._in_thread(look)
-            except Unreachable:
-                if time.monotonic() > give_up:
-                    raise
-                await asyncio.sleep(random.uniform(*OUTAGE_LOOKS))
-
-    def _listen(self) -> redis.asyncio.client.PubSub:
-        if self._pubsub is None:
-            client = connect_async(self.settings)
-            self._pubsub = client.pubsub(ignore_subscribe_messages=True)
-            self._listener = asyncio.create_task(self._hear(self._pubsub))
-            self._looker = asyncio.create_task(self._look_for_all())
-        return self._pubsub
-
-    async def _hear(self, pubsub: redis.asyncio.client.PubSub) -> None:
-        while True:
-            if not pubsub.subscribed:
-                self._subscribed.clear()
-                await self._subscribed.wait()
-            try:
-                message = await pubsub.get_message(timeout=LOOK_EVERY)
-            except redis.exceptions.RedisError:
-                message = None  # waiters look for themselves until the connection is back
-                await asyncio.sleep(LOOK_EVERY)
-            if message is not None:  # None: nothing came in time, or a subscription was confirmed
-                for waiter in self._bells.get(message["channel"].decode(), ()):
-                    waiter.ring()
+    async def _through_outages(self, waiter: _Waiter, look: Callable[[], T]) -> T:
+        """What there is to see, also when the server is away for less than a minute, if the deadline allows."""
+        patience = min(OUTAGE, max(waiter.due - time.monotonic(), 0.0) + OVERDUE_OUTAGE)
+        lately = Unreachable(f"the server at {self.settings.address} has not answered for {patience:.1f} s")
+        try:
+            async with asyncio.timeout(patience):
+                while True:
+                    try:
+                        return await self._in_thread(look)
+                    except Unreachable as error:
+                        lately = error
+                        await asyncio.sleep(random.uniform(*OUTAGE_LOOKS))
+        except TimeoutError:
+            raise lately from None
 
     async def wait(self, task_ids: Iterable[str], timeout: float | None = None) -> AsyncIterator[Result]:
         """See Client.wait."""
@@ -401,11 +446,9 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connections."""
-        for task in (self._listener, self._looker):
-            if task is not None:
-                task.cancel()
-        if self._pubsub is not None:
-            await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+        if self._looker is not None:
+            self._looker.cancel()
+        await self._announcements.close()
         await self._in_thread(self._client.close)
         self._threads.shutdown(wait=False)
 
@@ -419,18 +462,18 @@ class AsyncClient:
 
 
 class _Waiter:
-    """Somebody who waits for news of a task; `heard` is how many pieces of its text he has (-1: he wants none)."""
+    """Somebody who waits for news of a task; `heard` is how many pieces of its text he has (-1: he wants none), `due`
+    its deadline on this machine's monotonic clock, once it is known."""
 
-    __slots__ = ("_bell", "_error", "_everything", "heard", "task_id")
+    __slots__ = ("_bell", "_error", "due", "heard", "task_id")
 
     def __init__(self, task_id: str, *, texts: bool) -> None:
-        self.task_id, self.heard = task_id, 0 if texts else -1
-        self._bell, self._everything = asyncio.Event(), False
+        self.task_id, self.heard, self.due = task_id, 0 if texts else -1, inf
+        self._bell = asyncio.Event()
         self._error: Unreachable | None = None
 
-    def ring(self, *, everything: bool = False) -> None:
-        """There are news; `everything`: it may be that the task is no more."""
-        self._everything |= everything
+    def ring(self, channel: str = "") -> None:  # noqa: ARG002  there is one task only
+        """There are news."""
         self._bell.set()
 
     def fail(self, error: Unreachable) -> None:
@@ -438,14 +481,12 @@ class _Waiter:
         self._error = error
         self._bell.set()
 
-    async def rung(self) -> bool:
-        """Wait for news. Returns whether the task may be no more. Raises Unreachable."""
+    async def rung(self) -> None:
+        """Wait for news. Raises Unreachable."""
         await self._bell.wait()
         self._bell.clear()
         if self._error is not None:
             raise self._error
-        everything, self._everything = self._everything, False
-        return everything
 
 
 class _Said:
@@ -488,46 +529,62 @@ def _part(delta: Delta) -> tuple[_Part, str]:
     return _Part(delta.index, delta.call, field), getattr(delta, field)
 
 
-class _Announcements:
-    """The channels on which the ledger announces final states, for the tasks a waiter waits for."""
+class _Outage:
+    """Whether a server that does not answer is asked again: not one that never did (`answered` None)."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._redis = connect(settings)
-        self._pubsub: redis.client.PubSub = self._redis.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
+    def __init__(self, answered: float | None) -> None:
+        self._answered = answered
 
-    def listen(self, task_ids: Iterable[str]) -> None:
-        channels = [_channel(i) for i in task_ids]
-        for start in range(0, len(channels), _CHUNK):
-            self._pubsub.subscribe(*channels[start : start + _CHUNK])
+    def over(self) -> None:
+        """It answered."""
+        self._answered = time.monotonic()
 
-    def hear(self, patience: float, awaited: Mapping[str, object]) -> list[str] | None:
-        """Ids just announced, after waiting up to `patience` s for the first; None for silence."""
-        heard: dict[str, None] = {}
-        until = time.monotonic() + patience
-        while (left := until - time.monotonic()) > 0:
-            message = self._pubsub.get_message(timeout=0 if heard else left)
-            if message is not None and (task_id := _task_id(message["channel"])) in awaited:
-                heard[task_id] = None
-            elif message is None and (heard or not self._pubsub.subscribed):
-                break
-        return list(heard) or None
+    def bearable(self, due: float) -> bool:
+        """Whether there is time for it to come back before what is waited for is due."""
+        last = self._answered
+        return last is not None and time.monotonic() <= min(last + OUTAGE, max(last, due) + OVERDUE_OUTAGE)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pubsub.close()
-        self._redis.close()
+def _hear(heard: SimpleQueue[str], until: float) -> dict[str, None]:
+    """What was announced, after waiting for the first until then."""
+    found: dict[str, None] = {}
+    with suppress(Empty):
+        found[heard.get(timeout=max(0.0, until - time.monotonic()))] = None
+        while True:
+            found[heard.get_nowait()] = None
+    return found
+
+
+def _not_found(task_id: str) -> TaskNotFound:
+    return TaskNotFound(f"no task {task_id!r} (unknown, or finished and forgotten)")
+
+
+#: Inputs of one task that `embed` makes, at most: few enough that several nodes share the work.
+_EMBEDDED_AT_ONCE = 256
+_ENDS = {State.FAILED: TaskFailed, State.EXPIRED: TaskExpired, State.REJECTED: TaskRejected}
+
+
+def _parts(inputs: Sequence[str], most_bytes: int) -> Iterator[Sequence[str]]:
+    """The inputs in order, as many together as one task may have; all that are left, where they are none."""
+    start = size = 0
+    for number, text in enumerate(inputs):
+        own = len(text.encode(errors="replace")) if isinstance(text, str) else 0
+        if number > start and (size + own > most_bytes or number - start == _EMBEDDED_AT_ONCE):
+            yield inputs[start:number]
+            start, size = number, 0
+        size += own
+    yield inputs[start:]
+
+
+def _succeeded(result: Result) -> Result:
+    """The result of a task that has one. Raises as `AsyncResult.get` does for others."""
+    if result.state is State.SUCCEEDED:
+        return result
+    raise _ENDS.get(result.state, TaskFailed)(f"task {result.id} {result.state}: {result.reason or 'no reason given'}")
 
 
 def _channel(task_id: str) -> str:
     return f"celery-task-meta-{task_id}"
-
-
-def _task_id(channel: bytes) -> str:
-    return channel.decode().removeprefix("celery-task-meta-")
 
 
 def _with_prompt(task: str | Mapping[str, Any] | None, fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # loaded when settings are read: half of what importing a cli
 CONNECT_TIMEOUT = 5.0
 REPLY_TIMEOUT = 30.0
 NEAR_REPLY_TIMEOUT = 5.0
+#: Seconds a reply may take where something is only looked at, and never again by itself: who looks will look again.
+LOOK_TIMEOUT = 2.0
 #: Seconds after which nothing is repeated any more: the caller shall know.
 RETRY_TIME = 10.0
 
@@ -146,11 +148,11 @@ class _Packer(HiredisRespSerializer):
             return cast("list[bytes]", super().pack(*whole))
 
 
-def connect(settings: Settings, *, reply_timeout: float | None = REPLY_TIMEOUT) -> redis.Redis:
+def connect(settings: Settings, *, reply_timeout: float | None = REPLY_TIMEOUT, retries: int = 5) -> redis.Redis:
     """A client for the server in force. Connects on first use, retries a lost connection with backoff and jitter.
 
     Raises BadSetting for a URL with an option there is not, or one that names a file that cannot be used."""
-    retry = _Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries=5)
+    retry = _Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries=retries)
     options = _options(settings) | {"socket_timeout": reply_timeout, "retry": retry, "command_packer": _Packer()}
     options["connection_class"] = _CLASSES[settings.url.partition(":")[0]]
     try:
@@ -184,7 +186,7 @@ def _check_files(connection: _Tls) -> None:
 
 def connect_async(settings: Settings) -> redis.asyncio.Redis:
     """The same for asyncio, for subscriptions."""
-    return redis.asyncio.Redis.from_url(settings.url, **_options(settings))
+    return redis.asyncio.Redis.from_url(settings.url, **_options(settings) | {"socket_timeout": CONNECT_TIMEOUT})
 
 
 def _options(settings: Settings) -> dict[str, Any]:

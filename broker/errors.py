@@ -46,15 +46,15 @@ class BadSetting(PerLLMError):
 
 
 class TaskFailed(PerLLMError):
-    """Raised by `AsyncResult.get()` in Celery producers for a task that failed."""
+    """Raised by `AsyncResult.get()` in Celery producers, and by `Client.embed`, for a task that failed."""
 
 
 class TaskExpired(PerLLMError):
-    """Raised by `AsyncResult.get()` in Celery producers for a task whose deadline passed."""
+    """Raised by the same for a task whose deadline passed."""
 
 
 class TaskRejected(PerLLMError):
-    """Raised by `AsyncResult.get()` in Celery producers for a task the scheduler refused, with its reason."""
+    """Raised by the same for a task the scheduler refused, with its reason."""
 
 
 def exit_with(error: PerLLMError) -> NoReturn:

@@ -19,7 +19,8 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
-from perllm.broker.capabilities import BEFORE_CAPABILITIES, Capability, lacking
+from perllm.broker.capabilities import BEFORE_CAPABILITIES, OF_KIND, Capability, lacking
+from perllm.broker.vectors import BYTES_PER_NUMBER, unpack
 
 WIRE_VERSION = 1
 
@@ -40,6 +41,8 @@ MAX_CHOICES = 16
 #: Most log-probabilities at one position of all answers to a prompt together.
 MAX_LOGPROBS = 64
 MAX_INPUTS = 2048
+#: Most numbers of an embedding, and so many where it is not known.
+MAX_DIMENSIONS, USUAL_DIMENSIONS = 65_536, 1024
 #: Deepest nesting of JSON that comes from outside, levels: below what any of our readers can take (pydantic's: 199),
 #: so that whatever is accepted can be read again, also where it is part of something larger.
 MAX_DEPTH = 64
@@ -269,7 +272,7 @@ class TaskSpec(Sampling):
     inputs: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=MAX_INPUTS)] = ()
     input_ids: Annotated[tuple[TokenIds, ...], Field(max_length=MAX_INPUTS)] = ()
     query: Annotated[str, Field(min_length=1)] | None = None
-    dimensions: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
     start_after: Annotated[float, Field(ge=0, lt=MAX_DEADLINE)] = 0.0
     request: Annotated[dict[Annotated[str, Field(max_length=64)], Any], Field(max_length=16)] = Field(
         default_factory=dict
@@ -289,7 +292,10 @@ class TaskSpec(Sampling):
         else:
             if bool(self.inputs) == bool(self.input_ids) or (self.kind == "rerank" and self.input_ids):
                 raise ValueError(f"give 'inputs': what to {self.kind}")
-            foreign = any((self.prompt, self.prompt_ids, self.messages, self.tools)) or self.n > 1
+            ours = (self.prompt, self.prompt_ids, self.messages, self.tools, self.json_schema, self.grammar)
+            foreign = any(each is not None and each != () for each in ours) or self.n > 1
+            if self.kind == "rerank" and self.dimensions is not None:
+                raise ValueError("'dimensions' is for embed")
             if (self.query is None) == (self.kind == "rerank"):
                 raise ValueError("give a 'query' to rerank by" if self.kind == "rerank" else "'query' is for rerank")
         if foreign:
@@ -330,10 +336,8 @@ class TaskSpec(Sampling):
     def needs(self) -> tuple[Capability, ...]:
         """What a model must be able to do to serve this, sorted."""
         match self.kind:
-            case "embed":
-                wanted = {Capability.EMBEDDINGS: True}
-            case "rerank":
-                wanted = {Capability.RERANK: True}
+            case "embed" | "rerank":
+                wanted = {OF_KIND[self.kind]: True}
             case "generate":
                 wanted = {
                     Capability.GENERATE: True,
@@ -366,10 +370,27 @@ class TaskSpec(Sampling):
         texts = sum(len(t.encode(errors="replace")) for t in (self.prompt, self.suffix, self.query, *self.inputs) if t)
         return texts + BYTES_PER_TOKEN * sum(map(len, (self.prompt_ids or (), *self.input_ids)))
 
+    def estimated_tokens(self) -> int:
+        """Tokens of the input, about; a query is read anew beside each of what is ranked by it."""
+        again = len((self.query or "").encode(errors="replace")) * max(0, len(self.inputs) - 1)
+        return (self.text_bytes() + again) // BYTES_PER_TOKEN + 1
+
+    def embeddings_bytes(self) -> int:
+        """Bytes its embeddings will take as they are stored, about; of another task nothing."""
+        if self.kind != "embed":
+            return 0
+        numbers = (len(self.inputs) + len(self.input_ids)) * (self.dimensions or USUAL_DIMENSIONS)
+        return round(numbers * BYTES_PER_NUMBER)
+
     def preview(self, width: int = 60) -> str:
         """The start of the input on one line, for people."""
-        texts = self.texts()
-        text = texts[-1] if self.kind == "generate" else texts[0]
+        match self.kind:
+            case "generate":
+                text = self.texts()[-1]
+            case "embed":
+                text = self.inputs[0] if self.inputs else " ".join(map(str, self.input_ids[0][:width]))
+            case "rerank":
+                text = self.query or ""
         line = " ".join(text[: width * 4].split())
         return line if len(line) <= width else line[: width - 1] + "…"
 
@@ -594,6 +615,11 @@ class Result(TolerantModel):
         """The generated text, empty where there is none."""
         return self.output.text if self.output else ""
 
+    @property
+    def vectors(self) -> list[list[float]]:
+        """An embedding task's vectors, in the order of its inputs; none where there are none."""
+        return [unpack(vector).tolist() for vector in (self.output.vectors if self.output else None) or ()]
+
 
 # --- what a node says of itself
 
@@ -618,6 +644,7 @@ class ModelOffer(TolerantModel):
     chunk: Annotated[int, Field(gt=0)] | None = None  # prompt tokens prefilled in a step at most; None: not known
     calibration: StepCost
     capabilities: tuple[str, ...] = BEFORE_CAPABILITIES
+    dimensions: Annotated[int, Field(gt=0)] | None = None  # numbers in its embeddings, where it makes any
 
     def lacks(self, needs: Iterable[str]) -> list[str]:
         """Those of the needed capabilities this model does not have."""
@@ -640,7 +667,7 @@ class NodeInfo(TolerantModel):
     name: NodeName
     tier: Literal["edge", "cloud"]
     boot: Annotated[str, Field(min_length=1, max_length=64)]  # new at every start of the worker process
-    slots: Annotated[int, Field(ge=1, le=4096)]  # tasks in the engine at once
+    slots: Annotated[int, Field(ge=1, le=4096)]  # answers in the engine at once; so many tasks are taken, too
     models: Annotated[tuple[ModelOffer, ...], Field(min_length=1)]
     power: Power
     bandwidth: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # bytes/s, a prior until claims have measured it

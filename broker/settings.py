@@ -71,12 +71,16 @@ class Settings(BaseSettings):
 
     max_prompt_bytes: Annotated[int, Field(ge=1)] = 1 << 20
     """Longest input of a task, bytes."""
+    max_result_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
+    """Most bytes the embeddings of one task may take, 16 for 3 numbers."""
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
     """Longest answer of a task that does not say, tokens; the context and the deadline may end it before."""
     lease: Annotated[float, Field(ge=0.5, le=300)] = 4.0
     """A worker that is silent for so long, s, has lost its tasks: they are placed anew."""
     heartbeat: Annotated[float, Field(ge=0.05, le=60)] = 1.0
     """Seconds between a worker's heartbeats."""
+    grace: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    """Seconds for which running work, and answers under way, may go on after SIGTERM."""
     max_strikes: Annotated[int, Field(ge=1, le=100)] = 3
     """Attempts that may end without a result before a task fails."""
     retention: Annotated[float, Field(ge=1)] = 86_400.0

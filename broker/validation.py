@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from perllm.broker import grammar
 from perllm.broker.capabilities import unserved
-from perllm.broker.engine.checks import context_excess
+from perllm.broker.engine.checks import context_excess, embeddings_excess
 from perllm.broker.errors import InvalidTask, field_errors
 from perllm.broker.ledger import Ledger
-from perllm.broker.messages import DEADLINE, MAX_DEADLINE, MAX_VALUE, ModelOffer, TaskSpec
+from perllm.broker.messages import DEADLINE, MAX_DEADLINE, MAX_DIMENSIONS, MAX_VALUE, ModelOffer, TaskSpec
 
 if TYPE_CHECKING:  # loaded when settings are read: half of what importing a client would take
     from perllm.broker.settings import Settings
@@ -65,10 +65,34 @@ class TaskValidator:
             raise InvalidTask(f"value: {spec.value:g} is more than this key may give, {max_value:g}")
         size = spec.text_bytes()
         if size > self._settings.max_prompt_bytes:
-            field, limit = "prompt" if spec.prompt is not None else "messages", self._settings.max_prompt_bytes
+            field, limit = _input_field(spec), self._settings.max_prompt_bytes
             raise InvalidTask(f"{field}: {size} bytes; the limit is {limit} bytes (PERLLM_MAX_PROMPT_BYTES)")
         self._check_offer(spec)
-        return spec
+        return self._checked_embedding(spec) if spec.kind == "embed" else spec
+
+    def _checked_embedding(self, spec: TaskSpec) -> TaskSpec:
+        """The task for one model, since vectors of two do not compare, and with the width of its vectors, so that the
+        room they will take is known. Raises InvalidTask."""
+        offers = [o for o in self._current_offers() if not o.lacks(spec.needs())]
+        names = sorted({o.name for o in offers})
+        if spec.model is None and len(names) > 1:
+            raise InvalidTask(f"model: name one of {', '.join(names)}: their embeddings do not compare")
+        offers = [o for o in offers if spec.model in (None, o.name)]
+        if not offers:
+            return spec
+        widest = max(o.dimensions or MAX_DIMENSIONS for o in offers)
+        if spec.dimensions is not None and spec.dimensions > widest:
+            raise InvalidTask(f"dimensions: {spec.dimensions} is more than the model's embeddings have, {widest}")
+        context = max(o.context for o in offers)
+        for number, ids in enumerate(spec.input_ids):
+            if len(ids) > context:
+                words = f"input {number} has {len(ids)} tokens; the model takes {context} in one input"
+                raise InvalidTask(f"input_ids: {words}")
+        known = [o.dimensions for o in offers if o.dimensions is not None]
+        if known and (excess := embeddings_excess(spec, min(known), self._settings.max_result_bytes)):
+            raise InvalidTask(f"inputs: {excess}")
+        named = {"model": spec.model or names[0], "dimensions": spec.dimensions or (min(known) if known else None)}
+        return spec.model_copy(update=named)
 
     def _check_offer(self, spec: TaskSpec) -> None:
         offers = self._current_offers()
@@ -83,7 +107,8 @@ class TaskValidator:
         if live and (sentence := unserved(spec.model, needs, self._live, self._gone)):
             raise InvalidTask(sentence)
         context = max(o.context for o in serving if not (live and o.lacks(needs)))
-        if not spec.fit_context and context_excess(1, spec.max_tokens, context):  # the shortest prompt there is
+        # With the shortest prompt there is
+        if spec.kind == "generate" and not spec.fit_context and context_excess(1, spec.max_tokens, context):
             raise InvalidTask(f"max_tokens: {spec.max_tokens} leaves no room in the largest context, {context} tokens")
 
     @property
@@ -104,3 +129,9 @@ class TaskValidator:
         if self.stale:
             self.refresh()
         return self._offers
+
+
+def _input_field(spec: TaskSpec) -> str:
+    """Where its input is."""
+    fields = ("prompt", "prompt_ids", "messages", "inputs", "input_ids")
+    return next(field for field in fields if getattr(spec, field))

@@ -15,18 +15,18 @@ from perllm.cloud_worker.openai_api import Refused, ServerError
 
 log = structlog.get_logger(__name__)
 
-#: What `remote_engine` passes on.
+#: What `remote_engine` passes on, and has to ask for.
 SERVED = frozenset(
     {
         Capability.GENERATE,
         Capability.CHAT,
+        Capability.CHOICES,
         Capability.TOOLS,
         Capability.REASONING,
         Capability.LOGPROBS,
         Capability.LOGIT_BIAS,
         Capability.GRAMMAR,
         Capability.JSON_SCHEMA,
-        Capability.CHOICES,
         Capability.INFILL,
         Capability.TOKENS,
     }
@@ -136,8 +136,9 @@ Post = Callable[[str, dict[str, Any]], Awaitable[Any]]
 
 
 async def look(post: Post, limit: str, *, served: Set[Capability] = SERVED) -> Found:
-    """Ask a server that was seen to chat for what is `served` beside. `limit` is its name for `max_tokens`."""
-    found = {Capability.GENERATE, Capability.CHAT, Capability.CHOICES}  # several are asked for one by one, if need be
+    """Ask a server that was seen to chat for what is `served` beside. `limit` is its name for `max_tokens`. Several
+    answers come from every server: from one that gives but one at a time, by as many requests."""
+    found = {Capability.GENERATE, Capability.CHAT, Capability.CHOICES}
     for capability, asks in ASKS.items():
         if capability in served and all([await _shows(post, ask, limit) for ask in asks]):
             found.add(capability)

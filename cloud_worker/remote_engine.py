@@ -11,18 +11,19 @@ import itertools
 import random
 import re
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import structlog
 
+from perllm.broker.capabilities import OF_KIND, Capability
 from perllm.broker.engine.answers import answer_seed
-from perllm.broker.engine.checks import check_echo, check_model
+from perllm.broker.engine.checks import check_echo, check_kind, check_model
 from perllm.broker.engine.contract import (
     EngineDown,
     EngineError,
@@ -33,7 +34,8 @@ from perllm.broker.engine.contract import (
     Stuck,
     counters_or_none,
 )
-from perllm.broker.engine.text import chat_messages
+from perllm.broker.engine.embedding import Vector, check_dimensions, made_of
+from perllm.broker.engine.text import chat_messages, openai_tool
 from perllm.broker.engine.totals import EngineTotals
 from perllm.broker.errors import BadSetting
 from perllm.broker.messages import (
@@ -46,8 +48,8 @@ from perllm.broker.messages import (
     Power,
     StepCost,
     TaskSpec,
-    Tool,
 )
+from perllm.cloud_worker import remote_embedding
 from perllm.cloud_worker.backoff import backoff
 from perllm.cloud_worker.event_loop import LoopThread, Pieces
 from perllm.cloud_worker.openai_api import (
@@ -63,6 +65,7 @@ from perllm.cloud_worker.openai_api import (
 )
 from perllm.cloud_worker.remote_answer import RemoteAnswer
 from perllm.cloud_worker.remote_capabilities import look
+from perllm.cloud_worker.remote_embedding import Pooling
 from perllm.cloud_worker.settings import CloudSettings
 
 log = structlog.get_logger(__name__)
@@ -124,6 +127,7 @@ class _Request:
     limited: bool = True  # the server is told how many tokens at most
     answers: list[_Answer] = field(init=False)
     asked: list[_Asked] = field(default_factory=list)  # what is to be paid
+    vectors: list[Vector] = field(default_factory=list)  # of the first inputs of an embedding or rerank task
 
     def __post_init__(self) -> None:
         self.answers = [_Answer(index) for index in range(self.spec.n)]
@@ -152,6 +156,17 @@ class _Request:
                 self.pieces.put(delta)
 
 
+@dataclass(frozen=True, slots=True)
+class _Arm:
+    """What the server is used for under one name."""
+
+    name: str
+    capabilities: tuple[Capability, ...]
+    step_cost: StepCost
+    watts: float  # what its tokens' price comes to while it works
+    width: int | None = None  # of its embeddings
+
+
 class RemoteEngine:
     """See the module's head. `first_pause` is that after a failure, s; pauses double from try to try."""
 
@@ -171,6 +186,7 @@ class RemoteEngine:
         self._own_schema = False  # llama-cpp-python's server has a form of its own for JSON schemas
         self._several = True  # it gives several answers to one request
         self._tells_thoughts = True  # what the model thought in earlier turns: not every server takes it
+        self._arms: tuple[_Arm, ...] = ()
         self._totals = EngineTotals()
         self._joules = 0.0
         self._requests: dict[_Request, None] = {}
@@ -195,22 +211,78 @@ class RemoteEngine:
 
     async def _start(self) -> None:
         self._model, self._context = await self._find_model()
-        self._name = self._settings.model_name or _producer_name(self._model)
-        self._step_cost = await self._calibrate()
-        found = await look(self._post, self._limit)
-        self._capabilities, self._own_schema = found.capabilities, found.own_schema
-        log.info("remote_found", model=self._name, capabilities=", ".join(self._capabilities))
+        name = self._settings.model_name or _producer_name(self._model)
+        pooling = await remote_embedding.look(self._post)
+        chat = await self._chat_arm(name, needed=not pooling.capabilities)
+        self._arms = (chat,) if chat is not None else ()
+        if pooling.capabilities and (pooled := await self._pooled_arm(name, pooling, beside=chat)) is not None:
+            self._arms += (pooled,)
+        for arm in self._arms:
+            log.info("remote_found", model=arm.name, capabilities=", ".join(arm.capabilities))
         self._totals = EngineTotals()  # calibration is no task
         self._joules = 0.0
 
+    async def _chat_arm(self, name: str, *, needed: bool) -> _Arm | None:
+        """The server as one that chats; None where it does not, and need not. Raises ServerError, EngineError."""
+        try:
+            step_cost = await self._calibrate()
+        except (ServerError, EngineError) as error:
+            if needed:
+                raise
+            log.info("remote_chats_not", model=name, reason=str(error))
+            return None
+        found = await look(self._post, self._limit)
+        self._own_schema = found.own_schema
+        watts = self._price / step_cost.step if step_cost.step else 0.0
+        return _Arm(name, found.capabilities, step_cost, watts)
+
+    async def _pooled_arm(self, name: str, pooling: Pooling, *, beside: _Arm | None) -> _Arm | None:
+        """The server as one that embeds or reranks. Raises ServerError, EngineError, BadSetting."""
+        if not self._settings.openai_joules_per_prompt_token:
+            hint = "set PERLLM_OPENAI_JOULES_PER_PROMPT_TOKEN: what embeds generates nothing, and would cost nothing"
+            if beside is None:
+                raise BadSetting(hint)
+            log.info("remote_embeds_not", model=name, hint=hint)
+            return None
+        kind: Literal["embed", "rerank"] = "embed" if Capability.EMBEDDINGS in pooling.capabilities else "rerank"
+        await self._pooled_probe(kind, PROBES[0])
+        short, long = await self._pooled_probe(kind, PROBES[0]), await self._longest_probe(kind)
+        more_tokens = max(1, _prompt_tokens(long) - _prompt_tokens(short))
+        prefill = max(0.0, _latency(long) - _latency(short)) / more_tokens
+        cost = StepCost(step=_latency(short), sequence=0.0, prefill=prefill)
+        own = name if beside is None else f"{name}:embed"
+        price = self._settings.openai_joules_per_prompt_token
+        watts = price * _prompt_tokens(long) / max(_latency(long), 1e-9)
+        return _Arm(own, pooling.capabilities, cost, watts, pooling.width)
+
+    async def _longest_probe(self, kind: Literal["embed", "rerank"]) -> _Request:
+        """The longer of the two, as long as the model takes it."""
+        words = PROBES[1]
+        while True:
+            try:
+                return await self._pooled_probe(kind, words)
+            except EngineError:
+                words //= 2
+                if words <= PROBES[0]:
+                    raise
+
+    async def _pooled_probe(self, kind: Literal["embed", "rerank"], words: int) -> _Request:
+        text = " ".join(random.choices(WORDS, k=words))
+        spec = TaskSpec(kind=kind, inputs=(text,), query="a" if kind == "rerank" else None)
+        request = _Request("calibration", spec, Stop(self._settings.openai_timeout))
+        await self._ask(request)
+        return request
+
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
         """Ask once more where the server only fails for a moment. Raises ServerError."""
-        body = {"model": self._model, **body}
         try:
-            return await self._client.post(path, body)
+            return await self._post_once(path, body)
         except Unavailable as error:
             await asyncio.sleep(min(MAX_PAUSE, error.wait if error.wait is not None else self._first_pause))
-            return await self._client.post(path, body)
+            return await self._post_once(path, body)
+
+    async def _post_once(self, path: str, body: dict[str, Any]) -> Any:
+        return await self._client.post(path, {"model": self._model, **body})
 
     async def _find_model(self) -> tuple[str, int]:
         """(the model's name there, its context in tokens)."""
@@ -266,23 +338,25 @@ class RemoteEngine:
     # --- what the worker asks
 
     def offers(self) -> tuple[ModelOffer, ...]:
-        """The model served, with the step cost measured at the start."""
-        return (
+        """The model served, with the step cost measured at the start; under a name of its own as one that embeds, if it
+        chats as well."""
+        return tuple(
             ModelOffer(
-                name=self._name,
+                name=arm.name,
                 context=self._context,
                 kv_tokens=self._context * self.slots,
-                calibration=self._step_cost,
-                capabilities=self._capabilities,
-            ),
+                calibration=arm.step_cost,
+                capabilities=arm.capabilities,
+                dimensions=arm.width,
+            )
+            for arm in self._arms
         )
 
     def power(self) -> Power:
         """The price, as the watts one request's tokens come to."""
-        seconds = self._step_cost.step
         return Power(
             idle=0.0,
-            active=self._price / seconds if seconds else 0.0,
+            active=self._arms[0].watts,
             joules_per_byte=self._settings.joules_per_byte,
             method=METHOD,
             estimated=True,
@@ -309,20 +383,29 @@ class RemoteEngine:
 
     def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         """Run one task to its end or until `stop`. Raises EngineError."""
-        check_model(spec.model, (self._name,))
+        arm = self._arm(spec)
         check_echo(spec, as_it_is=False)
         loop = self._loop
         if loop is None:
             raise EngineError("the engine is closed", retry=True)
         try:
             if on_delta is None:
-                return loop.run(self._generate(_Request(task_id, spec, stop)))
+                return loop.run(self._generate(_Request(task_id, spec, stop), arm))
             pieces: Pieces = SimpleQueue()
-            return loop.run_streaming(self._generate(_Request(task_id, spec, stop, pieces)), pieces, on_delta, stop)
+            going_on = self._generate(_Request(task_id, spec, stop, pieces), arm)
+            return loop.run_streaming(going_on, pieces, on_delta, stop)
         except CancelledError:
             raise EngineError("the engine is closing", retry=True) from None
 
-    async def _generate(self, request: _Request) -> Generation:
+    def _arm(self, spec: TaskSpec) -> _Arm:
+        """The one a task is for. Raises EngineError."""
+        check_model(spec.model, [arm.name for arm in self._arms])
+        able = [arm for arm in self._arms if OF_KIND[spec.kind] in arm.capabilities]
+        named = [arm for arm in self._arms if arm.name == spec.model] or able or self._arms
+        check_kind(spec.kind, named[0].name, named[0].capabilities)
+        return named[0]
+
+    async def _generate(self, request: _Request, arm: _Arm) -> Generation:
         before = self.counters()  # raises EngineDown
         if not self._requests:
             self._totals.last_progress = time.monotonic()
@@ -343,7 +426,7 @@ class RemoteEngine:
         finally:
             asking.cancel()
             del self._requests[request]
-        return self._generation(request, before)
+        return self._generation(request, arm, before)
 
     @staticmethod
     def _finish(request: _Request, answer: _Answer) -> FinishReason:
@@ -358,7 +441,7 @@ class RemoteEngine:
             case _:
                 return "tool_calls" if answer.called else "stop"
 
-    def _generation(self, request: _Request, before: Counters) -> Generation:
+    def _generation(self, request: _Request, arm: _Arm, before: Counters) -> Generation:
         seen, prompt = request.tokens, _prompt_tokens(request)
         tokens = sum(asked.tokens for asked in request.asked)
         for asked in request.asked:
@@ -368,7 +451,8 @@ class RemoteEngine:
         prompts = prompt * len(request.asked)  # it is paid for each time; if it was never sent, not at all
         joules = prompts * self._settings.openai_joules_per_prompt_token + tokens * self._price
         self._joules += joules
-        self._totals.prefilled += max(0, prompts - cached)
+        if request.spec.kind == "generate":  # otherwise they are counted as they are answered
+            self._totals.prefilled += max(0, prompts - cached)
         self._totals.generated += tokens - seen
         now = time.monotonic()
         sent, first, last = request.sent or now, request.first or now, request.last
@@ -383,9 +467,11 @@ class RemoteEngine:
             }
             for answer in request.answers
         ]
+        pooled = request.vectors and head["finish_reason"] == "stop"
+        made = made_of(request.vectors, request.spec) if pooled else {}
         return Generation(
-            output=Output.model_validate({**head, "more": more}),
-            model=self._name,
+            output=Output.model_validate({**head, "more": more, **made}),
+            model=arm.name,
             prompt_tokens=prompt if request.asked else 0,
             completion_tokens=tokens,
             wait=sent - request.accepted,
@@ -416,7 +502,7 @@ class RemoteEngine:
         while True:
             await self._wait_until_open()
             try:
-                await self._stream(request, answers)
+                await (self._stream(request, answers) if request.spec.kind == "generate" else self._pool(request))
             except ServerError as error:
                 if self._adapt(str(error), request.spec) or _without_limit(error, request):
                     continue
@@ -465,6 +551,38 @@ class RemoteEngine:
         """Nobody asks the server while it wants a pause; afterwards they do not all ask at once."""
         while (pause := self._open_at - time.monotonic()) > 0:
             await asyncio.sleep(pause * random.uniform(1.0, 1.1))
+
+    async def _pool(self, request: _Request) -> None:
+        """The inputs of an embedding or rerank task, some at a time: fewer where the server refuses so many. Raises
+        ServerError, EngineError."""
+        spec, (answer,), most = request.spec, request.answers, remote_embedding.MOST_INPUTS
+        inputs: Sequence[Any] = spec.inputs or spec.input_ids
+        request.sent = request.sent or time.monotonic()
+        if not request.asked:
+            request.asked.append(_Asked([answer]))
+        (asked,) = request.asked
+        while (done := len(request.vectors)) < len(inputs):
+            some = inputs[done : done + most]
+            began = time.monotonic()
+            try:
+                pooled = await remote_embedding.pool(self._post_once, spec, some)
+            except Refused as error:
+                if error.status in (401, 403, 404):
+                    raise
+                if len(some) == 1:
+                    raise EngineError(f"input {done}: the server refuses it: {error}", retry=False) from None
+                most = max(1, len(some) // 4)
+                continue
+            request.vectors += pooled.vectors
+            tokens = pooled.tokens or sum(map(_size, some)) // BYTES_PER_TOKEN + 1
+            so_far = asked.usage.prompt_tokens if asked.usage is not None else 0
+            asked.usage = Usage(prompt_tokens=so_far + tokens)
+            answer.first = answer.last = time.monotonic()
+            self._totals.step(began, answer.last, sequences=1, prefilled=tokens, context=0)
+        if any(len(vector) != len(request.vectors[0]) for vector in request.vectors):
+            raise Malformed("its vectors are of several lengths")
+        check_dimensions(spec.dimensions, len(request.vectors[0]))
+        answer.finish = "stop"
 
     async def _stream(self, request: _Request, answers: list[_Answer]) -> None:
         """One stream, to its end. Raises ServerError."""
@@ -557,7 +675,7 @@ class RemoteEngine:
         if spec.logprobs is not None:
             body["logprobs"], body["top_logprobs"] = True, spec.logprobs
         if spec.offered_tools:
-            body["tools"] = [_tool(tool) for tool in spec.offered_tools]
+            body["tools"] = [openai_tool(tool) for tool in spec.offered_tools]
             if spec.tool_choice != "auto":
                 body["tool_choice"] = spec.tool_choice
             if not spec.parallel_tool_calls:
@@ -636,10 +754,9 @@ def _share(tokens: int, answers: list[_Answer]) -> None:
         answers[-1].tokens = left
 
 
-def _tool(tool: Tool) -> dict[str, Any]:
-    """As the OpenAI API has it."""
-    function = tool.model_dump(exclude_none=True, exclude_defaults=True)
-    return {"type": "function", "function": function}
+def _size(given: Any) -> int:
+    """Bytes of an input, or of a text with so many tokens, about."""
+    return len(given.encode(errors="replace")) if isinstance(given, str) else BYTES_PER_TOKEN * len(given)
 
 
 def _latency(request: _Request) -> float:

@@ -16,6 +16,11 @@ class CloudSettings(WorkerSettings):
     # vLLM
     vllm_args: dict[str, Any] = Field(default_factory=dict)
     """JSON: further fields of vLLM's AsyncEngineArgs."""
+    tool_parser: str | None = None
+    """vLLM's own parser of tool calls, by its name there (`qwen3_coder`, …), for answers that need not keep to a
+    schema; unset: ours, by what the model's chat template writes."""
+    reasoning_parser: str | None = None
+    """vLLM's own parser of thoughts, likewise."""
     adapters: dict[str, AbsolutePath] = Field(default_factory=dict)
     """JSON: LoRA folders by name, offered as `<model>:<name>`."""
 

@@ -11,28 +11,36 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 import vllm
 from pydantic import ValidationError
 from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
+from vllm.parser.parser_manager import ParserManager
+from vllm.pooling_params import PoolingParams
+from vllm.reasoning import ReasoningParserManager
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from vllm.tool_parsers import ToolParserManager
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from perllm.broker import grammar
-from perllm.broker.chat import ChatTemplate
+from perllm.broker.chat import AnswerStream, ChatTemplate
 from perllm.broker.engine.answers import answer_seed
 from perllm.broker.engine.checks import check_echo, check_tokens
 from perllm.broker.engine.contract import EngineError
-from perllm.broker.engine.text import prompt_text
+from perllm.broker.engine.embedding import Vector
+from perllm.broker.engine.text import Prompt, chat_messages, openai_tool, prompt_text
 from perllm.broker.errors import BadSetting, InvalidTask, TryAgain
-from perllm.broker.messages import TaskSpec
+from perllm.broker.messages import Delta, TaskSpec
+from perllm.cloud_worker.openai_api import ChunkDelta
+from perllm.cloud_worker.remote_answer import RemoteAnswer
 from perllm.cloud_worker.settings import CloudSettings
 from perllm.cloud_worker.vllm_capabilities import INFILL_MARKS, Facts
 
@@ -45,8 +53,10 @@ __all__ = [
     "facts",
     "limits",
     "lora_requests",
+    "numbers",
     "open_engine",
     "openai_logprobs",
+    "pooling_params",
     "sampling_params",
     "tokens_input",
 ]
@@ -145,7 +155,12 @@ def limits(llm: Any) -> Limits:
     config = llm.vllm_config
     cache = config.cache_config
     return Limits(
-        kv_tokens=int(cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size),
+        # A model that sees all tokens at once keeps none: it takes one input at least.
+        kv_tokens=int(
+            cache.kv_cache_size_tokens
+            or (cache.num_gpu_blocks or 0) * cache.block_size
+            or config.model_config.max_model_len
+        ),
         context=int(config.model_config.max_model_len),
         step_tokens=int(config.scheduler_config.max_num_batched_tokens),
         vocabulary=int(config.model_config.get_vocab_size()),
@@ -172,24 +187,26 @@ def lora_requests(adapters: Mapping[str, Path], prefix: str) -> dict[str, Any]:
     }
 
 
-def sampling_params(spec: TaskSpec, max_tokens: int) -> list[Any]:
-    """`spec` in vLLM's terms, for each of its answers. Raises EngineError (retry=False) for what vLLM does not accept.
+def sampling_params(spec: TaskSpec, max_tokens: int, prompt: Prompt) -> list[Any]:
+    """`spec` in vLLM's terms, for each of its answers to `prompt`. Raises EngineError (retry=False) for what vLLM does
+    not accept.
 
     Each answer is a request to vLLM, as it would itself make of `n`: the prompt is computed once, by its prefix cache.
     (Its own `n` is refused at temperature 0, and ends early when an answer does before the last one was added.)
     """
     structured = None
+    plain = prompt.form.plain and not prompt.foreign
     try:
-        if (text := grammar.lark(spec)) is not None:
+        if not prompt.foreign and (text := grammar.lark(spec, prompt.form, prompt.controls)) is not None:
             structured = StructuredOutputsParams(grammar=text)
-        return [_answer_params(spec, max_tokens, structured, index) for index in range(spec.n)]
+        return [_answer_params(spec, max_tokens, structured, index, plain=plain) for index in range(spec.n)]
     except InvalidTask as error:
         raise EngineError(str(error), retry=isinstance(error, TryAgain)) from None
     except ValueError as error:
         raise EngineError(f"vLLM does not accept it: {error}", retry=False) from None
 
 
-def _answer_params(spec: TaskSpec, max_tokens: int, structured: Any, index: int) -> Any:
+def _answer_params(spec: TaskSpec, max_tokens: int, structured: Any, index: int, *, plain: bool) -> Any:
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=spec.temperature,
@@ -200,13 +217,27 @@ def _answer_params(spec: TaskSpec, max_tokens: int, structured: Any, index: int)
         frequency_penalty=spec.frequency_penalty,
         repetition_penalty=spec.repeat_penalty,
         seed=None if spec.seed is None else answer_seed(spec.seed, index),
-        stop=list(spec.stop),
+        stop=list(spec.stop) if plain else [],  # a thought or a call may contain them
+        skip_special_tokens=plain,
         logprobs=spec.logprobs,
         prompt_logprobs=spec.logprobs if spec.echo and index == 0 else None,
         logit_bias=dict(spec.logit_bias) or None,
         structured_outputs=structured,
         output_kind=RequestOutputKind.DELTA,
     )
+
+
+def pooling_params(kind: str, second: int | None = None) -> Any:
+    """For one input of an embedding or rerank task; of a pair, `second` is where the second text's tokens begin, where
+    the model wants to know."""
+    extra = None if second is None else {"compressed_token_type_ids": second}
+    return PoolingParams(task="embed" if kind == "embed" else "classify", extra_kwargs=extra)
+
+
+def numbers(output: Any) -> Vector:
+    """What came of one input: its vector, its scores, or nothing where it was aborted."""
+    vector: Vector = output.outputs.data.float().cpu().numpy().reshape(-1)
+    return vector
 
 
 def calibration_params(tokens: int) -> Any:
@@ -235,10 +266,18 @@ def _entry(one: Any) -> dict[str, Any]:
     return {"token": text, "logprob": one.logprob, "bytes": list(text.encode())}
 
 
+class PooledInput(NamedTuple):
+    """An input's tokens, and where the second text of a pair begins, where the tokenizer says so."""
+
+    ids: Sequence[int]
+    second: int | None = None
+
+
 class Prompter:
     """Renders tasks with the model's chat template, and tokenises them, in the caller's thread."""
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm: Any, settings: CloudSettings) -> None:
+        """Raises BadSetting for parsers that vLLM does not have."""
         self._tokenizer: Any = copy.deepcopy(llm.get_tokenizer())  # vLLM's own is in use by its loop
         self._vocabulary = limits(llm).vocabulary
         self._lock = threading.Lock()
@@ -246,19 +285,46 @@ class Prompter:
         named = "\n".join(source.values()) if isinstance(source, dict) else source
         template = ChatTemplate(named, self._rendered)
         self.template = template if template.chats else None
+        self._controls = self._find_controls() if self.template is not None else {}
+        self._parser = _parser_class(settings)
+        self._loops_tokenizer = copy.deepcopy(self._tokenizer) if self._parser is not None else None
 
-    def tokens(self, spec: TaskSpec) -> list[int]:
-        """The prompt's tokens. Raises EngineError (retry=False)."""
+    def prompt(self, spec: TaskSpec) -> Prompt:
+        """Raises EngineError (retry=False)."""
         if spec.prompt_ids is not None:
             check_tokens("prompt_ids", spec.prompt_ids, self._vocabulary)
-            return list(spec.prompt_ids)
+            return Prompt(list(spec.prompt_ids))
         if spec.suffix is not None:
             raise EngineError("suffix: this engine does not fill in; leave it out", retry=False)
+        foreign = self._parser is not None and not grammar.is_held(spec)
         with self._lock:
-            text, _ = prompt_text(spec, self.template)
+            text, form = prompt_text(spec, self.template, foreign=foreign)
             if self.template is None:
-                return list(self._tokenizer.encode(text))
-            return list(self._tokenizer.encode(text, add_special_tokens=False))
+                return Prompt(list(self._tokenizer.encode(text)))
+            tokens = list(self._tokenizer.encode(text, add_special_tokens=False))
+        return Prompt(tokens, form, self._controls, foreign)
+
+    def inputs(self, spec: TaskSpec) -> list[PooledInput]:
+        """The tokens of an embedding or rerank task's inputs; what is ranked, beside its query."""
+        with self._lock:
+            if spec.input_ids:
+                return [PooledInput(ids) for ids in spec.input_ids]
+            if spec.kind == "embed":
+                return [PooledInput(self._tokenizer.encode(text)) for text in spec.inputs]
+            return [self._pair(spec.query or "", text) for text in spec.inputs]
+
+    def _pair(self, query: str, text: str) -> PooledInput:
+        encoded = self._tokenizer(query, text)
+        ids, types = encoded["input_ids"], encoded.get("token_type_ids")
+        return PooledInput(ids, None if types is None else types.index(1) if 1 in types else len(ids))
+
+    def answer(self, spec: TaskSpec, prompt: Prompt, task_id: str, index: int) -> AnswerStream | None:
+        """What takes one answer to a prompt apart; None where all of it is text."""
+        if prompt.foreign:
+            assert self._parser is not None
+            parser = VLLMParser(self._parser, self._loops_tokenizer, spec, prompt.tokens)
+            return AnswerStream(stops=spec.stop, index=index, parser=parser)
+        return None if prompt.form.plain else AnswerStream(prompt.form, spec.stop, task_id, index)
 
     def echo(self, spec: TaskSpec) -> str:
         """What the text is to begin with. Raises EngineError (retry=False)."""
@@ -287,3 +353,67 @@ class Prompter:
                 messages, tools=tools, add_generation_prompt=True, tokenize=False, **more
             )
         )
+
+    def _find_controls(self) -> dict[str, int]:
+        """Those of the marks in answers that are, or contain, control tokens."""
+        assert self.template is not None
+        special = {token: str(added) for token, added in self._tokenizer.added_tokens_decoder.items() if added.special}
+        tokens = {t for mark in self.template.marks for t in self._tokenizer.encode(mark, add_special_tokens=False)}
+        return {special[token]: token for token in sorted(tokens & special.keys())}
+
+
+def _parser_class(settings: CloudSettings) -> Any:
+    """vLLM's own parser, as set; None: ours is used. Raises BadSetting."""
+    tool, reasoning = settings.tool_parser, settings.reasoning_parser
+    for setting, name, known in (
+        ("PERLLM_TOOL_PARSER", tool, ToolParserManager.list_registered),
+        ("PERLLM_REASONING_PARSER", reasoning, ReasoningParserManager.list_registered),
+    ):
+        if name is not None and name not in (names := known()):
+            raise BadSetting(f"{setting}: vLLM {VERSION} has no {name!r}, but: {', '.join(names)}")
+    return ParserManager.get_parser(tool, reasoning, enable_auto_tools=True)
+
+
+class VLLMParser:
+    """vLLM's own parser of one answer, as ours are used."""
+
+    def __init__(self, parser: Any, tokenizer: Any, spec: TaskSpec, prompt: Sequence[int]) -> None:
+        tools = [openai_tool(tool) for tool in spec.offered_tools]
+        self._request = ChatCompletionRequest.model_validate(
+            {"messages": chat_messages(spec), "chat_template_kwargs": spec.chat_template_kwargs}
+            | ({"tools": tools, "tool_choice": "auto"} if tools else {})
+        )
+        self._parser = parser(tokenizer, self._request.tools)
+        self._prompt = list(prompt)
+        self._answer = RemoteAnswer()  # its pieces are those of a server
+
+    @property
+    def thinking(self) -> bool:
+        return not self._answer.text and not self._answer.calls
+
+    @property
+    def thought(self) -> bool:
+        return self._answer.reasoning is not None
+
+    @property
+    def complete(self) -> bool:
+        return self._answer.called
+
+    def push(self, text: str, tokens: Sequence[int] = ()) -> list[Delta]:
+        """Returns the pieces that are certain by it. Raises EngineError for what the parser fails at."""
+        return self._take(text, tokens, finished=False)
+
+    def finish(self, *, cut: bool) -> list[Delta]:  # noqa: ARG002  vLLM's parsers do not ask
+        """The last pieces."""
+        return self._take("", (), finished=True)
+
+    def _take(self, text: str, tokens: Sequence[int], *, finished: bool) -> list[Delta]:
+        try:
+            piece = self._parser.parse_delta(
+                text, list(tokens), self._request, prompt_token_ids=self._prompt, finished=finished
+            )
+            if piece is None:
+                return []
+            return self._answer.take(ChunkDelta.model_validate(piece.model_dump()), len(tokens))
+        except Exception as error:  # theirs are of many kinds, and this is one request's
+            raise EngineError(f"vLLM's parser failed: {type(error).__name__}: {error}", retry=False) from None

@@ -17,6 +17,8 @@ SERVED = frozenset(
     {
         Capability.GENERATE,
         Capability.CHAT,
+        Capability.TOOLS,
+        Capability.REASONING,
         Capability.LOGPROBS,
         Capability.LOGIT_BIAS,
         Capability.GRAMMAR,
@@ -25,6 +27,8 @@ SERVED = frozenset(
         Capability.TOKENS,
     }
 )
+#: The same of a model that vLLM runs to pool.
+SERVED_POOLED = frozenset({Capability.EMBEDDINGS, Capability.RERANK, Capability.TOKENS})
 #: Marks of what comes before and after a gap, by families of models, as their vocabularies spell them.
 INFILL_MARKS = (
     ("<|fim_prefix|>", "<|fim_suffix|>"),  # Qwen coder

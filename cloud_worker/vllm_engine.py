@@ -16,16 +16,19 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import structlog
 
-from perllm.broker.engine.checks import check_model, fitted
+from perllm.broker.capabilities import Capability
+from perllm.broker.chat import AnswerStream
+from perllm.broker.engine.checks import check_kind, check_model, fitted
 from perllm.broker.engine.contract import (
     EngineDown,
     EngineError,
@@ -36,6 +39,7 @@ from perllm.broker.engine.contract import (
     Stuck,
     counters_or_none,
 )
+from perllm.broker.engine.embedding import Vector, check_dimensions, check_input, made_of
 from perllm.broker.engine.energy import WINDOW, Attribution, power_of
 from perllm.broker.engine.step_time import decode_work, is_stall, step_time
 from perllm.broker.engine.totals import EngineTotals
@@ -48,7 +52,7 @@ from perllm.cloud_worker.priority import priority
 from perllm.cloud_worker.reaper import Reaper
 from perllm.cloud_worker.settings import CloudSettings
 from perllm.cloud_worker.step_cost import TimedStep, energy_weights, fit_step_cost
-from perllm.cloud_worker.vllm_capabilities import capabilities
+from perllm.cloud_worker.vllm_capabilities import SERVED, SERVED_POOLED, capabilities
 
 log = structlog.get_logger(__name__)
 
@@ -79,7 +83,7 @@ class _Request:
     task_id: str
     spec: TaskSpec
     stop: Stop
-    prompt: list[int]
+    prompt: list[int] = field(default_factory=list)
     answers: list[_Answer] = field(default_factory=list)
     lora: Any = None
     echo: str = ""  # what the text of each answer begins with
@@ -87,6 +91,8 @@ class _Request:
     accepted: float = field(default_factory=time.monotonic)
 
     prompt_logprobs: list[Any] = field(default_factory=list)
+    inputs: Sequence[Any] = ()  # of an embedding or rerank task; `prompt` is all their tokens
+    vectors: list[Vector] = field(default_factory=list)  # what came of them
     failed: bool = False  # one answer did: the others are to end
     stalled: bool = False
 
@@ -111,6 +117,7 @@ class _Answer:
     index: int
     key: str  # vLLM's name for it
     params: Any
+    stream: AnswerStream | None = None  # None: all of it is text
 
     first: float | None = None  # when its first token was seen here
     tokens: list[int] = field(default_factory=list)
@@ -120,6 +127,12 @@ class _Answer:
     cached: int = 0  # tokens of the prompt
     metrics: Any = None  # vLLM's RequestStateStats: when it was scheduled, …
     credited: int = 0  # prompt tokens whose energy was shared out as they were computed
+    failure: EngineError | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended it, here and not in vLLM."""
+        return self.stream is not None and self.stream.stopped
 
 
 class VLLMEngine:
@@ -135,6 +148,7 @@ class VLLMEngine:
         self._totals = EngineTotals()
         self._step_cost = StepCost(step=0.01, sequence=0.0, prefill=1e-5)  # until it is measured
         self._usual_tokens = USUAL_TOKENS
+        self._width: int | None = None  # of its embeddings, where it makes any
         self._keys = itertools.count()
         self._present: dict[_Answer, None] = {}  # oldest first
         self._prefilling: dict[_Answer, None] = {}  # those of them that compute a prompt, and have no token yet
@@ -175,8 +189,11 @@ class VLLMEngine:
                 "lines above, usually too little GPU memory: lower PERLLM_CONTEXT or PERLLM_SLOTS, choose a smaller "
                 "model, or more GPUs with PERLLM_VLLM_ARGS='{\"tensor_parallel_size\": 2}'"
             ) from None
-        self._prompter = vllm_api.Prompter(self._llm)
-        self._capabilities = capabilities(vllm_api.facts(self._llm, self._tasks, self._prompter.template))
+        self._prompter = vllm_api.Prompter(self._llm, self._settings)
+        facts = vllm_api.facts(self._llm, self._tasks, self._prompter.template)
+        self._capabilities = capabilities(facts, served=SERVED if "generate" in self._tasks else SERVED_POOLED)
+        if not self._capabilities:
+            raise BadSetting(f"PERLLM_MODEL={self._args.model}: vLLM runs it to {', '.join(self._tasks)} only")
         self._loop.run(self._calibrate())
         self._energy = Attribution(self._meter)
         self._loop.loop.call_soon_threadsafe(self._begin_watch)
@@ -252,6 +269,7 @@ class VLLMEngine:
                 kv_tokens=self._limits.kv_tokens,
                 calibration=self._step_cost,
                 capabilities=self._capabilities,
+                dimensions=self._width,
             )
             for name in (self._name, *self._loras)
         )
@@ -290,15 +308,16 @@ class VLLMEngine:
     def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         """Run one task to its end or until `stop`. Raises EngineError."""
         check_model(spec.model, (self._name, *self._loras))
+        check_kind(spec.kind, self._name, self._capabilities)
         accepted = time.monotonic()
-        prompt = self._prompter.tokens(spec)
-        spec = fitted(spec, len(prompt), self._limits.context)
-        request = _Request(task_id, spec, stop, prompt, accepted=accepted)
-        for index, params in enumerate(self._api.sampling_params(spec, spec.max_tokens)):
-            request.answers.append(_Answer(request, index, f"{task_id}.{next(self._keys)}", params))
-        request.lora, request.echo = self._loras.get(spec.model or ""), self._prompter.echo(spec)
-        if on_delta is not None:
-            request.pieces = SimpleQueue()
+        request = _Request(task_id, spec, stop, accepted=accepted)
+        request.lora = self._loras.get(spec.model or "")
+        if spec.kind == "generate":
+            self._prepare(request, wanted=on_delta is not None)
+        else:
+            request.inputs = self._inputs(spec)
+            request.prompt = [token for one in request.inputs for token in one.ids]
+            request.answers.append(_Answer(request, 0, f"{task_id}.{next(self._keys)}", None))
         before = self.counters()  # raises EngineDown
         loop = self._loop
         if loop is None:
@@ -311,6 +330,32 @@ class VLLMEngine:
         except CancelledError:
             raise EngineError("the engine is closing", retry=True) from None
         return self._generation(request, before)
+
+    def _prepare(self, request: _Request, *, wanted: bool) -> None:
+        """The prompt of a task that generates, and its answers; `wanted` says whether as they come. Raises
+        EngineError."""
+        prompt = self._prompter.prompt(request.spec)
+        request.prompt = prompt.tokens
+        request.spec = spec = fitted(request.spec, len(prompt.tokens), self._limits.context)
+        for index, params in enumerate(self._api.sampling_params(spec, spec.max_tokens, prompt)):
+            answer = _Answer(request, index, f"{request.task_id}.{next(self._keys)}", params)
+            answer.stream = self._prompter.answer(spec, prompt, request.task_id, index)
+            request.answers.append(answer)
+        request.echo = self._prompter.echo(spec)
+        if wanted:
+            request.pieces = SimpleQueue()
+
+    def _inputs(self, spec: TaskSpec) -> Sequence[Any]:
+        """The inputs of an embedding or rerank task. Raises EngineError."""
+        if self._width is not None:
+            check_dimensions(spec.dimensions, self._width)
+        inputs = self._prompter.inputs(spec)
+        for number, one in enumerate(inputs):
+            check_input(number, len(one.ids), self._limits.context)
+            if spec.input_ids and max(one.ids) >= self._limits.vocabulary:
+                known = self._limits.vocabulary
+                raise EngineError(f"input {number}: {max(one.ids)} is no token; the model knows {known}", retry=False)
+        return inputs
 
     async def _serve(self, request: _Request) -> None:
         """From vLLM's queue to the last token of the last answer. Raises EngineError."""
@@ -336,10 +381,14 @@ class VLLMEngine:
         request = answer.request
         self._present[answer] = None
         try:
+            if request.inputs:
+                await self._pool(answer)
+                return
             async for output in self._outputs(answer):
                 self._take(answer, output)
-                if request.must_stop and not output.finished:
+                if (request.must_stop or answer.stopped or answer.failure is not None) and not output.finished:
                     await self._llm.abort(answer.key)
+            self._end(answer)
         except self._api.EngineDeadError:
             raise self._died(inside=True) from None
         except self._api.EngineGenerateError as error:
@@ -353,6 +402,40 @@ class VLLMEngine:
             request.failed = request.failed or answer.finish is None
             del self._present[answer]
             self._prefilling.pop(answer, None)
+
+    async def _pool(self, answer: _Answer) -> None:
+        """All inputs of an embedding or rerank task, side by side in vLLM's batch, under one name: so one abort ends
+        all of them. Raises the first failure, once all have ended."""
+        request = answer.request
+        spec, remaining = request.spec, request.stop.remaining
+        work = len(request.prompt) * self._step_cost.prefill
+        urgency = priority(time.monotonic(), remaining, spec.value, work)
+        vectors: dict[int, Any] = {}
+        room = asyncio.Semaphore(self.slots)
+
+        async def one(number: int, ids: Sequence[int], second: int | None) -> None:
+            async with room:
+                if request.stop.reason is not None:
+                    return
+                async for output in self._llm.encode(
+                    self._api.tokens_input(list(ids)),
+                    self._api.pooling_params(spec.kind, second),
+                    answer.key,
+                    lora_request=request.lora,
+                    priority=urgency,
+                ):
+                    vectors[number] = self._api.numbers(output)
+                    answer.cached += output.num_cached_tokens or 0
+                    answer.first = answer.first or time.monotonic()
+
+        every = [one(number, *given) for number, given in enumerate(request.inputs)]
+        for failure in await asyncio.gather(*every, return_exceptions=True):
+            if isinstance(failure, BaseException):
+                raise failure
+        left = len(request.prompt) - answer.cached - answer.credited
+        request.work += max(0, left) * self._step_cost.prefill
+        request.vectors = [vector for _, vector in sorted(vectors.items()) if len(vector)]
+        answer.finish = "stop" if len(request.vectors) == len(request.inputs) else "abort"
 
     def _outputs(self, answer: _Answer) -> Any:
         request = answer.request
@@ -383,7 +466,9 @@ class VLLMEngine:
             request.work += len(tokens) * decode_work(
                 self._step_cost, sequences=self._running, context=len(request.prompt) + len(answer.tokens)
             )
-        if completion.text:
+        if answer.stream is not None:
+            self._parse(answer, partial(answer.stream.push, completion.text, tokens))
+        elif completion.text:
             answer.text.append(completion.text)
             self._say(answer, completion.text)
         if completion.logprobs:
@@ -398,6 +483,27 @@ class VLLMEngine:
         if text and answer.request.pieces is not None:
             answer.request.pieces.put(Delta(index=answer.index, text=text))
 
+    def _end(self, answer: _Answer) -> None:
+        """It is over: its last pieces. Raises EngineError, if it could not be parsed."""
+        if answer.stream is not None:
+            self._parse(answer, partial(answer.stream.finish, cut=answer.finish != "stop"))
+        if answer.failure is not None:
+            raise answer.failure
+
+    @staticmethod
+    def _parse(answer: _Answer, parse: Callable[[], list[Delta]]) -> None:
+        """What a parser does not take ends this answer, as a stop does: by its key."""
+        if answer.failure is not None:
+            return
+        try:
+            deltas = parse()
+        except EngineError as error:
+            answer.failure = error
+            return
+        if answer.request.pieces is not None:
+            for delta in deltas:
+                answer.request.pieces.put(delta)
+
     def _generation(self, request: _Request, before: Counters) -> Generation:
         spec, now = request.spec, time.monotonic()
         first = min((answer.first for answer in request.answers if answer.first is not None), default=now)
@@ -408,9 +514,14 @@ class VLLMEngine:
             prefill = max(0.0, began - stats[0].scheduled_ts) if stats[0].scheduled_ts else 0.0
             decode = max(0.0, max(each.last_token_ts for each in stats) - began)
         assert request.energy is not None
-        for answer in request.answers:
-            self._usual_tokens += USUAL_WEIGHT * (len(answer.tokens) - self._usual_tokens)
+        if spec.kind == "generate":
+            for answer in request.answers:
+                self._usual_tokens += USUAL_WEIGHT * (len(answer.tokens) - self._usual_tokens)
         head, *more = [self._choice(answer) for answer in request.answers]
+        if request.inputs:
+            prefill = now - first
+            if head["finish_reason"] == "stop":
+                head |= made_of(request.vectors, spec)
         return Generation(
             output=Output(**head, more=tuple(Choice(**each) for each in more)),
             model=spec.model or self._name,
@@ -422,6 +533,7 @@ class VLLMEngine:
             energy=request.energy,
             before=before,
             after=counters_or_none(self),
+            reasoning_tokens=sum(a.stream.reasoning_tokens for a in request.answers if a.stream is not None),
             cached_tokens=request.answers[0].cached,
             stalled=request.stalled,
         )
@@ -432,15 +544,20 @@ class VLLMEngine:
         if (top := request.spec.logprobs) is not None:
             logprobs = self._prompter.prompt_logprobs(request.prompt, request.prompt_logprobs, top)
             logprobs += self._api.openai_logprobs(answer.tokens, answer.logprobs, top)
+        stream, finish = answer.stream, self._finish_reason(answer)
         return {
-            "text": request.echo + "".join(answer.text),
-            "finish_reason": self._finish_reason(answer),
+            "text": request.echo + ("".join(answer.text) if stream is None else stream.text),
+            "finish_reason": finish if stream is None else stream.finish_reason(finish),
             "logprobs": logprobs,
+            "reasoning": None if stream is None else stream.reasoning,
+            "tool_calls": () if stream is None else stream.calls,
             "tokens": len(answer.tokens),
         }
 
     @staticmethod
     def _finish_reason(answer: _Answer) -> FinishReason:
+        if answer.stopped:
+            return "stop"
         match answer.finish:
             case "length":
                 return "length"
@@ -565,19 +682,31 @@ class VLLMEngine:
         for count, prompt in ((1, depth), (self.slots, 16)):  # kernels are compiled when they are first needed
             await self._time_steps(count, prompt, 4)
         idle = await self._metered(asyncio.sleep(METERED))
-        decodes = [(1, 16), (1, depth), (width, 16), (width, depth), (self.slots, 16)]
-        steps = [_median_decode(await self._time_steps(count, prompt, 24), count) for count, prompt in decodes]
-        for prompt in (depth // 2, depth, depth // 2, depth):
-            steps += [step for step in await self._time_steps(1, prompt, 1) if step.prefilled]
+        steps: list[TimedStep | None] = []
+        if Capability.GENERATE in self._capabilities:
+            decodes = [(1, 16), (1, depth), (width, 16), (width, depth), (self.slots, 16)]
+            steps += [_median_decode(await self._time_steps(count, prompt, 24), count) for count, prompt in decodes]
+        prefills = [(1, depth // 2), (1, depth)] * 2
+        if Capability.GENERATE not in self._capabilities:
+            prefills += [(1, 16), (width, 16), (self.slots, 16)] * 2
+        for count, prompt in prefills:
+            steps += [step for step in await self._time_steps(count, prompt, 1) if step.prefilled]
         self._step_cost = fit_step_cost([step for step in steps if step is not None])
         seconds = step_time(self._step_cost, sequences=self.slots, context=16 * self.slots)
         tokens = int(min(self._limits.context - 16, max(24, METERED / max(seconds, 1e-6))))
-        full = await self._metered(self._time_steps(self.slots, 16, tokens))
+        full = await self._metered(self._fill(tokens))
         meter = self._meter
         meter.idle = self._settings.idle_watts if self._settings.idle_watts is not None else idle
         meter.active = max(0.0, full - meter.idle)
         meter.method = f"{meter.method} ({energy_weights(self._step_cost)})"
         self._totals = EngineTotals()  # calibration is no task
+
+    async def _fill(self, tokens: int) -> None:
+        """Keep the batch full: for so many tokens each, or where nothing is generated for `METERED` s."""
+        until = time.monotonic() + METERED
+        await self._time_steps(self.slots, 16, tokens)
+        while Capability.GENERATE not in self._capabilities and time.monotonic() < until:
+            await self._time_steps(self.slots, 16, 1)
 
     async def _metered(self, doing: Any) -> float:
         """Mean W while it was done."""
@@ -595,7 +724,13 @@ class VLLMEngine:
 
     async def _calibration_request(self, prompt: int, tokens: int) -> None:
         ids = random.choices(range(self._limits.vocabulary), k=prompt)
-        key, params = f"calibration.{next(self._keys)}", self._api.calibration_params(tokens)
+        key = f"calibration.{next(self._keys)}"
+        if Capability.GENERATE not in self._capabilities:
+            kind = "embed" if Capability.EMBEDDINGS in self._capabilities else "rerank"
+            async for output in self._llm.encode(self._api.tokens_input(ids), self._api.pooling_params(kind), key):
+                self._width = len(self._api.numbers(output)) if kind == "embed" else None
+            return
+        params = self._api.calibration_params(tokens)
         async for _ in self._llm.generate(self._api.tokens_input(ids), params, key):
             pass
 

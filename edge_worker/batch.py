@@ -130,6 +130,11 @@ class Answer:
         return min(most, max(self.generated, FEW_TOKENS)) if spec.fit_context else most
 
     @property
+    def shortened(self) -> bool:
+        """Whether it ended in time only because it was brought to an end."""
+        return self.finish == "stop" and self.sampler is not None and self.sampler.shortened
+
+    @property
     def over(self) -> bool:
         return self.finish is not None or self.request.error is not None
 
@@ -468,7 +473,8 @@ class Batch:
         self._computing = (answer,)
         try:
             logits = self.context.logits(row)
-            token = int(logits.argmax()) if answer.sampler is None else answer.sampler.sample(logits)
+            left = request.spec.max_tokens - answer.generated
+            token = int(logits.argmax()) if answer.sampler is None else answer.sampler.sample(logits, left)
             self._take(answer, token, logits)
         except GrammarError as error:
             request.error = EngineError(f"{constraint(request.spec)}: {error}", retry=False)

@@ -34,6 +34,30 @@ def share_prefill(remaining: Sequence[int], budget: int) -> list[int]:
     return given
 
 
+def share_inputs(lengths: Sequence[Sequence[int]], left: Sequence[int], budget: int, most: int) -> list[int]:
+    """How many of each request's next inputs to compute in the next step, `most` inputs at most in all.
+
+    `lengths` are the tokens of their next inputs, `left` those of all that are left, oldest request first. An input is
+    taken whole. The oldest request gets one in any case, and its share of the `budget` of tokens; the others follow by
+    what they have left, least first, for the least mean time to their ends.
+    """
+    taken = [0] * len(lengths)
+    count, used = 0, 0
+
+    def take(i: int, until: int) -> None:
+        nonlocal count, used
+        for length in lengths[i][taken[i] :]:
+            if count == most or used + length > until:
+                return
+            taken[i] += 1
+            count, used = count + 1, used + length
+
+    take(0, max(lengths[0][0], int(budget * OLDEST_SHARE)))
+    for i in sorted(range(len(lengths)), key=lambda i: (left[i], i)):
+        take(i, budget)
+    return taken
+
+
 class Widths:
     """Chooses the widths of the decodes that serve n sequences: one decode of n, or several narrower ones.
 

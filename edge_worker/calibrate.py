@@ -9,6 +9,7 @@ import numpy as np
 from perllm.broker.messages import StepCost
 from perllm.edge_worker.batch import BatchTuning
 from perllm.edge_worker.batch_plan import Widths
+from perllm.edge_worker.embedding_batch import EmbeddingTuning
 from perllm.edge_worker.llama import OK, Context, LlamaError
 
 #: Measuring may take so long, s; a slow model gets fewer points, never fewer than are needed.
@@ -18,6 +19,9 @@ CHUNK_SECONDS = 0.25
 #: Prompt tokens llama.cpp's attention takes in one go, faster than fewer (GGML_FA_TILE_Q in ggml-cpu/common.h).
 TILE = 64
 MOST_TILES = 8
+#: Tokens of a step that embeds: with fewer, llama.cpp gets slower per token; with more, no faster (measured: 250, 299,
+#: 292, 272, 252 tokens/s at 64, 128, 256, 512, 1024).
+LEAST_EMBEDDED, MOST_EMBEDDED = 128, 512
 _PROBE = 64  # prompt tokens prefilled at a time
 _DEPTH = 512  # context tokens at which the cost of context is measured
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -90,3 +94,38 @@ def _widths(context: Context, slots: int, token: int, one: float, until: float) 
                 context, parts, token, min(until, time.monotonic() + (until - time.monotonic()) / 4)
             )
     return dict(sorted(cost.items()))
+
+
+def calibrate_embedding(context: Context, *, longest: int, token: int, budget: float = BUDGET) -> EmbeddingTuning:
+    """The same for a context that embeds inputs of up to `longest` tokens: what a step, an input, a token cost. Raises
+    LlamaError."""
+    until = time.monotonic() + budget
+    length = min(longest, LEAST_EMBEDDED) // 2
+    _timed_inputs(context, [1], token)  # warm up
+    kinds = [[1], [length], [length // 8] * 16]
+    seconds = [float("inf")] * len(kinds)
+    rounds = 0
+    while rounds < 1 or (rounds < 5 and time.monotonic() < until):
+        for kind, lengths in enumerate(kinds):
+            seconds[kind] = min(seconds[kind], _timed_inputs(context, lengths, token))
+        rounds += 1
+    one, long, many = seconds
+    prefill = max(long - one, 1e-9) / (length - 1)
+    step = max(0.0, one - prefill)
+    sequence = max(0.0, many - step - prefill * sum(kinds[2])) / 16
+    chunk = min(max(round(CHUNK_SECONDS / prefill), LEAST_EMBEDDED), MOST_EMBEDDED, context.batch_tokens)
+    return EmbeddingTuning(chunk=chunk, step_cost=StepCost(step=step, sequence=sequence, prefill=prefill))
+
+
+def _timed_inputs(context: Context, lengths: list[int], token: int) -> float:
+    """Seconds of one step with inputs of so many tokens."""
+    context.begin()
+    for sequence, tokens in enumerate(lengths):
+        context.add(sequence, 0, [token] * tokens, output=True)
+    began = time.perf_counter()
+    if (status := context.decode()) != OK:
+        raise LlamaError(f"llama.cpp could not compute (status {status})")
+    context.vector(0)
+    seconds = time.perf_counter() - began
+    context.clear()
+    return seconds

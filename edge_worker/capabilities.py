@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from perllm.broker.capabilities import Capability
 from perllm.broker.chat import ChatTemplate
+from perllm.edge_worker.gguf import POOLINGS
 from perllm.edge_worker.llama import Model
 
 #: `<architecture>.pooling_type` in a GGUF's metadata (`enum llama_pooling_type` in llama.h): how the embeddings of its
@@ -43,10 +44,21 @@ class LoadedFacts(NamedTuple):
     classes: int  # outputs of its classifier
 
 
-def look(metadata: Mapping[str, Any], model: Model, template: ChatTemplate | None) -> tuple[Capability, ...]:
-    """What a loaded model can do here."""
+#: The same where it pools.
+SERVED_POOLED = frozenset({Capability.EMBEDDINGS, Capability.RERANK, Capability.TOKENS})
+
+
+def look(
+    metadata: Mapping[str, Any], model: Model, template: ChatTemplate | None, pooling: str | None = None
+) -> tuple[Capability, ...]:
+    """What a loaded model can do here. With `pooling` (a value of `POOLINGS`) it is used so, whatever its metadata
+    says."""
     facts = LoadedFacts(decodes=model.generates, infills=model.infills, classes=model.classes)
-    return capabilities(metadata, template, facts)
+    if pooling is None:
+        return capabilities(metadata, template, facts)
+    key = f"{metadata.get('general.architecture', '')}.pooling_type"
+    number = next(number for number, name in POOLINGS.items() if name == pooling)
+    return capabilities({**metadata, key: number}, None, facts, served=SERVED_POOLED)
 
 
 def capabilities(

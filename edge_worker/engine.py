@@ -20,13 +20,15 @@ from typing import Any
 import structlog
 
 from perllm.broker.engine.checks import fitted
-from perllm.broker.engine.contract import EngineError, Generation, OnDelta, Stop, Stuck
+from perllm.broker.engine.contract import EngineError, FinishReason, Generation, OnDelta, Stop, Stuck
 from perllm.broker.engine.cores import ThreadClaim, available_cores
+from perllm.broker.engine.embedding import made_of
 from perllm.broker.engine.energy import Attribution, Meter, power_of
 from perllm.broker.engine.text import DeltaSink, Prompt
 from perllm.broker.engine.totals import EngineTotals
 from perllm.broker.messages import Choice, Counters, Delta, Energy, ModelOffer, Output, Power, TaskSpec
 from perllm.edge_worker.batch import Answer, Batch, Request
+from perllm.edge_worker.embedding_batch import EmbeddingBatch, EmbeddingRequest
 from perllm.edge_worker.llama import MAX_SEQUENCES, VERSION
 from perllm.edge_worker.meters import make_meter
 from perllm.edge_worker.model_pool import LoadedModel, ModelPool, ServedModel, Stopped
@@ -35,6 +37,8 @@ from perllm.edge_worker.settings import EdgeSettings
 from perllm.edge_worker.text_stream import TextStream
 
 log = structlog.get_logger(__name__)
+
+AnyBatch = Batch | EmbeddingBatch
 
 #: Requests decoded together unless set, on a machine of fewer cores than `MANY_CORES` and of more: with few cores more
 #: requests add little speed and slow each other.
@@ -60,7 +64,7 @@ class LlamaEngine:
         self._totals = EngineTotals()
         self._changed = threading.Condition()
         self._closing = False
-        self._requests: dict[Request, None] = {}
+        self._requests: dict[Request | EmbeddingRequest, None] = {}
         self._thread: threading.Thread | None = None
         self._meter: Meter
         self._energy: Attribution
@@ -161,9 +165,11 @@ class LlamaEngine:
     def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
         """Run one task to its end or until `stop`. Raises EngineError."""
         accepted = time.monotonic()
-        served = self._pool.get(spec.model)
+        served = self._pool.get(spec.model, spec.kind)
         if self._closing:
             raise EngineError("the engine is closing", retry=True)
+        if spec.kind != "generate":
+            return self._embed(task_id, spec, stop, served, accepted)
         try:
             with self._pool.using(served, stop) as loaded:
                 request = self._request(task_id, spec, stop, served, loaded, accepted)
@@ -188,6 +194,7 @@ class LlamaEngine:
     def _request(
         task_id: str, spec: TaskSpec, stop: Stop, served: ServedModel, loaded: LoadedModel, accepted: float
     ) -> Request:
+        assert loaded.prompter is not None
         prompt = loaded.prompter.prompt(spec)
         spec = fitted(spec, len(prompt.tokens), served.context)
         samplers = make_samplers(loaded.model, spec, served.context, prompt)
@@ -195,18 +202,20 @@ class LlamaEngine:
         request.echo = loaded.prompter.echo(spec)
         return request
 
-    def _enqueue(self, batch: Batch, request: Request) -> None:
+    def _enqueue(self, batch: AnyBatch, request: Request | EmbeddingRequest) -> None:
         with self._changed:
             if self._closing:
                 raise EngineError("the engine is closing", retry=True)
             if not self._requests:
                 self._totals.last_progress = time.monotonic()
             self._requests[request] = None
-            batch.waiting.extend(request.answers)
+            # A batch is asked for its own kind.
+            waiting: Any = request.answers if isinstance(request, Request) else [request]
+            batch.waiting.extend(waiting)
             self._changed.notify_all()
 
     @staticmethod
-    def _wait(batch: Batch, request: Request, on_delta: OnDelta | None) -> None:
+    def _wait(batch: AnyBatch, request: Request | EmbeddingRequest, on_delta: OnDelta | None) -> None:
         """Until the decode thread is done with the request. Passes text on, and cancels it if that fails."""
         sink = DeltaSink(on_delta, request.stop) if on_delta is not None else None
         while True:
@@ -255,6 +264,48 @@ class LlamaEngine:
             stalled=request.stalled,
         )
 
+    # --- embedding
+
+    def _embed(self, task_id: str, spec: TaskSpec, stop: Stop, served: ServedModel, accepted: float) -> Generation:
+        """Embed or rerank one task's inputs, to their end or until `stop`. Raises EngineError."""
+        try:
+            with self._pool.using(served, stop) as loaded:
+                assert loaded.embedder is not None
+                request = EmbeddingRequest(task_id, spec, stop, loaded.embedder.inputs(spec), accepted)
+                self._enqueue(loaded.batch, request)
+                try:
+                    self._wait(loaded.batch, request, None)
+                finally:
+                    with self._changed:
+                        del self._requests[request]
+        except Stopped:
+            request = EmbeddingRequest(task_id, spec, stop, [], accepted)
+            request.finish, request.after = stop.reason, self.counters()
+        if request.error is not None:
+            raise request.error
+        assert request.finish is not None
+        assert request.after is not None
+        made = made_of(request.vectors, spec) if request.finish == "stop" else {}
+        began = request.began or time.monotonic()
+        return Generation(
+            output=Output(text="", finish_reason=request.finish, **made),
+            model=served.name,
+            prompt_tokens=sum(map(len, request.inputs)),
+            completion_tokens=0,
+            wait=began - accepted,
+            prefill=(request.last or began) - began,
+            decode=0.0,
+            energy=Energy(
+                inference=request.inference,
+                idle=request.idle,
+                method=self._meter.method,
+                estimated=self._meter.estimated,
+            ),
+            before=request.before or request.after,
+            after=request.after,
+            stalled=request.stalled,
+        )
+
     # --- the decode thread
 
     def _run(self) -> None:
@@ -269,7 +320,7 @@ class LlamaEngine:
             batch.fail(EngineError("the engine is closing", retry=True))
 
     @staticmethod
-    def _step(batch: Batch) -> None:
+    def _step(batch: AnyBatch) -> None:
         if not batch.busy:
             return
         try:
@@ -292,12 +343,13 @@ def _new_request(
 def _choice(answer: Answer) -> dict[str, Any]:
     """An answer that is over, as the fields of a `Choice`."""
     request, text = answer.request, answer.text
+    finish: FinishReason | None = "length" if answer.shortened else answer.finish
     logprobs = None
     if request.spec.logprobs is not None:
         logprobs = request.prompt_logprobs + [entry for begins, entry in answer.logprobs if begins < text.extent]
     return {
         "text": request.echo + text.text,
-        "finish_reason": text.finish_reason(answer.finish) if answer.finish is not None else None,
+        "finish_reason": finish and text.finish_reason(finish),
         "logprobs": logprobs,
         "reasoning": text.reasoning,
         "tool_calls": text.calls,

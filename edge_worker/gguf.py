@@ -37,6 +37,10 @@ _FILE_TYPES = {
     29: "iq2_m", 30: "iq4_xs", 31: "iq1_m", 32: "bf16", 36: "tq1_0", 37: "tq2_0", 38: "mxfp4",
 }  # fmt: skip
 
+#: `<architecture>.pooling_type` → how the tokens' vectors become one (`enum llama_pooling_type` in llama.h); `rank` is
+#: a score.
+POOLINGS = {1: "mean", 2: "cls", 3: "last", 4: "rank"}
+
 
 @dataclass(frozen=True, slots=True)
 class GGUF:
@@ -60,6 +64,22 @@ class GGUF:
     def context(self) -> int:
         """Tokens of context the model was trained for (0 where the file does not say)."""
         return int(self._of_architecture("context_length") or 0)
+
+    @property
+    def pooling(self) -> str | None:
+        """How its tokens become one vector, of a model that is made for that (a value of `POOLINGS`)."""
+        return POOLINGS.get(self._of_architecture("pooling_type") or 0)
+
+    @property
+    def causal(self) -> bool:
+        """Whether each token sees only those before it, as in all that generate text."""
+        return self._of_architecture("attention.causal") is not False
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens it knows."""
+        count = self.metadata.get("tokenizer.ggml.tokens")
+        return count if isinstance(count, int) else 0
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -9,7 +9,7 @@ import ctypes
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ import structlog
 from llama_cpp import __version__
 from llguidance import LLTokenizer
 
+from perllm.edge_worker.gguf import POOLINGS
+
 log = structlog.get_logger(__name__)
 
+_POOLINGS = {name: number for number, name in POOLINGS.items()}
 #: Of llama-cpp-python, which pins its llama.cpp.
 VERSION: str = __version__
 #: `llama_decode` results (llama.h); below −1 the error is fatal.
@@ -31,6 +34,7 @@ MAX_SEQUENCES = 256
 _INFO, _WARN, _ERROR = 2, 3, 4  # enum ggml_log_level in ggml.h
 
 Logits = npt.NDArray[np.float32]
+Vector = npt.NDArray[np.float32]
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 _ready = threading.Lock()
@@ -86,6 +90,11 @@ class Model:
         self.adds_bos: bool = lib.llama_vocab_get_add_bos(self._vocab)
         self.bos: int = lib.llama_vocab_bos(self._vocab)
         self.eos: int = lib.llama_vocab_eos(self._vocab)
+        # Control tokens before a text, between two, and after the last
+        sep = [lib.llama_vocab_sep(self._vocab)] if lib.llama_vocab_get_add_sep(self._vocab) else []
+        eos = [self.eos] if lib.llama_vocab_get_add_eos(self._vocab) else []
+        self.opening = [self.bos] if self.adds_bos else []
+        self.separator, self.closing = [*eos, *sep], eos or sep
         self._pieces: dict[int, bytes] = {}
         self._vocabulary: LLTokenizer | None = None
         self._making = threading.Lock()
@@ -134,10 +143,15 @@ class Model:
         """Outputs of its classifier; 1 also where there is none."""
         return int(lib.llama_model_n_cls_out(self._model))
 
-    def chat_template(self) -> str | None:
-        """The Jinja template in the GGUF."""
-        raw = lib.llama_model_chat_template(self._model, None)
+    def chat_template(self, name: str | None = None) -> str | None:
+        """The Jinja template in the GGUF, or the one of this name."""
+        raw = lib.llama_model_chat_template(self._model, name.encode() if name is not None else None)
         return raw.decode() if raw else None
+
+    @property
+    def width(self) -> int:
+        """Numbers in the vectors it makes of its tokens."""
+        return int(lib.llama_model_n_embd_out(self._model))
 
     def token_text(self, token: int) -> str:
         """A token as the vocabulary spells it (`<|im_end|>`); empty for −1, which means there is none."""
@@ -236,8 +250,12 @@ class _Flag:
 class Context:
     """The KV cache of one model and the means to step it. One thread only, but for `abort`."""
 
-    def __init__(self, model: Model, *, kv_tokens: int, sequences: int, batch: int, threads: int) -> None:
-        """`batch` is the most tokens one `decode` takes. Raises LlamaError (most likely out of memory)."""
+    def __init__(
+        self, model: Model, *, kv_tokens: int, sequences: int, batch: int, threads: int, pooling: str | None = None
+    ) -> None:
+        """`batch` is the most tokens one `decode` takes. With `pooling` (a value of `POOLINGS`) it gives a vector for
+        each sequence instead of logits; all of a sequence must be in one batch then. Raises LlamaError (most likely out
+        of memory)."""
         params = lib.llama_context_default_params()
         params.n_ctx = kv_tokens
         params.n_batch = params.n_ubatch = batch  # one compute pass per decode: an abort leaves nothing half done
@@ -246,6 +264,10 @@ class Context:
         params.kv_unified = True  # sequences share one cache, and prefixes in it without copying
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.no_perf = True
+        self._pooled = pooling is not None
+        if pooling is not None:
+            params.embeddings = True
+            params.pooling_type = _POOLINGS[pooling]
         self._abort = _Flag()
         params.abort_callback = self._abort.callback
         params.abort_callback_data = self._abort.address
@@ -255,6 +277,7 @@ class Context:
             raise LlamaError(last_error() or "no memory for the context")
         self._memory = lib.llama_get_memory(self._context)
         self._vocab_size = model.vocab_size
+        self._width = model.classes if pooling == "rank" else model.width
         self.batch_tokens = batch
         self.kv_tokens: int = lib.llama_n_ctx(self._context)
         self._tokens = np.zeros(batch, np.int32)
@@ -287,7 +310,7 @@ class Context:
         self._tokens[start:end] = tokens
         self._positions[start:end] = np.arange(position, position + len(tokens), dtype=np.int32)
         self._sequences[start:end] = sequence
-        self._outputs[start:end] = every
+        self._outputs[start:end] = every or self._pooled
         self._outputs[end - 1] = output or every
         self._filled = end
         return end - 1
@@ -301,6 +324,14 @@ class Context:
         """The logits of a row added with `output`, shape (vocab_size,). A view: gone with the next decode."""
         pointer = lib.llama_get_logits_ith(self._context, row)
         return np.ctypeslib.as_array(pointer, (self._vocab_size,))
+
+    def vector(self, sequence: int) -> Vector:
+        """The pooled vector of a sequence of the last batch, shape (width,). A view: gone with the next decode. Raises
+        LlamaError where there is none."""
+        pointer = lib.llama_get_embeddings_seq(self._context, sequence)
+        if not pointer:
+            raise LlamaError("llama.cpp gave no vector for a sequence")
+        return np.ctypeslib.as_array(pointer, (self._width,))
 
     def abort(self, now: bool) -> None:
         """Make the running decode (and any later one) end with ABORTED, until set to False. From any thread."""
@@ -325,17 +356,23 @@ class Context:
 
 
 class SamplerChain:
-    """Chooses tokens from logits by a chain of llama.cpp's samplers."""
+    """Chooses tokens from logits, some of them biased, by a chain of llama.cpp's samplers."""
 
-    def __init__(self, model: Model, chain: Sequence[Callable[[], Any]]) -> None:
-        """`chain` makes the samplers in order, the last one choosing."""
+    def __init__(self, model: Model, chain: Sequence[Callable[[], Any]], bias: Mapping[int, float]) -> None:
+        """`chain` makes the samplers in order, the last one choosing. `bias` is added to the logits of these tokens:
+        here, since llama.cpp's own sampler looks for each among all that a grammar allows."""
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         for make in chain:
             lib.llama_sampler_chain_add(self._chain, make())
         self._model = model
+        self._biased = np.fromiter(bias.keys(), np.int64, len(bias))
+        self._bias = np.fromiter(bias.values(), np.float32, len(bias))
 
     def choose(self, logits: Logits, among: npt.NDArray[np.intp] | None = None) -> int:
         """The next token, one of `among` (ids, at least one) if given. Choosing commits to nothing: see `accept`."""
+        if len(self._bias):
+            logits = logits.copy()
+            logits[self._biased] += self._bias
         count = len(logits) if among is None else len(among)
         candidates = self._model.candidates[:count]
         candidates["id"] = self._model.ids if among is None else among

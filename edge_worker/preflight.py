@@ -1,5 +1,5 @@
-"""`python -m perllm.edge_worker.preflight FILE`: whether llama.cpp can load a GGUF, found out in a process that may
-crash on it.
+"""`python -m perllm.edge_worker.preflight FILE [POOLING]`: whether llama.cpp can load a GGUF, found out in a process
+that may crash on it.
 
 A file can be well-formed and still lead llama.cpp into a failed assertion, which ends the process. A worker that loads
 a model somebody gave it, perhaps while it serves others, lets a child process load it first.
@@ -23,11 +23,11 @@ TIMEOUT = 600.0
 _REFUSED = 3
 
 
-def preflight(path: Path) -> None:
-    """Raises BadSetting when llama.cpp refuses `path`, or dies of it."""
+def preflight(path: Path, pooling: str | None = None) -> None:
+    """Raises BadSetting when llama.cpp refuses `path`, or dies of it; with `pooling`, where it is to embed."""
     # The package is found here as it was by this process, whatever the working directory.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p or "." for p in sys.path), "GGML_NO_BACKTRACE": "1"}
-    command = [sys.executable, "-m", "perllm.edge_worker.preflight", str(path)]
+    command = [sys.executable, "-m", "perllm.edge_worker.preflight", str(path), *([pooling] if pooling else [])]
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False
@@ -41,12 +41,12 @@ def preflight(path: Path) -> None:
         raise BadSetting(f"llama.cpp crashes on {path} ({reason}): the file is damaged, or not for this llama.cpp")
 
 
-def main(path: Path) -> int:
+def main(path: Path, pooling: str | None = None) -> int:
     """Load, compute one token, and leave."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     try:
         model = Model(path)
-        context = Context(model, kv_tokens=256, sequences=1, batch=32, threads=1)
+        context = Context(model, kv_tokens=256, sequences=1, batch=32, threads=1, pooling=pooling)
         context.begin()
         context.add(0, 0, [0], output=True)
         if (status := context.decode()) != OK:
@@ -58,4 +58,4 @@ def main(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

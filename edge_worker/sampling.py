@@ -22,6 +22,7 @@ from perllm.broker.engine.text import Prompt, prompt_text
 from perllm.broker.errors import InvalidTask, TryAgain
 from perllm.broker.messages import TaskSpec
 from perllm.edge_worker.llama import Logits, Model, SamplerChain
+from perllm.edge_worker.wind_down import WindDown, allowed_tokens, endings
 
 log = structlog.get_logger(__name__)
 
@@ -55,28 +56,41 @@ class Allowance:
 class Sampler:
     """Samples one answer's tokens: by a chain of samplers, within a grammar if there is one."""
 
-    def __init__(self, chain: SamplerChain, matcher: LLMatcher | None, allowance: Allowance) -> None:
-        self._chain, self._matcher, self._allowance = chain, matcher, allowance
+    def __init__(
+        self, chain: SamplerChain, matcher: LLMatcher | None, allowance: Allowance, wind_down: WindDown | None = None
+    ) -> None:
+        self._chain, self._matcher, self._allowance, self._wind_down = chain, matcher, allowance, wind_down
 
-    def sample(self, logits: Logits) -> int:
-        """The next token. Raises GrammarError when the grammar allows none, or takes too much."""
-        token = self._chain.choose(logits) if self._matcher is None else self._sample_within(self._matcher, logits)
+    @property
+    def shortened(self) -> bool:
+        """Whether what the model wrote was brought to an end for want of tokens."""
+        return self._wind_down is not None and self._wind_down.begun
+
+    def sample(self, logits: Logits, left: int) -> int:
+        """The next token, of at most `left`. Raises GrammarError when the grammar allows none, or takes too much."""
+        if self._matcher is None:
+            token = self._chain.choose(logits)
+        else:
+            token = self._sample_within(self._matcher, logits, left)
         self._chain.accept(token)
         return token
 
-    def _sample_within(self, matcher: LLMatcher, logits: Logits) -> int:
+    def _sample_within(self, matcher: LLMatcher, logits: Logits, left: int) -> int:
+        ending = self._wind_down.choose(matcher, left) if self._wind_down is not None else None
         began = time.thread_time()
-        token = self._chain.choose(logits)
+        token = self._chain.choose(logits) if ending is None else ending
         if matcher.try_consume_tokens([token]) == 0:  # cheaper than always asking for all that are allowed
-            bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            allowed = allowed_tokens(matcher, len(logits))
             if not matcher.is_error():
-                among = np.flatnonzero(np.unpackbits(bits, count=len(logits), bitorder="little"))
+                among = np.flatnonzero(allowed)
                 if not len(among):
                     raise GrammarError(_NOTHING)
                 token = self._chain.choose(logits, among)
                 matcher.consume_token(token)
         if matcher.is_error():
             raise GrammarError(_limit(matcher))
+        if self._wind_down is not None:
+            self._wind_down.take(matcher, token)
         self._allowance.left += GRAMMAR_RATE - (time.thread_time() - began)
         if self._allowance.left < 0:
             raise GrammarError("finding what it allows takes too long: simplify it")
@@ -107,9 +121,10 @@ def make_samplers(model: Model, spec: TaskSpec, penalty_window: int, prompt: Pro
     seed = spec.seed if spec.seed is not None else int.from_bytes(os.urandom(4), "little")
     return [
         Sampler(
-            SamplerChain(model, _chain(model, spec, penalty_window, answer_seed(seed, i))),
+            SamplerChain(model, _chain(model, spec, penalty_window, answer_seed(seed, i)), spec.logit_bias),
             None if matcher is None else matcher.deep_copy(),
             allowance,
+            WindDown(endings(model)) if matcher is not None and spec.grammar is None else None,
         )
         for i in range(spec.n)
     ]
@@ -118,10 +133,6 @@ def make_samplers(model: Model, spec: TaskSpec, penalty_window: int, prompt: Pro
 def _chain(model: Model, spec: TaskSpec, penalty_window: int, seed: int) -> list[Callable[[], Any]]:
     """What makes the samplers, in order."""
     chain: list[Callable[[], Any]] = []
-    if spec.logit_bias:
-        each = [lib.llama_logit_bias(token, bias) for token, bias in spec.logit_bias.items()]
-        biases = (lib.llama_logit_bias * len(each))(*each)
-        chain.append(lambda: lib.llama_sampler_init_logit_bias(model.vocab_size, len(biases), biases))
     if _penalised(spec):
         chain.append(
             lambda: lib.llama_sampler_init_penalties(

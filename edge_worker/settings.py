@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,8 @@ def _default_model_cache() -> Path:
 class EdgeSettings(WorkerSettings):
     """The settings of an edge node, and of llama.cpp wherever it serves."""
 
+    pooling: Literal["mean", "cls", "last"] | None = None
+    """Embed too, as `<model>:embed`, the tokens' vectors pooled so; a file made for embedding says it itself."""
     variants: str | None = None
     """Quantisations of the model to offer, e.g. `q8_0,q4_0`; the first is the default."""
     model_cache: AbsolutePath = Field(default_factory=_default_model_cache)

@@ -30,4 +30,4 @@ class TextStream(AnswerStream):
 
     def take(self, token: int, piece: bytes) -> list[Delta]:
         """Take one token; returns the pieces of the answer it releases. After `stopped` there are none."""
-        return self.push(self._decode(piece or self._marks.get(token, b"")))
+        return self.push(self._decode(piece or self._marks.get(token, b"")), (token,))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from perllm.broker.cli.terminal import AsJson, err, out, print_json
 from perllm.broker.client import Client
 from perllm.broker.errors import PerLLMError
 from perllm.broker.ledger import Leader
+from perllm.broker.tables import show, table
 from perllm.scheduler.policies import MECHANISMS, MECHANISMS_ADDED, describe_policies
 
 
@@ -30,10 +30,10 @@ def policies(
             {"policies": [p._asdict() for p in found], "mechanisms": MECHANISMS_ADDED, "leader": leads, "note": unknown}
         )
         return
-    table = Table("policy", "what it does")
+    view = table("policy", "what it does", flexible=("what it does",))
     for policy in found:
-        table.add_row(policy.name, policy.sentence)
-    out.print(table)
+        view.add_row(policy.name, policy.sentence)
+    show(out, view)
     out.print(f"NAME{MECHANISMS} adds {', '.join(MECHANISMS_ADDED)}.", highlight=False)
     if leader:
         out.print(f"leading now: {leader.policy}", highlight=False)

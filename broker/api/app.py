@@ -18,6 +18,7 @@ from perllm.broker.api.request_limits import RequestLimits
 from perllm.broker.api.routes import (
     batches,
     completions,
+    embeddings,
     files,
     health,
     models,
@@ -29,6 +30,8 @@ from perllm.broker.api.routes import (
 )
 from perllm.broker.api.settings import ApiSettings
 from perllm.broker.api.state import Api
+from perllm.broker.api.stopping import RefuseWhileStopping, Stopping
+from perllm.broker.api.time_limit import TimeLimit
 
 _ABOUT = """\
 The OpenAI API over PerLLM's queue: submit and wait, stream, or submit and forget. Give `deadline`, `value` and
@@ -38,12 +41,13 @@ The OpenAI API over PerLLM's queue: submit and wait, stream, or submit and forge
 def make_app(settings: ApiSettings) -> FastAPI:
     """The ASGI application for these settings."""
     registry = CollectorRegistry(auto_describe=False)
+    stopping = Stopping(settings.grace)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.api = Api(settings)
+        app.state.api = Api(settings, stopping)
         app.state.metrics = registry
-        registry.register(metrics.LedgerMetrics(app.state.api.ledger))
+        registry.register(metrics.LedgerMetrics(app.state.api.client.looks))
         app.state.api.start()
         gc.collect()
         gc.freeze()  # what exists now stays: collections that look through it would stop all requests for 50 ms
@@ -59,9 +63,11 @@ def make_app(settings: ApiSettings) -> FastAPI:
         redoc_url=None,
         separate_input_output_schemas=False,
     )
+    app.state.stopping = stopping
     errors.install(app)
     routers = (
         completions.router,
+        embeddings.router,
         responses.router,
         tasks.router,
         files.router,
@@ -76,7 +82,9 @@ def make_app(settings: ApiSettings) -> FastAPI:
     for router in routers:
         app.include_router(router)
     document.install(app, routers)
+    app.add_middleware(TimeLimit)
     app.add_middleware(RequestLimits, settings=settings)
+    app.add_middleware(RefuseWhileStopping, stopping=stopping)
     if settings.api_cors:
         app.add_middleware(
             CORSMiddleware,

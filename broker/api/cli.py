@@ -15,7 +15,6 @@ from typing import Annotated
 import typer
 import uvicorn
 from rich.console import Console
-from rich.table import Table
 
 from perllm.broker import logs
 from perllm.broker.api.app import make_app
@@ -25,12 +24,14 @@ from perllm.broker.api.keys import Key, Keys
 from perllm.broker.api.openapi.fields import markdown
 from perllm.broker.api.request_limits import MAX_HEAD, LimitedProtocol
 from perllm.broker.api.settings import ApiSettings
+from perllm.broker.api.stopping import LAST_WORDS, Server
 from perllm.broker.api.store import ApiStore
 from perllm.broker.connection import check
 from perllm.broker.errors import BadSetting
 from perllm.broker.ledger import Ledger
 from perllm.broker.private_files import private_folder
 from perllm.broker.settings import load_settings
+from perllm.broker.tables import Wide, line, show, table
 
 app = typer.Typer(help="The HTTP API, for any OpenAI client; `perllm api keys` for who may use it.")
 keys = typer.Typer(help="Who may use the HTTP API.", no_args_is_help=True)
@@ -75,8 +76,9 @@ def run(settings: ApiSettings) -> None:
     LimitedProtocol.max_connections_per_address = settings.api_connections_per_address
     Files(settings, ApiStore(settings)).check()
     listening = _listen(settings.api_host, settings.api_port)
+    api = make_app(settings)
     config = uvicorn.Config(
-        make_app(settings),
+        api,
         http=LimitedProtocol,
         ws="none",
         lifespan="on",
@@ -86,9 +88,9 @@ def run(settings: ApiSettings) -> None:
         server_header=False,
         h11_max_incomplete_event_size=MAX_HEAD,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=LAST_WORDS,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    Server(config, api.state.stopping).run(sockets=[listening])
 
 
 def _open_files() -> int:
@@ -133,16 +135,21 @@ def make(
 
 
 @keys.command("list")
-def list_keys(as_json: AsJson = False) -> None:
+def list_keys(wide: Wide = False, as_json: AsJson = False) -> None:
     """Every key, revoked ones too, without its secret."""
     rows = [_row(key) for key in _keys().list()]
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table("id", "tenant", "name", "made", "requests/s", "in flight", "max value", "revoked")
+    if not rows:
+        print("no keys")
+        return
+    numbers = ("req/s", "in flight", "value")
+    view = table("id", "tenant", "name", "made", *numbers, "revoked", numbers=numbers, flexible=("tenant", "name"))
     for row in rows:
-        table.add_row(*("-" if value in (None, "") else str(value) for value in row.values()))
-    Console(file=sys.stdout).print(table if rows else "no keys")
+        times = {} if wide else {name: str(row[name] or "")[:10] for name in ("made", "revoked")}
+        view.add_row(*(line("-" if value in (None, "") else str(value)) for value in (row | times).values()))
+    show(Console(file=sys.stdout), view, wide=wide)
 
 
 @keys.command("revoke")

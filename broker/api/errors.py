@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Send
 
 from perllm.broker.errors import (
     InvalidTask,
@@ -60,6 +62,17 @@ def error_body(
     """An error's body."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status), **more}}
+
+
+async def refuse(send: Send, status: int, message: str, *, retry_after: int | None = None) -> None:
+    """Answer a request that is not let in, from a middleware. The connection ends with it."""
+    body = json.dumps(error_body(status, message, code="unavailable" if status == 503 else None)).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    if retry_after is not None:
+        headers["retry-after"] = str(retry_after)
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})
 
 
 def invalid_task(error: InvalidTask) -> ApiError:

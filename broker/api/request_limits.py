@@ -16,7 +16,7 @@ import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from perllm.broker.api.errors import ApiError, error_body
+from perllm.broker.api.errors import ApiError, error_body, refuse
 from perllm.broker.api.request_ids import HEADER, new_request_id
 from perllm.broker.api.settings import ApiSettings
 
@@ -54,16 +54,16 @@ class RequestLimits:
             return
         s = self._settings
         if scope["method"] not in METHODS:
-            await _refuse(send, 405, "no such method")
+            await refuse(send, 405, "no such method")
             return
         if s.api_open and (reason := _foreign_page(scope, s.api_cors)):
-            await _refuse(send, 403, reason)
+            await refuse(send, 403, reason)
             return
         upload = scope["method"] == "POST" and scope["path"] == "/v1/files"
         most = s.api_max_file + MULTIPART_OVERHEAD if upload else s.api_max_body
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if int(length) > most:
-            await _refuse(send, 413, f"the body has more than {most} bytes")
+            await refuse(send, 413, f"the body has more than {most} bytes")
             return
         began, seen, held, whole, caller = time.monotonic(), 0, 0, False, ""
 
@@ -118,17 +118,6 @@ def _foreign_page(scope: Scope, origins: Sequence[str]) -> str | None:
     if origin and origin not in (f"http://{host}", *origins):
         return f"without keys (PERLLM_API_OPEN) pages of {origin[:80]!r} have no access: PERLLM_API_CORS lets them in"
     return None
-
-
-async def _refuse(send: Send, status: int, message: str) -> None:
-    body = json.dumps(error_body(status, message)).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 class LimitedProtocol(H11Protocol):

@@ -58,7 +58,7 @@ class ApiSettings(Settings):
     api_waiting_per_key: Annotated[int, Field(ge=1)] = 500
     """… with one key (of all without one)."""
     api_body_memory: Annotated[int, Field(ge=1 << 20)] = 256 << 20
-    """Bytes of all request bodies at once."""
+    """Bytes of all request bodies at once, and of all embeddings that are waited for."""
     api_quota: Quota = Quota()
     """JSON: what a tenant may have stored, e.g. `{"task_bytes": 1000000000}`; …"""
     api_quotas: dict[str, Quota] = Field(default_factory=dict)

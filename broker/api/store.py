@@ -5,7 +5,7 @@ Tasks and nodes are the ledger's; nothing here reads or writes those.
 
 from __future__ import annotations
 
-from perllm.broker.connection import connect, reaching
+from perllm.broker.connection import NEAR_REPLY_TIMEOUT, connect, reaching
 from perllm.broker.settings import Settings
 
 
@@ -17,7 +17,7 @@ class ApiStore:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.client = connect(settings)
+        self.client = connect(settings, reply_timeout=NEAR_REPLY_TIMEOUT)
         self._prefix = f"{{{settings.cell}}}:api:"
 
     def key(self, *parts: str) -> str:

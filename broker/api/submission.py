@@ -132,6 +132,9 @@ def _reused(spec: TaskSpec) -> ApiError:
 
 
 def _same_work(first: TaskSpec, again: TaskSpec) -> bool:
-    """Whether a repeated request asks for the same work. Its deadline may have been counted from another moment, and it
-    may be answered in another way."""
-    return first.model_copy(update={name: getattr(again, name) for name in ("deadline", "stream", "request")}) == again
+    """Whether a repeated request asks for the same work. Its deadline may have been counted from another moment, it may
+    be answered in another way, and what embeds, and how wide, been known only once."""
+    may_differ = ["deadline", "stream", "request"]
+    if again.kind == "embed":
+        may_differ += [n for n in ("model", "dimensions") if None in (getattr(first, n), getattr(again, n))]
+    return first.model_copy(update={name: getattr(again, name) for name in may_differ}) == again

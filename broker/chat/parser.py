@@ -6,7 +6,7 @@ no half of one is ever passed on; what looks like a call and is none is text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from perllm.broker.chat.call_reader import CallReader, is_object, reader
 from perllm.broker.chat.forms import AnswerForm
@@ -44,8 +44,8 @@ class AnswerParser:
         self._raw = ""  # what was read of a call before
         self._arguments: list[str] = []
 
-    def push(self, text: str) -> list[Delta]:
-        """Returns the pieces that are certain by it."""
+    def push(self, text: str, _: Sequence[int] = ()) -> list[Delta]:
+        """Returns the pieces that are certain by it, whatever its tokens."""
         self._rest += text
         return self._run(end=False)
 
@@ -54,11 +54,6 @@ class AnswerParser:
         there, and half of a mark, are left out."""
         self._cut = cut
         return self._run(end=True)
-
-    @property
-    def calling(self) -> bool:
-        """Whether a call has begun and not ended."""
-        return self._reader is not None and self._reader.status == "reading" and self._announced
 
     def _run(self, *, end: bool) -> list[Delta]:
         while self._step(end):

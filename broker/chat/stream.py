@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 from perllm.broker.chat.forms import PLAIN, AnswerForm
 from perllm.broker.chat.parser import AnswerParser
@@ -14,6 +14,26 @@ from perllm.broker.messages import Delta, ToolCall
 Reason = Literal["stop", "length", "tool_calls", "deadline", "cancelled"]
 
 
+class Parser(Protocol):
+    """What takes an answer apart: ours, or one that comes with an engine."""
+
+    @property
+    def thinking(self) -> bool:
+        """Whether what comes next may be part of a thought that precedes the answer."""
+
+    @property
+    def thought(self) -> bool:
+        """Whether there was a thought."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every call has arguments that are an object, and has come to its end."""
+
+    def push(self, text: str, tokens: Sequence[int] = (), /) -> list[Delta]: ...
+
+    def finish(self, *, cut: bool) -> list[Delta]: ...
+
+
 class AnswerStream:
     """Takes text as it is generated and gives the answer's pieces; all of them together are its properties.
 
@@ -21,9 +41,17 @@ class AnswerStream:
     so that a second attempt repeats the first.
     """
 
-    def __init__(self, form: AnswerForm = PLAIN, stops: Sequence[str] = (), seed: str = "", index: int = 0) -> None:
-        self.form, self._seed, self.index = form, seed, index
-        self._parser = None if form.plain else AnswerParser(form, self._call_id)
+    def __init__(
+        self,
+        form: AnswerForm = PLAIN,
+        stops: Sequence[str] = (),
+        seed: str = "",
+        index: int = 0,
+        parser: Parser | None = None,
+    ) -> None:
+        """`parser` is in place of the one for `form`."""
+        self._seed, self.index = seed, index
+        self._parser = parser or (None if form.plain else AnswerParser(form, self._call_id))
         self._stops = StopStrings(stops)
         self._text: list[str] = []
         self._reasoning: list[str] = []
@@ -40,11 +68,6 @@ class AnswerStream:
     def stopped(self) -> bool:
         """Whether a stop string has ended it."""
         return self._stops.stopped
-
-    @property
-    def calling(self) -> bool:
-        """Whether a call has begun and not ended."""
-        return self._parser is not None and self._parser.calling
 
     @property
     def extent(self) -> int:
@@ -64,16 +87,16 @@ class AnswerStream:
     def calls(self) -> tuple[ToolCall, ...]:
         return tuple(ToolCall(id=i, name=name, arguments="".join(parts)) for i, name, parts in self._calls)
 
-    def push(self, text: str, tokens: int = 1) -> list[Delta]:
-        """Take what so many tokens add. After `stopped` nothing more is given."""
+    def push(self, text: str, tokens: Sequence[int] = (0,)) -> list[Delta]:
+        """Take what some tokens add. After `stopped` nothing more is given."""
         if self.stopped:
             return []
         self.length += len(text)
         if self._parser is None:
             return self._keep(Delta(index=self.index, text=said) for said in [self._stops.push(text)] if said)
         if self._parser.thinking:
-            self.reasoning_tokens += tokens
-        deltas = self._parser.push(text)
+            self.reasoning_tokens += len(tokens)
+        deltas = self._parser.push(text, tokens)
         if not self._parser.thinking and not self._parser.thought:
             self.reasoning_tokens = 0  # what might have become one did not
         return self._keep(self._stop(deltas))

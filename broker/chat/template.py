@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perllm.broker.chat.forms import CALL_FORMS, GENERIC, THOUGHT_FORMS, AnswerForm, CallForm, ThoughtForm
+from perllm.broker.chat.forms import CALL_FORMS, GENERIC, PLAIN, THOUGHT_FORMS, AnswerForm, CallForm, ThoughtForm
 from perllm.broker.chat.parser import AnswerParser
 from perllm.broker.messages import Message, TaskSpec, Tool
 
@@ -67,6 +67,12 @@ class _Habits:
     as_objects: bool  # arguments as an object, not as text
     short_ids: bool
 
+    def id(self, given: str) -> str:
+        """A call's id as the template takes it."""
+        if not self.short_ids or _SHORT_ID.fullmatch(given):
+            return given
+        return hashlib.sha256(given.encode(errors="replace")).hexdigest()[:9]
+
 
 class ChatTemplate:
     """One model's. Thread-safe as `render` is."""
@@ -77,12 +83,14 @@ class ChatTemplate:
         #: Whether it renders a user's turn: some want a query and documents, or are no templates at all.
         self.chats = self._says("needle", [_turn("user", "needle")])
         self._takes_system = self._says("needle", [_turn("system", "needle"), _USER])
-        found = self._native()
+        tried = list(self._tried())
+        found = next(((form, habits) for form, habits, _ in tried if form is not None), None)
         #: How calls are written; the generic form where `native` is False.
         self.native = found is not None
         self.calls, self._habits = found or (GENERIC, _Habits(as_objects=False, short_ids=False))
-        #: Whether an assistant's turn may have several calls.
-        self.several_calls = self.calls.between is not None and self._takes_two()
+        #: How it wants calls that others than us read.
+        self._foreign = next((habits for _, habits, good in tried if good), None)
+        self._takes_two = self._says_two(self._foreign or self._habits)
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -103,10 +111,11 @@ class ChatTemplate:
     def _says(self, what: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> bool:
         return what in (self._try(messages, tools) or "")
 
-    def _native(self) -> tuple[CallForm, _Habits] | None:
-        """The family whose reader gets back the call this template writes, if it takes tools and their results."""
+    def _tried(self) -> Iterator[tuple[CallForm | None, _Habits, bool]]:
+        """If it takes tools and their results: the family whose reader gets back a call the template has written, the
+        habits it was given in, and whether it was written as JSON or plainly."""
         if not self._says("needle", [_USER], [_tool(Tool(name="needle"))]):
-            return None
+            return
         opened = self._try([_USER], [_TOOL])
         for habits in (_Habits(True, False), _Habits(False, False), _Habits(True, True), _Habits(False, True)):
             call_id = _ID[:9] if habits.short_ids else _ID
@@ -116,28 +125,35 @@ class ChatTemplate:
             if text is None or not self._says("needle", answered, [_TOOL]):
                 continue
             written = text.removeprefix(opened) if opened else text
-            for form in CALL_FORMS:
-                if _reads_back(form, written, naming=_names(form, opened or "")):
-                    return form, habits
-        return None
+            family = next((f for f in CALL_FORMS if _reads_back(f, written, naming=_names(f, opened or ""))), None)
+            yield family, habits, "some value" in written and "'key'" not in written and '\\"' not in written
 
-    def _takes_two(self) -> bool:
-        calls = [_Call(f"call{n}aaaa", _TOOL_NAME, "{}", self._habits) for n in (1, 2)]
+    def _says_two(self, habits: _Habits) -> bool:
+        """Whether an assistant's turn may have several calls."""
+        calls = [_Call(f"call{n}aaaa", _TOOL_NAME, f'{{"key": "value {n}"}}', habits) for n in (1, 2)]
         answers = [_answering(call.id, "needle") for call in calls]
-        return self._says("needle", [_USER, _calling(*calls), *answers], [_TOOL])
+        text = self._try([_USER, _calling(*calls), *answers], [_TOOL]) or ""
+        return "value 1" in text and "value 2" in text
 
     # --- a task
 
-    def render(self, spec: TaskSpec) -> tuple[str, AnswerForm]:
-        """The prompt, and how the answer to it is written. Raises TemplateError."""
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it takes tools by itself, in whatever form calls are then written."""
+        return self._foreign is not None
+
+    def render(self, spec: TaskSpec, *, foreign: bool = False) -> tuple[str, AnswerForm]:
+        """The prompt, and how the answer to it is written. `foreign`: others read the answer, so the template's own
+        words for tools are used where it `takes_tools`, whether we know the family or not. Raises TemplateError."""
         tools = spec.offered_tools
-        messages = self._messages(spec)
-        described = [_tool(tool) for tool in tools] if tools and self.native else None
+        habits = self._foreign if foreign and self._foreign is not None else self._habits if self.native else None
+        messages = self._messages(spec, habits)
+        described = [_tool(tool) for tool in tools] if tools and habits is not None else None
         try:
             text = self._render(messages, described, {**_effort(spec), **_without_reserved(spec.chat_template_kwargs)})
         except Exception as error:  # templates are programs; theirs are the errors
             raise TemplateError(" ".join(str(error).split())[:300] or type(error).__name__) from None
-        return text, self._form(text, tools)
+        return text, PLAIN if foreign else self._form(text, tools)
 
     def _form(self, prompt: str, tools: Sequence[Tool]) -> AnswerForm:
         """What the end of a prompt leaves open."""
@@ -158,30 +174,26 @@ class ChatTemplate:
             text_lead=self.calls.text_lead if self.native else "",
         )
 
-    def _messages(self, spec: TaskSpec) -> list[dict[str, Any]]:
+    def _messages(self, spec: TaskSpec, habits: _Habits | None) -> list[dict[str, Any]]:
+        """The turns as the template takes them; in the generic form where there are no `habits` to keep to."""
         turns = spec.messages or (Message(role="user", content=spec.prompt or ""),)
-        if self.native:
-            return [said for turn in turns for said in self._native_turns(turn)]
+        if habits is not None:
+            return [said for turn in turns for said in self._native_turns(turn, habits)]
         messages = [_generic_turn(turn) for turn in turns]
         if spec.offered_tools:
             messages = self._with_system(messages, generic_instructions(spec))
         return messages
 
-    def _native_turns(self, turn: Message) -> list[dict[str, Any]]:
+    def _native_turns(self, turn: Message, habits: _Habits) -> list[dict[str, Any]]:
         said = _plain_turn(turn)
         if turn.tool_call_id is not None:
-            said["tool_call_id"] = self._id(turn.tool_call_id)
+            said["tool_call_id"] = habits.id(turn.tool_call_id)
         if not turn.tool_calls:
             return [said]
-        calls = [_Call(self._id(c.id), c.name, c.arguments, self._habits) for c in turn.tool_calls]
-        if self.several_calls:
+        calls = [_Call(habits.id(c.id), c.name, c.arguments, habits) for c in turn.tool_calls]
+        if self._takes_two:
             return [said | _calling(*calls, content=turn.content or "")]
         return [said | _calling(call, content="" if n else turn.content or "") for n, call in enumerate(calls)]
-
-    def _id(self, given: str) -> str:
-        if not self._habits.short_ids or _SHORT_ID.fullmatch(given):
-            return given
-        return hashlib.sha256(given.encode(errors="replace")).hexdigest()[:9]
 
     def _with_system(self, messages: list[dict[str, Any]], instructions: str) -> list[dict[str, Any]]:
         """The messages with these instructions in the first system turn; where the template takes none, in the user's
@@ -298,10 +310,10 @@ def generic_instructions(spec: TaskSpec) -> str:
     else:
         when = "Where a tool helps, answer with a call of it and nothing else; otherwise answer in words."
     return (
-        f"You have these tools, each a JSON object with its parameters as a JSON schema:\n<tools>\n{tools}\n</tools>\n"
-        f"{when} A call is a JSON object in these marks:\n"
+        f"You can call tools. {when} A call is a JSON object in these marks, one at a time:\n"
         f'{GENERIC.opening}\n{{"name": "the tool\'s name", "arguments": {{"parameter": "value"}}}}\n{GENERIC.closing}\n'
-        "Make one call at a time. Its result comes back between <tool_response> and </tool_response>."
+        "Its result comes back between <tool_response> and </tool_response>. These are the tools, with JSON schemas of "
+        f"their parameters:\n<tools>\n{tools}\n</tools>"
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 
 from perllm.broker import extras
-from perllm.broker.cli import ledger, tasks
+from perllm.broker.cli import embed, ledger, tasks
 from perllm.broker.cli.terminal import err
 from perllm.broker.errors import BadSetting, PerLLMError
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # help texts name extras in brackets, which are no markup
 )
 app.add_typer(tasks.app)
+app.add_typer(embed.app)
 app.add_typer(ledger.app, name="ledger")
 
 
@@ -55,7 +56,10 @@ def _warn_of_unknown_variables() -> None:
 
 
 def _own_commands() -> set[str]:
-    names = {c.name or getattr(c.callback, "__name__", "") for c in tasks.app.registered_commands}
+    names = {
+        c.name or getattr(c.callback, "__name__", "")
+        for c in (*tasks.app.registered_commands, *embed.app.registered_commands)
+    }
     return names | {g.name for g in tasks.app.registered_groups if g.name} | {"ledger"}
 
 

@@ -6,14 +6,16 @@ import json
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
 from perllm.broker.cli.terminal import AsJson, out, print_json
 from perllm.broker.settings_reference import Setting, all_settings
+from perllm.broker.tables import Wide, show, table
 
 
 def settings(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference of docs/settings.md.")] = False,
+    wide: Wide = False,
     as_json: AsJson = False,
 ) -> None:
     """Print all settings: value, origin and meaning."""
@@ -24,10 +26,11 @@ def settings(
     if as_json:
         print_json([one._asdict() | {"value": _plain(one.value)} for one in found])
         return
-    table = Table("setting", "value", "from")
+    view = table("setting", "value", "from", flexible=("value",))
     for one in found:
-        table.add_row(one.variable, _text(one.value), one.origin, style=None if one.origin == "default" else "bold")
-    out.print(table)
+        value = Text(_text(one.value))
+        view.add_row(one.variable, value, one.origin, style=None if one.origin == "default" else "bold")
+    show(out, view, wide=wide)
 
 
 def reference(found: list[Setting]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +31,37 @@ def run(
     output: Path | None,
     errors: Path | None,
     console: Console,
+    *,
+    as_requests: Callable[[Iterable[str]], Iterable[str]] = iter,
+    again: str | None = None,
 ) -> dict[str, Any]:
     """Submit every good line of `path`; with `wait`, write results as they are all there. Returns a report.
 
-    `defaults` fill fields a line does not set. Raises BadSetting when a file cannot be read or written.
+    `defaults` fill fields a line does not set. `as_requests` makes its lines requests in OpenAI Batch format; `again`
+    is the command that goes on, less the batch's name. Raises BadSetting when a file cannot be read or written.
     """
     name = name or f"batch-{new_id()[:8]}"
     output = output or path.with_suffix(".output.jsonl")
     errors = errors or path.with_suffix(".errors.jsonl")
     bad: list[dict[str, Any]] = []
     submitted: dict[str, batch.Line] = {}  # task id → line
-    good = _good_lines(client, path, defaults, name, bad, console)
+    good = _good_lines(client, path, as_requests(_lines(path)), defaults, name, bad, console)
     while piece := _take(good, 1000):
         handles = client.submit_many([spec for _, spec in piece])
         submitted.update({h.id: line for h, (line, _) in zip(handles, piece, strict=True)})
     console.print(f"{name}: {len(submitted)} task(s) submitted, {len(bad)} bad line(s)", highlight=False)
     report: dict[str, Any] = {"batch": name, "submitted": len(submitted), "bad_lines": len(bad), "errors": len(bad)}
     if not wait:
-        _write(errors, bad)
+        write(errors, _as_lines(bad))
         return report | {"task_ids": list(submitted)}
     try:
         done, failed, tally = _collect(client, submitted, name, console)
     except KeyboardInterrupt:
-        again = f"perllm submit {path} --wait --batch {name}"
-        console.print(f"interrupted; the tasks go on, pick them up with: {again}", highlight=False, soft_wrap=True)
+        command = f"{again or f'perllm submit {path} --wait --batch'} {name}"
+        console.print(f"interrupted; the tasks go on, pick them up with: {command}", highlight=False, soft_wrap=True)
         raise
-    _write(output, done)
-    _write(errors, bad + failed)
+    write(output, done)
+    write(errors, _as_lines(bad + failed))
     console.print(f"{tally.line()}; results in {output}", highlight=False, soft_wrap=True)
     if bad or failed:
         console.print(f"{len(bad) + len(failed)} error(s) in {errors}", highlight=False, soft_wrap=True)
@@ -68,9 +72,15 @@ def run(
 
 
 def _good_lines(
-    client: Client, path: Path, defaults: Mapping[str, Any], name: str, bad: list[dict[str, Any]], console: Console
+    client: Client,
+    path: Path,
+    lines: Iterable[str],
+    defaults: Mapping[str, Any],
+    name: str,
+    bad: list[dict[str, Any]],
+    console: Console,
 ) -> Iterator[tuple[batch.Line, TaskSpec]]:
-    for line in batch.read(_lines(path)):
+    for line in batch.read(lines):
         checked = _checked(client, line, defaults, name)
         if isinstance(checked, batch.BadLine):
             where = f"{path}:{checked.number}"
@@ -101,27 +111,29 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _collect(
     client: Client, submitted: Mapping[str, batch.Line], name: str, console: Console
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], show.Tally]:
+) -> tuple[Iterator[str], list[dict[str, Any]], show.Tally]:
+    """The output file's text in pieces, and the lines of the error file, in the input's order."""
     tally = show.Tally(len(submitted))
     began = time.time()
     by_id = {r.id: r for r in show.watch(console, client.wait(submitted), tally, title=name)}
-    done: list[dict[str, Any]] = []
-    failed: list[dict[str, Any]] = []
-    for task_id, line in submitted.items():  # in the file's order
-        outcome = by_id[task_id]
-        entry = batch.output_line(line, outcome, began)
-        (done if outcome.state is State.SUCCEEDED else failed).append(entry)
-    return done, failed, tally
+    done = {i: line for i, line in submitted.items() if by_id[i].state is State.SUCCEEDED}
+    failed = [batch.failed_line(line, by_id[i]) for i, line in submitted.items() if i not in done]
+    return (p for i, line in done.items() for p in (*batch.output_line(line, by_id[i], began), "\n")), failed, tally
 
 
-def _write(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """The file whole or not at all; nothing for no entries."""
-    entries = list(entries)
-    if not entries:
+def _as_lines(entries: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    return (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+def write(path: Path, pieces: Iterator[str]) -> None:
+    """The file whole or not at all; nothing for no text."""
+    if (first := next(pieces, None)) is None:
         return
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries), encoding="utf-8")
+        with part.open("w", encoding="utf-8") as file:
+            file.write(first)
+            file.writelines(pieces)
         os.replace(part, path)  # noqa: PTH105
     except OSError as error:
         raise BadSetting(f"{path}: {error.strerror}") from None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
 from perllm.broker.cli import submit_file, terminal
 from perllm.broker.cli.terminal import AsJson, err, out, print_json
@@ -14,12 +14,16 @@ from perllm.broker.client import Client
 from perllm.broker.errors import BadSetting, InvalidTask, TaskNotFound, Unreadable
 from perllm.broker.ledger import TaskRecord
 from perllm.broker.messages import Result, State
+from perllm.broker.tables import Wide, line, short_ids, show, table
+
+#: Characters of a prompt that are shown: at most, and with --wide.
+PREVIEW, WIDE_PREVIEW = 60, 200
 
 app = typer.Typer()
 dead = typer.Typer(help="Tasks that failed for good: look at them, or try again.", no_args_is_help=True)
 app.add_typer(dead, name="dead")
 
-TaskId = Annotated[str, typer.Argument(help="A task's id.", show_default=False)]
+TaskId = Annotated[str, typer.Argument(help="A task's id, or its beginning.", show_default=False)]
 
 
 @app.command()
@@ -66,12 +70,12 @@ def result(
 ) -> None:
     """Wait for a task's result and print its text (the receipt goes to standard error)."""
     with Client() as client:
-        _print_result(client.result(task_id, timeout), as_json)
+        _print_result(client.result(client.find([task_id])[0], timeout), as_json)
 
 
 @app.command()
 def status(
-    task_id: Annotated[str | None, typer.Argument(help="A task's id; without one, the whole system.")] = None,
+    task_id: Annotated[str | None, typer.Argument(help="A task's id or its beginning; else the system.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """How many tasks are in each state, or where one task is."""
@@ -79,14 +83,16 @@ def status(
         if task_id is None:
             _show_system(client, as_json)
         else:
-            _show_task(client, task_id, as_json)
+            _show_task(client, client.find([task_id])[0], as_json)
 
 
 @app.command()
-def cancel(task_ids: Annotated[list[str], typer.Argument(help="Task ids.")], as_json: AsJson = False) -> None:
+def cancel(
+    task_ids: Annotated[list[str], typer.Argument(help="Tasks' ids, or their beginnings.")], as_json: AsJson = False
+) -> None:
     """Cancel tasks, running ones too."""
     with Client() as client:
-        found = {task_id: client.cancel(task_id) for task_id in task_ids}
+        found = {task_id: client.cancel(task_id) for task_id in dict.fromkeys(client.find(task_ids))}
     if as_json:
         print_json(found)
         return
@@ -98,6 +104,7 @@ def cancel(task_ids: Annotated[list[str], typer.Argument(help="Task ids.")], as_
 def explain(task_id: TaskId, as_json: AsJson = False) -> None:
     """Why a task was placed where it was, or refused."""
     with Client() as client:
+        (task_id,) = client.find([task_id])
         why = client.explain(task_id)
     if as_json:
         print_json(why.model_dump() if why else None)
@@ -108,7 +115,7 @@ def explain(task_id: TaskId, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def nodes(as_json: AsJson = False) -> None:
+def nodes(wide: Wide = False, as_json: AsJson = False) -> None:
     """The live nodes and what they are doing."""
     with Client() as client:
         rows = client.ledger.nodes()
@@ -117,7 +124,7 @@ def nodes(as_json: AsJson = False) -> None:
         dumped = [(i.model_dump(), b.model_dump() if b else None, d) for i, b, d in rows]
         print_json([dict(zip(keys, row, strict=True)) for row in dumped])
     elif rows:
-        out.print(terminal.nodes(rows))
+        show(out, terminal.nodes(rows), wide=wide)
     else:
         print("no live nodes")
 
@@ -126,48 +133,58 @@ def nodes(as_json: AsJson = False) -> None:
 def tasks(
     state: Annotated[State | None, typer.Option(help="Only tasks in this state.")] = None,
     limit: Annotated[int, typer.Option(help="At most so many of each state, newest first.", min=1)] = 20,
+    wide: Wide = False,
     as_json: AsJson = False,
 ) -> None:
     """List tasks."""
     with Client() as client:
         now = client.ledger.now()
         found = [
-            _row(r, now) for s in ([state] if state else State) for r in client.ledger.legible(_ids(client, s, limit))
+            _row(r, now, WIDE_PREVIEW if wide else PREVIEW)
+            for s in ([state] if state else State)
+            for r in client.ledger.legible(_ids(client, s, limit))
         ]
     if as_json:
         print_json(found)
         return
-    table = Table()
-    table.add_column("id", no_wrap=True)
-    for name in ("state", "node", "attempt", "left s", "prompt"):
-        table.add_column(name, justify="right" if name in ("attempt", "left s") else "left")
+    numbers = ("try", "left s")
+    view = table("id", "state", "node", *numbers, "prompt", numbers=numbers, flexible=("node", "prompt"))
+    short = short_ids([row["id"] for row in found])
     for row in found:
+        task_id = row["id"] if wide else short[row["id"]]
         left = "-" if row["deadline_in"] is None else f"{row['deadline_in']:.1f}"
-        table.add_row(row["id"], row["state"], row["node"] or "-", str(row["attempt"]), left, row["prompt"])
-    out.print(table)
+        cells = (task_id, row["state"], row["node"] or "-", str(row["attempt"]), left, row["prompt"])
+        view.add_row(*map(line, cells))
+    show(out, view, wide=wide)
 
 
 @dead.command("list")
 def dead_list(
-    limit: Annotated[int, typer.Option(help="At most so many, newest first.", min=1)] = 50, as_json: AsJson = False
+    limit: Annotated[int, typer.Option(help="At most so many, newest first.", min=1)] = 50,
+    wide: Wide = False,
+    as_json: AsJson = False,
 ) -> None:
     """The tasks that failed for good, and why."""
     with Client() as client:
         ids = _ids(client, State.FAILED, limit)
         results = client.ledger.results(ids)
-    rows = [{"id": r.id, "reason": r.reason} for r in results if r]
+    rows = [{"id": r.id, "reason": r.reason or "-"} for r in results if r]
     if as_json:
         print_json(rows)
         return
-    for row in rows:
-        print(f"{row['id']}  {row['reason']}")
     if not rows:
         print("no dead tasks")
+        return
+    view = table("id", "reason", flexible=("reason",))
+    short = short_ids([row["id"] for row in rows])
+    for row in rows:
+        view.add_row(Text(row["id"] if wide else short[row["id"]]), Text(row["reason"]))
+    show(out, view, wide=wide)
 
 
 @dead.command("retry")
 def dead_retry(
-    task_ids: Annotated[list[str] | None, typer.Argument(help="Task ids.")] = None,
+    task_ids: Annotated[list[str] | None, typer.Argument(help="Tasks' ids, or their beginnings.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -175,7 +192,7 @@ def dead_retry(
     if bool(task_ids) == everything:
         raise BadSetting("give task ids, or --all")
     with Client() as client:
-        ids = client.ledger.ids(State.FAILED) if everything else task_ids or []
+        ids = client.ledger.ids(State.FAILED) if everything else client.find(task_ids or [])
         again = {}
         for task_id in ids:
             try:
@@ -198,7 +215,10 @@ def _print_result(outcome: Result, as_json: bool) -> None:
     if as_json:
         print_json(outcome.model_dump(mode="json"))
     else:
-        print(outcome.text)
+        for index, choice in enumerate(outcome.output.choices if outcome.output else ()):
+            if outcome.output and outcome.output.more:
+                err.print(f"answer {index}:", style="dim", highlight=False)
+            print(choice.text, flush=True)
         if outcome.reason:
             err.print(f"{outcome.state}: {outcome.reason}", style="red", highlight=False)
         if outcome.receipt:
@@ -219,7 +239,9 @@ def _show_system(client: Client, as_json: bool) -> None:
     if as_json:
         print_json({"tasks": counts, "totals": totals, "nodes": [info.name for info, _, _ in live]})
         return
-    out.print("  ".join(f"{state} {n}" for state, n in counts.items()), highlight=False)
+    for what, final in (("waiting or at work", False), ("ended", True)):
+        found = ", ".join(f"{n} {state}" for state, n in counts.items() if state.final == final)
+        out.print(f"{what}: {found}", highlight=False)
     out.print(f"{len(live)} live node(s): {', '.join(i.name for i, _, _ in live) or 'none'}", highlight=False)
 
 
@@ -248,12 +270,12 @@ def _ids(client: Client, state: State, limit: int) -> list[str]:
     return client.ledger.ids(state, limit=limit, newest=state.final)
 
 
-def _row(record: TaskRecord, now: float) -> dict[str, Any]:
+def _row(record: TaskRecord, now: float, width: int) -> dict[str, Any]:
     return {
         "id": record.id,
         "state": str(record.state),
         "node": record.node,
         "attempt": record.attempt,
         "deadline_in": None if record.state.final else record.deadline - now,
-        "prompt": record.spec.preview(40),
+        "prompt": record.spec.preview(width),
     }

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perllm.broker.messages import Counters, Explanation, Heartbeat, LengthForecast, NodeInfo, Result, State
+from perllm.broker.tables import line, table
 
 out = Console()
 err = Console(stderr=True)
@@ -108,15 +109,14 @@ def node_summary(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def node_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """`node_summary` as a table."""
-    table = Table(title="What each node did", title_justify="left")
-    table.add_column("node", no_wrap=True)
-    for name in ("tasks", "on time", "p50 s", "p95 s", "tokens/s", "J/task"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("energy by")
+    numbers = ("tasks", "on time", "p50 s", "p95 s", "tokens/s", "J/task")
+    view = table(
+        "node", *numbers, "energy by", numbers=numbers, flexible=("node", "energy by"), title="What each node did"
+    )
     for row in rows:
         rate = row["tokens_per_s"]
-        table.add_row(
-            row["node"],
+        view.add_row(
+            line(row["node"]),
             str(row["tasks"]),
             f"{row['on_time'] / row['tasks']:.0%}",
             f"{row['latency_p50']:.2f}",
@@ -125,7 +125,7 @@ def node_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['joules_per_task']:.2f}",
             f"{row['energy_method']}, {'estimated' if row['energy_estimated'] else 'measured'}",
         )
-    return table
+    return view
 
 
 def explanation(task_id: str, why: Explanation) -> Group:
@@ -135,17 +135,14 @@ def explanation(task_id: str, why: Explanation) -> Group:
         head.append(f"\n{_length(why.length)}")
     if not why.candidates:
         return Group(head)
-    table = Table(show_edge=False)
-    table.add_column("node", no_wrap=True)
-    for name in ("index", "finish s", "p(on time)", "ΔJ"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("slacks and reasons")
+    numbers = ("index", "finish s", "p(on time)", "ΔJ")
+    view = table("node", *numbers, "slacks and reasons", numbers=numbers, flexible=("node", "slacks and reasons"))
     for c in why.candidates:
         slacks = ", ".join(f"{name} {slack:+.2f}" for name, slack in c.slacks.items())
         reasons = [slacks + (" (infeasible)" if slacks and not c.feasible else ""), c.note]
         chosen = c.node == why.node
-        table.add_row(
-            f"{'▶' if chosen else ' '} {c.node}",
+        view.add_row(
+            line(f"{'▶' if chosen else ' '} {c.node}"),
             _number(c.index),
             _number(c.finish),
             _number(c.p_on_time),
@@ -153,7 +150,7 @@ def explanation(task_id: str, why: Explanation) -> Group:
             "\n".join(r for r in reasons if r),
             style="bold" if chosen else "",
         )
-    return Group(head, table)
+    return Group(head, view)
 
 
 _SOURCES = {
@@ -172,24 +169,23 @@ def _length(length: LengthForecast) -> str:
 
 def nodes(rows: Sequence[tuple[NodeInfo, Heartbeat | None, bool]]) -> Table:
     """Live nodes with what they last said of themselves."""
-    table = Table()
-    table.add_column("queue", no_wrap=True)
-    table.add_column("engine and models")
-    for name in ("active", "waiting", "tokens", "energy"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
+    numbers = ("active", "waiting", "tokens", "energy")
+    view = table(
+        "queue", "engine and models", *numbers, "state", numbers=numbers, flexible=("queue", "engine and models")
+    )
     for info, beat, draining in rows:
         c = beat.counters if beat else Counters()
-        table.add_row(
-            info.queue,
-            "\n".join([info.engine, *(f"{m.name}: {', '.join(sorted(m.capabilities))}" for m in info.models)]),
+        offered = (f"{m.name}: {', '.join(sorted(m.capabilities))}" for m in info.models)
+        view.add_row(
+            line(info.queue),
+            Text("\n".join([info.engine, *offered])),
             f"{c.active} of {info.slots}",
             str(c.waiting),
             str(c.generated),
             f"{c.energy:.0f} J{' est.' if info.power.estimated else ''}",
             "draining" if draining else "up",
         )
-    return table
+    return view
 
 
 def _number(x: float | None) -> str:

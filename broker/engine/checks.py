@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from perllm.broker.capabilities import OF_KIND
 from perllm.broker.engine.contract import EngineError
 from perllm.broker.messages import TaskSpec
+
+
+def check_kind(kind: str, model: str, capabilities: Collection[str]) -> None:
+    """Raises EngineError (retry=False) for a kind of task that a model with these capabilities is not for."""
+    if OF_KIND[kind] not in capabilities:
+        raise EngineError(f"model: {model!r} is not one to {kind} with", retry=False)
 
 
 def check_model(model: str | None, served: Iterable[str]) -> None:
@@ -60,3 +67,16 @@ def context_excess(prompt_tokens: int, max_tokens: int, context: int) -> str | N
     room = context - prompt_tokens
     way_out = f"lower max_tokens to {room}" if room > 0 else "shorten the prompt"
     return f"exceed the context of {context} tokens: {way_out}"
+
+
+def embeddings_excess(spec: TaskSpec, width: int, most: int) -> str | None:
+    """What is wrong where a task's embeddings by a model of this width would take more than `most` bytes, and the way
+    out; None where they do not."""
+    size = spec.model_copy(update={"dimensions": min(spec.dimensions or width, width)}).embeddings_bytes()
+    if spec.kind != "embed" or size <= most:
+        return None
+    count = len(spec.inputs) + len(spec.input_ids)
+    return (
+        f"their {count} embeddings take {size} bytes, and may take {most} (PERLLM_MAX_RESULT_BYTES): "
+        f"give at most {max(1, count * most // size)} inputs, or fewer 'dimensions'"
+    )

@@ -1,7 +1,8 @@
 """What a worker needs of an inference engine. llama.cpp, vLLM and remote engines all stand behind this.
 
 `generate` is called from many Celery threads at once and blocks; the engine batches them as it can. It never outlives
-its `Stop`: within one engine step of its being cancelled, the call returns what it has.
+its `Stop`: within one engine step of its being cancelled, the call returns what it has. A task's `n` answers are one
+call, with one receipt: what ends it, or fails, ends all of them.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What one call of `Engine.generate` did. Durations in s, energies in J, counts in tokens."""
+    """What one call of `Engine.generate` did. Durations in s, energies in J, counts in tokens of all answers together,
+    the prompt's once."""
 
     output: Output
     model: str
@@ -113,7 +115,7 @@ class Engine(Protocol):
 
     #: e.g. "llama.cpp 0.3.36, 1 thread"
     description: str
-    #: Requests it works on at once.
+    #: Answers it works on at once; those of one request that are more take turns.
     slots: int
 
     def start(self) -> None:

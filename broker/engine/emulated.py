@@ -1,26 +1,40 @@
 """An engine without a model, for tests and for measuring everything but the model. It says so wherever it is shown.
 
 It "generates" `max_tokens` words for each answer at a set speed shared by nobody (or at once), honours `Stop`, and its
-joules are emulated.
+joules are emulated. Its "embeddings" are digests: the same for the same text, of length 1, and without meaning; so are
+its scores.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
+
 from perllm.broker.capabilities import Capability
 from perllm.broker.engine.checks import fitted
 from perllm.broker.engine.contract import Generation, OnDelta, Stop, Stuck
+from perllm.broker.engine.embedding import Vector, check_dimensions, check_input, made_of
 from perllm.broker.engine.settings import EngineSettings
 from perllm.broker.messages import Choice, Counters, Delta, Energy, ModelOffer, Output, Power, StepCost, TaskSpec
 
 METHOD = "emulated"
 #: Whatever is asked, it says the same words: nothing that would show in them is offered.
-CAPABILITIES = (Capability.CHAT, Capability.CHOICES, Capability.GENERATE, Capability.TOKENS)
+CAPABILITIES = (
+    Capability.CHAT,
+    Capability.CHOICES,
+    Capability.EMBEDDINGS,
+    Capability.GENERATE,
+    Capability.RERANK,
+    Capability.TOKENS,
+)
 _IDLE_WATTS, _ACTIVE_WATTS = 1.0, 4.0
+#: Numbers of an embedding.
+_WIDTH = 384
 #: Seconds between two polls of `Stop`, at most.
 _STOP_POLL = 0.02
 
@@ -45,20 +59,22 @@ class EmulatedEngine:
     def offers(self) -> tuple[ModelOffer, ...]:
         step = 0.0 if self._speed is None else 1.0 / self._speed
         cost = StepCost(step=step, sequence=0.0, prefill=0.0)
-        return (
-            ModelOffer(
-                name=self._name,
-                context=self._context,
-                kv_tokens=self._context * self.slots,
-                calibration=cost,
-                capabilities=CAPABILITIES,
-            ),
+        offer = ModelOffer(
+            name=self._name,
+            context=self._context,
+            kv_tokens=self._context * self.slots,
+            calibration=cost,
+            capabilities=CAPABILITIES,
+            dimensions=_WIDTH,
         )
+        return (offer,)
 
     def power(self) -> Power:
         return Power(idle=_IDLE_WATTS, active=_ACTIVE_WATTS, method=METHOD, estimated=True)
 
     def generate(self, task_id: str, spec: TaskSpec, stop: Stop, on_delta: OnDelta | None = None) -> Generation:
+        if spec.kind != "generate":
+            return self._embed(spec)
         prompt_tokens = spec.text_bytes() // 4 + 1
         spec = fitted(spec, prompt_tokens, self._context)
         before = self.counters()
@@ -86,6 +102,31 @@ class EmulatedEngine:
             prefill=0.0,
             decode=took,
             energy=Energy(inference=took * _ACTIVE_WATTS, idle=took * _IDLE_WATTS, method=METHOD, estimated=True),
+            before=before,
+            after=self.counters(),
+        )
+
+    def _embed(self, spec: TaskSpec) -> Generation:
+        """Vectors or scores for a task's inputs, at once."""
+        texts = [f"{spec.query}\0{text}" if spec.query else text for text in spec.inputs]
+        tokens = [len(text) // 4 + 1 for text in texts] or [len(ids) for ids in spec.input_ids]
+        texts = texts or [" ".join(map(str, ids)) for ids in spec.input_ids]
+        check_dimensions(spec.dimensions, _WIDTH)
+        for number, count in enumerate(tokens):
+            check_input(number, count, self._context)
+        before = self.counters()
+        vectors = [_digest(text) for text in texts]
+        with self._lock:
+            self._prefilled += sum(tokens)
+        return Generation(
+            output=Output(text="", finish_reason="stop", **made_of(vectors, spec)),
+            model=self._name,
+            prompt_tokens=sum(tokens),
+            completion_tokens=0,
+            wait=0.0,
+            prefill=0.0,
+            decode=0.0,
+            energy=Energy(method=METHOD, estimated=True),
             before=before,
             after=self.counters(),
         )
@@ -156,3 +197,9 @@ def _to_all(on_delta: OnDelta, n: int) -> OnDelta:
             on_delta(delta.model_copy(update={"index": index}))
 
     return say
+
+
+def _digest(text: str) -> Vector:
+    """Numbers from −1 to 1 that follow from the text."""
+    raw = hashlib.shake_128(text.encode(errors="replace")).digest(2 * _WIDTH)
+    return np.frombuffer(raw, "<i2").astype(np.float32) / np.float32(32768)

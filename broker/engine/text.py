@@ -8,7 +8,7 @@ from typing import Any
 
 from perllm.broker.chat import PLAIN, AnswerForm, ChatTemplate, TemplateError
 from perllm.broker.engine.contract import EngineError, OnDelta, Stop
-from perllm.broker.messages import Delta, Message, TaskSpec
+from perllm.broker.messages import Delta, Message, TaskSpec, Tool
 
 
 def chat_messages(spec: TaskSpec) -> list[dict[str, Any]]:
@@ -32,9 +32,15 @@ def _chat_message(message: Message) -> dict[str, Any]:
     return said
 
 
-def prompt_text(spec: TaskSpec, template: ChatTemplate | None) -> tuple[str, AnswerForm]:
-    """The task rendered with the model's template, and how its answer will be written. Without a template a prompt is
-    completed as it is, and messages and tools are refused. Raises EngineError (retry=False)."""
+def openai_tool(tool: Tool) -> dict[str, Any]:
+    """A tool as the OpenAI API has it."""
+    return {"type": "function", "function": tool.model_dump(exclude_none=True, exclude_defaults=True)}
+
+
+def prompt_text(spec: TaskSpec, template: ChatTemplate | None, *, foreign: bool = False) -> tuple[str, AnswerForm]:
+    """The task rendered with the model's template, and how its answer will be written (`foreign`: in a form that others
+    read). Without a template a prompt is completed as it is, and messages and tools are refused. Raises EngineError
+    (retry=False)."""
     if spec.prompt_ids is not None:
         raise EngineError("prompt_ids: this engine takes text only", retry=False)
     if template is None:
@@ -44,7 +50,7 @@ def prompt_text(spec: TaskSpec, template: ChatTemplate | None) -> tuple[str, Ans
             raise EngineError("tools: this model has no chat template", retry=False)
         return spec.prompt, PLAIN
     try:
-        return template.render(spec)
+        return template.render(spec, foreign=foreign)
     except TemplateError as error:
         raise EngineError(f"messages: the model's chat template refuses them: {error}", retry=False) from None
 
@@ -52,11 +58,12 @@ def prompt_text(spec: TaskSpec, template: ChatTemplate | None) -> tuple[str, Ans
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A task's prompt in tokens, and how the answer to it is written. `controls` are the marks in answers that are
-    control tokens of the model."""
+    control tokens of the model. `foreign`: the engine's own parser reads the answer."""
 
     tokens: list[int]
     form: AnswerForm = PLAIN
     controls: Mapping[str, int] = field(default_factory=dict)
+    foreign: bool = False
 
     @property
     def marks(self) -> dict[int, bytes]:

@@ -5,7 +5,8 @@ What has passed the check compiles within bounded time, memory and stack, so tha
 what it costs at each token is bounded there while it runs, by the limits below.
 """
 
+from perllm.broker.grammar.answer import is_held
 from perllm.broker.grammar.checker import check, check_from_loop, lark
 from perllm.broker.grammar.child import limits
 
-__all__ = ["check", "check_from_loop", "lark", "limits"]
+__all__ = ["check", "check_from_loop", "is_held", "lark", "limits"]

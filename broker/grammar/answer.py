@@ -59,9 +59,15 @@ def answer_grammar(
     return _Writer(spec, form, controls or {}).write()
 
 
-def is_held(spec: TaskSpec, tool: Tool) -> bool:
+def keeps(spec: TaskSpec, tool: Tool) -> bool:
     """Whether what a call of this tool is given must keep to the tool's schema."""
     return tool.strict or spec.tool_choice == "required"
+
+
+def is_held(spec: TaskSpec) -> bool:
+    """Whether the answer must keep to a grammar, or to any schema."""
+    given = spec.grammar is not None or spec.json_schema is not None
+    return given or any(keeps(spec, tool) for tool in spec.offered_tools)
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
@@ -144,7 +150,7 @@ class _Writer:
         return write(calls, tools, required)
 
     def _arguments(self, number: int, tool: Tool) -> str:
-        if is_held(self._spec, tool):
+        if keeps(self._spec, tool):
             field = f"tools.{number}.parameters"
             return self._out.add(f"arguments{number}", _json(arguments_schema(tool), field), field)
         if not any(line.startswith("object:") for line in self._out.lines):

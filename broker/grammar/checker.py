@@ -30,7 +30,7 @@ from typing import Any
 from perllm.broker.chat import AnswerForm
 from perllm.broker.errors import InvalidTask, TryAgain
 from perllm.broker.grammar import child
-from perllm.broker.grammar.answer import AnswerGrammar, answer_grammar, is_held
+from perllm.broker.grammar.answer import AnswerGrammar, answer_grammar, is_held, keeps
 from perllm.broker.messages import TaskSpec
 
 #: Children, and threads of an event loop's process that wait for them.
@@ -78,13 +78,10 @@ async def check_from_loop(spec: TaskSpec) -> None:
 
 def _key(spec: TaskSpec) -> bytes | None:
     """None where there is nothing to check, or nothing to check it with: then the worker does."""
-    held = [(tool.name, tool.parameters) for tool in spec.offered_tools if is_held(spec, tool)]
-    if spec.grammar is None and spec.json_schema is None and not held:
+    if not is_held(spec) or find_spec("llguidance") is None:
         return None
-    if find_spec("llguidance") is None:
-        return None
-    others = [tool.name for tool in spec.offered_tools if not is_held(spec, tool)]
-    source = [spec.grammar, spec.json_schema, held, others, spec.tool_choice == "required", spec.parallel_tool_calls]
+    tools = [(tool.name, tool.parameters if keeps(spec, tool) else None) for tool in spec.offered_tools]
+    source = [spec.grammar, spec.json_schema, tools, spec.tool_choice, spec.parallel_tool_calls]
     return hashlib.sha256(json.dumps(source, ensure_ascii=False).encode()).digest()
 
 

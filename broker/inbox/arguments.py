@@ -22,7 +22,8 @@ class Expired(InvalidTask):
 def fields_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A task's fields: the keyword arguments and, from the one positional argument there may be, either more fields (an
     object) or text: a string, an answer of `perllm.generate`, or a list of these. That is how a chain or chord passes
-    its results on. The text is the prompt, or follows the one given, or is the last turn of the messages given.
+    its results on. The text is the prompt, or follows the one given, or is the last turn of the messages given; of a
+    task that embeds, each text is one of its inputs.
 
     Raises InvalidTask."""
     if not args:
@@ -36,7 +37,10 @@ def fields_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if twice := given.keys() & kwargs.keys():
             raise InvalidTask(f"{min(twice)}: given twice, as a keyword argument and in the object beside it")
         return {**given, **kwargs}
-    return _with_text(kwargs, BETWEEN_TEXTS.join(_texts(given)))
+    texts = _texts(given)
+    if kwargs.get("kind") == "embed":
+        return _with_inputs(kwargs, texts)
+    return _with_text(kwargs, BETWEEN_TEXTS.join(texts))
 
 
 def _is_answer(given: Any) -> bool:
@@ -74,6 +78,11 @@ def _with_text(fields: Mapping[str, Any], text: str) -> dict[str, Any]:
     if prompt is None and messages is None:
         return {**fields, "prompt": text}
     return dict(fields)  # what is wrong with these is said by the check of the whole task
+
+
+def _with_inputs(fields: Mapping[str, Any], texts: list[str]) -> dict[str, Any]:
+    inputs = fields.get("inputs", [])
+    return {**fields, "inputs": [*inputs, *texts]} if isinstance(inputs, list | tuple) else dict(fields)
 
 
 def with_options(

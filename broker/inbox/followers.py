@@ -19,7 +19,7 @@ from pydantic_core import PydanticSerializationError
 from perllm.broker.errors import InvalidTask
 from perllm.broker.ledger import is_id
 from perllm.broker.messages import TolerantModel, check_depth
-from perllm.broker.queues.app import GENERATE, INBOX
+from perllm.broker.queues.app import EMBED, GENERATE, INBOX
 
 #: Most signatures that may follow a task, and most bytes of them; and what both multiply to at most, since Celery
 #: copies callbacks into every task of a group.
@@ -116,8 +116,8 @@ class Followers(TolerantModel):
         if self.chord is not None and not self.group:
             raise InvalidTask("chord: the message names no group")
         for errback in self.errbacks:
-            if errback["task"] == GENERATE and not errback.get("immutable"):
-                raise InvalidTask(f"link_error: {GENERATE} would be given a task's id: make it immutable, with .si()")
+            if (task := errback["task"]) in (GENERATE, EMBED) and not errback.get("immutable"):
+                raise InvalidTask(f"link_error: {task} would be given a task's id: make it immutable, with .si()")
         for n, signature in enumerate((*self.callbacks, *self.errbacks)):
             if signature.get("subtask_type") is None:
                 signature["options"].setdefault("task_id", str(uuid5(NAMESPACE_OID, f"{task_id} {n}")))
@@ -131,7 +131,7 @@ def _check_signature(signature: dict[str, Any]) -> None:
     task, options, kind = signature["task"], signature["options"], signature.get("subtask_type")
     if not isinstance(task, str) or not 0 < len(task) < 256:
         raise InvalidTask("what follows it has no name of a task")
-    if kind is not None and kind not in Signature.TYPES:
+    if kind is not None and not (isinstance(kind, str) and kind in Signature.TYPES):
         raise InvalidTask(f"what follows it is no signature of Celery's: {str(kind)[:40]!r}")
     if not isinstance(signature.get("args"), list | tuple) or not isinstance(signature.get("kwargs"), dict):
         raise InvalidTask(f"{task[:80]}: what follows it must have its arguments as a list and an object")

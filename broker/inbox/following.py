@@ -21,7 +21,7 @@ from perllm.broker.messages import Result, State
 #: another.
 ROUND, AGAIN = 20, 30.0
 #: Seconds between looks, should an announcement be lost, and after the server could not be reached, at random.
-LOOK_EVERY, PAUSE = 1.0, (0.2, 1.0)
+LOOK_EVERY, PAUSE = 0.5, (0.2, 1.0)
 
 _KINDS: dict[State, EndKind] = {
     State.FAILED: "failed",

@@ -15,10 +15,10 @@ if TYPE_CHECKING:  # loaded when settings are read: half of what importing a cli
 class LedgerBase:
     """A connection, the ledger's functions on it, and the prefix of its keys: all its own."""
 
-    def __init__(self, settings: Settings, *, reply_timeout: float = REPLY_TIMEOUT) -> None:
+    def __init__(self, settings: Settings, *, reply_timeout: float = REPLY_TIMEOUT, retries: int = 5) -> None:
         self.settings = settings
         self._prefix = f"{{{settings.cell}}}:"
-        self._client = connect(settings, reply_timeout=reply_timeout)
+        self._client = connect(settings, reply_timeout=reply_timeout, retries=retries)
         self._script = Script(
             self._client, self._prefix, stream_length=settings.stream_length, retention=settings.retention
         )

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import ValidationError
 
+from perllm.broker.ledger.records import WITHDRAWN
 from perllm.broker.logs import LazyLogger
-from perllm.broker.messages import Ended, Event, State, Submitted, parse_event
+from perllm.broker.messages import Ended, Event, Submitted, parse_event
 
 #: A stream's beginning.
 START = "0-0"
@@ -72,7 +73,7 @@ def event_of(stream: str, position: str, fields: dict[bytes, bytes]) -> Event | 
         log.warning("event_unreadable", position=position)
         return None
     if stream == "requests" and not (
-        isinstance(event, Submitted) or (isinstance(event, Ended) and event.state is State.CANCELLED)
+        isinstance(event, Submitted) or (isinstance(event, Ended) and event.state in WITHDRAWN)
     ):
         log.warning("event_forged", position=position, kind=event.type)
         return None

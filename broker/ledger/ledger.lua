@@ -21,13 +21,15 @@
 --                              why         the last Explanation, JSON
 --                              of a task by a Celery producer: celery, what Celery is to be told on the way, of the
 --                              words `started`, `progress` and `followers`
---                              when final: finished
---   result:<id>        string  of a task that ended otherwise than cancelled: its Result, JSON
+--                              when final: finished; withdrawn, where its producer ended it
+--   result:<id>        string  of a task that has ended: its Result, JSON. Not of one that its producer ended (cancelled,
+--                              or expired while nobody was there to end it): that is told by the record
 --   of:<tenant>        zset    the tenant's tasks by the time they were submitted
 --   text:<id>          list    the text of a task submitted with `stream`, as it is generated: pieces, each
 --                              "<attempt> <text>"; gone an hour after the last
 --   bytes              hash    tenant → bytes its tasks take: payload, features, result (twice: Celery's copy) and
---                              about a kilobyte each for all the rest
+--                              about a kilobyte each for all the rest; of one without a result what its features say it
+--                              will take (`result_bytes`), or a tenant could hand in more than there is room for
 --   in:<state>         zset    the tasks in that state: a task is in exactly one of them. Scores:
 --                              pending: its deadline; dispatched, running: when its lease ends; final: when it ended.
 --                              The lease on what is dispatched ends with its deadline at the latest, that on what runs
@@ -41,9 +43,10 @@
 --   key:<tenant> <key> string  idempotency key → task id, kept for as long as the task
 --   events             stream  what schedulers and workers caused. One field `e`: an Event, JSON; trimmed to about the
 --                              length given
---   requests           stream  what producers caused, submissions and cancellations, alike. Two streams, since who may
---                              write to one can write anything there
---   untold             hash    cancelled task → its node or '': those whose node and Celery producer are still to be told
+--   requests           stream  what producers caused, submissions, cancellations and ends of what was overdue, alike.
+--                              Two streams, since who may write to one can write anything there
+--   untold             hash    task its producer ended → its node or '': those whose node and Celery producer are still
+--                              to be told
 --   refused            hash    id of a message that became no task → what its Celery producer is still to be told
 --   followers          hash    task → what its Celery producer wants to follow it (callbacks, the rest of a chain, a
 --                              chord's body), JSON, until that was sent
@@ -130,6 +133,12 @@ local function weigh(tenant, n) -- `n` bytes more, or less, are kept for a tenan
     if type(held) == 'number' and held <= 0 then redis.call('HDEL', P .. 'bytes', tenant) end
 end
 
+-- Bytes a task's result is expected to take, twice; in `features` no text of a user's can look so, for its quotes are
+-- escaped.
+local function reserved(features)
+    return 2 * (tonumber(string.match(features or '', '"result_bytes": (%d+)') or '') or 0)
+end
+
 local function unplace(id, node)
     if node then redis.call('SREM', P .. 'node:' .. node .. ':tasks', id) end
     redis.call('HDEL', task_key(id), 'node', 'model', 'dispatched', 'claimed')
@@ -170,8 +179,8 @@ local function finish(id, t, state, on_time, reason, extra)
         .. (reason and ',"reason":' .. str(reason) or '') .. (extra or '') .. '}'
     redis.call('HSET', task_key(id), 'state', state, 'finished', num(now))
     redis.call('SET', P .. 'result:' .. id, doc)
-    local tenant, celery = unpack(redis.call('HMGET', task_key(id), 'tenant', 'celery'))
-    weigh(tenant, 2 * #doc)
+    local tenant, celery, features = unpack(redis.call('HMGET', task_key(id), 'tenant', 'celery', 'features'))
+    weigh(tenant, 2 * #doc - reserved(features))
     move(id, t.state, state, now)
     if t.node then redis.call('SREM', P .. 'node:' .. t.node .. ':tasks', id) end
     count(state, 1)
@@ -293,18 +302,24 @@ end
 local ops = {}
 local MOST = 1000 -- tasks and ids per call: one call must not hold the server for long
 
--- End a task as cancelled; returns the state it was found in, or false. Producers may: its result is read off the
--- record, and the rest is for `announce`.
+-- How producers end a task: its result is read off the record, and the rest is for `announce`.
+local WITHDRAWN = { cancelled = 'cancelled on request', expired = 'the deadline passed' }
+local function withdraw(id, t, state)
+    local tenant, features = unpack(redis.call('HMGET', task_key(id), 'tenant', 'features'))
+    if reserved(features) > 0 then weigh(tenant, -reserved(features)) end
+    append('requests', '{"type":"ended","at":' .. num(now) .. ',"id":' .. str(id) .. ',"state":"' .. state
+        .. '","reason":"' .. WITHDRAWN[state] .. '"' .. (t.node and ',"node":' .. str(t.node) or '') .. '}')
+    redis.call('HSET', task_key(id), 'state', state, 'finished', num(now), 'withdrawn', 1)
+    move(id, t.state, state, now)
+    redis.call('HSET', P .. 'untold', id, t.node or '')
+    count(state, 1)
+end
+
+-- End a task as cancelled; returns the state it was found in, or false.
 local function cancel(id)
     local t = read(id, unpack(PLACED))
     if not t then return false end
-    if FINAL[t.state] then return t.state end
-    append('requests', '{"type":"ended","at":' .. num(now) .. ',"id":' .. str(id)
-        .. ',"state":"cancelled","reason":"cancelled on request"' .. (t.node and ',"node":' .. str(t.node) or '') .. '}')
-    redis.call('HSET', task_key(id), 'state', 'cancelled', 'finished', num(now))
-    move(id, t.state, 'cancelled', now)
-    redis.call('HSET', P .. 'untold', id, t.node or '')
-    count('cancelled', 1)
+    if not FINAL[t.state] then withdraw(id, t, 'cancelled') end
     return t.state
 end
 
@@ -333,7 +348,7 @@ function ops.submit() -- each: id, payload, features, window, key, tenant, celer
                 redis.call('HSET', task_key(id), 'celery', celery .. (followers ~= '' and ' followers' or ''))
                 if followers ~= '' then redis.call('HSET', P .. 'followers', id, followers) end
             end
-            weigh(tenant, TASK_BYTES + #payload + #features + #followers)
+            weigh(tenant, TASK_BYTES + #payload + #features + #followers + reserved(features))
             mine[#mine + 1], mine[#mine + 2] = num(now + i * 1e-6), id -- tasks of one call keep their order
             if key ~= '' then
                 redis.call('SET', P .. 'key:' .. key, id)
@@ -454,6 +469,24 @@ end
 -- → the state it found, or nothing for an unknown task
 function ops.cancel(id) return cancel(id) end
 
+-- → how many were ended: tasks whose deadline passed a while ago, `limit` of each state at most. It names none, so
+-- whoever waits may call it. The scheduler, which can say more, or a worker, with the part that was done, came first if it
+-- lives: what runs is left to it for a lease
+local OVERDUE = 0.5 -- s
+function ops.expire(limit)
+    local ended_now = 0
+    for _, state in ipairs({ 'pending', 'dispatched', 'running' }) do
+        for _, id in ipairs(redis.call('ZRANGEBYSCORE', set_key(state), '-inf', num(now - OVERDUE), 'LIMIT', 0, limit)) do
+            local readable, t = pcall(read, id, unpack(PLACED))
+            if readable and t and t.state == state and tonumber(t.deadline) <= now - OVERDUE then
+                withdraw(id, t, 'expired')
+                ended_now = ended_now + 1
+            end
+        end
+    end
+    return ended_now
+end
+
 -- → for each the state it found, or '' for one not known yet: it is cancelled when it is submitted
 -- within `keep` s. The latest `most` of these are kept.
 function ops.revoke(keep, most) -- each: id
@@ -493,7 +526,7 @@ function ops.followed(id)
     return 'ok'
 end
 
--- → how many were told        cancelled tasks to their nodes and, as refusals, to Celery's producers
+-- → how many were told        tasks their producers ended, to their nodes and, as refusals, to Celery's producers
 local function announce(limit)
     local function some(key, tell)
         local pairs_ = redis.call('HRANDFIELD', P .. key, limit, 'WITHVALUES')
@@ -504,12 +537,13 @@ local function announce(limit)
         return #pairs_ / 2
     end
     return some('untold', function(id, node, t)
-        if t.state and t.state ~= 'cancelled' then return end
+        if t.state and not WITHDRAWN[t.state] then return end
         if node ~= '' then
             redis.call('SREM', P .. 'node:' .. node .. ':tasks', id)
             redis.call('PUBLISH', P .. 'signal:' .. node, id)
         end
-        if t.state then fail_celery(id, 'revoked', 'cancelled') end
+        if t.state == 'cancelled' then fail_celery(id, 'revoked', 'cancelled') end
+        if t.state == 'expired' then fail_celery(id, 'expired', WITHDRAWN.expired) end
         to_follow(id, redis.call('HEXISTS', P .. 'followers', id) == 1 and 'followers' or t.celery, not t.claimed)
     end) + some('refused', function(id, said, t)
         local kind, reason = string.match(said, '^(%a+) (.*)$')
@@ -595,8 +629,8 @@ function ops.leave(name, boot, reason)
     return 'ok'
 end
 
--- → how many things were mended; call again
--- while it returns `limit` or more. What is dispatched is looked at every `unclaimed` s, and may wait `wait` s for others
+-- → how many things were mended; call again while it returns `limit` or more. The leader's, and where none leads the
+-- workers'. What is dispatched is looked at every `unclaimed` s, and may wait `wait` s for others
 -- to make room.
 function ops.sweep(limit, max_strikes, max_kept, unclaimed, wait, shortest_rest, longest_rest)
     limit, max_strikes, max_kept = tonumber(limit), tonumber(max_strikes), tonumber(max_kept)

@@ -1,4 +1,4 @@
-"""The ledger as producers use it: hand in tasks, cancel and forget them."""
+"""The ledger as producers use it: hand in tasks, cancel and forget them, end what is overdue."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ SUBMIT_BYTES = 1 << 20
 
 #: Calls of `submit` on their way at once: few enough for the socket's buffer, so that the client goes on meanwhile.
 SUBMIT_CALLS = 3
+
+#: Tasks of each state ended per call of `expire`.
+EXPIRE_LIMIT = 500
 
 #: Ids revoked before they were submitted that are kept, and s for which each is.
 REVOKED, REVOKED_FOR = 50_000, 86_400.0
@@ -100,6 +103,11 @@ class Producer(LedgerBase):
     def followed(self, task_ids: Sequence[str]) -> None:
         """What follows these tasks has been sent."""
         self._pipeline([call("followed", id=i) for i in task_ids])
+
+    def expire(self) -> int:
+        """End what is overdue, whosoever it is; returns how many. Nothing comes of it while a scheduler or a worker is
+        there to do so: those who wait for results call it when these should have been there."""
+        return int(self._call("expire", limit=EXPIRE_LIMIT))
 
     def forget(self, task_id: str) -> bool:
         """Drop a task and all that is kept of it, its prompt, text and result; it is cancelled first if it goes on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import cast
 
 import redis
@@ -18,7 +19,9 @@ from perllm.broker.ledger.records import (
     deltas_of,
     glance_of,
     gone_of,
+    is_id,
     node_of,
+    outcome_of,
     record_of,
     result_of,
     state_of,
@@ -26,6 +29,11 @@ from perllm.broker.ledger.records import (
 )
 from perllm.broker.logs import LazyLogger
 from perllm.broker.messages import Delta, Heartbeat, NodeInfo, Result, State
+
+#: Bytes of results read in one call, and how many results are read at once whatever their size.
+READ_BYTES, FEW = 8 << 20, 4
+#: Tasks looked at per call of a search: bounds how long one holds the server.
+_SCAN = 2_000
 
 log = LazyLogger(__name__)
 
@@ -67,6 +75,32 @@ class Query(LedgerBase):
     def results(self, task_ids: Sequence[str]) -> list[Result | None]:
         """The results of those that are final, None for the others and the unknown, in order. One that cannot be read
         is that of a failed task which says so."""
+        return list(self.each_result(task_ids))
+
+    def each_result(self, task_ids: Sequence[str]) -> Iterator[Result | None]:
+        """The same one by one, of which only so many are held at once as have `READ_BYTES` together, or one."""
+        for some in self._readable_at_once(task_ids):
+            yield from self._results(some)
+
+    def _readable_at_once(self, task_ids: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Neighbours among these whose results are read in one call: an answer is held whole by the server, too."""
+        if len(task_ids) <= FEW:
+            yield task_ids
+            return
+        with reaching(self.settings):
+            pipe = self._client.pipeline(transaction=False)
+            for task_id in task_ids:
+                pipe.strlen(f"{self._prefix}result:{task_id}")
+            sizes = [size if isinstance(size, int) else 0 for size in pipe.execute(raise_on_error=False)]
+        start = total = 0
+        for number, size in enumerate(sizes):
+            if number > start and total + size > READ_BYTES:
+                yield task_ids[start:number]
+                start, total = number, 0
+            total += size
+        yield task_ids[start:]
+
+    def _results(self, task_ids: Sequence[str]) -> list[Result | None]:
         if not task_ids:
             return []
         with reaching(self.settings):
@@ -77,6 +111,31 @@ class Query(LedgerBase):
                 pipe.hmget(f"{self._prefix}task:{task_id}", *ENDING_FIELDS)
             endings = dict(zip(others, readable(pipe.execute(raise_on_error=False)), strict=True))
         return [result_of(i, raw, endings.get(i)) for i, raw in zip(task_ids, kept, strict=True)]
+
+    def outcomes(self, task_ids: Sequence[str]) -> list[Result | float | None]:
+        """What those who wait for these tasks are to know, in order: the result or, of one that is not final, seconds
+        to its deadline (by the server's clock, below 0 once it has passed); None for the unknown."""
+        if not task_ids:
+            return []
+        with reaching(self.settings):
+            kept = cast("list[bytes | None]", self._client.mget([f"{self._prefix}result:{i}" for i in task_ids]))
+            found: dict[str, Result | float | None] = {
+                i: result_of(i, raw, None) for i, raw in zip(task_ids, kept, strict=True) if raw is not None
+            }
+            others = [i for i in task_ids if i not in found]
+            if not others:
+                return [found[i] for i in task_ids]
+            pipe = self._client.pipeline(transaction=False)
+            pipe.time()
+            for task_id in others:
+                pipe.hmget(f"{self._prefix}task:{task_id}", *ENDING_FIELDS, "deadline")
+            clock, *rows = pipe.execute(raise_on_error=False)
+            if isinstance(clock, Exception):
+                raise clock
+            now = clock[0] + clock[1] / 1e6
+            for task_id, row in zip(others, readable(rows), strict=True):
+                found[task_id] = outcome_of(task_id, row, now)
+        return [found[i] for i in task_ids]
 
     def glances(self, task_ids: Sequence[str]) -> list[Glance | None]:
         """What lists filter by, None for the unknown and the unreadable, in order; without the tasks' texts."""
@@ -114,22 +173,22 @@ class Query(LedgerBase):
                 pipe.exists(f"{self._prefix}task:{task_id}")
             return [bool(n) for n in pipe.execute()]
 
+    def beginning_with(self, prefix: str, most: int) -> list[str]:
+        """Ids of up to `most` tasks that begin so, in order. Every task is looked at, so this is for people."""
+        found: set[str] = set()
+        if not is_id(prefix):
+            return []
+        with reaching(self.settings):
+            for state in State:
+                pairs = self._client.zscan_iter(f"{self._prefix}in:{state}", match=f"{prefix}*", count=_SCAN)
+                found |= {text_of(raw) for raw, _ in islice(pairs, most)}
+        return sorted(found)[:most]
+
     def deltas(self, task_id: str, start: int = 0) -> list[tuple[int, list[Delta]]]:
         """What was published of a streamed task's answer from number `start` on, each with the attempt that generated
         it. What cannot be read is passed over."""
         with reaching(self.settings):
             return _pieces(cast("list[bytes]", self._client.lrange(f"{self._prefix}text:{task_id}", start, -1)))
-
-    def result_and_deltas(self, task_id: str, start: int) -> tuple[Result | None, list[tuple[int, list[Delta]]]]:
-        """A task's result, None unless it is final, and `deltas`, in one round trip: where there is a result, what was
-        published before it is all there."""
-        with reaching(self.settings):
-            pipe = self._client.pipeline(transaction=False)
-            pipe.get(f"{self._prefix}result:{task_id}")
-            pipe.hmget(f"{self._prefix}task:{task_id}", *ENDING_FIELDS)
-            pipe.lrange(f"{self._prefix}text:{task_id}", start, -1)
-            raw, ending, pieces = readable(pipe.execute(raise_on_error=False))
-        return result_of(task_id, raw, ending), _pieces(pieces or [])
 
     def news(self, watched: Sequence[tuple[str, int]]) -> list[bool]:
         """For tasks, each with how many pieces of its text are known (-1: they do not matter): whether there is more,

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
@@ -14,7 +15,6 @@ from pydantic_core import PydanticSerializationError
 from perllm.broker.errors import InvalidTask, Unreadable, field_errors
 from perllm.broker.logs import LazyLogger
 from perllm.broker.messages import (
-    BYTES_PER_TOKEN,
     DELTAS,
     Claimed,
     Delta,
@@ -57,7 +57,9 @@ class Entry(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes it takes before it has a result, as the ledger counts them."""
-        return TASK_BYTES + sum(len(text.encode()) for text in (self.payload, self.features, self.followers))
+        reserved: int = 2 * json.loads(self.features).get("result_bytes", 0)
+        texts = sum(len(text.encode()) for text in (self.payload, self.features, self.followers))
+        return TASK_BYTES + texts + reserved
 
 
 class Dispatch(NamedTuple):
@@ -176,15 +178,17 @@ def _features(spec: TaskSpec, payload_bytes: int) -> str:
         "value": spec.value,
         "service": spec.service,
         "tenant": spec.tenant,
-        "prompt_tokens": spec.text_bytes() // BYTES_PER_TOKEN + 1,
+        "prompt_tokens": spec.estimated_tokens(),
         "payload_bytes": payload_bytes,
         "max_tokens": spec.max_tokens,
         "preview": spec.preview(),
-        "text": sketch_task(spec),
+        "text": sketch_task(spec) if spec.kind == "generate" else "",  # from which output lengths are learned
         "needs": spec.needs(),
     }
     if spec.kind != "generate":
         features["kind"] = spec.kind
+    if expected := spec.embeddings_bytes():
+        features["result_bytes"] = expected
     if spec.n > 1:
         features["n"] = spec.n
     if spec.fit_context:
@@ -230,31 +234,47 @@ def _reason(error: Exception) -> str:
     return field_errors(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
 
 
-#: Fields of a task that say how it was cancelled.
+#: How a producer may end a task, and the reason its result has then: at its wish, or late, where nobody else was there
+#: to end it.
+WITHDRAWN = {State.CANCELLED: "cancelled on request", State.EXPIRED: "the deadline passed"}
+#: Fields of a task that say how its producer ended it.
 ENDING_FIELDS = ("state", "submitted", "claimed", "finished")
 
 
 def result_of(task_id: str, raw: bytes | None, ending: Sequence[bytes | None] | None) -> Result | None:
-    """A final task's result: as it was stored or, of a cancelled one, as its record says."""
+    """A final task's result: as it was stored or, of one that its producer ended, as its record says."""
     try:
         if raw:
             return Result.model_validate_json(raw)
-        state, submitted, claimed, finished = ending or (None,) * 4
-        if state != b"cancelled" or submitted is None or finished is None:
+        how, submitted, claimed, finished = ending or (None,) * 4
+        if how is None or submitted is None or finished is None or (state := State(how.decode())) not in WITHDRAWN:
             return None
         since = float(submitted)
         return Result(
             id=task_id,
-            state=State.CANCELLED,
+            state=state,
             on_time=False,
             latency=float(finished) - since,
             queued=float(claimed) - since if claimed else None,
-            reason="cancelled on request",
+            reason=WITHDRAWN[state],
         )
     except ValueError as error:  # whoever waits for it, or for its neighbours, shall know
         log.warning("result_unreadable", task_id=task_id, reason=_reason(error))
         reason = "what is stored of its result cannot be read"
         return Result(id=task_id, state=State.FAILED, on_time=False, latency=0.0, reason=reason)
+
+
+def outcome_of(task_id: str, row: Sequence[bytes | None] | None, now: float) -> Result | float | None:
+    """Of a task without a stored result, by its ENDING_FIELDS and deadline: its result, seconds to its deadline, or
+    None where there is no such task. One that cannot be read is waited for until the ledger ends it."""
+    if row is None:
+        return inf
+    if row[0] is None:
+        return None
+    try:
+        return result_of(task_id, None, row[:-1]) or float(row[-1] or "inf") - now
+    except ValueError:
+        return inf
 
 
 def record_of(task_id: str, raw: dict[bytes, bytes], result: bytes | None) -> TaskRecord:

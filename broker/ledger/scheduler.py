@@ -82,7 +82,7 @@ class Scheduler(LedgerBase):
 
     def sweep(self) -> int:
         """Mend what time has broken: lapsed leases, passed deadlines, silent nodes; forget old finished tasks. Returns
-        how many; a full sweep is done when it is less than SWEEP_LIMIT."""
+        how many; a full sweep is done when it is less than SWEEP_LIMIT. Where no scheduler leads, workers do it."""
         return int(
             self._call(
                 "sweep",
@@ -97,7 +97,8 @@ class Scheduler(LedgerBase):
         )
 
     def announce(self) -> None:
-        """Tell cancelled tasks' nodes and Celery producers. The sweep does so too; this is sooner."""
+        """Tell the nodes and Celery producers of tasks that their producers ended. The sweep does so too; this is
+        sooner."""
         self._call("announce", limit=SWEEP_LIMIT)
 
     def save_snapshot(self, epoch: int, state: dict[str, Any]) -> bool:
@@ -142,15 +143,14 @@ class Scheduler(LedgerBase):
 
     def features(self, task_ids: Sequence[str]) -> list[Placement | None]:
         """What the scheduler needs to know of tasks, as events it would have read, in order; None for unknown ids, for
-        cancelled tasks, and for those of which it cannot be read."""
+        tasks that their producers ended, and for those of which it cannot be read."""
         with reaching(self.settings):
             pipe = self._client.pipeline(transaction=False)
             for task_id in task_ids:
-                pipe.hmget(f"{self._prefix}task:{task_id}", "state", *PLACEMENT_FIELDS)
+                pipe.hmget(f"{self._prefix}task:{task_id}", "state", "withdrawn", *PLACEMENT_FIELDS)
             rows = list(readable(pipe.execute(raise_on_error=False)))
-        gone = (None, b"cancelled")
         return [
-            placement_of(i, row[1:]) if row and row[0] not in gone and row[1] else None
+            placement_of(i, row[2:]) if row and row[0] and not row[1] and row[2] else None
             for i, row in zip(task_ids, rows, strict=True)
         ]
 

@@ -7,6 +7,7 @@ may carry `deadline`, `value`, `service` and `expected_tokens`.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
@@ -14,9 +15,11 @@ from typing import IO, Any
 from pydantic_core import from_json
 
 from perllm.broker.errors import InvalidTask
-from perllm.broker.messages import Result, State, TaskSpec
+from perllm.broker.messages import Result, TaskSpec
+from perllm.broker.openai import embeddings
+from perllm.broker.openai.embeddings import EMBEDDINGS, RERANK, USUAL_FORM, AnswerForm
 from perllm.broker.openai.sampling import as_asked
-from perllm.broker.openai.translation import ENDPOINTS, EXTENSIONS, endpoint_of, response_body, task_fields
+from perllm.broker.openai.translation import ENDPOINTS, EXTENSIONS, endpoint_of, response_pieces, task_fields
 
 #: Longest `custom_id`, characters.
 MAX_CUSTOM_ID = 512
@@ -27,12 +30,13 @@ MAX_LINE = 8 << 20
 @dataclass(frozen=True, slots=True)
 class Line:
     """One request of a batch file: its number (from 1), the producer's `custom_id`, a TaskSpec's fields, not yet
-    checked, and the names of the fields its body gave."""
+    checked, how it is to be answered, and the names of the fields its body gave."""
 
     number: int
     custom_id: str
     url: str
     fields: Mapping[str, Any]
+    form: AnswerForm = USUAL_FORM
     given: frozenset[str] = frozenset()
 
     def bad(self, error: InvalidTask) -> BadLine:
@@ -100,7 +104,7 @@ def _parse(number: int, text: str) -> Line | BadLine:
         return BadLine(number, custom_id, str(error))
 
 
-def _fields(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any], frozenset[str]]:
+def _fields(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any], AnswerForm, frozenset[str]]:
     body = raw.get("body")
     if not isinstance(body, dict):
         raise InvalidTask("body: an object is required")
@@ -110,25 +114,29 @@ def _fields(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any], frozenset[str]
     if url not in ENDPOINTS:
         raise InvalidTask(f"url: {url!r} is none of {', '.join(ENDPOINTS)}")
     extras = {k: raw[k] for k in EXTENSIONS if k in raw}
-    return url, {**task_fields(body, url), **extras}, frozenset(body)
+    form = embeddings.form(body, url) if url in (EMBEDDINGS, RERANK) else USUAL_FORM
+    return url, {**task_fields(body, url), **extras}, form, frozenset(body)
 
 
-def output_line(line: Line, result: Result, submitted: float) -> dict[str, Any]:
-    """A result as a line of the output file (succeeded) or of the error file (anything else). `submitted` is in s since
-    the epoch."""
-    entry: dict[str, Any] = {
-        "id": f"batch_req_{result.id}",
-        "custom_id": line.custom_id,
-        "response": None,
-        "error": None,
-    }
-    if result.state is State.SUCCEEDED:
-        spec = TaskSpec.model_validate({k: v for k, v in line.fields.items() if k != "deadline"})
-        body = response_body(line.url, result, spec, submitted)
-        entry["response"] = {"status_code": 200, "request_id": result.id, "body": body}
-    else:
-        entry["error"] = {"code": f"task_{result.state}", "message": result.reason or str(result.state)}
-    return entry
+def output_line(line: Line, result: Result, submitted: float) -> Iterator[str]:
+    """A succeeded task's result as a line of the output file, without its end, in pieces. `submitted` is in s since the
+    epoch."""
+    spec = TaskSpec.model_validate({k: v for k, v in line.fields.items() if k != "deadline"})
+    head = {"id": f"batch_req_{result.id}", "custom_id": line.custom_id}
+    response = {"status_code": 200, "request_id": result.id}
+    yield f'{_json(head)[:-1]}, "response": {_json(response)[:-1]}, "body": '
+    yield from response_pieces(line.url, result, spec, submitted, line.form)
+    yield '}, "error": null}'
+
+
+def failed_line(line: Line, result: Result) -> dict[str, Any]:
+    """The result of a task that did not succeed, as a line of the error file."""
+    error = {"code": f"task_{result.state}", "message": result.reason or str(result.state)}
+    return {"id": f"batch_req_{result.id}", "custom_id": line.custom_id, "response": None, "error": error}
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def error_line(bad: BadLine) -> dict[str, Any]:

@@ -40,10 +40,7 @@ def tasks(body: Mapping[str, Any]) -> list[dict[str, Any]]:
         made["suffix"] = asked["suffix"]
     if "best_of" in asked and asked["best_of"] != asked.get("n", 1):
         raise InvalidTask("best_of: only the same as 'n' is supported: no answers are left out")
-    prompts = _prompts(asked.get("prompt"))
-    if made.get("echo") and any("prompt_ids" in prompt for prompt in prompts):
-        raise InvalidTask("echo: only a prompt of text can be repeated")
-    return [{**made, **prompt} for prompt in prompts]
+    return [{**made, **prompt} for prompt in _prompts(asked.get("prompt"))]
 
 
 def _prompts(value: Any) -> list[dict[str, Any]]:

@@ -117,11 +117,11 @@ def referred(value: Any, field: str = "input") -> dict[int, tuple[str, str]]:
 # --- output
 
 
-def output_items(task_id: str, output: Output, status: str) -> list[dict[str, Any]]:
-    """An answer as items."""
+def output_items(task_id: str, output: Output, status: str, *, summarised: bool = False) -> list[dict[str, Any]]:
+    """An answer as items; `summarised`: what was thought as a summary."""
     made = []
     if output.reasoning:
-        made.append(reasoning_item(task_id, output.reasoning, status))
+        made.append((summary_item if summarised else reasoning_item)(task_id, output.reasoning, status))
     calls = [call_item(task_id, number, call, status) for number, call in enumerate(output.tool_calls)]
     if output.text or not (calls or made):
         made.append(message_item(task_id, output.text, status, output.logprobs or ()))
@@ -135,9 +135,15 @@ def message_item(task_id: str, text: str, status: str, logprobs: Sequence[Mappin
 
 
 def reasoning_item(task_id: str, text: str, status: str) -> dict[str, Any]:
-    """What was thought, whole: there is no summary of it."""
+    """What was thought."""
     content = [{"type": "reasoning_text", "text": text}]
     return {"type": "reasoning", "id": f"rs_{task_id}", "status": status, "summary": [], "content": content}
+
+
+def summary_item(task_id: str, text: str, status: str) -> dict[str, Any]:
+    """The same as a summary: it is the whole thought, as nobody makes a shorter one."""
+    summary = [{"type": "summary_text", "text": text}]
+    return {"type": "reasoning", "id": f"rs_{task_id}", "status": status, "summary": summary}
 
 
 def call_item(task_id: str, number: int, call: ToolCall, status: str) -> dict[str, Any]:

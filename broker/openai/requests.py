@@ -15,7 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
 from perllm.broker.errors import InvalidTask
-from perllm.broker.messages import MAX_CHOICES, MAX_DEADLINE, MAX_SCHEMA, MAX_TOOLS, StrictModel
+from perllm.broker.messages import (
+    MAX_CHOICES,
+    MAX_DEADLINE,
+    MAX_DIMENSIONS,
+    MAX_INPUTS,
+    MAX_SCHEMA,
+    MAX_TOOLS,
+    StrictModel,
+)
 
 #: Most prompts of one completion request.
 MAX_PROMPTS = 128
@@ -214,7 +222,7 @@ class CompletionRequest(_WithMaxTokens):
     logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = Field(
         None, description="log probabilities of the answer's tokens, and of so many alternatives"
     )
-    echo: bool = Field(False, description="the answer begins with the prompt, which is text")
+    echo: bool = Field(False, description="the answer begins with the prompt; with `logprobs`, those of token ids too")
     suffix: str | None = Field(None, description="what comes after the answer; the prompt is text")
 
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
@@ -239,12 +247,15 @@ class ResponseRequest(_WithTools):
     )
     text: Schema | None = Field(None, description="`format` as `response_format`; `verbosity` has no effect")
     reasoning: Schema | None = Field(
-        None, description="`effort` as `reasoning_effort`; `summary` has no effect, the whole thought is given"
+        None, description="`effort` as `reasoning_effort`; with a `summary`, the whole thought is given as one"
     )
     include: list[str] | None = Field(
         None, description="`message.output_text.logprobs`; what else there is to include is never there"
     )
     background: bool = Field(False, description="answer at once; retrieve it, or stream it, later")
+    background_options: Schema | None = Field(
+        None, description="a `completion_window` of `2h` or `8h` is the deadline, unless one is given"
+    )
 
     access_programs: Annotated[Any, Ignored("there are no access programs here")] = None
     image: Annotated[Any, _NO_IMAGES] = None
@@ -256,6 +267,47 @@ class ResponseRequest(_WithTools):
     n: Annotated[Any, Refused("a response is one answer: ask for several by chat completions", 1)] = None
     prompt: Annotated[Any, Refused("stored prompts are not supported: give `input`")] = None
     truncation: Annotated[Any, Refused("input is never cut: shorten it", "disabled")] = None
+
+
+class _OfInputs(StrictModel):
+    """What requests say whose answers are numbers."""
+
+    model: ModelName | None = Field(None, description="a model on offer (`/v1/models`); `auto`, or none: any")
+    deadline: Deadline | None = Field(None, description="ours: by when the answer is needed: seconds, or a time")
+    value: Value = 1.0
+    service: Service = "default"
+    metadata: Metadata = Field(default_factory=dict)
+    user: Annotated[Any, Ignored("nothing is reported about end users")] = None
+
+
+class EmbeddingsRequest(_OfInputs):
+    """Embeddings of up to 2,048 inputs: of a text or texts, or of texts given as the ids of their tokens."""
+
+    input: (
+        Prompt
+        | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_INPUTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
+    ) = Field(description="a text or its token ids, or up to 2,048 of either; each fits into the model's context")
+    dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = Field(
+        None, description="only so many numbers of each embedding, of length 1 again"
+    )
+    encoding_format: Literal["float", "base64"] = Field("float", description="`float`, or `base64` of float32")
+
+
+class TextDocument(_Part):
+    text: Prompt
+
+
+class RerankRequest(_OfInputs):
+    """How well each of up to 2,048 documents answers a query."""
+
+    query: Prompt = Field(description="what the documents are to answer")
+    documents: Annotated[list[Prompt | TextDocument], Field(min_length=1, max_length=MAX_INPUTS)] = Field(
+        description="texts, or objects with a `text`; up to 2,048"
+    )
+    top_n: Annotated[int, Field(ge=1)] | None = Field(None, description="only so many results, the best")
+    return_documents: bool = Field(True, description="whether each result has its document")
 
 
 M = TypeVar("M", Ignored, Refused)

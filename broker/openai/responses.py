@@ -1,25 +1,24 @@
 """Responses, both ways.
 
-Source: OpenAI API reference, "Responses" and "Responses, streaming events". What a response repeats of its request, and
-no task needs, is kept with the task (`TaskSpec.request`), so that it can be retrieved as it was made.
+Source: OpenAI API reference, "Responses". What a response repeats of its request, and no task needs, is kept with the
+task (`TaskSpec.request`), so that it can be retrieved as it was made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from perllm.broker.errors import InvalidTask
-from perllm.broker.messages import Delta, Message, Result, State, TaskSpec, ToolCall
+from perllm.broker.messages import Message, Result, State, TaskSpec
 from perllm.broker.openai import items, tools
 from perllm.broker.openai.receipts import receipt_fields
 from perllm.broker.openai.requests import ResponseRequest, given
 from perllm.broker.openai.sampling import ANY_MODEL, effort, output_format, shared
-from perllm.broker.openai.streams import Sent
 
 _OWN = (
     "input", "instructions", "max_output_tokens", "top_logprobs", "previous_response_id", "text", "reasoning",
-    "include", "n", "truncation", "context_management",
+    "include", "n", "truncation", "context_management", "background_options",
 )  # fmt: skip
 #: What may be included: log probabilities, and what belongs to items that never occur here.
 _LOGPROBS = "message.output_text.logprobs"
@@ -28,6 +27,7 @@ _INCLUDABLE = frozenset((
     "web_search_call.action.sources", "message.input_image.image_url", "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
 ))  # fmt: skip
+_WINDOWS = {"soonest": None, "2h": 7200.0, "8h": 28800.0}  # s
 _VERBOSITIES = ("low", "medium", "high")
 _SUMMARIES = ("auto", "concise", "detailed")
 
@@ -59,6 +59,8 @@ def fields(body: Mapping[str, Any], before: Sequence[Mapping[str, Any]] | None =
         made.update(_text_format(asked["text"]))
     if "reasoning" in asked and (wanted := _effort(asked["reasoning"])) is not None:
         made["reasoning_effort"] = effort(wanted)
+    if "background_options" in asked and (window := _window(asked["background_options"])) is not None:
+        made.setdefault("deadline", window)
     if repeated := _repeated(asked):
         made["request"] = repeated
     return made
@@ -71,6 +73,15 @@ def _logprobs(asked: Mapping[str, Any]) -> Any:
     if unknown := [each for each in include if each not in _INCLUDABLE]:
         raise InvalidTask(f"include: {unknown[0][:80]!r} is not known")
     return asked.get("top_logprobs", 0 if _LOGPROBS in include else None)
+
+
+def _window(value: Any) -> float | None:
+    if not isinstance(value, dict) or set(value) - {"completion_window", "continuation_id"}:
+        raise InvalidTask("background_options: a 'completion_window' is supported")
+    window = value.get("completion_window", "soonest")
+    if not isinstance(window, str) or window not in _WINDOWS:
+        raise InvalidTask(f"background_options.completion_window: one of {', '.join(_WINDOWS)} is required")
+    return _WINDOWS[window]
 
 
 def _text_format(value: Any) -> dict[str, Any]:
@@ -174,7 +185,7 @@ def response_object(
         "latency": None,
     }
     if result is not None:
-        body.update(_outcome(result, body["status"]))
+        body.update(_outcome(result, body["status"], summarised=is_summarised(spec)))
         body["completed_at"] = int(submitted + result.latency) if body["status"] == "completed" else None
     return body
 
@@ -205,10 +216,11 @@ def _status(state: State, result: Result | None) -> str:
             return "failed"
 
 
-def _outcome(result: Result, status: str) -> dict[str, Any]:
+def _outcome(result: Result, status: str, *, summarised: bool) -> dict[str, Any]:
     body: dict[str, Any] = receipt_fields(result)
     if result.output is not None:
-        body["output"] = items.output_items(result.id, result.output, item_status(status))
+        ended = "completed" if status == "completed" else "incomplete"
+        body["output"] = items.output_items(result.id, result.output, ended, summarised=summarised)
     if receipt := result.receipt:
         body["model"] = receipt.model
         body["usage"] = {
@@ -226,146 +238,6 @@ def _outcome(result: Result, status: str) -> dict[str, Any]:
     return body
 
 
-def item_status(status: str) -> str:
-    """The status of a final response's items."""
-    return "completed" if status == "completed" else "incomplete"
-
-
-# --- events
-
-
-class ResponseStream:
-    """The events of one response: `opening`, then those of each `piece`, then those of the `end`. The same pieces and
-    the same end give the same events with the same numbers.
-
-    Items come in the order in which their first pieces do. Reasoning is done when something else begins, a call when
-    another one does; the message stays open to the end, as its text may go on after a call.
-    """
-
-    def __init__(self, task_id: str, spec: TaskSpec, submitted: float) -> None:
-        self._id, self._spec, self._submitted = task_id, spec, submitted
-        self._sent, self._number = Sent(), 0
-        self._open: dict[str, _Item] = {}  # by what they are of
-        self._items: list[_Item] = []
-
-    def opening(self) -> Iterator[dict[str, Any]]:
-        """That there is a response."""
-        yield self._event("response.created", response=self._in_state(State.PENDING))
-        yield self._event("response.in_progress", response=self._in_state(State.RUNNING))
-
-    def piece(self, delta: Delta) -> Iterator[dict[str, Any]]:
-        """A piece of the answer."""
-        if self._sent.add(delta) and delta.index == 0:
-            yield from self._said(delta)
-
-    def end(self, result: Result) -> Iterator[dict[str, Any]]:
-        """What is left, and how it ended."""
-        final = self._in_state(result.state, result)
-        if result.output is not None:
-            rest = self._sent.rest(result.output.choices)
-            if rest is None:
-                message = "a node was lost and the answer began anew: retrieve the response to have it whole"
-                yield self._event("error", code="restarted", message=message, param=None)
-            else:
-                for delta in rest:
-                    yield from self._said(delta)
-                if not self._items:
-                    yield from self._item("message")
-                done = {item["id"]: item for item in final["output"]}
-                for item in list(self._open.values()):
-                    yield from self._done(item, done.get(item.id))
-                order = {item.id: place for place, item in enumerate(self._items)}
-                final["output"].sort(key=lambda item: order.get(item["id"], len(order)))
-        kind = {"completed": "completed", "failed": "failed"}.get(final["status"], "incomplete")
-        yield self._event(f"response.{kind}", response=final)
-
-    def _in_state(self, state: State, result: Result | None = None) -> dict[str, Any]:
-        return response_object(self._id, self._spec, self._submitted, state, result)
-
-    def _event(self, kind: str, **more: Any) -> dict[str, Any]:
-        number, self._number = self._number, self._number + 1
-        return {"type": kind, "sequence_number": number, **more}
-
-    def _said(self, delta: Delta) -> Iterator[dict[str, Any]]:
-        if delta.call is not None:
-            yield from self._item(f"call {delta.call}", delta)
-            piece = delta.arguments
-        else:
-            yield from self._item("reasoning" if delta.reasoning else "message")
-            piece = delta.reasoning or delta.text
-        item = self._open.get(_what(delta))
-        if item is not None and piece:  # None: more reasoning than was taken for all of it; the end has it
-            item.said.append(piece)
-            more: dict[str, Any] = {"logprobs": []} if item.kind == "message" else {}
-            yield self._event(f"response.{_EVENTS[item.kind]}.delta", **item.where, delta=piece, **more)
-
-    def _item(self, what: str, delta: Delta | None = None) -> Iterator[dict[str, Any]]:
-        """Have what is said be of this item: begin it, and end those that it follows."""
-        if any(item.what == what for item in self._items):
-            return
-        for item in list(self._open.values()):
-            if item.kind != "message":
-                yield from self._done(item)
-        item = _Item(what, self._id, len(self._items), delta)
-        self._items.append(item)
-        self._open[what] = item
-        yield self._event(
-            "response.output_item.added", output_index=item.index, item=item.shown("in_progress", empty=True)
-        )
-        if item.kind != "call":
-            yield self._event("response.content_part.added", **item.where, part=item.part(""))
-
-    def _done(self, item: _Item, final: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        del self._open[item.what]
-        whole = final or item.shown("completed")
-        if item.kind == "call":
-            arguments = {"name": whole["name"], "arguments": whole["arguments"]}
-            yield self._event("response.function_call_arguments.done", **item.where, **arguments)
-        else:
-            part = whole["content"][0]
-            more = {"logprobs": part["logprobs"]} if item.kind == "message" else {}
-            yield self._event(f"response.{_EVENTS[item.kind]}.done", **item.where, text=part["text"], **more)
-            yield self._event("response.content_part.done", **item.where, part=part)
-        yield self._event("response.output_item.done", output_index=item.index, item=dict(whole))
-
-
-_EVENTS = {"message": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
-
-
-def _what(delta: Delta) -> str:
-    return f"call {delta.call}" if delta.call is not None else "reasoning" if delta.reasoning else "message"
-
-
-class _Item:
-    """An item while it is streamed."""
-
-    def __init__(self, what: str, task_id: str, index: int, delta: Delta | None) -> None:
-        self.what, self.index, self._task_id = what, index, task_id
-        self.kind, _, number = what.partition(" ")
-        self._number = int(number or 0)
-        self._call = (delta.id or "", delta.name or "") if delta is not None else ("", "")
-        self.said: list[str] = []
-        self.id: str = self.shown("in_progress")["id"]
-        self.where: dict[str, Any] = {"item_id": self.id, "output_index": index}
-        if self.kind != "call":
-            self.where["content_index"] = 0
-
-    def part(self, text: str) -> dict[str, Any]:
-        """Its one part, with this text."""
-        part: dict[str, Any] = self._made(text, "in_progress")["content"][0]
-        return part
-
-    def shown(self, status: str, *, empty: bool = False) -> dict[str, Any]:
-        """The item with what was said of it, or `empty`: before anything was."""
-        made = self._made("".join(self.said), status)
-        return {**made, "content": []} if empty and self.kind != "call" else made
-
-    def _made(self, text: str, status: str) -> dict[str, Any]:
-        match self.kind:
-            case "message":
-                return items.message_item(self._task_id, text, status)
-            case "reasoning":
-                return items.reasoning_item(self._task_id, text, status)
-        identity, name = self._call
-        call = ToolCall.model_construct(id=identity, name=name, arguments=text)
-        return items.call_item(self._task_id, self._number, call, status)
+def is_summarised(spec: TaskSpec) -> bool:
+    """Whether what the model thinks is given as a summary: it was asked for, and the whole thought stands for it."""
+    return bool(spec.request.get("summary"))

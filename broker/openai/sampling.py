@@ -124,6 +124,14 @@ _NAMES = {
     "tools": ("functions",),
     "tool_choice": ("function_call",),
 }
+#: What a model must be able to do, by the field that asks for it.
+_NEEDS = {
+    "reasoning": ("reasoning_effort",),
+    "infill": ("suffix",),
+    "choices": ("n",),
+    "tokens": ("prompt", "input"),
+    "chat": ("messages", "input"),
+}
 
 
 def as_asked(said: str, given: Collection[str]) -> str:
@@ -133,6 +141,9 @@ def as_asked(said: str, given: Collection[str]) -> str:
 
 def _of_request(said: str, given: Collection[str]) -> str:
     field, colon, what = said.partition(": ")
+    need = field.partition(",")[0]
+    if need not in given and (asking := next((name for name in _NEEDS.get(need, ()) if name in given), None)):
+        return f"{asking}: {said}"
     own, _, inner = field.partition(".")
     name = next((name for name in _NAMES.get(own, ()) if name in given and own not in given), None)
     if not colon or name is None:

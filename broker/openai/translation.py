@@ -7,17 +7,20 @@ fields of `TaskSpec`; a response carries `energy` (J by stage, the method, measu
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
 from perllm.broker.errors import InvalidTask
 from perllm.broker.messages import Result, TaskSpec
-from perllm.broker.openai import chat, completions, responses
+from perllm.broker.openai import chat, completions, embeddings, responses
+from perllm.broker.openai.embeddings import EMBEDDINGS, RERANK, USUAL_FORM, AnswerForm
+from perllm.broker.openai.receipts import receipt_fields
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
-ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES)
+ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, RERANK)
 #: Our fields a request may carry.
 EXTENSIONS = ("deadline", "value", "service", "expected_tokens")
 
@@ -25,6 +28,8 @@ EXTENSIONS = ("deadline", "value", "service", "expected_tokens")
 def task_fields(body: Mapping[str, Any], url: str = CHAT) -> dict[str, Any]:
     """A TaskSpec's fields from a request's body. Raises InvalidTask for a field that is neither OpenAI's nor ours, or
     asks for what is not supported; other values are checked with the task."""
+    if url in (EMBEDDINGS, RERANK):
+        return embeddings.fields(body, url)
     if url == COMPLETIONS:
         return completions.fields(body)
     return responses.fields(body) if url == RESPONSES else chat.fields(body)
@@ -33,6 +38,15 @@ def task_fields(body: Mapping[str, Any], url: str = CHAT) -> dict[str, Any]:
 def endpoint_of(body: Mapping[str, Any]) -> str:
     """Whose body this is, by what it has."""
     return COMPLETIONS if "prompt" in body else RESPONSES if "input" in body else CHAT
+
+
+def response_pieces(
+    url: str, result: Result, spec: TaskSpec, submitted: float, form: AnswerForm = USUAL_FORM
+) -> Iterator[str]:
+    """A succeeded task as the JSON its endpoint answers with, in pieces. `submitted` is in s since the epoch."""
+    if url in (EMBEDDINGS, RERANK):
+        return embeddings.response_pieces(url, result, spec, form, receipt_fields(result))
+    return iter([json.dumps(response_body(url, result, spec, submitted), ensure_ascii=False)])
 
 
 def response_body(url: str, result: Result, spec: TaskSpec, submitted: float) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from perllm.broker.messages import WIRE_VERSION
 from perllm.broker.queues import transport
 from perllm.broker.settings import Settings
 
-#: The task plain Celery producers send, and the queue they send it to.
+#: The tasks plain Celery producers send, and the queue they send them to.
 GENERATE = "perllm.generate"
+EMBED = "perllm.embed"
 INBOX = "inbox"
 #: What is added to a queue's name for each priority (kombu.transport.redis).
 _PRIORITIES = ("", "\x06\x163", "\x06\x166", "\x06\x169")

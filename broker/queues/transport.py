@@ -12,12 +12,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 from kombu.asynchronous import get_event_loop
 from kombu.transport import TRANSPORT_ALIASES, redis, virtual
-from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 from pydantic import BaseModel, ValidationError
 from redis.exceptions import ResponseError
@@ -37,6 +36,18 @@ class _Task(BaseModel):
     retries: int | None = None
     eta: str | None = None
     expires: str | None = None
+
+
+class _Reply(BaseModel):
+    """Where the sender of a command may have its answer: not wherever the worker that answers may write."""
+
+    exchange: Literal["reply.celery.pidbox"]
+
+
+class _Command(BaseModel):
+    """Remote control, as far as we look at it."""
+
+    reply_to: _Reply | None = None
 
 
 #: What kombu's QoS notes of a message it has taken, also at the memory limit: the message was in memory before.
@@ -124,6 +135,8 @@ class Channel(redis.Channel):
             try:
                 if not no_ack:  # without acknowledgement it is no task but an event, or remote control
                     _Task.model_validate(message.headers if "task" in message.headers else message.payload)
+                elif isinstance(message.payload, dict) and "method" in message.payload:
+                    _Command.model_validate(message.payload)
                 return callback(message)
             except self.connection_errors:
                 raise
@@ -162,7 +175,7 @@ class _NodeQoS(redis.QoS):
         full = not self.can_consume()  # type: ignore[no-untyped-call]
         virtual.QoS.ack(self, delivery_tag)  # type: ignore[no-untyped-call]
         if full and (loop := get_event_loop()) is not None:
-            loop.call_soon(_look_again)  # it waits for other things, for up to a second
+            loop.call_soon(_look_again)  # type: ignore[no-untyped-call]  # it waits for other things, for up to a second
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:  # noqa: ARG002  the ledger requeues
         self.ack(delivery_tag)
@@ -180,11 +193,13 @@ class NodeChannel(Channel):
     with one at a time, as kombu has it, the way there and back would bound a worker's rate whatever its slots."""
 
     QoS = _NodeQoS
+    _in_poll: Any
+    _brpop_sent_at: Any
 
     def _brpop_start(self, timeout: float | None = None) -> None:
-        queues = self._queue_cycle.consume(len(self.active_queues))  # type: ignore[no-untyped-call]
+        queues = self._queue_cycle.consume(len(self.active_queues))
         keys = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]  # type: ignore[no-untyped-call]
-        places = self.qos.can_consume_max_estimate() or 1  # type: ignore[no-untyped-call]
+        places = self.qos.can_consume_max_estimate() or 1
         self._in_poll, self._brpop_sent_at = self.client.connection, time.monotonic()
         wait = timeout or self.brpop_timeout
         self.client.connection.send_command("BLMPOP", wait, len(keys), *keys, "RIGHT", "COUNT", places)
@@ -201,10 +216,10 @@ class NodeChannel(Channel):
         if not reply:
             raise Empty
         key, messages = reply
-        queue = bytes_to_str(key).rsplit(self.sep, 1)[0]
+        queue = key.decode().rsplit(self.sep, 1)[0]
         for message in messages:
             try:
-                self.connection._deliver(loads(bytes_to_str(message)), queue)
+                self.connection._deliver(loads(message.decode()), queue)  # type: ignore[no-untyped-call]
             except self.connection_errors:
                 raise
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -1,7 +1,8 @@
 """The part of a worker around its engine: register, heartbeat, claim, run, complete, hand back.
 
 One `NodeWorker` per process. Celery threads call `run`; one more thread sends heartbeats: each renews every running
-attempt's lease and returns which of them must stop. A cancel wakes it at once through the node's signal channel.
+attempt's lease and returns which of them must stop. A cancel wakes it at once through the node's signal channel. While
+no scheduler leads, it also does what of its work nobody can wait for: ends what is overdue, frees what dead nodes held.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import structlog
 from pydantic import ValidationError
 
 from perllm.broker import grammar
+from perllm.broker.engine.checks import embeddings_excess
 from perllm.broker.engine.contract import Engine, EngineDown, EngineError, Generation, Stop, counters_or_none
 from perllm.broker.errors import (
     BadSetting,
@@ -191,6 +193,7 @@ class NodeWorker:
             return self._failed(task_id, attempt, reason, retry=True)
         try:
             grammar.check(spec)
+            self._check_size(spec)
             publisher = TextPublisher(self._ledger, task_id, attempt.number, attempt.token) if spec.stream else None
             if may_be_cut(spec):
                 attempt.stop.bring_forward(self._time_to_deliver(claim, transfer))
@@ -212,6 +215,14 @@ class NodeWorker:
             log.exception("engine_error", task_id=task_id)
             return self._failed(task_id, attempt, f"{type(error).__name__}: {error}", retry=True)
         return self._deliver(task_id, attempt, done, self._receipt(attempt, done, claim, transfer))
+
+    def _check_size(self, spec: TaskSpec) -> None:
+        """Raises InvalidTask where what it asks for is more than may be stored."""
+        offer = self.info.offer(spec.model)
+        if offer is None or offer.dimensions is None:
+            return
+        if excess := embeddings_excess(spec, offer.dimensions, self._settings.max_result_bytes):
+            raise InvalidTask(f"inputs: {excess}")
 
     def _deliver(self, task_id: str, attempt: _Attempt, done: Generation, receipt: Receipt) -> str:
         ledger, number, token = self._ledger, attempt.number, attempt.token
@@ -392,3 +403,5 @@ class NodeWorker:
         for task_id in must_stop:
             log.info("attempt_stopped", task_id=task_id)
             running[task_id].stop.cancel()
+        if not self._ledger.led():  # deadlines and leases hold all the same
+            self._ledger.sweep()

@@ -17,7 +17,5 @@ class WorkerSettings(EngineSettings):
     """The node's name; unset: the machine's."""
     engine: Literal["auto", "llama", "vllm", "openai", "emulated"] = "auto"
     """Which engine serves; `auto`: llama.cpp on edges, vLLM on clouds with a GPU."""
-    grace: Annotated[float, Field(ge=0, le=3600)] = 10.0
-    """Seconds running work may go on after SIGTERM."""
     bandwidth: Annotated[float, Field(gt=0)] = 12.5e6
     """Bytes/s of the node's link, until measured."""

@@ -36,7 +36,7 @@ class MeanLength:
         """Count a task that ran to its end; one cut at its deadline says only that it was longer."""
         if not isinstance(event, Completed) or task is None or event.state is not State.SUCCEEDED:
             return
-        if not (task.fit_context and event.receipt.cut):
+        if task.generates and not (task.fit_context and event.receipt.cut):
             entry = self.sums.get(task.tenant, task.service)
             entry[0] += 1
             entry[1] += event.receipt.completion_tokens / task.n

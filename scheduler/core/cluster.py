@@ -36,7 +36,7 @@ class Task:
     demand: Demand  # of a node
     prompt_tokens: int  # estimated
     payload_bytes: int
-    max_tokens: int  # of each answer
+    max_tokens: int  # of each answer; 0: it generates nothing, its inputs are embedded or ranked
     tenant: str = "default"
     fit_context: bool = False  # it may end where the context does; its `max_tokens` is not the producer's
     n: int = 1  # answers
@@ -53,6 +53,16 @@ class Task:
     avoid: Mapping[str, float] = field(default_factory=dict)  # nodes that lost it, until when they are avoided (s)
 
     @property
+    def generates(self) -> bool:
+        return self.max_tokens > 0
+
+    @property
+    def most_output(self) -> float:
+        """Tokens of output at most, as a forecast counts steps: half a one where there is none, for it has its result
+        at a step's end."""
+        return self.max_tokens or 0.5
+
+    @property
     def model(self) -> str | None:
         """The one it names."""
         return self.demand.model
@@ -61,6 +71,12 @@ class Task:
     def least_output(self) -> int:
         """Tokens of output there must be room for."""
         return 1 if self.fit_context else self.max_tokens
+
+    @property
+    def least_context(self) -> int:
+        """Tokens of context it must have. The prompt is an estimate, so only half of it must fit here; the engine, which
+        counts exactly, has the last word. Of inputs to embed each must fit, which the engine alone sees."""
+        return self.prompt_tokens // 2 + self.least_output if self.generates else 0
 
     def avoids(self, node: str, now: float) -> bool:
         """Whether it lost an attempt on this node lately."""

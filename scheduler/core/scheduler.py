@@ -525,7 +525,7 @@ def task_of(event: Submitted) -> Task:
         demand=Demand(event.model, event.needs),
         prompt_tokens=event.prompt_tokens,
         payload_bytes=event.payload_bytes,
-        max_tokens=event.max_tokens,
+        max_tokens=event.max_tokens if event.kind == "generate" else 0,
         fit_context=event.fit_context,
         n=event.n,
         expected_tokens=event.expected_tokens,
@@ -537,9 +537,8 @@ def task_of(event: Submitted) -> Task:
 
 
 def fits(context: int, task: Task) -> bool:
-    """Whether a context of so many tokens could hold the task. The prompt is an estimate, so only half of it must
-    fit here; the engine, which counts exactly, has the last word."""
-    return task.prompt_tokens // 2 + task.least_output <= context
+    """Whether a context of so many tokens could hold the task."""
+    return task.least_context <= context
 
 
 def serves(node: Node, task: Task) -> bool:

@@ -246,7 +246,7 @@ class ClusterArrays:
             prompt_tokens=task.prompt_tokens,
             payload_bytes=task.payload_bytes,
             deadline=task.deadline,
-            max_tokens=task.max_tokens,
+            max_tokens=task.most_output,
             n=task.n,
             width=min(task.n, entry.node.info.slots),
             value=task.value,

@@ -102,11 +102,15 @@ def _turns(length: LengthsRow, n: float, wide: float, most: float) -> float:
 @compiled
 def _all_over(length: LengthsRow, n: float, wide: float, most: float, steps: float) -> float:
     """P(n answers of up to `most` tokens are all over after so many steps), so many of them there at a time."""
+    if n <= 1.0:
+        return 1.0 if steps >= most else 1.0 - at(length.tail, steps)
+    return _several_over(length, n, wide, most, steps)
+
+
+@compiled
+def _several_over(length: LengthsRow, n: float, wide: float, most: float, steps: float) -> float:
     if n <= wide:
-        if steps >= most:
-            return 1.0
-        over = 1.0 - at(length.tail, steps)
-        return over if n <= 1.0 else over**n
+        return 1.0 if steps >= most else (1.0 - at(length.tail, steps)) ** n
     mean, over = at(length.mean, most) / wide, 1.0
     for i in range(int(n)):
         mine = steps - max(0.0, i + 1.0 - wide) * mean
@@ -378,10 +382,11 @@ def _sum_up_arms(node: NodeRow, arms: Records, in_flight: Records, lengths: Reco
         placed: InFlightRow = in_flight[i]
         if placed.start != 0.0:
             node.bytes_coming += placed.payload_bytes
-        length: LengthsRow = lengths[placed.lengths]
-        tokens = placed.tokens - _turns(length, placed.n, placed.width, placed.max_tokens)
-        each = max(at(length.mean, placed.max_tokens), tokens)
-        arms[placed.arm].kv_used += placed.prompt_tokens + placed.width * each
+        if placed.max_tokens >= 1:
+            length: LengthsRow = lengths[placed.lengths]
+            tokens = placed.tokens - _turns(length, placed.n, placed.width, placed.max_tokens)
+            each = max(at(length.mean, placed.max_tokens), tokens)
+            arms[placed.arm].kv_used += placed.prompt_tokens + placed.width * each
 
 
 @compiled
@@ -565,7 +570,10 @@ def p_on_time_alone(node: NodeRow, arm: ArmRow, task: TaskRow, now: float, lengt
 
 @compiled
 def kv_needed(node: NodeRow, task: TaskRow, lengths: Records) -> float:
-    """Tokens of KV cache the task will probably hold: its prompt once, and its answers."""
+    """Tokens of KV cache the task will probably hold: its prompt once, and its answers. What is embedded is not kept
+    from step to step."""
+    if task.max_tokens < 1:
+        return 0.0
     return float(task.prompt_tokens + width(node, task) * at(lengths[task.lengths].mean, task.max_tokens))
 
 

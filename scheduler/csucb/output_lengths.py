@@ -422,7 +422,9 @@ class Lengths:
         return self._new_row(known, size, hinted, tenant) if row is None else row
 
     def row_of(self, task: Task) -> int:
-        """The same for a task as the core has it."""
+        """The same for a task as the core has it. One that generates nothing has the prior's: nothing hangs on it."""
+        if not task.generates:
+            return self._unknown_row()
         return self.row(
             task.service,
             task.prompt_tokens,
@@ -503,12 +505,17 @@ class Lengths:
     def _new_row(self, known: _Class, size: int, hinted: int, tenant: str) -> int:
         row = self._take_row(tenant)
         if row is None:
-            known, size, hinted = self._unknown, 0, -1
-            if (row := known.rows.get((size, hinted))) is not None:
-                return row
-            row = self._add_row(tenant)
+            return self._unknown_row()
         known.rows[size, hinted] = row
         self._stale[known] = None
+        return row
+
+    def _unknown_row(self) -> int:
+        """The row of the prior."""
+        row = self._unknown.rows.get((0, -1))
+        if row is None:
+            row = self._unknown.rows[0, -1] = self._add_row("")
+            self._stale[self._unknown] = None
         return row
 
     def _take_row(self, tenant: str, share: float = 1.0) -> int | None:

@@ -115,10 +115,12 @@ class CsUcb(Policy):
         self._node_models.observe(event, task, cluster)
         if isinstance(event, Completed) and task is not None:
             receipt = event.receipt
-            for tokens in receipt.choice_tokens or (receipt.completion_tokens,):
-                self._observe_length(task, tokens, cut=event.state is not State.SUCCEEDED, at_limit=receipt.cut)
             least = self._dear.pop(task.id, 1.0)
             self._scale.observe(least * (receipt.energy.transfer + receipt.energy.inference))
+            if not task.generates:
+                return
+            for tokens in receipt.choice_tokens or (receipt.completion_tokens,):
+                self._observe_length(task, tokens, cut=event.state is not State.SUCCEEDED, at_limit=receipt.cut)
         elif isinstance(event, Ended | Returned):
             self._dear.pop(event.id, None)
 
@@ -168,8 +170,8 @@ class CsUcb(Policy):
                 prompt_tokens=task.prompt_tokens,
                 payload_bytes=task.payload_bytes,
                 deadline=task.deadline,
-                max_tokens=task.max_tokens,
-                least_context=task.prompt_tokens // 2 + task.least_output,
+                max_tokens=task.most_output,
+                least_context=task.least_context,
                 n=task.n,
                 value=task.value,
                 lengths=self._lengths.row_of(task),
@@ -246,7 +248,7 @@ class CsUcb(Policy):
 
     @override
     def forecast_length(self, task: Task) -> LengthForecast | None:
-        return self._lengths.forecast(task)
+        return self._lengths.forecast(task) if task.generates else None
 
     # --- kept over a restart
 

@@ -18,6 +18,7 @@ from support.wait import eventually
 from perllm.broker.engine.contract import EngineDown, EngineError, Generation, Stop
 from perllm.broker.errors import BadSetting
 from perllm.broker.messages import Delta, Message, TaskSpec
+from perllm.broker.vectors import unpack
 from perllm.cloud_worker.nvml import PowerLimitMeter
 from perllm.cloud_worker.settings import CloudSettings
 from perllm.cloud_worker.vllm_engine import VLLMEngine
@@ -68,6 +69,48 @@ def test_text_is_generated_and_streamed(engine: VLLMEngine) -> None:
     assert done.decode > 0
     assert done.after.generated - done.before.generated == done.completion_tokens
     assert done.after.steps > done.before.steps
+
+
+def test_several_answers_share_their_prompt(engine: VLLMEngine) -> None:
+    """More than the slots, and at temperature 0 too, which vLLM's own `n` refuses."""
+    one = spec("Tell me a story about a river. " * 8, 12, temperature=1.0, seed=5)
+    pieces: list[Delta] = []
+    done = engine.generate("a", one.model_copy(update={"n": SLOTS + 2}), Stop(120), pieces.append)
+    assert len({choice.text for choice in done.output.choices}) > SLOTS
+    assert done.completion_tokens == sum(choice.tokens for choice in done.output.choices)
+    told = ["".join(p.text for p in pieces if p.index == i) for i in range(SLOTS + 2)]
+    assert told == [choice.text for choice in done.output.choices]
+    third = engine.generate("b", one.model_copy(update={"seed": 7}), Stop(120))
+    assert third.output.text[:8] == done.output.choices[2].text[:8]
+    greedy = engine.generate("c", spec("Name three colours.", 8, n=3), Stop(120))
+    assert len({choice.text for choice in greedy.output.choices}) == 1
+    assert engine.progress() == {}
+
+
+def test_a_cancel_ends_all_answers(engine: VLLMEngine) -> None:
+    stop = Stop(300)
+    done = engine.generate("a", spec("Write a very long story.", 450, n=3), stop, lambda _: stop.cancel())
+    assert {choice.finish_reason for choice in done.output.choices} == {"cancelled"}
+    assert (engine.progress(), engine.counters().active) == ({}, 0)
+
+
+def test_token_ids_biases_and_an_echo(engine: VLLMEngine) -> None:
+    tokenizer = engine._prompter._tokenizer
+    ids = tokenizer.encode("The capital of France is", add_special_tokens=False)
+    done = engine.generate("a", TaskSpec(prompt_ids=ids, echo=True, logprobs=1, max_tokens=2, n=2), Stop(60))
+    for choice in done.output.choices:
+        assert choice.text.startswith("The capital of France is")
+        assert choice.logprobs is not None
+        assert len(choice.logprobs) == len(ids) + choice.tokens
+        assert choice.logprobs[0]["logprob"] is None
+    (paris,) = tokenizer.encode(" Paris", add_special_tokens=False)
+    for bias, said in ((100, True), (-100, False)):
+        told = engine.generate("a", TaskSpec(prompt_ids=ids, max_tokens=1, logit_bias={paris: bias}), Stop(60))
+        assert (told.output.text == " Paris") == said
+    for field in ({"prompt_ids": [10**9]}, {"prompt": "Hi.", "suffix": "!"}):
+        with pytest.raises(EngineError) as caught:
+            engine.generate("a", TaskSpec(**field), Stop(60))
+        assert not caught.value.retry
 
 
 def test_the_chat_template_is_used(engine: VLLMEngine) -> None:
@@ -388,3 +431,31 @@ def test_what_cannot_be_started_is_one_clear_error(
     with pytest.raises(BadSetting, match=message):
         engine.start()
     engine.close()
+
+
+# --- embedding
+
+
+def test_inputs_of_a_task_are_embedded_side_by_side(smollm2: Path, small: dict[str, Any]) -> None:
+    engine = make(smollm2, {**small, "runner": "pooling"}, model_name="embedder")
+    engine.start()
+    try:
+        (offer,) = engine.offers()
+        assert offer.capabilities == ("embeddings", "tokens")
+        texts = [f"text number {number}" for number in range(50)]
+        done = engine.generate("a", TaskSpec(kind="embed", inputs=tuple(texts)), Stop(60))
+        assert done.output.vectors is not None
+        vectors = [unpack(vector) for vector in done.output.vectors]
+        assert [len(vector) for vector in vectors] == [offer.dimensions] * 50
+        alone = engine.generate("b", TaskSpec(kind="embed", inputs=(texts[7],)), Stop(60))
+        assert alone.output.vectors is not None
+        assert sum(a * b for a, b in zip(vectors[7], unpack(alone.output.vectors[0]), strict=True)) > 0.99
+        assert done.prompt_tokens > alone.prompt_tokens > 0
+        assert done.energy.inference > 0
+        with pytest.raises(EngineError, match="input 1 has"):
+            engine.generate("c", TaskSpec(kind="embed", inputs=("a", "word " * 600)), Stop(60))
+        stop = Stop(60)
+        stop.cancel()
+        assert engine.generate("d", TaskSpec(kind="embed", inputs=tuple(texts)), stop).output.vectors is None
+    finally:
+        engine.close()

@@ -257,7 +257,7 @@ def test_the_api_names_the_field_and_a_batch_the_line(cluster: Cluster, node: Pr
         assert refused("/v1/chat/completions", {**ask, **bad})["param"] == "grammar"
         never = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}
         said = refused("/v1/chat/completions", {**ask, "response_format": never})
-        assert said["param"] == "json_schema"
+        assert said["param"] == "response_format"
         assert "#/not" in said["message"]
         assert refused("/v1/tasks", {"tasks": [{"prompt": "x", **good}, {"prompt": "x", **bad}]})["param"] == (
             "tasks.1.grammar"

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 
 import celery
 import pytest
+from celery import chain
+from celery.canvas import Signature
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
+from kombu import Exchange
 from support.cluster import Cluster
 from support.make import node_info
 from support.raw import prefix_of, redis_of
@@ -156,6 +159,20 @@ def test_no_command_stops_a_node_from_working(cluster: Cluster, producer: celery
     assert all(process.running for process in cluster.processes)
 
 
+def test_a_command_has_no_answer_written_where_its_sender_may_not_write(
+    cluster: Cluster, producer: celery.Celery
+) -> None:
+    """Whoever may broadcast could have the inbox spoil the ledger's keys, and a node another's queue."""
+    spoilt, pidbox = [f"{prefix_of(cluster.ledger)}refused", "edge.b"], Exchange("celery.pidbox", type="fanout")
+    with producer.connection_for_write() as connection, connection.SimpleQueue("x") as queue:
+        for exchange in ("", "inbox", "celery.pidbox", 7, None):
+            for key in spoilt:
+                command = {"method": "ping", "arguments": {}, "reply_to": {"exchange": exchange, "routing_key": key}}
+                queue.producer.publish(command, exchange=pidbox, routing_key="", declare=[pidbox], serializer="json")
+    assert set(tell(producer, "ping", {})) == BOTH
+    assert not redis_of(cluster.ledger).exists(*spoilt)
+
+
 @pytest.mark.parametrize("nonsense", [None, 7, {}, [[]], [None, 1, "with space", "x" * 300], "", {"$": 1}])
 def test_nonsense_for_an_id_is_passed_over(cluster: Cluster, producer: celery.Celery, nonsense: object) -> None:
     (task_id,) = cluster.submit(**ENDLESS)
@@ -208,3 +225,38 @@ def test_a_deadline_holds_on_a_node_that_takes_up_nothing(cluster: Cluster) -> N
     assert (result.state, result.on_time) == ("expired", False)
     assert 2 <= result.latency < 10  # it was 30
     cluster.ledger.leave("hole", info.boot, "gone")
+
+
+# --- whoever is killed meanwhile
+
+
+def test_with_no_scheduler_alive_it_is_cancelled_and_told_by_the_next(
+    cluster: Cluster, producer: celery.Celery
+) -> None:
+    (task_id,) = cluster.submit(**ENDLESS)
+    cluster.await_state(task_id, "running")
+    scheduler = next(p for p in cluster.processes if p.name == "scheduler" and p.running)
+    scheduler.kill()
+    producer.control.revoke(task_id)
+    assert cluster.await_state(task_id, "cancelled")
+    cluster.scheduler()
+    revoked(cluster, producer, task_id)
+    works(cluster)
+
+
+def test_the_rest_of_a_chain_is_revoked_though_the_inbox_was_killed(cluster: Cluster, producer: celery.Celery) -> None:
+    def signature(**fields: object) -> Signature:
+        return producer.signature(GENERATE, kwargs={"prompt": "hi", "max_tokens": 2} | fields, queue="inbox")
+
+    first = signature(**ENDLESS)
+    last = chain(first, signature(), signature())()
+    ids = [last.id, last.parent.id, last.parent.parent.id]
+    eventually(lambda: cluster.ledger.known([ids[2]])[0], "it is handed in")
+    inbox = next(p for p in cluster.processes if p.name == "inbox" and p.running)
+    inbox.kill()
+    producer.control.revoke(ids[2], terminate=True)  # the node hears it
+    eventually(lambda: AsyncResult(ids[2], app=producer).state == "REVOKED", "the first is revoked")
+    assert AsyncResult(ids[0], app=producer).state == "PENDING"
+    cluster.start_inbox()
+    eventually(lambda: {AsyncResult(i, app=producer).state for i in ids} == {"REVOKED"}, "all are revoked")
+    assert cluster.ledger.known(ids) == [False, False, True]

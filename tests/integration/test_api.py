@@ -300,7 +300,7 @@ def test_good_lines_run_beside_bad_ones_which_are_named(client: OpenAI) -> None:
         '{"custom_id": "cut", "body": {"messages"\n',
         chat_line("good-1"),
         "\n",
-        chat_line("embed", url="/v1/embeddings"),
+        chat_line("embed", url="/v1/audio/speech"),
         {"custom_id": "other", "url": "/v1/completions", "body": {"prompt": "Hi."}},
         chat_line("model", body={"model": "gpt-99"}),
         chat_line("past", deadline="2020-01-01T00:00:00Z"),
@@ -319,7 +319,7 @@ def test_good_lines_run_beside_bad_ones_which_are_named(client: OpenAI) -> None:
     assert "line 2: not JSON" in said[None]
     for custom_id, words in {
         "good-1": ("line 3", "custom_id", "earlier line"),
-        "embed": ("line 5", "url", "/v1/embeddings"),
+        "embed": ("line 5", "url", "/v1/audio/speech"),
         "other": ("line 6", "url"),
         "model": ("line 7", "model", "gpt-99"),
         "past": ("line 8", "deadline", "has passed"),
@@ -655,7 +655,7 @@ def failure(answer: httpx.Response, status: int, *words: str) -> dict[str, Any]:
         ("tasks", {"tasks": []}, 400, "tasks"),
         ("tasks", {"tasks": [{"prompt": "x"}], "deadline": 5}, 400, "deadline"),
         ("batches", {**BATCH, "input_file_id": None}, 400, "input_file_id"),
-        ("batches", {**BATCH, "endpoint": "/v1/embeddings"}, 400, "endpoint"),
+        ("batches", {**BATCH, "endpoint": "/v1/audio/speech"}, 400, "endpoint"),
         ("batches", {**BATCH, "completion_window": "90d"}, 400, "completion_window"),
         ("batches", {**BATCH, "output_expires_after": {"seconds": 5}}, 400, "output_expires_after"),
         ("batches", BATCH, 404, "input_file_id"),

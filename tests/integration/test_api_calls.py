@@ -228,6 +228,7 @@ def test_a_response_calls_tools_and_is_continued(client: OpenAI) -> None:
     assert first.status == "completed"
     assert [item.type for item in first.output] == ["reasoning", "message", "function_call", "function_call"]
     assert first.output_text == "Let me look."
+    assert first.output[0].summary[0].text == "Two places."  # type: ignore[union-attr]
     assert first.instructions == "Be brief."
     assert first.tool_choice.model_dump() == {"type": "function", "name": "get_weather"}  # type: ignore[union-attr]
     assert first.tools[0].name == "get_weather"  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openai.types import batch_create_params, completion_create_params
+from openai.types import batch_create_params, completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 from support.api import ApiProcess, Sink
@@ -31,6 +31,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": ASK},
     "/v1/completions": {"prompt": "hi"},
     "/v1/responses": {"input": "hi"},
+    "/v1/embeddings": {"input": "hi"},
+    "/v1/rerank": {"query": "hi", "documents": ["hi"]},
     "/v1/tasks": {"prompt": "hi"},
     "/v1/batches": BATCH,
     "/v1/webhooks": {"url": f"http://{SINK}/"},
@@ -42,6 +44,7 @@ OPENAI_FIELDS = {
         chat_create_params.CompletionCreateParamsBase,
         completion_create_params.CompletionCreateParamsBase,
         response_create_params.ResponseCreateParamsBase,
+        embedding_create_params.EmbeddingCreateParams,
         batch_create_params.BatchCreateParams,
     )
     for name in parameters.__annotations__
@@ -237,6 +240,8 @@ def test_answers_are_what_the_document_says(api: ApiProcess, document: dict[str,
         chat = {"messages": ASK, "max_tokens": 2}
         call("POST /v1/chat/completions", body=chat)
         call("POST /v1/completions", body={"prompt": "hi", "max_tokens": 2})
+        call("POST /v1/embeddings", body={"input": ["hi", "ho"]})
+        call("POST /v1/rerank", body={"query": "hi", "documents": ["hi", "ho"]})
         made = call("POST /v1/responses", body={"input": "hi", "max_output_tokens": 2})["id"]
         call("GET /v1/responses/{id}", id=made)
         call("GET /v1/responses/{id}/input_items", id=made)

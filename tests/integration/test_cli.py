@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from support.wait import eventually
 
 from perllm import Client, InvalidTask
 from perllm.broker.local.supervisor import Supervisor
+from perllm.broker.messages import new_id
 from perllm.broker.settings import Settings
 
 PERLLM = str(Path(sys.executable).with_name("perllm"))
@@ -33,8 +35,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
         yield running
 
 
-def perllm(url: str | None, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "120", **({"PERLLM_REDIS_URL": url} if url else {})}
+def perllm(
+    url: str | None, *arguments: str, cwd: Path | None = None, columns: int = 120
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": str(columns), **({"PERLLM_REDIS_URL": url} if url else {})}
     done = subprocess.run(
         [PERLLM, *arguments], env=environment, cwd=cwd, capture_output=True, text=True, timeout=120, check=False
     )
@@ -52,6 +56,15 @@ def test_a_prompt_from_submission_to_explanation(stack: Supervisor) -> None:
     assert result["receipt"]["node"] in explained.stdout
     status = json.loads(perllm(stack.url, "status", result["id"], "--json").stdout)
     assert status["result"] == result
+
+
+def test_all_answers_are_printed(stack: Supervisor) -> None:
+    with Client(stack.url) as client:
+        task_id = client.submit("hi", max_tokens=2, n=3).id
+    done = perllm(stack.url, "result", task_id)
+    assert done.stdout.splitlines() == ["word word"] * 3
+    assert [f"answer {i}:" in done.stderr for i in range(4)] == [True, True, True, False]
+    assert "6 tokens" in done.stderr
 
 
 def test_a_running_task_is_cancelled(stack: Supervisor) -> None:
@@ -97,6 +110,34 @@ def test_lists_speak_json(stack: Supervisor) -> None:
     assert isinstance(json.loads(perllm(stack.url, "tasks", "--json").stdout), list)
     assert json.loads(perllm(stack.url, "dead", "list", "--json").stdout) == []
     assert set(json.loads(perllm(stack.url, "status", "--json").stdout)) == {"tasks", "totals", "nodes"}
+
+
+def test_a_short_id_will_do_and_tables_fit_80_columns(stack: Supervisor) -> None:
+    prompt, alike = "a long prompt " * 20, [f"alike-{new_id()}" for _ in range(2)]
+    with Client(stack.url) as client:
+        spec = client.accept({"prompt": prompt, "deadline": 600, "start_after": 500})
+        ids = [*alike, *(new_id() for _ in range(3))]
+        client.ledger.submit([(task_id, spec) for task_id in ids])
+    told = {
+        name: perllm(stack.url, *name.split(), columns=80) for name in ("tasks --state pending", "nodes", "dead list")
+    }
+    for done in told.values():
+        assert max(map(len, done.stdout.splitlines())) <= 80
+    shown = [row.split()[:2] for row in told["tasks --state pending"].stdout.splitlines() if " pending " in row]
+    assert len(shown) == len(ids)
+    found = [[task_id for task_id in ids if task_id.startswith(short)] for short, _ in shown]
+    assert sorted(found) == sorted([task_id] for task_id in ids)
+    assert json.loads(perllm(stack.url, "status", shown[0][0], "--json").stdout)["id"] == found[0][0]
+    wide = perllm(stack.url, "tasks", "--state", "pending", "--wide", columns=80).stdout
+    assert all(task_id in wide for task_id in ids)
+    both = perllm(stack.url, "cancel", "alike-")
+    assert both.returncode == 1
+    assert "several tasks begin with 'alike-'" in both.stderr
+    assert all(task_id in both.stderr for task_id in alike)
+    assert perllm(stack.url, "explain", "no-such-thing").returncode == 1
+    assert perllm(stack.url, "cancel", *(short for short, _ in shown)).stdout.count("cancelled (was pending)") == len(
+        ids
+    )
 
 
 def test_a_dead_task_is_listed_and_retried_as_a_new_one(stack: Supervisor) -> None:
@@ -190,8 +231,27 @@ def up(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         running.wait()
 
 
-def test_up_runs_until_interrupted_and_leaves_nothing(up: subprocess.Popen[bytes]) -> None:
+#: A producer that has nothing but Celery, and the URL.
+BARE_PRODUCER = """
+import sys, celery
+app = celery.Celery(broker=sys.argv[1], backend=sys.argv[1])
+def generate(**fields):
+    return app.signature("perllm.generate", kwargs=fields | {"deadline": 600}, queue="inbox")
+print(celery.chain(generate(prompt="hi", max_tokens=2), generate(max_tokens=3))().get(timeout=120)["output"]["text"])
+slow = generate(prompt="hi", max_tokens=4000).apply_async()
+slow.revoke(terminate=True)
+slow.get(timeout=60, propagate=False)
+print(slow.state, any(name.startswith("perllm") for name in sys.modules))
+"""
+
+
+def test_up_runs_until_interrupted_and_leaves_nothing(up: subprocess.Popen[bytes], tmp_path: Path) -> None:
     children = _descendants(up.pid)
+    told = re.search(r"^Celery: (\S+)$", (tmp_path / "up.txt").read_text(), re.MULTILINE)
+    assert told is not None
+    bare = [sys.executable, "-c", BARE_PRODUCER, told[1]]
+    produced = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False)
+    assert produced.stdout.splitlines() == ["word word word", "REVOKED False"], produced.stderr
     assert len(children) >= 8  # server, scheduler, inbox, three workers, the HTTP API and its webhooks
     up.send_signal(signal.SIGINT)
     assert up.wait(timeout=60) == 0

@@ -94,7 +94,9 @@ def test_text_comes_back_with_its_price(engine: RemoteEngine) -> None:
 def test_it_offers_what_it_tried(engine: RemoteEngine) -> None:
     (offer,) = engine.offers()
     assert offer.name == "smollm2"
-    assert set(offer.capabilities) == {"generate", "chat", "logprobs", "grammar", "json_schema"}
+    assert set(offer.capabilities) == {
+        "generate", "chat", "choices", "logprobs", "logit_bias", "grammar", "json_schema", "infill",
+    }  # fmt: skip
     assert offer.calibration.step > 0
     assert offer.calibration.prefill > 0
     assert engine.power().estimated

@@ -225,11 +225,11 @@ def test_the_failure_of_one_answer_is_the_task_s(engine: LlamaEngine, monkeypatc
     (batch,) = engine._pool.batches
     real, calls = sampling.Sampler.sample, [0]
 
-    def fail(self: sampling.Sampler, logits: Any) -> int:
+    def fail(self: sampling.Sampler, logits: Any, left: int) -> int:
         calls[0] += 1
         if calls[0] == 6:
             raise RuntimeError("something broke")
-        return real(self, logits)
+        return real(self, logits, left)
 
     monkeypatch.setattr(sampling.Sampler, "sample", fail)
     with pytest.raises(EngineError, match="something broke"):
@@ -319,7 +319,7 @@ def test_a_gap_is_filled_where_the_model_was_taught_to(engine: LlamaEngine, tmp_
     marks = [pair(f"tokenizer.ggml.fim_{which}_token_id", U32, 4 + i) for i, which in enumerate(("pre", "suf", "mid"))]
     model = Model(tiny_llama(tmp_path / "filling.gguf", more=marks))
     before, after = (model.tokenize(text, special=False, add_bos=False) for text in ("def f(", "return <|im_end|>"))
-    asked = sampling.Prompter(model).tokens(TaskSpec(prompt="def f(", suffix="return <|im_end|>"))
+    asked = sampling.Prompter(model).prompt(TaskSpec(prompt="def f(", suffix="return <|im_end|>")).tokens
     assert asked == [4, *before, 5, *after, 6]
     assert model.eos not in asked  # what a user writes is text, whatever it looks like
     model.close()
@@ -407,6 +407,14 @@ def test_what_cannot_fit_is_refused_with_its_numbers(cramped: LlamaEngine) -> No
         EngineError, match=r"max_tokens 500 exceed the context of 512 tokens: lower max_tokens to 4\d\d"
     ):
         cramped.generate("t", TaskSpec(prompt="Hi.", max_tokens=500), Stop(60))
+
+
+def test_an_answer_of_any_length_has_all_the_context(cramped: LlamaEngine) -> None:
+    specs = [TaskSpec(prompt=f"Go on, {i}!", max_tokens=4096, fit_context=True) for i in range(4)]
+    whole = [d for d in all_of(cramped, specs) if d.output.finish_reason == "length"]
+    assert [d.prompt_tokens + d.completion_tokens for d in whole] == [512] * len(whole) != []
+    with pytest.raises(EngineError, match=r"^prompt of 5\d\d tokens leaves no room in the context of 512 tokens"):
+        cramped.generate("t", TaskSpec(prompt="word " * 500, max_tokens=4096, fit_context=True), Stop(60))
 
 
 def test_a_decode_that_finds_no_cells_preempts(cramped: LlamaEngine, monkeypatch: pytest.MonkeyPatch) -> None:

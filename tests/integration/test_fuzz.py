@@ -31,6 +31,7 @@ OPERATIONS = (
     "announce",
     "follow",
     "followed",
+    "expire",
     "forget",
     "lead",
     "resign",

@@ -87,6 +87,7 @@ class Task:
     late: bool = False  # its deadline has passed
     hung: bool = False  # … so long ago that its lease is renewed no more
     aged: bool = False  # it was final before the retention time began
+    withdrawn: bool = False  # its producer ended it: it has no result of its own
     ended: tuple[int, str] = (0, "")  # when it became final: step, then id
     past: list[tuple[int, str, str | None]] = field(default_factory=list)  # attempts: number, node, token
 
@@ -132,7 +133,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.pushed: Counter[str] = Counter()
         self.results: dict[str, bytes] = {}
         self.expected: list[Fact] = []
-        self.untold: dict[str, str | None] = {}  # cancelled tasks nobody was told of, and their nodes
+        self.untold: dict[str, str | None] = {}  # withdrawn tasks nobody was told of, and their nodes
         self.shown: set[str] = set()  # Celery's producers see that these have begun, or have ended
         self.followers: dict[str, str] = {}  # what is to follow tasks, until it was sent …
         self.to_follow: set[str] = set()  # … and those of them that have ended
@@ -160,7 +161,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def finish(self, task: Task, state: str) -> None:
         task.state, task.ended = state, (self.step, task.id)
         self.totals[state] += 1
-        if state != "cancelled":
+        if not task.withdrawn:
             self.show(task.id)
             self.let_follow(task.id, unseen=task.celery and state != "succeeded" and not task.begun)
 
@@ -226,6 +227,7 @@ class LedgerMachine(RuleBasedStateMachine):
             "a_finished_task_ages": bool(finished),
             "cancel": bool(there),
             "forget": bool(there),
+            "expire": bool(unfinished),
             "decide_to_end": bool(there),
             "hear_of_cancellations": bool(self.untold or self.refused),
             "refuse": 1,
@@ -333,13 +335,23 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.cancel(task.id) == was
 
     def stop(self, task: Task) -> None:
-        node = task.node if task.placed else None
         if not task.final:
-            self.end(task, "cancelled")
-            self.untold[task.id] = node
+            self.withdraw(task, "cancelled")
+
+    def withdraw(self, task: Task, state: str) -> None:
+        task.withdrawn = True
+        self.untold[task.id] = task.node if task.placed else None
+        self.end(task, state)
+
+    def expire(self, data: st.DataObject) -> None:
+        """Somebody waits for what should have ended long ago; on what runs there is a lease."""
+        overdue = [t for t in self.tasks.values() if t.late and not t.final and (t.state != "running" or t.lapsed)]
+        for task in overdue:
+            self.withdraw(task, "expired")
+        assert self.ledger.expire() == len(overdue)
 
     def announce(self) -> None:
-        """Who is to hear of cancellations hears of them, if they are not forgotten meanwhile."""
+        """Who is to hear of what producers ended hears of it, if it is not forgotten meanwhile."""
         for task_id, node in self.untold.items():
             if node is not None:
                 self.announced.append((f"{self.p}signal:{node}", task_id))
@@ -693,8 +705,8 @@ class LedgerMachine(RuleBasedStateMachine):
         shown = {k.decode().removeprefix("celery-task-meta-") for k in copies}
         assert shown == self.shown | self.told
         assert finals - self.untold.keys() <= shown
-        cancelled = {t.id for t in self.tasks.values() if t.state == "cancelled"}
-        assert {k.decode().removeprefix(f"{self.p}result:") for k in results} == finals - cancelled
+        withdrawn = {t.id for t in self.tasks.values() if t.withdrawn}
+        assert {k.decode().removeprefix(f"{self.p}result:") for k in results} == finals - withdrawn
         for task in self.tasks.values():
             self.check_task(task, *hashes[task.id], sets[task.state][task.id])
         held: Counter[bytes] = Counter()

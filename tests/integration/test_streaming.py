@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from support.raw import redis_of
 from support.servers import Server
 from support.wait import eventually
 
-from perllm import AsyncClient, Result, TaskNotFound, TaskSpec
+from perllm import AsyncClient, Client, Result, TaskNotFound, TaskSpec
 from perllm.broker.ledger import Dispatch, Ledger
 from perllm.broker.messages import Delta, State, new_id
 
@@ -144,3 +145,32 @@ def test_hundreds_awaited_at_once_share_one_connection(server: Server, ledger: L
             return await asyncio.gather(*waiting)
 
     assert {r.state for r in asyncio.run(awaited())} == {State.CANCELLED}
+
+
+def test_results_waited_for_one_by_one_share_one_connection(server: Server, ledger: Ledger) -> None:
+    """Also from many threads. A connection each costs more than the wait, over TLS eight times."""
+    redis = redis_of(ledger)
+
+    def opened() -> int:
+        return int(redis.info("stats")["total_connections_received"])
+
+    def ended(task_id: str) -> State:
+        eventually(lambda: redis.pubsub_numsub(f"celery-task-meta-{task_id}")[0][1], "it is waited for")
+        ledger.cancel(task_id)
+        ledger.announce()  # as the scheduler does
+        return State.CANCELLED
+
+    with Client(server.url) as client, ThreadPoolExecutor(4) as threads:
+        tasks = client.submit_many(["hi"] * 12)
+        before = ledger.now() and opened()  # both are connected
+        for task in tasks[:4]:
+            waiting = threads.submit(task.result, 60)
+            assert ended(task.id) == waiting.result().state
+        assert opened() - before <= 2  # to look, and to listen
+        several = [threads.submit(task.result, 60) for task in tasks[4:8]]
+        assert [ended(task.id) for task in tasks[4:8]] == [waiting.result().state for waiting in several]
+        last = threads.submit(tasks[8].result, 60)
+        eventually(lambda: any(int(c["sub"]) for c in redis.client_list()), "it listens")
+        assert [int(c["sub"]) for c in redis.client_list() if int(c["sub"])] == [1]  # to what is waited for now
+        assert ended(tasks[8].id) == last.result().state
+    eventually(lambda: not any(int(c["sub"]) for c in redis.client_list()), "nobody listens any more")

@@ -11,6 +11,7 @@ import celery
 import kombu
 import pytest
 import redis
+from celery import chord
 from celery.events import EventReceiver
 from support.cluster import Cluster
 from support.ports import free_port
@@ -77,8 +78,10 @@ def test_a_task_goes_the_whole_way(way: Callable[[Path], Iterator[str]], tmp_pat
         cluster.start_inbox()
         cluster.scheduler()
         cluster.start_nodes("a")
-        sent = cluster.producer().send_task("perllm.generate", kwargs={"prompt": "hi", "max_tokens": 1}, queue="inbox")
-        assert sent.get(timeout=PATIENCE)["state"] == "succeeded"
+        generate = cluster.producer().signature("perllm.generate", kwargs={"max_tokens": 1}, queue="inbox")
+        joined = chord([generate.clone(args=[text]) for text in ("hi", "ho")], generate.clone())()
+        assert joined.get(timeout=PATIENCE)["state"] == "succeeded"
+        assert cluster.task(joined.id).spec.prompt == "word\n\nword"
         cluster.stop()
         for process in cluster.processes:
             assert PASSWORD not in process.output

@@ -32,6 +32,7 @@ BEAT = Heartbeat(at=0, node="n", boot="boot-1", counters=Counters(), progress={"
 OPERATIONS: dict[str, Callable[[Ledger], object]] = {
     "submit": lambda x: x.submit([("new", TaskSpec(prompt="hi", idempotency_key="k"))]),
     "cancel": lambda x: x.cancel("pending"),
+    "expire": lambda x: x.expire(),
     "revoke": lambda x: x.revoke(["pending", "nobody"]),
     "refuse": lambda x: x.refuse("nobody", "refused", "nonsense"),
     "follow": lambda x: x.follow(10, 60),
@@ -55,12 +56,13 @@ OPERATIONS: dict[str, Callable[[Ledger], object]] = {
     "leave": lambda x: x.leave("n", "boot-1", "stopped"),
 }
 MAY = {
-    "producer": {"submit", "cancel"},
-    "api": {"submit", "cancel", "forget"},
+    "producer": {"submit", "cancel", "expire"},
+    "api": {"submit", "cancel", "expire", "forget"},
     "webhooks": set[str](),
-    "inbox": {"submit", "cancel", "revoke", "refuse", "follow", "followed"},
+    "inbox": {"submit", "cancel", "expire", "revoke", "refuse", "follow", "followed"},
     "scheduler": {"lead", "resign", "dispatch", "end", "sweep", "announce", "snapshot"},
-    "worker": {"register", "beat", "claim", "say", "complete", "fail", "hand_back", "drain", "leave", "revoke"},
+    "worker": {"register", "beat", "claim", "say", "complete", "fail", "hand_back", "drain", "leave", "revoke"}
+    | {"sweep"},
     "monitor": set[str](),
 }
 
@@ -145,7 +147,7 @@ ONE = {
     "inbox": ["GET {perllm}:snapshot", "SET {perllm}:leader me", "LPUSH edge.n x", "GET {perllm}:api:key:x"],
     "scheduler": ["BRPOP inbox 1", "PUBLISH /0.celery.pidbox x", "GET {perllm}:api:key:x", "LPUSH inbox x"],
     "worker": ["BRPOP inbox 1", "LPUSH inbox x", "GET {perllm}:snapshot", "SET {perllm}:leader me",
-               "INCR {perllm}:epoch", "GET {perllm}:api:key:x", "GET {perllm}:key:default"],
+               "INCR {perllm}:epoch", "GET {perllm}:api:key:x"],
     "monitor": ["HSET {perllm}:task:running state succeeded", "ZADD {perllm}:in:succeeded 1 running", "BRPOP inbox 1",
                 "DEL {perllm}:events", "GET {perllm}:snapshot", "LPUSH inbox x", "LPUSH edge.n x",
                 "GET {perllm}:api:key:x", "GET {perllm}:key:default"],

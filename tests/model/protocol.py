@@ -205,6 +205,13 @@ class Ledger:
         state = w.tasks[i].state
         return (w if state in FINAL else self._end(w, i, "cancelled")), state
 
+    def expire(self, w: World) -> tuple[World, int]:
+        """What is overdue ends, also where no scheduler lives."""
+        overdue = [i for i, t in enumerate(w.tasks) if t.late and (t.state != "running" or t.lapsed)]
+        for i in overdue:
+            w = self._end(w, i, "expired")
+        return w, len(overdue)
+
     def register(self, w: World, n: int, boot: int) -> tuple[World, bool]:
         node = w.nodes[n]
         if node.boot not in (0, boot):
@@ -323,6 +330,10 @@ def _producer(w: World, ledger: Ledger, i: int) -> Iterator[Step]:
         yield Action("submit", (i,)), after._replace(accepted=put(w.accepted, i, True)), True
         if w.faults and after != w:
             yield Action("submit, reply lost", (i,)), _fault(after), False
+    if w.tasks[i].late:  # who waits for it
+        after, ended = ledger.expire(w)
+        if ended:
+            yield Action("expire", (i,), ended), after, True
     if w.faults and w.tasks[i].state not in FINAL | {"absent"}:
         after, reply = ledger.cancel(w, i)
         yield Action("cancel", (i,), reply), _fault(after), False
@@ -392,6 +403,9 @@ def _worker(w: World, ledger: Ledger, n: int) -> Iterator[Step]:
         after, said = ledger.beat(w, n, me.boot, running)
         if said == "stop":
             after = i_am(after, holds=None)
+        if w.leader == NOBODY:
+            after, mended = ledger.sweep(after)
+            said = f"{said}, unled: {mended}" if mended else said
         if after != w:
             yield Action("beat", (n,), said), after, True
     if me.holds is None:

@@ -39,6 +39,8 @@ class Stage:
                 assert self.ledger.submit([(f"t{i}", SPEC)]) == [f"t{i}"]
             case "cancel", (i,):
                 return self.cancel(i)
+            case "expire", _:
+                return self.expire()
             case "lead", (s,):
                 return self.ledger.lead(f"s{s}", 600) or 0
             case "sweep", _:
@@ -62,7 +64,9 @@ class Stage:
             case "beat", (n,):
                 worker = before.workers[n]
                 holds = worker.holds[:2] if worker.holds and worker.holds[2] != "popped" else None
-                return self.beat(n, worker.boot, holds)
+                said = self.beat(n, worker.boot, holds)
+                mended = 0 if self.ledger.led() else self.ledger.sweep()
+                return f"{said}, unled: {mended}" if mended else said
             case "stop", (n,):
                 self.ledger.drain(f"n{n}", f"boot-{before.workers[n].boot}", "stopping")
             case "leave", (n,):
@@ -87,6 +91,11 @@ class Stage:
         was = self.ledger.cancel(f"t{i}")
         self.ledger.announce()
         return was or "absent"
+
+    def expire(self) -> int:
+        ended = self.ledger.expire()
+        self.ledger.announce()
+        return ended
 
     def reject(self, epoch: int, i: int) -> str:
         return self.ledger.end(epoch, [End(f"t{i}", "rejected", why("reject"))])[0]
@@ -149,7 +158,8 @@ class Stage:
                 continue
             placed = fields["state"] in ("dispatched", "running")
             assert list(scores) == [fields["state"]], "it is in exactly the set of its state"
-            assert kept == (fields["state"] in STATES[3:-1]), "who has ended has a result, or was cancelled"
+            final, withdrawn = fields["state"] in STATES[3:], "withdrawn" in fields
+            assert kept == (final and not withdrawn), "who has ended has a result, or was ended by its producer"
             found[f"t{i}"] = (
                 fields["state"],
                 int(fields["attempt"]),

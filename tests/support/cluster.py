@@ -163,10 +163,18 @@ class Cluster:
 
         return eventually(alive_and_seen, f"{process.name} {what}")
 
-    def producer(self, *, unbound: bool = False) -> celery.Celery:
+    def producer(self, role: str = "producer", *, unbound: bool = False) -> celery.Celery:
         """A plain Celery app, which knows nothing of PerLLM; `unbound`: which may use any queue."""
-        url = Settings(redis_url=self._url if unbound else self.url_of("producer")).celery_url
+        url = Settings(redis_url=self._url if unbound else self.url_of(role)).celery_url
         return celery.Celery(broker=url, backend=url)
+
+    def start_application(self) -> Process:
+        """A producer's own Celery worker (`support.application`)."""
+        os.environ["CELERY_BROKER_URL"] = self.producer("application").conf.broker_url
+        try:
+            return self.start("application", "celery", "-A", "support.application", "worker", "-n", "application@test")
+        finally:
+            del os.environ["CELERY_BROKER_URL"]
 
     # --- what the ledger says
 

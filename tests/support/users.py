@@ -11,6 +11,8 @@ import redis
 from perllm.broker import functions
 
 FILE = Path(__file__).parents[2] / "compose" / "users.acl"
+#: Where the user of an application with Celery workers of its own is described.
+APPLICATION = Path(__file__).parents[2] / "docs" / "celery.md"
 ROLES = ("producer", "api", "webhooks", "inbox", "scheduler", "worker", "monitor")
 
 
@@ -20,10 +22,11 @@ def password(role: str) -> str:
 
 
 def rules() -> list[str]:
-    """The lines of the file for a server of the tests, whose own user stays what it is: the tests'."""
-    lines = [line for line in FILE.read_text(encoding="utf-8").splitlines() if line.startswith("user ")]
+    """The lines of the files for a server of the tests, whose own user stays what it is: the tests'."""
+    texts = [file.read_text(encoding="utf-8") for file in (FILE, APPLICATION)]
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip().startswith("user ")]
     given = [re.sub(r"\$([A-Z]+)_PASSWORD", lambda m: password(m[1].lower()), line) for line in lines]
-    return [line for line in given if line.split()[1] in ROLES]
+    return [line for line in given if line.split()[1] in (*ROLES, "application")]
 
 
 def create(url: str) -> None:

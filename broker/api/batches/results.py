@@ -14,7 +14,7 @@ from perllm.broker.api.files.store import Files
 from perllm.broker.errors import StoreUnavailable
 from perllm.broker.ledger import Ledger
 from perllm.broker.messages import Result, State
-from perllm.broker.openai.batch_file import BadLine, Line, error_line, output_line
+from perllm.broker.openai.batch_file import BadLine, Line, error_line, failed_line, output_line
 
 #: The two kinds of parts: of the output file and of the error file.
 OUTPUT, ERROR = "out", "err"
@@ -38,7 +38,7 @@ class ResultFiles:
     ) -> bool:
         """Write the results of these lines; whether the batch's window was too short for any."""
         overdue = False
-        results = self._ledger.results([task_id(batch, row) for row, _ in lines])
+        results = self._ledger.each_result([task_id(batch, row) for row, _ in lines])
         for (row, line), result in zip(lines, results, strict=True):
             if result is None and marks[row] == FAILED and "cancelling" not in batch.times:
                 checked = self._submitter.check(batch, line, batch.created)  # it may never have been submitted
@@ -47,9 +47,11 @@ class ResultFiles:
                 write_entry(failed, error_line(line))
                 continue
             if result is not None and result.state is State.SUCCEEDED:
-                write_entry(succeeded, output_line(line, result, batch.created))
+                for piece in output_line(line, result, batch.created):
+                    succeeded.write(piece.encode(errors="replace"))
+                succeeded.write(b"\n")
                 continue
-            entry = output_line(line, result, batch.created) if result else _forgotten(line)
+            entry = failed_line(line, result) if result else _forgotten(line)
             error = _error_of_batch(batch, line, result)
             if error is None and marks[row] == UNSUBMITTED:
                 error = _expired("the limits of its key and tenant left no room for it")

@@ -48,7 +48,7 @@ class BatchRunner(LeasedWorker):
         on_end: OnEnd,
     ) -> None:
         super().__init__(store, "batches")
-        self._files, self._batches = files, batches
+        self._ledger, self._files, self._batches = ledger, files, batches
         self._steps = BatchSteps(settings, store, ledger, files, batches, keys, on_end, self.renew)
         self._working: OrderedDict[str, deque[tuple[BatchDocument, Iterator[None]]]] = OrderedDict()  # by tenant
         self._expired_at = self._orphans_at = float("-inf")  # when files were last removed
@@ -62,6 +62,7 @@ class BatchRunner(LeasedWorker):
 
     def round(self) -> None:
         """Work on every batch until each waits for something, and remove old files."""
+        self._ledger.expire()  # with no scheduler and no worker there, who asks now and then is to find it so, too
         try:
             self._adopt()
             adopted = time.monotonic()

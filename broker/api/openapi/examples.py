@@ -67,6 +67,27 @@ COMPLETION = {
     "choices": [{"index": 0, "finish_reason": "stop", "text": TEXT, "logprobs": None}],
 }
 COMPLETION_STREAM = 'data: {"object":"text_completion","choices":[{"index":0,"text":"Because"}]}\n\ndata: [DONE]\n\n'
+EMBEDDINGS_REQUEST = {"model": "auto", "input": ["Why is the sky blue?", "And the sea?"], "dimensions": 3}
+EMBEDDINGS: dict[str, Any] = {
+    "id": TASK_ID,
+    "object": "list",
+    "model": "all-minilm-l6-v2:q8_0",
+    "data": [
+        {"object": "embedding", "index": 0, "embedding": [0.6, 0.0, -0.8]},
+        {"object": "embedding", "index": 1, "embedding": [0.8, 0.0, -0.6]},
+    ],
+    "usage": {"prompt_tokens": 14, "total_tokens": 14},
+    **RECEIPT,
+}
+RERANK_REQUEST = {"query": "Why is the sky blue?", "documents": ["The sea is salt.", TEXT], "top_n": 1}
+RERANKING: dict[str, Any] = {
+    "id": TASK_ID,
+    "object": "list",
+    "model": "bge-reranker-v2-m3:q8_0",
+    "results": [{"index": 1, "relevance_score": 4.1, "document": {"text": TEXT}}],
+    "usage": {"prompt_tokens": 31, "total_tokens": 31},
+    **RECEIPT,
+}
 RESPONSE_REQUEST = {"model": MODEL, "input": "Why is the sky blue?", "max_output_tokens": 64}
 BACKGROUND_REQUEST = {**RESPONSE_REQUEST, "background": True, "deadline": "2026-12-01T06:00:00Z"}
 CALLING_REQUEST = {

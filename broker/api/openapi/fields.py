@@ -11,8 +11,10 @@ from perllm.broker.api.routes.files import UPLOAD_FIELDS
 from perllm.broker.openai.requests import (
     ChatRequest,
     CompletionRequest,
+    EmbeddingsRequest,
     Ignored,
     Refused,
+    RerankRequest,
     ResponseRequest,
     marked,
 )
@@ -23,6 +25,8 @@ TEXT: Mapping[str, type[BaseModel]] = {
     "completions": CompletionRequest,
     "responses": ResponseRequest,
 }
+#: Those that answer with numbers.
+NUMBERS: Mapping[str, type[BaseModel]] = {"embeddings": EmbeddingsRequest, "rerank": RerankRequest}
 #: The others.
 OTHERS: Mapping[str, Mapping[str, str]] = {
     "Files": {name: field["description"] for name, field in UPLOAD_FIELDS.items()},
@@ -32,18 +36,23 @@ OTHERS: Mapping[str, Mapping[str, str]] = {
 
 def markdown() -> str:
     """The tables."""
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for endpoint, model in TEXT.items():
-        for name, mark, text in marked(model):
-            rows.setdefault((name, _meaning(mark, text)), {})[endpoint] = _word(mark)
-    lines = [f"| field | {' | '.join(TEXT)} | |", f"|---|{'---|' * len(TEXT)}---|"]
-    for (name, meaning), words in sorted(rows.items()):
-        cells = " | ".join(words.get(endpoint, "–") for endpoint in TEXT)
-        lines.append(f"| `{name}` | {cells} | {meaning} |")
+    lines = [*_table(TEXT), "", *_table(NUMBERS)]
     for title, fields in OTHERS.items():
         lines += ["", f"| {title.lower()} | |", "|---|---|"]
         lines += [f"| `{name}` | {text} |" for name, text in fields.items()]
     return "\n".join(lines) + "\n"
+
+
+def _table(endpoints: Mapping[str, type[BaseModel]]) -> list[str]:
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for endpoint, model in endpoints.items():
+        for name, mark, text in marked(model):
+            rows.setdefault((name, _meaning(mark, text)), {})[endpoint] = _word(mark)
+    lines = [f"| field | {' | '.join(endpoints)} | |", f"|---|{'---|' * len(endpoints)}---|"]
+    for (name, meaning), words in sorted(rows.items()):
+        cells = " | ".join(words.get(endpoint, "–") for endpoint in endpoints)
+        lines.append(f"| `{name}` | {cells} | {meaning} |")
+    return lines
 
 
 def _word(mark: Ignored | Refused | None) -> str:

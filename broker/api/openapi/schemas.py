@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from perllm.broker.api.batches.store import Status
-from perllm.broker.messages import MAX_CHOICES, MAX_INPUTS, MAX_TOOLS, Sampling, State
+from perllm.broker.messages import MAX_CHOICES, MAX_DIMENSIONS, MAX_INPUTS, MAX_TOOLS, Sampling, State
 from perllm.broker.openai.requests import (
     ChatMessage,
     Deadline,
@@ -48,11 +48,18 @@ class TaskRequest(Sampling):
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["generate", "embed", "rerank"] = "generate"
     prompt: Annotated[str | None, Field(min_length=1)] = None
     prompt_ids: TokenIds | None = None
     messages: list[ChatMessage] | None = None
+    kind: Annotated[
+        Literal["generate", "embed", "rerank"], Field(description="What is made of the input: text, vectors, scores.")
+    ] = "generate"
+    inputs: list[str] = Field(default_factory=list, max_length=MAX_INPUTS, description="What to embed, or to rank.")
+    input_ids: list[TokenIds] = Field(default_factory=list, max_length=MAX_INPUTS, description="The same as token ids.")
+    query: Annotated[str | None, Field(min_length=1, description="What to rank by.")] = None
+    dimensions: Annotated[int | None, Field(ge=1, le=MAX_DIMENSIONS, description="Numbers of a vector.")] = None
     deadline: Deadline | None = None
+    start_after: Annotated[float, Field(ge=0, description="Seconds from now before which it is not placed.")] = 0.0
     value: Value = 1.0
     max_tokens: Tokens | None = None
     fit_context: Annotated[
@@ -76,12 +83,6 @@ class TaskRequest(Sampling):
     parallel_tool_calls: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    inputs: Annotated[list[str], Field(max_length=MAX_INPUTS, description="what to embed, or to rank")] = Field(
-        default_factory=list
-    )
-    input_ids: Annotated[list[TokenIds], Field(max_length=MAX_INPUTS)] = Field(default_factory=list)
-    query: Annotated[str | None, Field(min_length=1, description="what to rank `inputs` by")] = None
-    dimensions: Annotated[int, Field(ge=1, le=65_536)] | None = None
 
 
 class TasksRequest(TaskRequest):
@@ -103,8 +104,8 @@ class BatchRequest(Shape):
     model_config = ConfigDict(extra="forbid")
 
     input_file_id: str = Field(description="a file of requests, one a line")
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"] = Field(
-        description="of all its lines: chat completions, completions or responses"
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank"] = (
+        Field(description="of all its lines: chat completions, completions, responses, embeddings or rerank")
     )
     completion_window: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,6}[smhd]$")] = Field(
         description="any duration from `1s` to `30d`"
@@ -192,6 +193,41 @@ class Completion(ReceiptFields):
     model: str
     choices: list[TextChoice]
     usage: Usage
+
+
+class EmbeddingsUsage(Shape):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Shape):
+    object: Literal["embedding"]
+    index: int
+    embedding: Annotated[
+        list[float] | str, Field(description="base64 of little-endian 32-bit floats where that was asked for")
+    ]
+
+
+class Embeddings(ReceiptFields):
+    id: str
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingsUsage
+
+
+class Ranked(Shape):
+    index: Annotated[int, Field(description="of the document, in the order they were given")]
+    relevance_score: Annotated[float, Field(description="as the model gives it: compare within one answer")]
+    document: dict[str, str] | None = None
+
+
+class Reranking(ReceiptFields):
+    id: str
+    object: Literal["list"]
+    model: str
+    results: list[Ranked]
+    usage: EmbeddingsUsage
 
 
 class ResponseObject(ReceiptFields):

@@ -113,7 +113,7 @@ async def _chat_events(api: Api, accepted: Accepted, chunks: ChatStream) -> Asyn
     done = False
     try:
         yield _joined(chunks.opening())
-        async for piece in with_heartbeats(api.client.deltas(accepted.id)):
+        async for piece in with_heartbeats(api.client.deltas(accepted.id), api.stopping):
             if piece is None:
                 yield sse.HEARTBEAT
             elif not isinstance(piece, Result):
@@ -137,7 +137,7 @@ async def _chat_events(api: Api, accepted: Accepted, chunks: ChatStream) -> Asyn
 async def _completion_events(api: Api, accepted: list[Accepted], chunks: CompletionStream) -> AsyncIterator[str]:
     left = set(range(len(accepted)))
     try:
-        async for item in with_heartbeats(merged([api.client.deltas(each.id) for each in accepted])):
+        async for item in with_heartbeats(merged([api.client.deltas(each.id) for each in accepted]), api.stopping):
             if item is None:
                 yield sse.HEARTBEAT
                 continue

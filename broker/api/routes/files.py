@@ -24,6 +24,7 @@ from perllm.broker.api.paging import After, Order, page
 from perllm.broker.api.request_body import refuse_unknown
 from perllm.broker.api.state import Api
 from perllm.broker.api.submission import MAX_ID
+from perllm.broker.api.time_limit import lift_time_limit
 
 router = APIRouter(tags=["Files"])
 
@@ -83,6 +84,7 @@ async def upload_file(request: Request, api: TheApi, caller: TheCaller) -> Respo
     # Others may take very long to decode.
     if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
         raise ApiError(400, "the form's charset must be UTF-8", param="file")
+    lift_time_limit(request.scope)  # what is behind may be far and slow; `api.disk` has a limit
     with api.uploads.slot(caller):
         return JSONResponse(file_object(await _store_upload(request, api, caller)))
 

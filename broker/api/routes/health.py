@@ -26,7 +26,10 @@ async def alive() -> Response:
 
 @router.get("/ready", responses={200: _answer("ready"), 503: _answer("no scheduler and no node")})
 async def ready(api: TheApi) -> Response:
-    """Whether tasks can be taken and done: the ledger answers, a scheduler leads, a node is live. Needs no key."""
+    """Whether tasks can be taken and done: the ledger answers, a scheduler leads, a node is live, and this process is
+    not about to stop. Needs no key."""
+    if api.stopping.begun:
+        return JSONResponse({"status": "stopping"}, 503)
     missing = await api.readiness()
     if missing:
         return JSONResponse({"status": f"no {' and no '.join(missing)}"}, 503)

@@ -26,7 +26,8 @@ from perllm.broker.messages import Result, State
 from perllm.broker.openai import responses
 from perllm.broker.openai.items import output_items, referred
 from perllm.broker.openai.requests import ResponseRequest
-from perllm.broker.openai.responses import ResponseStream, response_object
+from perllm.broker.openai.response_events import ResponseStream
+from perllm.broker.openai.responses import response_object
 from perllm.broker.openai.translation import RESPONSES
 
 router = APIRouter(tags=["Responses"])
@@ -173,7 +174,7 @@ async def _events(api: Api, accepted: Accepted, *, background: bool, after: int)
     try:
         if text := said(events.opening()):
             yield text
-        async for piece in with_heartbeats(api.client.deltas(accepted.id)):
+        async for piece in with_heartbeats(api.client.deltas(accepted.id), api.stopping):
             if piece is None:
                 yield sse.HEARTBEAT
                 continue

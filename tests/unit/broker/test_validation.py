@@ -56,6 +56,32 @@ def test_the_largest_prompt(validator: TaskValidator) -> None:
     assert validator.accept({"prompt": "x" * 100}).text_bytes() == 100
 
 
+def test_embeddings_are_by_one_model_and_no_larger_than_may_be_stored(ledger: Ledger, validator: TaskValidator) -> None:
+    embed = {"kind": "embed", "inputs": ["a"]}
+    assert validator.accept(embed).model is None  # no nodes: it waits for one
+    can = {"capabilities": ("embeddings", "tokens"), "dimensions": 100, "context": 10}
+    node = node_info("n")
+    (offer,) = node.models
+    ledger.register(node.model_copy(update={"models": (offer, offer.model_copy(update={"name": "e", **can}))}))
+    assert validator.accept(embed).model == "e"
+    for wrong, said in (
+        ({"dimensions": 101}, "^dimensions: 101 is more than the model's embeddings have, 100$"),
+        ({"inputs": [], "input_ids": [[1], [1] * 11]}, "^input_ids: input 1 has 11 tokens; the model takes 10"),
+        ({"model": offer.name}, "^embeddings: "),
+    ):
+        with pytest.raises(InvalidTask, match=said):
+            validator.accept({**embed, **wrong})
+    small = TaskValidator(Settings(max_result_bytes=2048), ledger)
+    assert small.accept({**embed, "inputs": ["a"] * 3}).model == "e"
+    with pytest.raises(InvalidTask, match=r"^inputs: their 4 embeddings .*\(PERLLM_MAX_RESULT_BYTES\): give at most 3"):
+        small.accept({**embed, "inputs": ["a"] * 4})
+    small.accept({**embed, "inputs": ["a"] * 4, "dimensions": 90})
+    other = node_info("o").models[0].model_copy(update={"name": "f", **can})
+    ledger.register(node_info("o").model_copy(update={"models": (other,)}))
+    with pytest.raises(InvalidTask, match=r"^model: name one of e, f: their embeddings do not compare$"):
+        validator.accept(embed)
+
+
 def test_a_model_nobody_serves(validator: TaskValidator, ledger: Ledger) -> None:
     validator.accept({"prompt": "x", "model": "later"})  # no nodes: it waits for one
     ledger.register(node_info("n"))

@@ -13,7 +13,7 @@ from perllm.cloud_worker.openai_api import Refused, TimedOut, Unavailable
 from perllm.cloud_worker.remote_capabilities import ASKS, SERVED, Found, look
 
 EVERYTHING = frozenset(C)
-CHATS = (C.CHAT, C.GENERATE)
+CHATS = (C.CHAT, C.CHOICES, C.GENERATE)
 
 
 class Server:
@@ -50,7 +50,7 @@ class Server:
                 raise Refused("HTTP 422: response_format", 422)
             if C.JSON_SCHEMA in self.heeds and ("schema" in form) is self.own_schema:
                 message["content"] = '{"said": "perllm"}'
-        return {"choices": [choice] * (2 if C.CHOICES in self.heeds and body.get("n") == 2 else 1), "usage": usage}
+        return {"choices": [choice], "usage": usage}
 
 
 def found(server: Any, served: frozenset[C] = EVERYTHING) -> Found:
@@ -58,7 +58,7 @@ def found(server: Any, served: frozenset[C] = EVERYTHING) -> Found:
 
 
 def test_every_capability_is_asked_for() -> None:
-    assert set(ASKS) | {C.GENERATE, C.CHAT, C.JSON_SCHEMA} == EVERYTHING
+    assert {*ASKS, *CHATS, C.JSON_SCHEMA} == EVERYTHING
 
 
 @pytest.mark.parametrize("capability", sorted(EVERYTHING - set(CHATS)))
@@ -71,7 +71,7 @@ def test_what_is_accepted_and_ignored_is_not_offered() -> None:
 
 
 def test_a_server_with_a_form_of_its_own_for_schemas() -> None:
-    assert found(Server(C.JSON_SCHEMA, own_schema=True)) == Found((C.CHAT, C.GENERATE, C.JSON_SCHEMA), own_schema=True)
+    assert found(Server(C.JSON_SCHEMA, own_schema=True)) == Found((*CHATS, C.JSON_SCHEMA), own_schema=True)
 
 
 def test_what_the_engine_does_not_pass_on_is_not_even_asked() -> None:
@@ -82,7 +82,7 @@ def test_what_the_engine_does_not_pass_on_is_not_even_asked() -> None:
         return await Server(*EVERYTHING)(path, body)
 
     assert found(server, SERVED).capabilities == tuple(sorted(SERVED))
-    assert not any("tools" in body or "n" in body for body in asked)
+    assert not any("documents" in body or "n" in body for body in asked)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from perllm.broker.capabilities import Capability
 from perllm.broker.engine.contract import EngineError, Stop
 from perllm.broker.engine.energy import Attribution
+from perllm.broker.engine.text import Prompt
 from perllm.broker.messages import Delta, TaskSpec
 from perllm.cloud_worker.event_loop import LoopThread
 from perllm.cloud_worker.nvml import PowerLimitMeter
@@ -72,13 +74,15 @@ def engine() -> Iterator[Callable[[StandIn], VLLMEngine]]:
     def make(llm: StandIn) -> VLLMEngine:
         one = VLLMEngine(CloudSettings.model_validate({"model": "org/name"}))
         one._api = SimpleNamespace(
-            sampling_params=lambda spec, _: [f"p{i}" for i in range(spec.n)],
+            sampling_params=lambda spec, *_: [f"p{i}" for i in range(spec.n)],
             tokens_input=list,
             EngineDeadError=DeadError,
             EngineGenerateError=GenerateError,
         )
-        one._loras = {}
-        one._prompter = SimpleNamespace(tokens=lambda _: [1, 2, 3], echo=lambda spec: "E:" if spec.echo else "")
+        one._loras, one._capabilities = {}, (Capability.GENERATE,)
+        one._prompter = SimpleNamespace(
+            prompt=lambda _: Prompt([1, 2, 3]), answer=lambda *_: None, echo=lambda spec: "E:" if spec.echo else ""
+        )
         one._limits = SimpleNamespace(context=10_000, kv_tokens=10_000, step_tokens=512)
         one._meter = PowerLimitMeter(idle=1.0, limit=2.0, busy=lambda: 0.0)
         one._energy = Attribution(one._meter)

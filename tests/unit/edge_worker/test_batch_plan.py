@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from perllm.edge_worker.batch_plan import OLDEST_SHARE, Widths, choose_victim, share_prefill
+from perllm.edge_worker.batch_plan import OLDEST_SHARE, Widths, choose_victim, share_inputs, share_prefill
 from perllm.edge_worker.kv_cells import KVCells
 from perllm.edge_worker.prefix_cache import common_prefix
 
@@ -26,6 +26,28 @@ def test_a_short_prompt_is_done_at_once_beside_a_long_one() -> None:
 
 def test_among_equals_the_older_goes_first() -> None:
     assert share_prefill([50, 50, 50], 100) == [50, 50, 0]
+
+
+INPUTS = st.lists(st.lists(st.integers(1, 600), min_size=1, max_size=20), min_size=1, max_size=8)
+
+
+@given(INPUTS, st.integers(1, 512), st.integers(1, 64))
+def test_a_step_takes_whole_inputs_within_its_budget_and_starves_nobody(
+    lengths: list[list[int]], budget: int, most: int
+) -> None:
+    taken = share_inputs(lengths, [sum(each) for each in lengths], budget, most)
+    tokens = [sum(each[:count]) for each, count in zip(lengths, taken, strict=True)]
+    assert taken[0] >= 1
+    assert sum(taken) <= most
+    assert sum(tokens) <= max(budget, lengths[0][0])
+    if sum(taken) < most:  # what is left out did not fit
+        assert all(
+            count == len(each) or sum(tokens) + each[count] > budget for each, count in zip(lengths, taken, strict=True)
+        )
+
+
+def test_a_single_text_is_embedded_beside_thousands() -> None:
+    assert share_inputs([[50] * 100, [40]], [5000, 40], 200, 128) == [3, 1]
 
 
 COSTS = st.dictionaries(st.integers(2, 16), st.floats(0.1, 100), max_size=8)

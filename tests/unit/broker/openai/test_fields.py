@@ -7,25 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai.types import batch_create_params, completion_create_params, file_create_params
+from openai.types import batch_create_params, completion_create_params, embedding_create_params, file_create_params
 from openai.types.chat import ChatCompletionMessageParam
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import ResponseInputItemParam, ToolParam, response_create_params
 from openai.types.shared_params import FunctionDefinition
 
-from perllm.broker.api.openapi.fields import OTHERS, TEXT, markdown
+from perllm.broker.api.openapi.fields import NUMBERS, OTHERS, TEXT, markdown
 from perllm.broker.errors import InvalidTask
 from perllm.broker.messages import TaskSpec
 from perllm.broker.openai import items, tools, translation, turns
+from perllm.broker.openai.embeddings import EMBEDDINGS, RERANK
 from perllm.broker.openai.requests import Ignored, Refused, marked
 from perllm.broker.openai.translation import CHAT, COMPLETIONS, RESPONSES
 
-URLS = {"chat": CHAT, "completions": COMPLETIONS, "responses": RESPONSES}
+URLS = {
+    "chat": CHAT,
+    "completions": COMPLETIONS,
+    "responses": RESPONSES,
+    "embeddings": EMBEDDINGS,
+    "rerank": RERANK,
+}
+MODELS = {**TEXT, **NUMBERS}
 #: What the official client can say.
 KNOWN: dict[str, Any] = {
     "chat": chat_create_params.CompletionCreateParamsStreaming,
     "completions": completion_create_params.CompletionCreateParamsStreaming,
     "responses": response_create_params.ResponseCreateParamsStreaming,
+    "embeddings": embedding_create_params.EmbeddingCreateParams,
 }
 BASE: dict[str, dict[str, Any]] = {
     "chat": {
@@ -34,16 +43,22 @@ BASE: dict[str, dict[str, Any]] = {
     },
     "completions": {"prompt": "hi"},
     "responses": {"input": "hi", "tools": [{"type": "function", "name": "a"}]},
+    "embeddings": {"input": "hi"},
+    "rerank": {"query": "hi", "documents": ["ho"]},
 }
 SCHEMA = {"type": "object", "properties": {}}
 #: For every field that is taken, something it takes and that is not the usual.
 TAKEN: dict[str, Any] = {
     "allowed_tools": ["a"],
     "background": True,
+    "background_options": {"completion_window": "2h"},
     "best_of": 1,
     "chat_template_kwargs": {"enable_thinking": False},
     "deadline": 5,
+    "dimensions": 3,
+    "documents": ["a", {"text": "b"}],
     "echo": True,
+    "encoding_format": "base64",
     "expected_tokens": 5,
     "frequency_penalty": 0.5,
     "function_call": {"name": "a"},
@@ -70,6 +85,8 @@ TAKEN: dict[str, Any] = {
     "presence_penalty": 0.5,
     "previous_response_id": "r",
     "prompt": "ho",
+    "query": "ho",
+    "return_documents": False,
     "reasoning": {"effort": "low"},
     "reasoning_effort": "max",
     "repeat_penalty": 1.5,
@@ -87,19 +104,20 @@ TAKEN: dict[str, Any] = {
     "tool_choice": "required",
     "tools": [{"type": "function", "function": {"name": "b", "parameters": SCHEMA, "strict": True}}],
     "top_k": 5,
+    "top_n": 1,
     "top_logprobs": 3,
     "top_p": 0.5,
     "value": 2.0,
 }
 #: Fields that say how to answer, and make no other task.
-HOW = {"best_of", "stream", "stream_options"}
+HOW = {"best_of", "encoding_format", "return_documents", "stream", "stream_options", "top_n"}
 
 
 def fields_of(endpoint: str) -> list[tuple[str, str]]:
-    return [(endpoint, name) for name in TEXT[endpoint].model_fields]
+    return [(endpoint, name) for name in MODELS[endpoint].model_fields]
 
 
-EVERY = [pair for endpoint in TEXT for pair in fields_of(endpoint)]
+EVERY = [pair for endpoint in MODELS for pair in fields_of(endpoint)]
 
 
 def task(endpoint: str, body: dict[str, Any]) -> TaskSpec:
@@ -118,7 +136,7 @@ def test_the_documents_table_is_this_one() -> None:
 
 @pytest.mark.parametrize("endpoint", KNOWN)
 def test_every_field_the_official_client_knows_is_listed(endpoint: str) -> None:
-    unlisted = set(typing.get_type_hints(KNOWN[endpoint])) - set(TEXT[endpoint].model_fields)
+    unlisted = set(typing.get_type_hints(KNOWN[endpoint])) - set(MODELS[endpoint].model_fields)
     assert unlisted == set()
 
 
@@ -130,7 +148,7 @@ def test_every_field_of_files_and_batches_is_listed() -> None:
 
 @pytest.mark.parametrize(("endpoint", "name"), EVERY)
 def test_the_door_does_what_the_list_says(endpoint: str, name: str) -> None:
-    (mark,) = (mark for each, mark, _ in marked(TEXT[endpoint]) if each == name)
+    (mark,) = (mark for each, mark, _ in marked(MODELS[endpoint]) if each == name)
     base = {k: v for k, v in BASE[endpoint].items() if name not in ("functions", "function_call") or k != "tools"}
     usual = task(endpoint, base)
     match mark:
@@ -146,13 +164,14 @@ def test_the_door_does_what_the_list_says(endpoint: str, name: str) -> None:
         case None:
             assert task(endpoint, {**base, name: None} if name not in base else base) == usual
             more = {"functions": TAKEN["functions"]} if name == "function_call" else {}
-            made = task(endpoint, {**base, **more, name: TAKEN[name]})
+            taken = ["a", "b"] if (endpoint, name) == ("embeddings", "input") else TAKEN[name]
+            made = task(endpoint, {**base, **more, name: taken})
             assert (made == usual) == (name in HOW)
 
 
 @pytest.mark.parametrize(("endpoint", "name"), EVERY)
 def test_every_field_says_what_it_is(endpoint: str, name: str) -> None:
-    (text,) = (text for each, _, text in marked(TEXT[endpoint]) if each == name)
+    (text,) = (text for each, _, text in marked(MODELS[endpoint]) if each == name)
     assert len(text) > 5
     assert "|" not in text
 

@@ -111,6 +111,8 @@ def test_what_is_wrong_with_a_chat_is_said_in_its_words(body: dict[str, Any], sa
         ({"top_logprobs": -1}, "top_logprobs: "),
         ({"include": ["everything"]}, "include: 'everything' is not known"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"a": [[]] * 70_000}}}}, "text: "),
+        ({"background_options": {"completion_window": "3h"}}, "background_options.completion_window: one of"),
+        ({"background_options": []}, "background_options: "),
         ({"text": {"verbosity": "much"}}, "text.verbosity: "),
         ({"truncation": "auto"}, "truncation: input is never cut"),
         ({"conversation": {"id": "x"}}, "conversation: "),
@@ -135,12 +137,31 @@ def test_what_is_wrong_with_a_response_is_said_in_its_words(body: dict[str, Any]
         ({"prompt": [1, "a"]}, "prompt: "),
         ({"prompt": [[]]}, "prompt: "),
         ({"prompt": {"a": 1}}, "prompt: "),
-        ({"prompt": [1], "echo": True}, "echo: only a prompt of text"),
         ({"best_of": 2}, "best_of: only the same as 'n'"),
     ],
 )
 def test_what_is_wrong_with_a_completion_is_said_in_its_words(body: dict[str, Any], said: str) -> None:
     assert wrong(COMPLETIONS, **{"prompt": "hi", **body}).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("said", "given", "meant"),
+    [
+        (
+            "reasoning: no node has offered it",
+            {"reasoning_effort"},
+            "reasoning_effort: reasoning: no node has offered it",
+        ),
+        ("reasoning: no node has offered it", {"reasoning"}, "reasoning: no node has offered it"),
+        ("choices, tools: m does not offer that", {"n", "tools"}, "n: choices, tools: m does not offer that"),
+        ("infill: offered by m", {"suffix"}, "suffix: infill: offered by m"),
+        ("tools: offered by m", {"tools"}, "tools: offered by m"),
+        ("messages: 9 bytes; the limit is 8 bytes", {"input"}, "input: 9 bytes; the limit is 8 bytes"),
+        ("something else", {"n"}, "something else"),
+    ],
+)
+def test_what_is_wrong_with_a_task_is_said_of_the_requests_field(said: str, given: set[str], meant: str) -> None:
+    assert as_asked(said, given) == meant
 
 
 def test_prompts_and_their_tokens_are_tasks() -> None:

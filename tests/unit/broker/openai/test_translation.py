@@ -75,7 +75,7 @@ def test_a_chat_request_becomes_a_task() -> None:
         ("{}", "custom_id"),
         ('{"custom_id": 3, "body": {}}', "custom_id"),
         ('{"custom_id": "a", "method": "GET", "body": {}}', "method"),
-        ('{"custom_id": "a", "url": "/v1/embeddings", "body": {}}', "url"),
+        ('{"custom_id": "a", "url": "/v1/audio/speech", "body": {}}', "url"),
         ('{"custom_id": "a"}', "body"),
         (line(response_format={"type": "xml"}), "response_format"),
         (line(tools=[{"type": "function"}]), "tools"),
@@ -109,7 +109,8 @@ def result(state: State) -> Result:
 
 
 def test_a_success_is_an_openai_response_with_energy_beside_the_usage() -> None:
-    written = batch.output_line(batch.Line(1, "mine", CHAT, {"prompt": "hi"}), result(State.SUCCEEDED), 0.0)
+    line = batch.Line(1, "mine", CHAT, {"prompt": "hi"})
+    written = json.loads("".join(batch.output_line(line, result(State.SUCCEEDED), 0.0)))
     body = written["response"]["body"]
     assert written["custom_id"] == "mine"
     assert written["error"] is None
@@ -121,7 +122,7 @@ def test_a_success_is_an_openai_response_with_energy_beside_the_usage() -> None:
 
 @pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.REJECTED, State.CANCELLED])
 def test_anything_else_is_an_error_with_its_reason(state: State) -> None:
-    written = batch.output_line(batch.Line(1, "mine", COMPLETIONS, {"prompt": "hi"}), result(state), 0.0)
+    written = batch.failed_line(batch.Line(1, "mine", COMPLETIONS, {"prompt": "hi"}), result(state))
     assert written["response"] is None
     assert written["error"] == {"code": f"task_{state}", "message": "because"}
 

@@ -422,3 +422,59 @@ def test_a_snapshot_of_another_shape_is_refused_and_nothing_changes() -> None:
 def test_every_mechanism_can_be_switched_off(name: str) -> None:
     core = core_with(info("a"), info("bb", step=0.03), mechanisms=Mechanisms(**{name: False}))
     assert life(core, 1, 25)
+
+
+# --- what generates nothing
+
+
+EMBED = {"kind": "embed", "needs": ("embeddings",), "payload_bytes": 20_000, "service": "docs"}
+
+
+def embedder(name: str, **fields: Any) -> NodeInfo:
+    """A node that embeds: 5,000 tokens/s."""
+    given = info(name, **fields)
+    (offer,) = given.models
+    can = {"capabilities": ("embeddings", "tokens"), "kv_tokens": 512, "context": 512}
+    return given.model_copy(update={"models": (offer.model_copy(update=can),)})
+
+
+def test_an_embedding_is_forecast_by_its_tokens_alone() -> None:
+    core = core_with(embedder("n"), mechanisms=Mechanisms(learning=False))
+    (decision,) = submit(core, "t", 1.0, left=60.0, prompt_tokens=20_000, **EMBED)
+    (candidate,) = decision.explanation.candidates
+    assert candidate.finish == pytest.approx(20_000 * 0.0002, rel=0.1)
+    assert candidate.marginal_energy == pytest.approx(20_000 * 0.0002 * 100, rel=0.1)
+    assert candidate.p_on_time == pytest.approx(1.0)
+    assert decision.explanation.length is None
+    (second,) = submit(core, "second", 1.1, left=60.0, prompt_tokens=20_000, **EMBED)
+    (candidate,) = second.explanation.candidates
+    assert candidate.finish == pytest.approx(2 * 20_000 * 0.0002, rel=0.15)
+
+
+def test_embeddings_need_no_place_in_the_cache() -> None:
+    """What is embedded is kept from no step to the next: many inputs do not fill a node."""
+    core = core_with(embedder("n"))
+    for number in range(3):
+        (decision,) = submit(core, f"t{number}", 1.0, left=600.0, prompt_tokens=50_000, **EMBED)
+        assert where([decision]) == "n"
+
+
+def test_embeddings_teach_no_output_lengths() -> None:
+    policy = CsUcb()
+    core = SchedulerCore(policy)
+    core.handle(NodeUp(at=0.0, info=embedder("n")))
+    before = json.dumps(policy.snapshot()["lengths"])
+    totals = Counters()
+    for number in range(20):
+        now = 1.0 + number
+        submit(core, f"t{number}", now, left=60.0, prompt_tokens=1000, **EMBED)
+        after = Counters(
+            steps=totals.steps + 8, busy=totals.busy + 0.4, prefilled=totals.prefilled + 1000, sequence_steps=8
+        )
+        finish(core, f"t{number}", now + 0.5, 0, totals, after)
+        totals = after
+    assert json.dumps(policy.snapshot()["lengths"]) == before
+    (known,) = policy.snapshot()["node_models"]["nodes"].values()
+    (cost,) = known["step_costs"].values()
+    assert cost["count"] > 5  # its prefill was learned
+    assert cost["mean"][2] > 0.0002  # 0.4 s for 1,000 tokens: twice what it said at boot

@@ -239,7 +239,7 @@ def test_it_says_what_it_goes_by() -> None:
     lengths = taught()
 
     def forecast(prompt: str) -> tuple[str, float, list[int]]:
-        task = Task("x", 0.0, 9.0, 1.0, "chat", Demand(), 50, 100, 0, text=text_of(prompt))
+        task = Task("x", 0.0, 9.0, 1.0, "chat", Demand(), 50, 100, 1, text=text_of(prompt))
         found = lengths.forecast(task)
         return found.source, found.median, [i.code for i in found.because if i.factor > 1]
 
