@@ -74,7 +74,7 @@ class Task:
 
     @property
     def least_context(self) -> int:
-        """Tokens of context it must have. The prompt is an estimate, so only half of it must fit here; the engine, which
+        """Tokens of context it must have. The prompt is an estimate, so only half of it must fit; the engine, which
         counts exactly, has the last word. Of inputs to embed each must fit, which the engine alone sees."""
         return self.prompt_tokens // 2 + self.least_output if self.generates else 0
 

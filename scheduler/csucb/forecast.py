@@ -256,8 +256,10 @@ def _walk(node: NodeRow, arms: Records, in_flight: Records, lengths: Records, ou
     decoding = max(0.2, 1.0 - node.arrival_rate * node.arrival_prompt * arm.prefill)
     idle_step = _idle_step(node, arms)
     now, step, k = float(node.changed), idle_step, 0
-    live, count = np.arange(len(in_flight)), len(in_flight)  # those that may still be there, in order
-    idle_of, queued, apart = np.ones(count_arms), np.zeros(count_arms), np.zeros(count_arms)
+    live, count = np.zeros(len(in_flight), np.int64), len(in_flight)  # those that may still be there, in order
+    for i in range(count):
+        live[i] = i
+    idle_of, queued, apart = np.zeros(count_arms), np.zeros(count_arms), np.zeros(count_arms)
     for m in range(count_arms):
         outlooks[first + m].prefilled = 0.0
     while k < BINS:

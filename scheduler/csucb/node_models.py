@@ -135,15 +135,19 @@ class NodeModel:
         """Each model that worked learns from what it did; where the engine does not tell them apart, one that worked
         alone."""
         if not now.models:
-            if len(self.active_models) == 1 and (step_cost := self.step_costs.get(*self.active_models)) is not None:
-                step_cost.learn(sample, at)
+            if len(self.active_models) == 1:
+                self._learn_step_cost(next(iter(self.active_models)), sample, at)
             return
         for name, totals in now.models.items():
             part = sample_between(self.read_models.get(name, StepTotals()), totals)
             if part is not None:  # else there is too little yet
                 self.read_models[name] = totals
-                if (step_cost := self.step_costs.get(name)) is not None:
-                    step_cost.learn(part, at)
+                self._learn_step_cost(name, part, at)
+
+    def _learn_step_cost(self, model: str, sample: Sample, at: float) -> None:
+        step_cost = self.step_costs.get(model)
+        if step_cost is not None:
+            step_cost.learn(sample, at)
 
     def _begin_interval(self, now: Counters, at: float) -> None:
         """The next interval begins with this reading."""

@@ -169,7 +169,7 @@ def explain(
         own: ScoreRow = scores[order[k]]
         if own.harm < 0 and own.index > INFEASIBLE:
             _add_harm(cluster, offers[order[k]], tasks[0], terms[0], now, own)
-    best, order = order[:count].copy(), np.empty(count, np.int64)
+    best, order = order, np.empty(len(told), np.int64)
     for k in range(count):
         _insert(order, k, scores, best[k])
     for k in range(count):
@@ -219,7 +219,7 @@ def _short(value: float) -> float:
     if value == 0.0 or not math.isfinite(value):
         return value
     scale = 10.0 ** (3.0 - math.floor(math.log10(abs(value))))
-    return math.floor(value * scale + 0.5) / scale
+    return float(math.floor(value * scale + 0.5) / scale)
 
 
 @compiled

@@ -167,36 +167,27 @@ def _relax(mean: Floats, cov: Floats, base: Floats, prior: Floats, keep: float) 
 def _take_in(mean: Floats, cov: Floats, base: Floats, x: Floats, seconds: float, side: int) -> int:
     """One step of the filter: `x` took `seconds`. Returns 0, or the side of a sample that is set aside; `side` is that
     of the one set aside before it."""
-    predicted = 0.0
-    for i in range(4):
-        predicted += x[i] * mean[i]
-    gain = _times(cov, x)
+    predicted, gain = _dot(x, mean), np.empty(4)
     noise, error = (NOISE * predicted) ** 2, seconds - predicted
-    if abs(error) > SUSPECT_SIGMAS * math.sqrt(_dot(x, gain) + noise):
+    variance = _times(cov, x, gain) + noise
+    if abs(error) > SUSPECT_SIGMAS * math.sqrt(variance):
         its = 1 if error > 0 else -1
         if side != its:
             return its
         for i in range(4):
             for j in range(4):
                 cov[i, j] += (error / predicted) ** 2 * mean[i] * mean[j]
-        gain = _times(cov, x)
-    gain /= _dot(x, gain) + noise
-    keep = np.eye(4)
-    for i in range(4):
-        mean[i] = max(mean[i] + gain[i] * error, MIN_SHARE * base[i])
-        for j in range(4):
-            keep[i, j] -= gain[i] * x[j]
-    once = np.zeros((4, 4))
+        variance = _times(cov, x, gain) + noise
+    # (I − g xᵀ) cov (I − x gᵀ) + noise g gᵀ: Joseph's form stays positive
     for i in range(4):
         for j in range(4):
-            for k in range(4):
-                once[i, j] += keep[i, k] * cov[k, j]
+            cov[i, j] -= gain[i] / variance * gain[j]
+    rest = np.empty(4)
+    _times(cov, x, rest)
     for i in range(4):
-        for j in range(4):  # Joseph's form stays positive
-            total = noise * gain[i] * gain[j]
-            for k in range(4):
-                total += once[i, k] * keep[j, k]
-            cov[i, j] = total
+        mean[i] = max(mean[i] + gain[i] / variance * error, MIN_SHARE * base[i])
+        for j in range(4):
+            cov[i, j] += (noise * gain[i] / variance - rest[i]) * gain[j] / variance
     return 0
 
 
@@ -217,17 +208,13 @@ def _at_time(
 
 
 @compiled
-def _times(matrix: Floats, x: Floats) -> Floats:
-    product = np.zeros(4)
+def _times(matrix: Floats, x: Floats, product: Floats) -> float:
+    """Fill `product` with matrix·x; returns xᵀ·matrix·x."""
     for i in range(4):
-        for j in range(4):
-            product[i] += matrix[i, j] * x[j]
-    return product
+        product[i] = _dot(matrix[i], x)
+    return _dot(x, product)
 
 
 @compiled
 def _dot(x: Floats, y: Floats) -> float:
-    total = 0.0
-    for i in range(4):
-        total += x[i] * y[i]
-    return total
+    return float(x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3])

@@ -99,7 +99,7 @@ def where(decisions: list[Decision]) -> str | None:
 def test_of_equals_the_cheaper_and_in_need_the_faster() -> None:
     nodes = (info("dear", step=0.01, watts=150.0), info("cheap", step=0.02, watts=50.0))
     assert where(submit(core_with(*nodes), "t", 1.0, left=30.0)) == "cheap"
-    assert where(submit(core_with(*nodes, value_weight=6.0), "t", 1.0, left=1.2, max_tokens=60)) == "dear"
+    assert where(submit(core_with(*nodes, value_weight=6.0), "t", 1.0, left=0.8, max_tokens=60)) == "dear"
 
 
 def test_harm_to_those_already_there_counts() -> None:
