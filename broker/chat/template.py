@@ -2,7 +2,7 @@
 
 A template is a program of the model's makers; what it takes, and how it has calls written, is found by running it: a
 call is rendered, and the family is the one whose reader gets that call back. A template without tools, or with calls
-that no family listed here writes, gets the generic form (docs/tools.md): the tools described in the system turn,
+that no family listed here writes, gets the generic form (docs/http-api.md): the tools described in the system turn,
 calls and their results as JSON in marks.
 """
 
