@@ -25,7 +25,7 @@ up: env ## the same system, running until interrupted
 
 .PHONY: test
 test: env ## the whole test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 .PHONY: test-fast
 test-fast: env ## the unit tests only
@@ -60,6 +60,10 @@ attack: env ## a hostile tenant beside a quiet one for ten minutes, who is to no
 .PHONY: soak
 soak: env ## a million no-op tasks, and whether any process's memory grows (ARGS="--tasks 20000")
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
+
+.PHONY: bench-tools
+bench-tools: env ## calls of tools by the small model over 10,000 random schemas (ARGS="--random", ARGS="--schemas 500")
+	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.tools $(ARGS)
 
 # Each benchmark is a module of benchmarks/ that prints JSON and compares with a peer.
 bench-%: .venv/.bench ## run a benchmark: bench-dispatch, bench-decision, bench-schedule, bench-edge, bench-answers, bench-cloud, bench-api
