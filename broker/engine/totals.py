@@ -55,7 +55,7 @@ class EngineTotals:
             since_progress=max(0.0, now - self.last_progress) if active or waiting else 0.0,
             longest_step=self.longest_step(now),
             energy=energy,
-            models={name: part.read() for name, part in self._models.items()} if len(self._models) > 1 else {},
+            models={name: part.read() for name, part in self._models.copy().items()} if len(self._models) > 1 else {},
         )
 
     def _turn(self, now: float) -> None:

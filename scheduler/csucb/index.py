@@ -11,7 +11,7 @@ from perllm.scheduler.core.compiled import compiled
 #: The harm a task does counts this many times: once for the tasks that are there, and once for those that come while it
 #: is there. In a steady state a task meets as many of the latter as of the former.
 HARM_FACTOR = 2.0
-#: E₀ in mean energies of a finished task: with V = 4, an on-time task is worth the energy of eight.
+#: E₀ in mean energies of finished tasks, each where it costs least: with V = 4, an on-time task is worth ten of them.
 SCALE_FACTOR = 2.5
 #: Weight of a finished task's energy in their mean.
 TASK_ENERGY_WEIGHT = 0.02

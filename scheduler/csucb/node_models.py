@@ -271,8 +271,8 @@ class NodeModels:
                 else:
                     known.watch_for_stall(event.counters, event.at)
             case Dispatched() if task is not None:
-                patient_from = URGENT_STAYS * known.slot_price.stay
-                urgent = patient_from <= 0 or task.deadline - event.at < patient_from
+                urgent_within = URGENT_STAYS * known.slot_price.stay
+                urgent = urgent_within <= 0 or task.deadline - event.at < urgent_within
                 known.arrivals.arrived(event.at, task.n, urgent=urgent)
             case Claimed() if task is not None and task.node == event.node:
                 self._claimed(event, task, node, known)
