@@ -43,7 +43,7 @@ LONG_WAIT = 1.0
 QUEUE_SECONDS = 0.05
 MAX_QUEUE = 64
 #: Version of what `SchedulerCore.snapshot` returns, with the policies' parts: to be raised when a field changes.
-SNAPSHOT_FORMAT = 2
+SNAPSHOT_FORMAT = 3
 #: A task avoids a node that lost it for so long, s, while others serve it: long enough that a node which fails all it
 #: is given takes few tasks' strikes, short enough not to leave one idle that has recovered.
 AVOID_SECONDS = 15.0
