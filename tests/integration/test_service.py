@@ -348,10 +348,10 @@ def test_a_stream_too_short_to_tell(stage: Stage, kept: int) -> None:
         "{}",
         '{"core": {"policy": "least-loaded", "state": {}}, "position": "0-0"}',  # of the release before formats
         '{"core": {"format": 1000, "policy": "least-loaded", "state": {}}, "position": "0-0"}',
-        '{"core": {"format": 2, "policy": "another", "state": {}}, "position": "0-0"}',
-        '{"core": {"format": 2, "policy": "least-loaded", "state": 5}, "position": "0-0"}',
-        '{"core": {"format": 2, "policy": "least-loaded", "state": {}}, "position": "yesterday"}',
-        '{"core": {"format": 2, "policy": "least-loaded", "state": {}}}',
+        '{"core": {"format": 3, "policy": "another", "state": {}}, "position": "0-0"}',
+        '{"core": {"format": 3, "policy": "least-loaded", "state": 5}, "position": "0-0"}',
+        '{"core": {"format": 3, "policy": "least-loaded", "state": {}}, "position": "yesterday"}',
+        '{"core": {"format": 3, "policy": "least-loaded", "state": {}}}',
     ],
 )
 def test_an_unusable_snapshot_is_passed_over(stage: Stage, snapshot: str, monkeypatch: pytest.MonkeyPatch) -> None:
