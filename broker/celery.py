@@ -24,13 +24,14 @@ from perllm.broker.inbox.following import Following
 from perllm.broker.inbox.inbox import Inbox
 from perllm.broker.ledger import Ledger
 from perllm.broker.queues import control
-from perllm.broker.queues.app import GENERATE, configuration, lazy_app
+from perllm.broker.queues.app import GENERATE, INBOX, configuration, lazy_app
 from perllm.broker.settings import load_settings
 
 #: Seconds after which a message that an inbox took and did not finish (it was killed) is taken up again.
 REDELIVERY = 60.0
-#: Where such messages are noted, apart from those of a producer's own Celery workers on this server.
-UNACKED = {
+#: No message is lost on its way here; and where they are noted, apart from those of a producer's own Celery workers.
+KEPT = {
+    "kept_queue": INBOX,
     "unacked_key": "inbox:unacked",
     "unacked_index_key": "inbox:unacked_index",
     "unacked_mutex_key": "inbox:unacked_mutex",
@@ -54,7 +55,7 @@ class _Inbox:
         self.inbox = Inbox(self.settings, self.ledger, self.events)
         self.following = Following(self.ledger, self.inbox.sender, self.events)
         made = configuration(self.settings, concurrency=4)
-        made["broker_transport_options"] |= {"visibility_timeout": REDELIVERY, **UNACKED}
+        made["broker_transport_options"] |= {"visibility_timeout": REDELIVERY, **KEPT}
         signals.setup_logging.connect(self._log, weak=False)
         signals.worker_init.connect(self._check, weak=False)
         signals.worker_ready.connect(self._follow, weak=False)
