@@ -61,6 +61,10 @@ attack: env ## a hostile tenant beside a quiet one for ten minutes, who is to no
 soak: env ## a million no-op tasks, and whether any process's memory grows (ARGS="--tasks 20000")
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
+.PHONY: bench-tools
+bench-tools: env ## calls of tools by the small model over 10,000 random schemas (ARGS="--random", ARGS="--schemas 500")
+	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.tools $(ARGS)
+
 # Each benchmark is a module of benchmarks/ that prints JSON and compares with a peer.
 bench-%: .venv/.bench ## run a benchmark: bench-dispatch, bench-decision, bench-schedule, bench-edge, bench-answers, bench-cloud, bench-api
 	@$(BIN)/python -m benchmarks.$*

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from perllm.broker import grammar
 from perllm.broker.capabilities import unserved
+from perllm.broker.chat import RESERVED
 from perllm.broker.engine.checks import context_excess, embeddings_excess
 from perllm.broker.errors import InvalidTask, field_errors
 from perllm.broker.ledger import Ledger
@@ -67,6 +68,8 @@ class TaskValidator:
         if size > self._settings.max_prompt_bytes:
             field, limit = _input_field(spec), self._settings.max_prompt_bytes
             raise InvalidTask(f"{field}: {size} bytes; the limit is {limit} bytes (PERLLM_MAX_PROMPT_BYTES)")
+        if reserved := sorted(RESERVED & spec.chat_template_kwargs.keys()):
+            raise InvalidTask(f"chat_template_kwargs: {reserved[0]!r} is not a task's to give")
         self._check_offer(spec)
         return self._checked_embedding(spec) if spec.kind == "embed" else spec
 

@@ -50,7 +50,7 @@ class RemoteAnswer:
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
-        return tuple(ToolCall(id=c.id, name=c.name, arguments="".join(c.arguments) or "{}") for c in self._named)
+        return tuple(ToolCall(id=c.id, name=c.name, arguments="".join(c.arguments)) for c in self._named)
 
     @property
     def called(self) -> bool:
@@ -72,6 +72,13 @@ class RemoteAnswer:
         if found:
             self.tokens += tokens
         return found
+
+    def close(self) -> list[Delta]:
+        """The server is done: a call that was given no arguments has none."""
+        empty = [call for call in self._named if not call.arguments]
+        for call in empty:
+            call.arguments.append("{}")
+        return [Delta(index=self.index, call=call.number, arguments=self._untold(call)) for call in empty]
 
     def _take_call(self, piece: ToolCallPiece) -> list[Delta]:
         """A call is told of once its name is known."""

@@ -629,7 +629,9 @@ class RemoteEngine:
                 answer.first = answer.first or now
                 answer.last = now
                 request.say(deltas)
-            answer.finish = choice.finish_reason or answer.finish
+            if choice.finish_reason:
+                answer.finish = choice.finish_reason
+                request.say(answer.close())
 
     def _body(self, request: _Request, answers: list[_Answer]) -> tuple[str, dict[str, Any]]:
         """The endpoint and the request. What not every server knows is sent only where it is asked for."""

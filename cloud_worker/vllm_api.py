@@ -405,7 +405,7 @@ class VLLMParser:
 
     def finish(self, *, cut: bool) -> list[Delta]:  # noqa: ARG002  vLLM's parsers do not ask
         """The last pieces."""
-        return self._take("", (), finished=True)
+        return [*self._take("", (), finished=True), *self._answer.close()]
 
     def _take(self, text: str, tokens: Sequence[int], *, finished: bool) -> list[Delta]:
         try:

@@ -36,6 +36,8 @@ log = structlog.get_logger(__name__)
 SCORED = 32
 #: A request joins others only if, beyond its prompt, each of them and itself has so many free cells to grow into.
 HEADROOM = 16
+#: Tokens from which on an answer's pace is known, and the part of the time to its deadline that is kept for delivery.
+PACED, DELIVERY = 8, 0.2
 
 #: Tokens a request is taken for whose producer did not say how many at most, while it has generated fewer.
 FEW_TOKENS = 64
@@ -128,6 +130,17 @@ class Answer:
         spec = self.request.spec
         most = spec.max_tokens - self.generated
         return min(most, max(self.generated, FEW_TOKENS)) if spec.fit_context else most
+
+    @property
+    def reach(self) -> int:
+        """Tokens to its limit, or to its deadline at the pace so far, with time to deliver it: a document that must be
+        whole has to end within them."""
+        most = self.request.spec.max_tokens - self.generated
+        remaining = self.request.stop.remaining
+        if remaining is None or self.first is None or self.generated < PACED:
+            return most
+        pace = (time.monotonic() - self.first) / self.generated
+        return min(most, int((1 - DELIVERY) * remaining / pace))
 
     @property
     def shortened(self) -> bool:
@@ -473,8 +486,7 @@ class Batch:
         self._computing = (answer,)
         try:
             logits = self.context.logits(row)
-            left = request.spec.max_tokens - answer.generated
-            token = int(logits.argmax()) if answer.sampler is None else answer.sampler.sample(logits, left)
+            token = int(logits.argmax()) if answer.sampler is None else answer.sampler.sample(logits, answer.reach)
             self._take(answer, token, logits)
         except GrammarError as error:
             request.error = EngineError(f"{constraint(request.spec)}: {error}", retry=False)

@@ -41,13 +41,13 @@ def run(path: Path | None, rate: float, console: Console) -> dict[str, Any]:
 
 
 def await_nodes(supervisor: Supervisor, console: Console) -> None:
-    """Wait until every node of the supervisor has registered, saying which are awaited and what ended meanwhile. Raises
-    BadSetting for a part that ends because of a wrong setting, and after START_TIMEOUT."""
+    """Wait until every node of the supervisor has registered and a scheduler leads, saying what is awaited and what
+    ended meanwhile. Raises BadSetting for a part that ends because of a wrong setting, and after START_TIMEOUT."""
     give_up = time.monotonic() + START_TIMEOUT
     began = time.monotonic()
     with console.status("starting …") as spinner:
         while waiting := supervisor.waiting_for():
-            spinner.update(f"starting: waiting for {', '.join(sorted(waiting))} (loading and calibrating) …")
+            spinner.update(f"starting: waiting for {', '.join(sorted(waiting))} (loading, calibrating, compiling) …")
             if time.monotonic() > give_up:
                 raise BadSetting(f"{', '.join(waiting)} did not appear in {START_TIMEOUT:.0f} s; see {supervisor.logs}")
             for line in supervisor.tend():

@@ -31,8 +31,9 @@ from perllm.broker.private_files import own_folder
 from perllm.broker.settings import Settings, environment, load_settings
 from perllm.broker.worker.settings import WorkerSettings
 
-#: Seconds the slowest part (an engine that loads, requantises and calibrates its model) may take to appear.
-START_TIMEOUT = 180.0
+#: Seconds the slowest part may take to appear: an engine that loads, requantises and calibrates its model, a scheduler
+#: that compiles its policy for the first time.
+START_TIMEOUT = 300.0
 #: A part that lived so long, s, had come to work: it is started again at once. Else first after `PAUSE`, then after
 #: twice as long each time, up to `LONGEST_PAUSE`.
 STEADY = 10.0
@@ -219,19 +220,24 @@ class Supervisor:
         child.start()
 
     def waiting_for(self) -> set[str]:
-        """Names of nodes that have not registered yet. Raises BadSetting when a part has ended because of a wrong
-        setting: its last words."""
+        """Names of nodes that have not registered yet, "scheduler" while none leads, "api" while it does not listen.
+        Raises BadSetting when a part has ended because of a wrong setting: its last words."""
         for child in self._children:
             if not child.running and child.process is not None and child.process.returncode == WRONG_SETTING:
                 raise BadSetting(f"{child.name} did not start: {child.last_words()} (log: {child.log_path})")
         ledger = Ledger(self.settings, reply_timeout=NEAR_REPLY_TIMEOUT)
         try:
             present = {info.name for info, _, _ in ledger.nodes()}
+            if ledger.led():
+                present.add("scheduler")
         except Unreachable:
             present = set()
         finally:
             ledger.close()
-        return {*self.edges, *self.clouds} - present
+        if self.api_port is not None and _listens(self.api_port):
+            present.add("api")
+        expected = {*self.edges, *self.clouds, "scheduler"}
+        return (expected if self.api_port is None else {*expected, "api"}) - present
 
     def tend(self) -> Iterator[str]:
         """Start again what has ended and whose pause is over, and keep logs small. Yields a line for people for
@@ -293,6 +299,14 @@ def _reap(child: _Child, patience: float) -> None:
         log.warning("killed", name=child.name)
         child.process.kill()
         child.process.wait()
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _check_free(port: int, option: str) -> None:

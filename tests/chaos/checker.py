@@ -3,7 +3,7 @@
 The invariants, each with the name its violations go by:
 
 lost         a task somebody was told is accepted, and that is neither in the ledger nor ever reached a final state
-doubled      a task with two final states, or two tasks under one idempotency key
+doubled      a task with two final states, or two tasks under one idempotency key, the first of them not yet forgotten
 overwritten  a result that is not the one its task reached, or not the one a producer saw before
 stuck        a task without a final state when all has settled, or that expired although it had AMPLE s
 path         events no task's life can have: an attempt out of turn, a claim on another node, anything after the end
@@ -20,10 +20,11 @@ such an end may be gone, and a result seen then may differ. Nothing else is excu
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from chaos.history import History, Row, Seen
@@ -39,7 +40,7 @@ TASK_BYTES = 1024
 #: Keys that outlive all work: the ledger's own; idempotency keys and streamed texts, which expire; and what Celery
 #: keeps per kind of queue.
 _LASTING = re.compile(
-    r"\{\w+\}:(events|requests|totals|epoch|leader|snapshot|key:.+|text:.+)|_kombu\.binding.+|inbox:(unacked_mutex|takers)"
+    r"\{\w+\}:(events|requests|totals|epoch|leader|snapshot|gone|key:.+|text:.+)|_kombu\.binding.+|inbox:(unacked_mutex|takers)"
 )
 
 
@@ -81,9 +82,15 @@ class _Check:
         self.dump = history.dump
         self.violations: list[Violation] = []
         self.lives: dict[str, list[Seen]] = defaultdict(list)  # task → its events, without those undone
-        for event in history.events:
+        self._ends: dict[str, list[int]] = defaultdict(list)  # state → where in the history tasks ended so
+        self._submitted: dict[str, list[tuple[int, str]]] = defaultdict(list)  # key → where, and the task
+        for place, event in enumerate(history.events):
             if event.id and event.position not in history.undone:
                 self.lives[event.id].append(event)
+                if _is_end(event):
+                    self._ends[event.state].append(place)
+                if event.type == "submitted":
+                    self._submitted[event.key].append((place, event.id))
         self._forgetful = sorted(o.at for o in history.outages if o.fsync == "everysec")
 
     def report(self) -> Report:
@@ -128,13 +135,23 @@ class _Check:
                 self.found("lost", told.id, f"accepted at {told.at:.3f} under {told.key}")
             else:
                 forgiven.append(excuse)
-        submitted = [e for events in self.lives.values() for e in events if e.type == "submitted"]
-        for key, count in Counter(e.key for e in submitted).items():
+        for key, tasks in self._submitted.items():
             if key not in self.history.tried:
-                self.found("phantom", key, f"{count} task(s) of a key nobody used")
-            elif count > 1:
-                self.found("doubled", key, f"{count} tasks under one idempotency key")
+                self.found("phantom", key, f"{len(tasks)} task(s) of a key nobody used")
+            again = sum(not self.forgotten(first, place) for (_, first), (place, _) in pairwise(tasks))
+            if again:
+                self.found("doubled", key, f"{1 + again} tasks under one idempotency key")
         return forgiven
+
+    def forgotten(self, task_id: str, place: int) -> bool:
+        """Whether the ledger kept a task, and so its key, no more at a place in the history: it had ended, and since
+        then so many others in the same way."""
+        end = next(filter(_is_end, self.lives[task_id]), None)
+        if end is None:
+            return False
+        ends = self._ends[end.state]
+        since = bisect_left(ends, place) - bisect_right(ends, self.history.events.index(end))
+        return since >= self.history.retained
 
     def check_undone(self) -> None:
         for event in self.history.events:

@@ -64,6 +64,7 @@ class Row(NamedTuple):
     result_state: str | None = None
     result_attempt: int | None = None  # of the receipt, where there is one
     stored: int = 0  # bytes of payload, features, and twice the result: Celery has a copy
+    withdrawn: bool = False  # ended by a producer or at its deadline with no scheduler: it has no result of its own
 
 
 @dataclass
@@ -91,3 +92,4 @@ class History:
     outages: list[Outage]
     dump: Dump
     max_strikes: int
+    retained: int  # most tasks kept of each final state

@@ -11,7 +11,7 @@ import redis
 from support.raw import prefix_of, redis_of
 
 from chaos.history import Dump, Row, Seen
-from perllm.broker.connection import connect
+from perllm.broker.connection import connect, reaching
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import Ledger
 from perllm.broker.ledger.events import Mark, in_order
@@ -133,7 +133,7 @@ def dump(ledger: Ledger) -> Dump:
         chunk = ids[start : start + _CHUNK]
         pipe = redis_of(ledger).pipeline(transaction=False)
         for task_id in chunk:
-            pipe.hmget(task + task_id, "state", "attempt", "strikes")
+            pipe.hmget(task + task_id, "state", "attempt", "strikes", "withdrawn")
             pipe.get(result + task_id)
             pipe.hstrlen(task + task_id, "payload")
             pipe.hstrlen(task + task_id, "features")
@@ -142,8 +142,7 @@ def dump(ledger: Ledger) -> Dump:
             i: _row(*fields, raw, payload + features)
             for i, fields, raw, payload, features in zip(chunk, *(rows[k::4] for k in range(4)), strict=True)
         }
-    cancelled = {i for i, row in out.tasks.items() if row.state == "cancelled"}
-    out.other_keys |= {result + i for i in results - (out.tasks.keys() - cancelled)}
+    out.other_keys |= {result + i for i in results - {i for i, row in out.tasks.items() if not row.withdrawn}}
     return out
 
 
@@ -151,10 +150,12 @@ def _members(ledger: Ledger, key: str) -> set[str]:
     return {m.decode() for m in cast("list[bytes]", redis_of(ledger).zrange(key, 0, -1))}
 
 
-def _row(state: bytes, attempt: bytes, strikes: bytes, result: bytes | None, record: int) -> Row:
+def _row(
+    state: bytes, attempt: bytes, strikes: bytes, withdrawn: bytes | None, result: bytes | None, record: int
+) -> Row:
     stored = record + 2 * len(result or b"")
-    if state == b"cancelled":  # its record is its result
-        result = result or b'{"state":"cancelled"}'
+    if withdrawn:  # its record is its result
+        result = result or b'{"state":"%s"}' % state
     says = json.loads(result) if result else {}
     return Row(
         state.decode(),
@@ -164,12 +165,15 @@ def _row(state: bytes, attempt: bytes, strikes: bytes, result: bytes | None, rec
         says.get("state"),
         says["receipt"]["attempt"] if "receipt" in says else None,
         stored,
+        bool(withdrawn),
     )
 
 
 def unfinished(ledger: Ledger) -> int | None:
-    """How many tasks are not final; None while the server does not answer."""
+    """How many tasks are not final, or final and not yet told of; None while the server does not answer."""
     try:
-        return sum(n for state, n in ledger.counts().items() if not state.final)
+        with reaching(ledger.settings):
+            untold = cast("int", redis_of(ledger).hlen(f"{prefix_of(ledger)}untold"))
+        return untold + sum(n for state, n in ledger.counts().items() if not state.final)
     except Unreachable:
         return None

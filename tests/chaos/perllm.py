@@ -149,6 +149,7 @@ def run(
             server.outages,
             dump(cluster.ledger),
             cluster.settings.max_strikes,
+            cluster.settings.retention_tasks,
         )
         lines = [line for post in world.posts for line in _tracebacks(folder / f"{post.name}.log")]
         refused = [f"refused {what}" for what in users.denied(server.url)]

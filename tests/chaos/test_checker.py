@@ -70,7 +70,7 @@ def good() -> History:
     )
     told = [Told(i, f"key-{i}", 100 + n / 10, 100 + n / 10) for n, i in enumerate("abcd")]
     tried = {f"key-{i}" for i in "abcdef"}
-    return History(tried, told, [Saw("a", "result a", 101, 101)], events, set(), [], dump, 3)
+    return History(tried, told, [Saw("a", "result a", 101, 101)], events, set(), [], dump, 3, 2)
 
 
 def add(history: History, type_: str, **fields: object) -> None:
@@ -317,6 +317,19 @@ def test_who_was_frozen_before_it_could_note_what_it_knew_is_forgiven_too() -> N
     assert check(history).violations == []
     history.told.append(Told("f", "key-f", 101.1, 105.0))  # asked after the server had come back
     assert check(history).count("lost") == 1
+
+
+def test_a_key_lives_as_long_as_its_task() -> None:
+    """Of each final state two tasks are kept here: the third that succeeds has the first forgotten, and its key."""
+    history = good()
+    submit_twice(history)
+    again = history.events[-2:]
+    assert check(history).count("doubled") == 1
+    del history.events[-2:]
+    add(history, "submitted", id="f", key="key-f")
+    add(history, "completed", id="f", state="succeeded")
+    history.events += again
+    assert [v.kind for v in check(history).violations if v.subject == "key-a"] == []
 
 
 def test_an_event_undone_does_not_count() -> None:

@@ -120,6 +120,16 @@ def test_a_call_that_could_not_be_finished_says_so(named: LlamaEngine) -> None:
     assert (done.output.text, done.output.tool_calls, done.output.finish_reason) == ("", (), "length")
 
 
+def test_a_call_that_would_go_on_is_brought_to_its_end_before_the_deadline(named: LlamaEngine) -> None:
+    endless = {"type": "array", "items": {"type": "string"}}
+    parameters = {"type": "object", "properties": {"words": endless}, "required": ["words"]}
+    fields = {"tools": [{"name": "f", "parameters": parameters}], "tool_choice": "required", "max_tokens": 1900}
+    spec = TaskSpec.model_validate({"prompt": "Go on.", "temperature": 1.0, "seed": 1, **fields})
+    output = named.generate("t", spec, Stop(4)).output
+    jsonschema.validate(json.loads(output.tool_calls[0].arguments), parameters)
+    assert output.finish_reason in ("length", "tool_calls")
+
+
 def test_a_thought_is_no_text_and_a_stop_string_does_not_end_it(thinking: LlamaEngine) -> None:
     free, _ = run(thinking, tools=[], max_tokens=20)
     assert free.output.text == ""
