@@ -34,7 +34,7 @@ from perllm.broker.errors import (
     Unreachable,
     WaitTimeout,
 )
-from perllm.broker.ledger import Ledger, TaskRecord
+from perllm.broker.ledger import ENDED, Ledger, TaskRecord
 from perllm.broker.messages import MAX_VALUE, Delta, Explanation, Result, State, TaskFields, TaskSpec, new_id
 from perllm.broker.validation import TaskValidator
 
@@ -153,7 +153,7 @@ class Client:
     def _follow(self, left: dict[str, None], give_up: float | None) -> Iterator[Result | None]:
         """Take results out of `left` as they come, until it is empty or `give_up`; None whenever the server answered
         that there is no more yet."""
-        with reaching(self.settings), _Announcements(self.settings) as announcements:
+        with reaching(self.settings), _Announcements(self.settings, self.ledger.said) as announcements:
             announcements.listen(left)  # before looking, so that nothing ends unheard in between
             fresh: list[str] | None = None
             while left:
@@ -292,7 +292,7 @@ class AsyncClient:
             raise WaitTimeout(f"task {task_id} not final after {timeout:g} s; it goes on") from None
 
     async def _result(self, task_id: str) -> Result:
-        async with self._waiter(task_id, _channel(task_id)) as waiter:
+        async with self._waiter(task_id) as waiter:
             everything = True
             while True:
                 if found := await self._through_outages(partial(self._client._look, [task_id], everything=everything)):
@@ -316,7 +316,7 @@ class AsyncClient:
         the Result only, as is all of a task submitted without `stream`. Raises TaskNotFound.
         """
         said, everything = _Said(), True
-        async with self._waiter(task_id, _channel(task_id), self.ledger.said(task_id)) as waiter:
+        async with self._waiter(task_id, texts=True) as waiter:
             while True:
                 look = partial(self._look_and_hear, task_id, waiter.heard, everything)
                 found, pieces = await self._through_outages(look)
@@ -337,28 +337,26 @@ class AsyncClient:
         return found, self.ledger.deltas(task_id, heard)  # in this order: what was said before it ended is all there
 
     @asynccontextmanager
-    async def _waiter(self, task_id: str, *channels: str) -> AsyncIterator[_Waiter]:
-        """Rings when something is announced on one of the channels. The waiters of all share one connection."""
+    async def _waiter(self, task_id: str, *, texts: bool = False) -> AsyncIterator[_Waiter]:
+        """Rings when the task has ended and, with `texts`, when there are pieces of its text. The waiters of all share
+        one connection."""
         pubsub = self._listen()
-        waiter = _Waiter(task_id, texts=len(channels) > 1)
+        waiter, channel = _Waiter(task_id, texts=texts), self.ledger.said(task_id)
         self._waiters[waiter] = None
-        for channel in channels:
-            self._bells.setdefault(channel, set()).add(waiter)
+        self._bells.setdefault(channel, set()).add(waiter)
         try:
             with reaching(self.settings):
                 async with self._subscribing:  # or the first of them would open a connection each
-                    await pubsub.subscribe(*channels)
+                    await pubsub.subscribe(channel)
             self._subscribed.set()
             yield waiter
         finally:
             self._waiters.pop(waiter, None)
-            for channel in channels:
-                self._bells[channel].discard(waiter)
-            if silent := [c for c in channels if not self._bells[c]]:
-                for channel in silent:
-                    del self._bells[channel]
+            self._bells[channel].discard(waiter)
+            if not self._bells[channel]:
+                del self._bells[channel]
                 with suppress(redis.exceptions.RedisError):
-                    await pubsub.unsubscribe(*silent)
+                    await pubsub.unsubscribe(channel)
 
     async def _look_for_all(self) -> None:
         """Every so often, wake those for whom there is something new though they heard nothing of it: announcements are
@@ -413,7 +411,8 @@ class AsyncClient:
                 await asyncio.sleep(LOOK_EVERY)
             if message is not None:  # None: nothing came in time, or a subscription was confirmed
                 for waiter in self._bells.get(message["channel"].decode(), ()):
-                    waiter.ring()
+                    if waiter.heard >= 0 or message["data"] == ENDED:
+                        waiter.ring()
 
     async def wait(self, task_ids: Iterable[str], timeout: float | None = None) -> AsyncIterator[Result]:
         """See Client.wait."""
@@ -524,12 +523,13 @@ def _part(delta: Delta) -> tuple[_Part, str]:
 class _Announcements:
     """The channels on which the ledger announces final states, for the tasks a waiter waits for."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, channel: Callable[[str], str]) -> None:
         self._redis = connect(settings)
+        self._channel, self._prefix = channel, channel("")
         self._pubsub: redis.client.PubSub = self._redis.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
 
     def listen(self, task_ids: Iterable[str]) -> None:
-        channels = [_channel(i) for i in task_ids]
+        channels = [self._channel(i) for i in task_ids]
         for start in range(0, len(channels), _CHUNK):
             self._pubsub.subscribe(*channels[start : start + _CHUNK])
 
@@ -539,7 +539,8 @@ class _Announcements:
         until = time.monotonic() + patience
         while (left := until - time.monotonic()) > 0:
             message = self._pubsub.get_message(timeout=0 if heard else left)
-            if message is not None and (task_id := _task_id(message["channel"])) in awaited:
+            task_id = "" if message is None else message["channel"].decode().removeprefix(self._prefix)
+            if message is not None and message["data"] == ENDED and task_id in awaited:
                 heard[task_id] = None
             elif message is None and (heard or not self._pubsub.subscribed):
                 break
@@ -577,14 +578,6 @@ def _succeeded(result: Result) -> Result:
     if result.state is State.SUCCEEDED:
         return result
     raise _ENDS.get(result.state, TaskFailed)(f"task {result.id} {result.state}: {result.reason or 'no reason given'}")
-
-
-def _channel(task_id: str) -> str:
-    return f"celery-task-meta-{task_id}"
-
-
-def _task_id(channel: bytes) -> str:
-    return channel.decode().removeprefix("celery-task-meta-")
 
 
 def _with_prompt(task: str | Mapping[str, Any] | None, fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,11 +2,13 @@
 
 from perllm.broker.ledger.events import gap, later
 from perllm.broker.ledger.ledger import Ledger
+from perllm.broker.ledger.query import ENDED
 from perllm.broker.ledger.records import Claim, Dispatch, End, Entry, Glance, Leader, TaskRecord, entry, is_id, weight
 from perllm.broker.ledger.scheduler import SWEEP_LIMIT
 from perllm.broker.ledger.worker import SAY_EVERY
 
 __all__ = [
+    "ENDED",
     "SAY_EVERY",
     "SWEEP_LIMIT",
     "Claim",

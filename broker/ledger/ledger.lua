@@ -48,7 +48,8 @@
 --   epoch, leader      string  the scheduler's fencing number, and who leads under it (expires)
 --   snapshot           string  what the scheduler learned, JSON, with the stream position it stands for
 --   signal:<name>      channel a task id whose generation on that node must stop
---   said:<id>          channel a piece was added to text:<id>
+--   said:<id>          channel a piece was added to text:<id>, or ('end') the task has ended: for whoever waits. It does
+--                              not hold the result, which may be megabytes, and a subscriber who is sent too much is cut
 --   may:<operation>    never a key: whoever may read it by the server's access rules (ACL) may call that operation
 --
 -- Outside the prefix, as Celery names them: the node's queue (a list of messages), celery-task-meta-<id> (the result
@@ -135,6 +136,9 @@ local function tell_celery(id, status, said)
     redis.call('PUBLISH', name, meta)
 end
 
+-- Tell who waits that a task has ended. Nothing hangs on it: he looks for himself now and then.
+local function ring(id) redis.pcall('PUBLISH', P .. 'said:' .. id, 'end') end
+
 -- Enter a final state but cancelled: the result document, the set, the totals, Celery's copy and the announcement.
 local function finish(id, t, state, on_time, reason, extra)
     local latency = now - tonumber(t.submitted)
@@ -149,6 +153,7 @@ local function finish(id, t, state, on_time, reason, extra)
     if t.node then redis.call('SREM', P .. 'node:' .. t.node .. ':tasks', id) end
     count(state, 1)
     tell_celery(id, state == 'succeeded' and 'SUCCESS' or state, state == 'succeeded' and doc or reason or state)
+    ring(id)
     return latency
 end
 
@@ -452,7 +457,10 @@ local function announce(limit)
             redis.call('SREM', P .. 'node:' .. node .. ':tasks', id)
             redis.call('PUBLISH', P .. 'signal:' .. node, id)
         end
-        if state then tell_celery(id, 'REVOKED', 'cancelled') end
+        if state then
+            tell_celery(id, 'REVOKED', 'cancelled')
+            ring(id)
+        end
     end) + some('refused', function(id, said, state)
         local status, reason = string.match(said, '^(%u+) (.*)$')
         if status and not state then tell_celery(id, status == 'REVOKED' and status or 'FAILURE', reason) end

@@ -27,6 +27,8 @@ from perllm.broker.ledger.records import (
 from perllm.broker.logs import LazyLogger
 from perllm.broker.messages import Delta, Heartbeat, NodeInfo, Result, State
 
+#: What is said of a task that has ended.
+ENDED = b"end"
 #: Bytes of results read in one call, and how many results are read at once whatever their size.
 READ_BYTES, FEW = 8 << 20, 4
 
@@ -165,7 +167,7 @@ class Query(LedgerBase):
         return [(next(replies) not in waiting) | (pieces >= 0 and next(replies) != pieces) for _, pieces in watched]
 
     def said(self, task_id: str) -> str:
-        """The channel on which new pieces of its text are announced."""
+        """The channel on which new pieces of its text are announced, and its end: that with `ENDED`."""
         return f"{self._prefix}said:{task_id}"
 
     def tasks_of(self, tenant: str, *, after: str | None, limit: int, newest: bool = True) -> list[str]:
