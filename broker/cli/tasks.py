@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -198,7 +199,8 @@ def _print_result(outcome: Result, as_json: bool) -> None:
     if as_json:
         print_json(outcome.model_dump(mode="json"))
     else:
-        print(outcome.text)
+        scores = (outcome.output.scores if outcome.output else None) or ()
+        print("\n".join(map(json.dumps, (*outcome.vectors, *scores))) or outcome.text)
         if outcome.reason:
             err.print(f"{outcome.state}: {outcome.reason}", style="red", highlight=False)
         if outcome.receipt:

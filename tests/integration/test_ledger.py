@@ -17,7 +17,7 @@ from support.wait import eventually
 
 from perllm.broker import functions
 from perllm.broker.errors import Unreachable
-from perllm.broker.ledger import Dispatch, Ledger
+from perllm.broker.ledger import ENDED, Dispatch, Ledger
 from perllm.broker.ledger.scheduler import DISPATCH_LEASE, SWEEP_LIMIT, UNCLAIMED
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import Counters, Heartbeat, State, Submitted, TaskSpec, new_id
@@ -304,6 +304,27 @@ def test_a_sweep_is_bounded_and_ends(ledger: Ledger) -> None:
     redis_of(ledger).zadd(f"{prefix_of(ledger)}in:pending", dict.fromkeys(ids, 1.0))  # moves time
     assert [ledger.sweep(), ledger.sweep(), ledger.sweep()] == [SWEEP_LIMIT, 10, 0]
     assert ledger.counts()[State.EXPIRED] == count
+
+
+def test_an_end_is_told_to_who_waits_without_its_result(ledger: Ledger) -> None:
+    """Results may be megabytes, and the server cuts a subscriber that is sent too much."""
+    done, gone = submit(ledger), submit(ledger)
+    subscription = redis_of(ledger).pubsub(ignore_subscribe_messages=True)
+    subscription.subscribe(ledger.said(done), ledger.said(gone))
+    run(ledger, done)
+    assert ledger.complete(done, 1, "token", "succeeded", output("x" * 100_000), receipt("n")) == "ok"
+    ledger.cancel(gone)
+    ledger.announce()
+    heard: list[tuple[bytes, bytes]] = []
+
+    def both() -> bool:
+        if (message := subscription.get_message(timeout=0.1)) is not None:
+            heard.append((message["channel"], message["data"]))
+        return len(heard) == 2
+
+    eventually(both, "both ends are told")
+    assert heard == [(ledger.said(task_id).encode(), ENDED) for task_id in (done, gone)]
+    subscription.close()
 
 
 def test_a_key_lives_as_long_as_its_task(ledger: Ledger, settings: Settings) -> None:
