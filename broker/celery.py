@@ -1,6 +1,7 @@
 """`celery -A perllm.broker worker`: the inbox, for plain Celery producers in any language.
 
-They send `perllm.generate` with a TaskSpec's fields as keyword arguments (or one object as the only argument). It is
+They send `perllm.generate` with a TaskSpec's fields as keyword arguments (or one object as the only argument), or
+`perllm.embed`, for a task of the kind `embed`, whose only argument may also be its texts. It is
 submitted to the ledger under the message's own id and answers nothing itself: the producer's `AsyncResult` stays
 pending until the ledger stores the real result under that id.
 """
@@ -20,7 +21,7 @@ from perllm.broker import connection, logs
 from perllm.broker.errors import InvalidTask, PerLLMError, Unreachable, exit_with
 from perllm.broker.ledger import Ledger, is_id
 from perllm.broker.queues import control
-from perllm.broker.queues.app import GENERATE, configuration, lazy_app
+from perllm.broker.queues.app import EMBED, GENERATE, configuration, lazy_app
 from perllm.broker.settings import load_settings
 from perllm.broker.validation import TaskValidator
 
@@ -68,7 +69,7 @@ class _Inbox:
     # Messages that Celery itself lets become no task
 
     def _unknown(self, name: str = "", id: str = "", **_: Any) -> None:
-        self._refuse(id, "FAILURE", f"there is no task {name[:80]!r}: send {GENERATE!r}")
+        self._refuse(id, "FAILURE", f"there is no task {name[:80]!r}: send {GENERATE!r} or {EMBED!r}")
 
     def _expired(self, request: Any = None, expired: bool = False, **_: Any) -> None:
         if expired:
@@ -96,6 +97,28 @@ app = lazy_app(_inbox.configure)
 )
 def generate(task: Task, *args: Any, **fields: Any) -> None:
     """Submit to the ledger under this message's id. Raises InvalidTask for the producer's `AsyncResult` to show."""
+    _take_in(task, args, fields)
+
+
+@app.task(
+    bind=True,
+    name=EMBED,
+    typing=False,
+    acks_late=True,
+    ignore_result=False,
+    throws=(InvalidTask,),
+)
+def embed(task: Task, *args: Any, **fields: Any) -> None:
+    """The same for an embedding task."""
+    match args:
+        case (str() | list() as texts,):
+            args, fields = (), {"inputs": [texts] if isinstance(texts, str) else texts, **fields}
+        case (dict() as given,):
+            args, fields = (), {**given, **fields}
+    _take_in(task, args, {"kind": "embed", **fields})
+
+
+def _take_in(task: Task, args: tuple[Any, ...], fields: Mapping[str, Any]) -> None:
     task_id = task.request.id
     try:
         _retry(task_id, lambda: _submit(task_id, args, fields))

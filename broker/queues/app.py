@@ -25,6 +25,7 @@ from perllm.broker.settings import Settings
 
 #: The task plain Celery producers send, and the queue they send it to.
 GENERATE = "perllm.generate"
+EMBED = "perllm.embed"
 INBOX = "inbox"
 #: How kombu notices a server that is gone without a word: a reply is awaited for so long, and a connection that should
 #: have said something within 1 s + health_check_interval is dropped when next looked at (kombu.transport.redis).

@@ -23,7 +23,8 @@ from support.wait import PATIENCE, eventually
 
 from perllm.broker.errors import InvalidTask, TaskExpired, TaskFailed, TaskRejected
 from perllm.broker.messages import new_id
-from perllm.broker.queues.app import GENERATE, RUN, node_message
+from perllm.broker.queues.app import EMBED, GENERATE, RUN, node_message
+from perllm.broker.vectors import unpack
 
 CONTEXT = 100_000  # tokens
 ENDLESS = 90_000  # tokens: 15 minutes
@@ -60,6 +61,26 @@ def test_succeeded(cluster: Cluster, producer: celery.Celery) -> None:
     assert result["receipt"]["energy"]["method"] == "emulated"
     assert AsyncResult(sent.id, app=producer).get(timeout=PATIENCE) == result  # also for who asks afterwards
     assert AsyncResult(sent.id, app=producer).state == "SUCCESS"
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "count"),
+    [
+        ((), {"inputs": ["a", "b"]}, 2),
+        ((["a", "b"],), {"dimensions": 8}, 2),
+        (("a",), {}, 1),
+        (({"inputs": ["a"]},), {}, 1),
+    ],
+)
+def test_texts_are_embedded(producer: celery.Celery, args: Any, kwargs: Any, count: int) -> None:
+    result = producer.send_task(EMBED, args=args, kwargs=kwargs, queue="inbox").get(timeout=PATIENCE)
+    vectors = [unpack(vector) for vector in result["output"]["vectors"]]
+    assert [len(vector) for vector in vectors] == [kwargs.get("dimensions", 384)] * count
+
+
+def test_what_cannot_be_embedded_is_told(producer: celery.Celery) -> None:
+    with pytest.raises(InvalidTask, match="give 'inputs': what to embed"):
+        producer.send_task(EMBED, kwargs={"inputs": []}, queue="inbox").get(timeout=PATIENCE)
 
 
 def test_failed(producer: celery.Celery) -> None:
