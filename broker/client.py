@@ -250,7 +250,6 @@ class AsyncClient:
         self._looker: asyncio.Task[None] | None = None
         self.settings = self._client.settings
         self.ledger = self._client.ledger
-        self.validator = self._client.validator
         self._bells: dict[str, set[_Waiter]] = {}  # channel → those who wait for it
         self._pubsub: redis.asyncio.client.PubSub | None = None
         self._subscribed = asyncio.Event()

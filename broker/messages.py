@@ -19,7 +19,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
 from perllm.broker.capabilities import BEFORE_CAPABILITIES, OF_KIND, Capability, lacking
-from perllm.broker.vectors import unpack
+from perllm.broker.vectors import BYTES_PER_NUMBER, unpack
 
 WIRE_VERSION = 1
 
@@ -37,8 +37,8 @@ MAX_TOOLS, MAX_TOOLS_BYTES = 128, 262_144
 #: Most answers to one prompt, and most inputs of one embedding or rerank task.
 MAX_CHOICES = 16
 MAX_INPUTS = 2048
-#: Most numbers of an embedding.
-MAX_DIMENSIONS = 65_536
+#: Most numbers of an embedding, and so many where it is not known.
+MAX_DIMENSIONS, USUAL_DIMENSIONS = 65_536, 1024
 #: Deepest nesting of JSON that comes from outside, levels: below what any of our readers can take (pydantic's: 199),
 #: so that whatever is accepted can be read again, also where it is part of something larger.
 MAX_DEPTH = 64
@@ -351,6 +351,13 @@ class TaskSpec(Sampling):
         """Tokens of the input, about; a query is read anew beside each of what is ranked by it."""
         again = len((self.query or "").encode(errors="replace")) * max(0, len(self.inputs) - 1)
         return (self.text_bytes() + again) // BYTES_PER_TOKEN + 1
+
+    def embeddings_bytes(self) -> int:
+        """Bytes its embeddings will take as they are stored, about; of another task nothing."""
+        if self.kind != "embed":
+            return 0
+        numbers = (len(self.inputs) + len(self.input_ids)) * (self.dimensions or USUAL_DIMENSIONS)
+        return round(numbers * BYTES_PER_NUMBER)
 
     def preview(self, width: int = 60) -> str:
         """The start of the input on one line, for people."""

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from perllm.broker import grammar
 from perllm.broker.capabilities import unserved
-from perllm.broker.engine.checks import context_excess, embeddings_bytes, embeddings_excess
+from perllm.broker.engine.checks import context_excess, embeddings_excess
 from perllm.broker.errors import InvalidTask, field_errors
 from perllm.broker.ledger import Ledger
 from perllm.broker.messages import MAX_DIMENSIONS, MAX_VALUE, ModelOffer, TaskSpec
@@ -67,7 +67,8 @@ class TaskValidator:
         return self._checked_embedding(spec) if spec.kind == "embed" else spec
 
     def _checked_embedding(self, spec: TaskSpec) -> TaskSpec:
-        """The task, for one model: vectors of two do not compare. Raises InvalidTask."""
+        """The task for one model, since vectors of two do not compare, and with the width of its vectors, so that the
+        room they will take is known. Raises InvalidTask."""
         offers = [o for o in self._current_offers() if not o.lacks(spec.needs())]
         names = sorted({o.name for o in offers})
         if spec.model is None and len(names) > 1:
@@ -86,14 +87,8 @@ class TaskValidator:
         known = [o.dimensions for o in offers if o.dimensions is not None]
         if known and (excess := embeddings_excess(spec, min(known), self._settings.max_result_bytes)):
             raise InvalidTask(f"inputs: {excess}")
-        return spec if spec.model is not None else spec.model_copy(update={"model": names[0]})
-
-    def embeddings_bytes(self, spec: TaskSpec) -> int:
-        """What a task's embeddings will take, as far as is known; of another task nothing."""
-        if spec.kind != "embed":
-            return 0
-        widths = [o.dimensions for o in self._offers if spec.model in (None, o.name) and o.dimensions is not None]
-        return min(self._settings.max_result_bytes, embeddings_bytes(spec, max(widths, default=MAX_DIMENSIONS)))
+        named = {"model": spec.model or names[0], "dimensions": spec.dimensions or (min(known) if known else None)}
+        return spec.model_copy(update=named)
 
     def _check_offer(self, spec: TaskSpec) -> None:
         offers = self._current_offers()

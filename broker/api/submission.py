@@ -50,10 +50,6 @@ class Tasks:
         """A deadline given as text: seconds, or a time (RFC 3339) by the server's clock."""
         return seconds_left(deadline, await self._pool.run("", self._ledger.now))
 
-    def embeddings_bytes(self, spec: TaskSpec) -> int:
-        """What a checked task's embeddings will take, as far as is known."""
-        return self._client.validator.embeddings_bytes(spec)
-
     async def submit(self, caller: Caller, specs: Iterable[TaskSpec]) -> list[Accepted]:
         """Submit checked tasks. Raises ApiError where they are too many at once, or where an idempotency key was used
         for another task, here or before: none of them is kept then."""
@@ -127,7 +123,10 @@ def _reused(spec: TaskSpec) -> ApiError:
 
 def _same_work(first: TaskSpec, again: TaskSpec) -> bool:
     """Whether a repeated request asks for the same work. Its deadline may have been counted from another moment, and
-    its model been chosen only when there was one to embed with."""
-    open_model = again.kind == "embed" and None in (first.model, again.model)
-    changes = {"deadline": again.deadline, "stream": again.stream} | ({"model": again.model} if open_model else {})
+    what embeds, and how wide, been known only once."""
+    changes: dict[str, Any] = {"deadline": again.deadline, "stream": again.stream}
+    if again.kind == "embed":
+        for name in ("model", "dimensions"):
+            if None in (getattr(first, name), getattr(again, name)):
+                changes[name] = getattr(again, name)
     return first.model_copy(update=changes) == again

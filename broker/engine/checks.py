@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable
 from perllm.broker.capabilities import OF_KIND
 from perllm.broker.engine.contract import EngineError
 from perllm.broker.messages import TaskSpec
-from perllm.broker.vectors import BYTES_PER_NUMBER
 
 
 def check_kind(kind: str, model: str, capabilities: Collection[str]) -> None:
@@ -53,15 +52,10 @@ def context_excess(prompt_tokens: int, max_tokens: int, context: int) -> str | N
     return f"exceed the context of {context} tokens: {way_out}"
 
 
-def embeddings_bytes(spec: TaskSpec, width: int) -> int:
-    """What a task's embeddings by a model of this width take."""
-    return round((len(spec.inputs) + len(spec.input_ids)) * min(spec.dimensions or width, width) * BYTES_PER_NUMBER)
-
-
 def embeddings_excess(spec: TaskSpec, width: int, most: int) -> str | None:
     """What is wrong where a task's embeddings by a model of this width would take more than `most` bytes, and the way
     out; None where they do not."""
-    size = embeddings_bytes(spec, width)
+    size = spec.model_copy(update={"dimensions": min(spec.dimensions or width, width)}).embeddings_bytes()
     if spec.kind != "embed" or size <= most:
         return None
     count = len(spec.inputs) + len(spec.input_ids)

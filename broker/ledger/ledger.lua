@@ -25,7 +25,8 @@
 --   text:<id>          list    the text of a task submitted with `stream`, as it is generated: pieces, each
 --                              "<attempt> <text>"; gone an hour after the last
 --   bytes              hash    tenant → bytes its tasks take: payload, features, result (twice: Celery's copy) and
---                              about a kilobyte each for all the rest
+--                              about a kilobyte each for all the rest; of one without a result what its features say it
+--                              will take (`result_bytes`), or a tenant could hand in more than there is room for
 --   in:<state>         zset    the tasks in that state: a task is in exactly one of them. Scores:
 --                              pending: its deadline; dispatched, running: when its lease ends; final: when it ended.
 --                              The lease on what is dispatched ends with its deadline at the latest, that on what runs
@@ -116,6 +117,12 @@ local function weigh(tenant, n) -- `n` bytes more, or less, are kept for a tenan
     if type(held) == 'number' and held <= 0 then redis.call('HDEL', P .. 'bytes', tenant) end
 end
 
+-- Bytes a task's result is expected to take, twice; in `features` no text of a user's can look so, for its quotes are
+-- escaped.
+local function reserved(features)
+    return 2 * (tonumber(string.match(features or '', '"result_bytes": (%d+)') or '') or 0)
+end
+
 local function unplace(id, node)
     if node then redis.call('SREM', P .. 'node:' .. node .. ':tasks', id) end
     redis.call('HDEL', task_key(id), 'node', 'model', 'dispatched', 'claimed')
@@ -148,7 +155,8 @@ local function finish(id, t, state, on_time, reason, extra)
         .. (reason and ',"reason":' .. str(reason) or '') .. (extra or '') .. '}'
     redis.call('HSET', task_key(id), 'state', state, 'finished', num(now))
     redis.call('SET', P .. 'result:' .. id, doc)
-    weigh(redis.call('HGET', task_key(id), 'tenant'), 2 * #doc)
+    local tenant, features = unpack(redis.call('HMGET', task_key(id), 'tenant', 'features'))
+    weigh(tenant, 2 * #doc - reserved(features))
     move(id, t.state, state, now)
     if t.node then redis.call('SREM', P .. 'node:' .. t.node .. ':tasks', id) end
     count(state, 1)
@@ -271,6 +279,8 @@ local function cancel(id)
     local t = read(id, unpack(PLACED))
     if not t then return false end
     if FINAL[t.state] then return t.state end
+    local tenant, features = unpack(redis.call('HMGET', task_key(id), 'tenant', 'features'))
+    if reserved(features) > 0 then weigh(tenant, -reserved(features)) end
     append('requests', '{"type":"ended","at":' .. num(now) .. ',"id":' .. str(id)
         .. ',"state":"cancelled","reason":"cancelled on request"' .. (t.node and ',"node":' .. str(t.node) or '') .. '}')
     redis.call('HSET', task_key(id), 'state', 'cancelled', 'finished', num(now))
@@ -300,7 +310,7 @@ function ops.submit() -- each: id, payload, features, window, key, tenant
             local mine = of[tenant] or {}
             of[tenant] = mine
             pending[2 * fresh - 1], pending[2 * fresh] = deadline, id
-            weigh(tenant, TASK_BYTES + #payload + #features)
+            weigh(tenant, TASK_BYTES + #payload + #features + reserved(features))
             mine[#mine + 1], mine[#mine + 2] = num(now + i * 1e-6), id -- tasks of one call keep their order
             if key ~= '' then
                 redis.call('SET', P .. 'key:' .. key, id)

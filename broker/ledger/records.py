@@ -52,7 +52,8 @@ class Entry(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes it takes before it has a result, as the ledger counts them."""
-        return TASK_BYTES + len(self.payload.encode()) + len(self.features.encode())
+        reserved: int = 2 * json.loads(self.features).get("result_bytes", 0)
+        return TASK_BYTES + len(self.payload.encode()) + len(self.features.encode()) + reserved
 
 
 class Dispatch(NamedTuple):
@@ -180,6 +181,8 @@ def _features(spec: TaskSpec, payload_bytes: int) -> str:
     }
     if spec.kind != "generate":
         features["kind"] = spec.kind
+    if expected := spec.embeddings_bytes():
+        features["result_bytes"] = expected
     if spec.n > 1:
         features["n"] = spec.n
     if spec.fit_context:

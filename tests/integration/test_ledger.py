@@ -17,7 +17,7 @@ from support.wait import eventually
 
 from perllm.broker import functions
 from perllm.broker.errors import Unreachable
-from perllm.broker.ledger import ENDED, Dispatch, Ledger
+from perllm.broker.ledger import ENDED, Dispatch, Ledger, weight
 from perllm.broker.ledger.scheduler import DISPATCH_LEASE, SWEEP_LIMIT, UNCLAIMED
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import Counters, Heartbeat, State, Submitted, TaskSpec, new_id
@@ -325,6 +325,37 @@ def test_an_end_is_told_to_who_waits_without_its_result(ledger: Ledger) -> None:
     eventually(both, "both ends are told")
     assert heard == [(ledger.said(task_id).encode(), ENDED) for task_id in (done, gone)]
     subscription.close()
+
+
+def test_room_for_embeddings_is_kept_from_the_submission_on(ledger: Ledger) -> None:
+    """Or a tenant could hand in more than there is room for: a few bytes of text may come to megabytes."""
+
+    def held() -> int:
+        return ledger.stored_bytes(["default"])[0]
+
+    spec = TaskSpec(kind="embed", inputs=("a",) * 100, dimensions=300)
+    assert spec.embeddings_bytes() == 160_000
+    ids = [new_id() for _ in range(3)]
+    ledger.submit((task_id, spec) for task_id in ids)
+    each = weight(spec)
+    assert each > 2 * 160_000
+    assert held() == 3 * each
+    run(ledger, ids[0])
+    done = output().model_copy(update={"vectors": ("A" * 1600,) * 100})
+    assert ledger.complete(ids[0], 1, "token", "succeeded", done, receipt("n")) == "ok"
+    assert 3 * each < held() < 3.02 * each
+    ledger.cancel(ids[1])
+    assert 2 * each < held() < 2.02 * each
+    ledger.forget(ids[0])
+    assert each < held() < each + 2000
+    for task_id in ids[1:]:
+        ledger.forget(task_id)
+    assert held() == 0
+    written = {"kind": "embed", "inputs": ['"result_bytes": 9000000'], "service": "x"}
+    crafted = ledger.submit([(new_id(), TaskSpec.model_validate(written))])
+    assert held() < 15_000
+    ledger.forget(crafted[0])
+    assert held() == 0
 
 
 def test_a_key_lives_as_long_as_its_task(ledger: Ledger, settings: Settings) -> None:

@@ -57,7 +57,7 @@ async def _answer(url: str, request: Request, api: Api, caller: Caller, headers:
     except InvalidTask as error:
         raise type(error)(in_their_words(str(error), url)) from None
     with api.waits.slot(caller) as slot:
-        slot.enter_context(api.embeddings.slot(caller, api.tasks.embeddings_bytes(spec)))
+        slot.enter_context(api.embeddings.slot(caller, spec.embeddings_bytes()))
         (accepted,) = await api.tasks.submit(caller, [spec])
         result = await api.results.wait(accepted, request)
         if result.state is not State.SUCCEEDED:
