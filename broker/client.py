@@ -166,19 +166,20 @@ class Client:
                     return
                 fresh = announcements.hear(patience, left)
 
-    def _look(self, task_ids: list[str], *, everything: bool) -> list[Result]:
-        """The results there are among these."""
-        found: list[Result] = []
+    def _look(self, task_ids: list[str], *, everything: bool) -> Iterator[Result]:
+        """The results there are among these, of which few are held at once."""
         for start in range(0, len(task_ids), _CHUNK):
             chunk = task_ids[start : start + _CHUNK]
-            results = self.ledger.results(chunk)
-            found += [r for r in results if r is not None]
-            missing = [i for i, r in zip(chunk, results, strict=True) if r is None]
+            missing = []
+            for task_id, result in zip(chunk, self.ledger.each_result(chunk), strict=True):
+                if result is None:
+                    missing.append(task_id)
+                else:
+                    yield result
             if everything and missing:
                 for task_id, known in zip(missing, self.ledger.known(missing), strict=True):
                     if not known:
                         raise TaskNotFound(f"no task {task_id!r} (unknown, or finished and forgotten)")
-        return found
 
     def status(self, task_id: str) -> TaskRecord:
         """Everything known of a task now. Raises TaskNotFound."""
@@ -294,7 +295,7 @@ class AsyncClient:
         async with self._waiter(task_id) as waiter:
             everything = True
             while True:
-                if found := await self._through_outages(partial(self._client._look, [task_id], everything=everything)):
+                if found := await self._through_outages(partial(self._look_at, task_id, everything)):
                     return found[0]
                 everything = await waiter.rung()
 
@@ -329,10 +330,13 @@ class AsyncClient:
                     return
                 everything = await waiter.rung()
 
+    def _look_at(self, task_id: str, everything: bool) -> list[Result]:
+        return list(self._client._look([task_id], everything=everything))
+
     def _look_and_hear(
         self, task_id: str, heard: int, everything: bool
     ) -> tuple[list[Result], list[tuple[int, list[Delta]]]]:
-        found = self._client._look([task_id], everything=everything)
+        found = self._look_at(task_id, everything)
         return found, self.ledger.deltas(task_id, heard)  # in this order: what was said before it ended is all there
 
     @asynccontextmanager
