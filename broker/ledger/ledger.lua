@@ -59,10 +59,12 @@
 --   signal:<name>      channel a task id whose generation on that node must stop
 --   signal:@inbox      channel something was added to to_follow
 --   said:<id>          channel a piece was added to text:<id>
+--   ended:<id>         channel the task has ended, in which state: for whoever waits. Not with its result, which may be
+--                              megabytes: the server cuts a subscriber that is sent more than it takes
 --   may:<operation>    never a key: whoever may read it by the server's access rules (ACL) may call that operation
 --
 -- Outside the prefix, as Celery names them: the node's queue (a list of messages), celery-task-meta-<id> (the result
--- for AsyncResult) and the channel of the same name, on which every final state is announced.
+-- for AsyncResult) and the channel of the same name, on which it is sent to Celery producers that wait.
 --
 -- Attempts are fenced: `attempt` counts dispatches, `token` is chosen by the claimer. A call with another attempt or
 -- token changes nothing. Calls may be repeated: the same claim or completion again gets the same answer.
@@ -170,7 +172,10 @@ local function to_follow(id, celery, unseen)
     end
 end
 
--- Enter a final state but cancelled: the result document, the set, the totals, Celery's copy and the announcement.
+-- Tell who waits that a task has ended. Nothing hangs on it: he looks for himself now and then.
+local function tell_waiting(id, state) redis.pcall('PUBLISH', P .. 'ended:' .. id, state) end
+
+-- Enter a final state but cancelled: the result document, the set, the totals, Celery's copy and the announcements.
 local function finish(id, t, state, on_time, reason, extra)
     local latency = now - tonumber(t.submitted)
     local doc = '{"id":' .. str(id) .. ',"state":"' .. state .. '","on_time":' .. tostring(on_time)
@@ -185,6 +190,7 @@ local function finish(id, t, state, on_time, reason, extra)
     if t.node then redis.call('SREM', P .. 'node:' .. t.node .. ':tasks', id) end
     count(state, 1)
     if state == 'succeeded' then show_celery(id, 'SUCCESS', doc) else fail_celery(id, state, reason or state) end
+    tell_waiting(id, state)
     to_follow(id, celery, state ~= 'succeeded' and not t.claimed)
     return latency
 end
@@ -542,6 +548,7 @@ local function announce(limit)
             redis.call('SREM', P .. 'node:' .. node .. ':tasks', id)
             redis.call('PUBLISH', P .. 'signal:' .. node, id)
         end
+        if t.state then tell_waiting(id, t.state) end
         if t.state == 'cancelled' then fail_celery(id, 'revoked', 'cancelled') end
         if t.state == 'expired' then fail_celery(id, 'expired', WITHDRAWN.expired) end
         to_follow(id, redis.call('HEXISTS', P .. 'followers', id) == 1 and 'followers' or t.celery, not t.claimed)

@@ -337,6 +337,27 @@ def test_room_for_embeddings_is_kept_from_the_submission_on(ledger: Ledger) -> N
     assert held() == 0
 
 
+def test_an_end_is_told_to_who_waits_without_its_result(ledger: Ledger) -> None:
+    """Results may be megabytes, and the server cuts a subscriber that is sent too much."""
+    done, gone = submit(ledger), submit(ledger)
+    subscription = redis_of(ledger).pubsub(ignore_subscribe_messages=True)
+    subscription.subscribe(ledger.ended(done), ledger.ended(gone))
+    run(ledger, done)
+    assert ledger.complete(done, 1, "token", "succeeded", output("x" * 100_000), receipt("n")) == "ok"
+    ledger.cancel(gone)
+    ledger.announce()
+    heard: list[tuple[bytes, bytes]] = []
+
+    def both() -> bool:
+        if (message := subscription.get_message(timeout=0.1)) is not None:
+            heard.append((message["channel"], message["data"]))
+        return len(heard) == 2
+
+    eventually(both, "both ends are told")
+    assert heard == [(ledger.ended(done).encode(), b"succeeded"), (ledger.ended(gone).encode(), b"cancelled")]
+    subscription.close()
+
+
 def test_a_key_lives_as_long_as_its_task(ledger: Ledger, settings: Settings) -> None:
     """Not longer, when the task is forgotten by count; not shorter, when it waits beyond the retention time."""
     few = Ledger(settings.model_copy(update={"retention_tasks": 1}))
