@@ -58,6 +58,16 @@ class Decision:
     failure: bool = False  # it could not be decided: a fault of ours
 
 
+@dataclass(frozen=True, slots=True)
+class Lapse:
+    """Tasks their node does not take up, to be placed anew, and why. `distrust`: so is whatever else it is sent."""
+
+    node: Node
+    tasks: tuple[Task, ...]
+    reason: str
+    distrust: bool
+
+
 class SchedulerCore:
     """Holds what is known of nodes and tasks and asks the policy where each pending task goes.
 
@@ -106,7 +116,9 @@ class SchedulerCore:
                 if task is not None and task.attempt == event.attempt:
                     task.claimed = event.at
                     if node := self.cluster.nodes.get(event.node):
+                        node.took_up(task, event.at)
                         node.touch(event.at)
+                        self._note_room(node, event.at)
             case Completed():
                 if task is not None:
                     self._finished(task, event)
@@ -133,9 +145,9 @@ class SchedulerCore:
         task.node, task.attempt, task.dispatched, task.claimed, task.generated = node_name, attempt, at, None, 0
         self._placed[task.id] = task
         if node := self.cluster.nodes.get(node_name):
-            node.in_flight[task.id] = task
+            node.in_flight[task.id] = node.unclaimed[task.id] = task
             node.touch(at)
-            self._note_room(node)
+            self._note_room(node, at)
 
     def _finished(self, task: Task, event: Completed) -> None:
         if node := self.cluster.nodes.get(event.node):
@@ -155,9 +167,10 @@ class SchedulerCore:
         self._placed.pop(task.id, None)
         if task.node is None or (node := self.cluster.nodes.get(task.node)) is None:
             return
-        if node.in_flight.pop(task.id, None) is not None:
+        if task.id in node.in_flight:
+            node.left(task, at)
             node.touch(at)
-            self._note_room(node)
+            self._note_room(node, at)
             self.pending.rescan(_models(node))
 
     # --- nodes
@@ -165,7 +178,8 @@ class SchedulerCore:
     def _node_up(self, event: NodeUp) -> None:
         node = Node(event.info, since=event.at, heard=event.at, changed=event.at)
         node.in_flight = {t.id: t for t in self._placed.values() if t.node == node.name}
-        self._note_room(node)
+        node.unclaimed = {t.id: t for t in node.in_flight.values() if t.claimed is None}
+        self._note_room(node, event.at)
         self.cluster.nodes[node.name] = node
         self._find_serving()
         self.pending.rescan(_models(node))
@@ -200,12 +214,13 @@ class SchedulerCore:
         }
         self._with_room.clear()
 
-    def _note_room(self, node: Node) -> None:
-        """Its tasks have changed: it may be full now, or no longer."""
+    def _note_room(self, node: Node, now: float) -> None:
+        """Its tasks, or the trust in it, have changed: it may be full now, or no longer."""
         beyond = self._queue_beyond_slots
         if beyond is not None:
-            beyond = max(beyond, min(MAX_QUEUE, int(node.completion_rate * QUEUE_SECONDS)))
+            beyond = max(beyond, min(MAX_QUEUE, int(node.completion_rate * (QUEUE_SECONDS + (node.pace.mean or 0.0)))))
         has_room = beyond is None or len(node.in_flight) < node.info.slots + beyond
+        has_room = has_room and node.pace.trusts(len(node.unclaimed), now)
         if has_room != node.has_room:
             node.has_room = has_room
             for model in _models(node):
@@ -218,6 +233,32 @@ class SchedulerCore:
             nodes = tuple(n for n in self.cluster.serving.get(model, ()) if n.has_room)
             self._with_room[model] = nodes
         return nodes
+
+    # --- nodes that do not take up what they are sent
+
+    def lapses(self, now: float) -> list[Lapse]:
+        """Tasks dispatched and not claimed within what their node's own pace explains. Nodes that take up nothing are
+        distrusted from here on; to be asked every so often, also so that they are tried again in time."""
+        found = []
+        for node in self.cluster.nodes.values():
+            if lost := node.lost():
+                found.append(Lapse(node, tuple(lost), f"{node.name} took up later ones and not this", distrust=False))
+            elif now >= node.pace.rests_until and (waited := node.idles()) is not None:
+                reason = f"{node.name} had room for {waited:.1f} s and did not take it up"
+                node.pace.lapsed(now, f"for {waited:.1f} s it took up none of {len(node.unclaimed)}")
+                found.append(Lapse(node, tuple(node.unclaimed.values()), reason, distrust=True))
+                self._note_room(node, now)
+            elif node.pace.distrust and not node.has_room:
+                self._note_room(node, now)
+                if node.has_room:
+                    self.pending.rescan(_models(node))
+        return found
+
+    def distrust(self, name: str, reason: str, now: float) -> None:
+        """The leader before distrusted a node."""
+        if node := self.cluster.nodes.get(name):
+            node.pace.distrusted(reason)
+            self._note_room(node, now)
 
     # --- decisions out
 
@@ -295,6 +336,7 @@ class SchedulerCore:
         if isinstance(choice, Wait):
             return choice
         scores = self.policy.explain(task, candidates, self.cluster, now) if self._explain else ()
+        scores += self._distrusted(task, candidates) if self._explain else ()
         length = self.policy.forecast_length(task) if self._explain else None
         match choice:
             case Reject(reason):
@@ -316,6 +358,14 @@ class SchedulerCore:
                 return Decision(task, "dispatch", explanation, node, offer.name)
             case _:
                 assert_never(choice)
+
+    def _distrusted(self, task: Task, candidates: tuple[Node, ...]) -> tuple[Candidate, ...]:
+        """Nodes that could hold it and are not asked to, for people to see."""
+        return tuple(
+            Candidate(node=n.name, feasible=False, note=f"distrusted: {n.pace.distrust}")
+            for n in self.cluster.serving.get(task.model, ())
+            if n.pace.distrust and n not in candidates and serves(n, task)
+        )
 
     def _candidates(self, task: Task, now: float) -> tuple[Node, ...]:
         """Nodes with room that can hold the task and, if any others serve it, did not lose it lately."""

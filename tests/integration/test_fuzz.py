@@ -34,6 +34,8 @@ OPERATIONS = (
     "end",
     "sweep",
     "snapshot",
+    "take_back",
+    "distrust",
     "register",
     "beat",
     "claim",

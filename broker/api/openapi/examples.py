@@ -128,6 +128,7 @@ NODE = {
     "generated": 48211,
     "energy": {"joules": 5310.4, "method": "cpu-model", "estimated": True},
     "draining": False,
+    "distrusted": None,
     "models": [MODEL],
 }
 EXPLANATION = {

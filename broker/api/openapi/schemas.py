@@ -295,6 +295,7 @@ class NodeObject(Shape):
     generated: Annotated[int, Field(description="tokens since it started")]
     energy: NodeEnergy
     draining: bool
+    distrusted: Annotated[str | None, Field(description="why it is sent little: it took up nothing it was sent")]
     models: list[str]
 
 
