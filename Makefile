@@ -57,7 +57,7 @@ soak: env ## a million no-op tasks, and whether any process's memory grows (ARGS
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 # Each benchmark is a module of benchmarks/ that prints JSON and compares with a peer.
-bench-%: .venv/.bench ## run a benchmark: bench-dispatch, bench-decision, bench-schedule, bench-edge, bench-cloud, bench-api
+bench-%: .venv/.bench ## run a benchmark: bench-dispatch, bench-far_worker, bench-decision, bench-schedule, bench-edge, bench-cloud, bench-api
 	@$(BIN)/python -m benchmarks.$*
 
 .venv/.bench: requirements/bench.txt .venv/.complete
