@@ -120,12 +120,13 @@ def nodes(wide: Wide = False, as_json: AsJson = False) -> None:
     """The live nodes and what they are doing."""
     with Client() as client:
         rows = client.ledger.nodes()
+        distrusted = client.ledger.distrusted([info.name for info, _, _ in rows])
     if as_json:
-        keys = ("node", "heartbeat", "draining")
-        dumped = [(i.model_dump(), b.model_dump() if b else None, d) for i, b, d in rows]
+        keys = ("node", "heartbeat", "draining", "distrusted")
+        dumped = [(i.model_dump(), b.model_dump() if b else None, d, distrusted.get(i.name)) for i, b, d in rows]
         print_json([dict(zip(keys, row, strict=True)) for row in dumped])
     elif rows:
-        show(out, terminal.nodes(rows), wide=wide)
+        show(out, terminal.nodes(rows, distrusted), wide=wide)
     else:
         print("no live nodes")
 

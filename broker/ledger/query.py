@@ -275,6 +275,15 @@ class Query(LedgerBase):
             raw = cast("dict[bytes, bytes]", self._client.hgetall(f"{self._prefix}gone"))
         return [node for said in raw.values() if (node := gone_of(said)) is not None]
 
+    def distrusted(self, nodes: Sequence[str]) -> dict[str, str]:
+        """Those of these nodes the scheduler sends little, and why."""
+        with reaching(self.settings):
+            pipe = self._client.pipeline(transaction=False)
+            for name in nodes:
+                pipe.hget(f"{self._prefix}node:{name}", "distrusted")
+            rows = readable(pipe.execute(raise_on_error=False))
+        return {name: text_of(reason) for name, reason in zip(nodes, rows, strict=True) if reason}
+
     def led(self) -> bool:
         """Whether a scheduler leads."""
         with reaching(self.settings):

@@ -295,14 +295,16 @@ class NodeChannel(Channel):
         if not reply:
             raise Empty
         key, messages = reply
-        queue = key.decode().rsplit(self.sep, 1)[0]
+        queue, failure = key.decode().rsplit(self.sep, 1)[0], None
         for message in messages:
             try:
                 self.connection._deliver(loads(message.decode()), queue)  # type: ignore[no-untyped-call]
-            except self.connection_errors:
-                raise
+            except self.connection_errors as error:
+                failure = error
             except _UNREADABLE as error:
                 _report(error)
+        if failure is not None:
+            raise failure
         return True
 
 

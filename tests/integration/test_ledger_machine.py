@@ -230,6 +230,7 @@ class LedgerMachine(RuleBasedStateMachine):
             "forget": bool(there),
             "expire": bool(unfinished),
             "decide_to_end": bool(there),
+            "take_back": 1 if there["dispatched"] else bool(self.attempts()),
             "hear_of_cancellations": bool(self.untold or self.refused),
             "refuse": 1,
             "follow": 2 * bool(self.to_follow),
@@ -431,6 +432,17 @@ class LedgerMachine(RuleBasedStateMachine):
         if ruling == "ok":
             self.end(task, state)
         assert self.ledger.end(self.epoch - (not right_epoch), [End(task.id, state, why("reject"))]) == [ruling]
+
+    def take_back(self, data: st.DataObject) -> None:
+        task = self.one_in(data, "dispatched")
+        number, _, _ = self.an_attempt(data, task)
+        right_epoch = likely(data)
+        ruling = "not_leader"
+        if right_epoch:
+            ruling = "ok" if (task.state, task.attempt) == ("dispatched", number) else "refused"
+        if ruling == "ok":
+            self.give_back(task, "lease_expired", strike=False)
+        assert self.ledger.take_back(self.epoch - (not right_epoch), [(task.id, number)], "idle") == [ruling]
 
     def hear_of_cancellations(self, data: st.DataObject) -> None:
         self.announce()
