@@ -25,7 +25,7 @@ up: env ## the same system, running until interrupted
 
 .PHONY: test
 test: env ## the whole test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 .PHONY: test-fast
 test-fast: env ## the unit tests only

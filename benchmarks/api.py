@@ -10,7 +10,8 @@
   node with the emulated engine, which does nothing at once. The same with lines of chats and lines of embeddings;
 - embeddings: 512 texts in one request, through the API and a node with llama.cpp, against the same engine called in
   this process, and against llama-cpp-python's own batches of 512 tokens; the small model, mean pooling, one thread;
-  alternating, medians over the rounds, s.
+  alternating, medians over the rounds, s;
+- a tool call: the same way, one required call of a strict tool, the same tokens by both.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -36,6 +39,7 @@ from perllm.broker.connection import connect
 from perllm.broker.engine.contract import Stop
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import TaskSpec
+from perllm.broker.openai.translation import task_fields
 from perllm.broker.settings import load_settings
 
 TASK = {"prompt": "Why is the sky blue? Answer in one short sentence.", "max_tokens": 32, "deadline": 600}
@@ -51,7 +55,7 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=250, help="pieces of each stream")
     parser.add_argument("--lines", type=int, default=50_000, help="lines of a batch")
     parser.add_argument("--inputs", type=int, default=512, help="texts embedded in one request")
-    parser.add_argument("--embed-rounds", type=int, default=3)
+    parser.add_argument("--real-rounds", type=int, default=3)
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -74,12 +78,16 @@ def main() -> None:
         for endpoint in ("/v1/chat/completions", "/v1/embeddings"):
             print(f"a batch of {options.lines} lines, {endpoint}", file=sys.stderr)
             figures |= batch(folder, options.lines, endpoint)
-        print(f"{options.inputs} embeddings in one request", file=sys.stderr)
-        embedded, embedded_spread = median_and_spread(embeddings(folder, options.inputs, options.embed_rounds))
-        figures |= embedded
-        figures["embed_512_engine_over_api"] = embedded["embed_512_engine_s"] / embedded["embed_512_api_s"]
-        figures["embed_512_llama_cpp_over_api"] = embedded["embed_512_llama_cpp_s"] / embedded["embed_512_api_s"]
-        spread |= embedded_spread
+        print(f"{options.inputs} embeddings in one request, and tool calls", file=sys.stderr)
+        real, real_spread = median_and_spread(real_model(folder, options.inputs, options.real_rounds))
+        figures |= real
+        for ratio, ours in (
+            ("embed_512_engine", "embed_512"),
+            ("embed_512_llama_cpp", "embed_512"),
+            ("tool_call_engine", "tool_call"),
+        ):
+            figures[f"{ratio}_over_api"] = real[f"{ratio}_s"] / real[f"{ours}_api_s"]
+        spread |= real_spread
     emit(
         "api",
         figures,
@@ -90,7 +98,7 @@ def main() -> None:
         pieces=options.pieces,
         batch_lines=options.lines,
         embedded_inputs=options.inputs,
-        embed_rounds=options.embed_rounds,
+        real_rounds=options.real_rounds,
         engine="emulated, no delay",
     )
 
@@ -278,11 +286,11 @@ def _peak_rss(pid: int) -> float:
     return float(psutil.Process(pid).memory_info().rss / 1e6)
 
 
-# --- embeddings
+# --- with a real model
 
 
-def embeddings(folder: Path, count: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds until all texts are embedded, by each way, in each round."""
+def real_model(folder: Path, count: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds until all texts are embedded, and until a tool is called, by each way, in each round."""
     from llama_cpp import LLAMA_POOLING_TYPE_MEAN, Llama  # noqa: PLC0415  of the edge's extra
 
     from perllm.edge_worker.engine import LlamaEngine  # noqa: PLC0415
@@ -298,7 +306,7 @@ def embeddings(folder: Path, count: int, rounds: int) -> dict[str, list[float]]:
     )  # fmt: skip
     engine = LlamaEngine(settings)
     engine.start()
-    model = engine.offers()[1].name
+    generates, model = (offer.name for offer in engine.offers())
     port = _free_port()
     with ExitStack() as stack:
         stack.callback(engine.close)
@@ -320,16 +328,45 @@ def embeddings(folder: Path, count: int, rounds: int) -> dict[str, list[float]]:
             spec = TaskSpec(kind="embed", model=model, inputs=tuple(texts))
             assert len(engine.generate("t", spec, Stop(600)).output.vectors or ()) == len(texts)
 
-        ways = {"api": by_api, "engine": by_engine, "llama_cpp": lambda texts: peer.embed(texts, normalize=True)}
+        def call_by_api(place: str) -> None:
+            asked = {"model": generates, **_tool_call(place), "deadline": 600}
+            answer = http.post("/v1/chat/completions", json=asked).raise_for_status().json()
+            assert answer["choices"][0]["message"]["tool_calls"], answer
+
+        def call_by_engine(place: str) -> None:
+            fields = {"model": generates, **task_fields(_tool_call(place))}
+            assert engine.generate("t", TaskSpec.model_validate(fields), Stop(600)).output.tool_calls
+
+        embed: dict[str, Callable[[Any], Any]] = {"api": by_api, "engine": by_engine}
+        embed["llama_cpp"] = lambda texts: peer.embed(texts, normalize=True)
+        call: dict[str, Callable[[Any], Any]] = {"api": call_by_api, "engine": call_by_engine}
         samples: dict[str, list[float]] = {}
         for number in range(-1, rounds):  # the first one warms up
-            for name, way in ways.items():
-                began = time.perf_counter()
-                way(texts if number >= 0 else texts[:8])
-                if number >= 0:
-                    samples.setdefault(f"embed_512_{name}_s", []).append(time.perf_counter() - began)
-                    print(f"  {name}: {samples[f'embed_512_{name}_s'][-1]:.2f} s", file=sys.stderr)
+            for what, ways, given in (
+                ("embed_512", embed, texts if number >= 0 else texts[:8]),
+                *(("tool_call", call, f"place {number} {n}") for n in range(4)),
+            ):
+                for name, way in ways.items():
+                    began = time.perf_counter()
+                    way(given)
+                    if number >= 0:
+                        samples.setdefault(f"{what}_{name}_s", []).append(time.perf_counter() - began)
+                        print(f"  {what}, {name}: {samples[f'{what}_{name}_s'][-1]:.2f} s", file=sys.stderr)
     return samples
+
+
+def _tool_call(place: str) -> dict[str, Any]:
+    """A request that must call a strict tool, as OpenAI's API has it."""
+    properties = {"place": {"type": "string", "maxLength": 40}, "unit": {"enum": ["celsius", "fahrenheit"]}}
+    schema = {"type": "object", "properties": properties, "required": ["place", "unit"], "additionalProperties": False}
+    tool = {"name": "weather", "description": "The weather at a place", "parameters": schema, "strict": True}
+    return {
+        "messages": [{"role": "user", "content": f"How is the weather in {place}?"}],
+        "tools": [{"type": "function", "function": tool}],
+        "tool_choice": "required",
+        "max_tokens": 64,
+        "temperature": 0,
+    }
 
 
 # --- processes

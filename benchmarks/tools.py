@@ -113,6 +113,7 @@ class Bench:
         return "valid" if reason == "tool_calls" else "shortened"
 
     def _fail(self, schema: dict[str, Any], what: str) -> None:
+        print(what, json.dumps(schema), flush=True)
         if len(self.failures) < SHOWN:
             self.failures.append({"schema": schema, "what": what})
 

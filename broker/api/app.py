@@ -79,8 +79,8 @@ def make_app(settings: ApiSettings) -> FastAPI:
         metrics.router,
         pages.router,
     )
-    for router in routers:
-        app.include_router(router)
+    for router in routers:  # not included: each inclusion would be searched for every request, and twice
+        app.router.routes += router.routes
     document.install(app, routers)
     app.add_middleware(TimeLimit)
     app.add_middleware(RequestLimits, settings=settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,13 +74,12 @@ class Tasks:
                     code="in_flight_limit_exceeded",
                     headers={"Retry-After": "1"},
                 )
-        now = time.time()
-        ids = await self._coalescer.submit(caller.tenant, tasks)
-        new = {own for (own, _), in_force in zip(tasks, ids, strict=True) if own == in_force}
+        stored = await self._coalescer.submit(caller.tenant, tasks)
+        new = {own for (own, _), (in_force, _) in zip(tasks, stored, strict=True) if own == in_force}
         accepted = []
-        for (own, spec), in_force in zip(tasks, ids, strict=True):
+        for (own, spec), (in_force, at) in zip(tasks, stored, strict=True):
             if in_force == own:
-                accepted.append(Accepted(own, spec, now))
+                accepted.append(Accepted(own, spec, at))
                 continue
             first = await self.record(caller, in_force)
             if not _same_work(first.spec, spec):  # another request was faster, after the keys were checked

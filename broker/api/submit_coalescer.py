@@ -14,7 +14,7 @@ import structlog
 from perllm.broker.api.errors import ApiError, over_quota
 from perllm.broker.api.settings import ApiSettings
 from perllm.broker.errors import InvalidTask, Unreachable
-from perllm.broker.ledger import Entry, Ledger, entry
+from perllm.broker.ledger import Entry, Ledger, Stored, entry
 from perllm.broker.messages import TaskSpec
 
 #: Tasks, and bytes of text, that go together, about.
@@ -27,7 +27,7 @@ class _Request(NamedTuple):
     tenant: str
     tasks: _Tasks
     size: int  # bytes of text
-    stored: asyncio.Future[list[str]]
+    stored: asyncio.Future[list[Stored]]
 
 
 log = structlog.get_logger(__name__)
@@ -44,9 +44,9 @@ class SubmitCoalescer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="perllm-submit")
         self._sender: asyncio.Task[None] | None = None
 
-    async def submit(self, tenant: str, tasks: _Tasks) -> list[str]:
-        """See Ledger.submit. Raises ApiError where they are more than the tenant may have stored, and InvalidTask."""
-        stored: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+    async def submit(self, tenant: str, tasks: _Tasks) -> list[Stored]:
+        """See Ledger.store. Raises ApiError where they are more than the tenant may have stored, and InvalidTask."""
+        stored: asyncio.Future[list[Stored]] = asyncio.get_running_loop().create_future()
         try:
             size = sum(spec.text_bytes() for _, spec in tasks)
         except UnicodeEncodeError as error:
@@ -85,10 +85,10 @@ class SubmitCoalescer:
                 tasks, size = tasks + len(request.tasks), size + request.size
                 yield request
 
-    def _store(self, group: list[_Request]) -> list[list[str] | Exception]:
-        """What became of each request: its ids, or its error."""
+    def _store(self, group: list[_Request]) -> list[list[Stored] | Exception]:
+        """What became of each request: its tasks, or its error."""
         try:
-            outcomes: dict[int, list[str] | Exception] = {}
+            outcomes: dict[int, list[Stored] | Exception] = {}
             written: dict[int, list[Entry]] = {}
             for number, request in enumerate(group):
                 try:
@@ -102,10 +102,10 @@ class SubmitCoalescer:
         except Exception as error:
             return [error for _ in group]
 
-    def _stored(self, requests: dict[int, list[Entry]]) -> dict[int, list[str] | Exception]:
+    def _stored(self, requests: dict[int, list[Entry]]) -> dict[int, list[Stored] | Exception]:
         try:
-            ids = iter(self._ledger.store(each for entries in requests.values() for each in entries))
-            return {number: list(islice(ids, len(entries))) for number, entries in requests.items()}
+            stored = iter(self._ledger.store(each for entries in requests.values() for each in entries))
+            return {number: list(islice(stored, len(entries))) for number, entries in requests.items()}
         except Unreachable:
             raise
         except Exception as error:

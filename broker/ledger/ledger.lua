@@ -309,7 +309,7 @@ local function cancel(id)
     return t.state
 end
 
--- → the id in force for each: its own, or the one its idempotency key had
+-- → the id in force for each: its own, or the one its idempotency key had; last the time
 -- `celery` and `followers` of a task that came by Celery's inbox, else both empty
 function ops.submit() -- each: id, payload, features, window, key, tenant, celery, followers
     local out, fresh, pending, of = {}, 0, {}, {}
@@ -353,6 +353,7 @@ function ops.submit() -- each: id, payload, features, window, key, tenant, celer
         count('submitted', fresh)
         for _, id in ipairs(revoked or {}) do cancel(id) end
     end
+    out[#out + 1] = num(now)
     return out
 end
 

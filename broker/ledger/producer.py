@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from perllm.broker.connection import reaching
 from perllm.broker.ledger.base import LedgerBase
-from perllm.broker.ledger.records import EndKind, Entry, entry, idempotency_name, state_of, text_of
+from perllm.broker.ledger.records import EndKind, Entry, Stored, entry, idempotency_name, state_of, text_of
 from perllm.broker.ledger.script import Argument, Call, call
 from perllm.broker.messages import State, TaskSpec
 
@@ -36,14 +36,14 @@ class Producer(LedgerBase):
         Sent in pipelined pieces, so `tasks` may be a long iterator. If this raises, a beginning of them may have been
         stored; submitting the same ids again is harmless. Raises InvalidTask for one that cannot be written.
         """
-        return self.store(entry(task_id, spec) for task_id, spec in tasks)
+        return [stored.id for stored in self.store(entry(task_id, spec) for task_id, spec in tasks)]
 
-    def store(self, entries: Iterable[Entry]) -> list[str]:
+    def store(self, entries: Iterable[Entry]) -> list[Stored]:
         """`submit` for tasks that are written already."""
         calls = self._submissions(entries)
         pieces = iter(lambda: list(islice(calls, SUBMIT_CALLS)), [])
         with reaching(self.settings):
-            return [task_id for replies in self._script.stream(pieces) for task_id in _ids(replies)]
+            return [stored for replies in self._script.stream(pieces) for stored in _stored(replies)]
 
     @staticmethod
     def _submissions(entries: Iterable[Entry]) -> Iterator[Call]:
@@ -87,7 +87,7 @@ class Producer(LedgerBase):
         """`submit` for a Celery producer, whose `AsyncResult` is told when the task has begun and, with `progress`, how
         many tokens there are so far. Once it has ended, `follow` tells of the `followers`, if any."""
         telling = "started progress" if progress else "started"
-        return self.store([entry(task_id, spec)._replace(celery=telling, followers=followers)])[0]
+        return self.store([entry(task_id, spec)._replace(celery=telling, followers=followers)])[0].id
 
     def refuse(self, task_id: str, kind: EndKind, reason: str) -> None:
         """Have the Celery producer of a message told that it becomes no task. Where a task has the id, or the producer
@@ -119,11 +119,11 @@ class Producer(LedgerBase):
         self._pipeline([call("forget", id=i) for i in task_ids])
 
 
-def _ids(replies: list[Any]) -> list[str]:
+def _stored(replies: list[Any]) -> list[Stored]:
     for reply in replies:
         if isinstance(reply, Exception):
             raise reply
-    return [task_id.decode() for reply in replies for task_id in reply]
+    return [Stored(task_id.decode(), float(at)) for *ids, at in replies for task_id in ids]
 
 
 def _whole(text: str) -> bytes:

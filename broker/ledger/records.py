@@ -62,6 +62,13 @@ class Entry(NamedTuple):
         return TASK_BYTES + texts + reserved
 
 
+class Stored(NamedTuple):
+    """What became of a task that was handed in."""
+
+    id: str  # in force: its own, or that of the first task under its idempotency key
+    at: float  # when it was handed in, by the server's clock
+
+
 class Dispatch(NamedTuple):
     """One task on its way to a node's queue. `message` is the Celery message as it rests in Redis."""
 

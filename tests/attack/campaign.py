@@ -162,6 +162,7 @@ def _ledger(verdict: Verdict, world: World, accepted: list[tuple[str, float, flo
         outages=[],
         dump=dump(world.ledger),
         max_strikes=world.settings.max_strikes,
+        retained=world.settings.retention_tasks,
     )
     wrong: list[Violation] = [v for v in check(history).violations if v.kind in _INVARIANTS]
     verdict.figures["tasks"] = len({e.id for e in events if e.type == "submitted"})

@@ -33,7 +33,7 @@ from perllm.broker.api.submit_coalescer import SubmitCoalescer
 from perllm.broker.api.webhooks.store import Webhooks
 from perllm.broker.client import Client
 from perllm.broker.errors import BadSetting, InvalidTask, Unreadable
-from perllm.broker.ledger import Dispatch, Ledger
+from perllm.broker.ledger import Dispatch, Ledger, Stored
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import (
     MAX_DEPTH,
@@ -190,7 +190,7 @@ def test_one_task_that_cannot_be_written_fails_alone_in_a_group_of_requests(
     class Unready(Ledger):
         """Fails as a whole while the group is together, as one whose script call fails would."""
 
-        def store(self, entries: Any) -> list[str]:
+        def store(self, entries: Any) -> list[Stored]:
             together = list(entries)
             if any("spoilt" in e.payload for e in together) and len(together) > 1:
                 raise RuntimeError("one of them")

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from perllm.broker.api import sse
-from perllm.broker.api.dependencies import HeaderFields, TheApi, TheCaller
+from perllm.broker.api.dependencies import TheApi, TheCaller, header_fields
 from perllm.broker.api.errors import ApiError, error_body
 from perllm.broker.api.openapi import examples
 from perllm.broker.api.openapi.document import answers, takes_task
@@ -34,9 +34,10 @@ router = APIRouter(tags=["Completions"])
     openapi_extra=takes_task(ChatRequest, plain=examples.CHAT_REQUEST, tools=examples.TOOLS_REQUEST),
     responses=answers(ChatCompletion, examples.CHAT, 404, 408, 413, 422, events=examples.CHAT_STREAM),
 )
-async def chat_completion(request: Request, api: TheApi, caller: TheCaller, headers: HeaderFields) -> Response:
+async def chat_completion(request: Request, api: TheApi, caller: TheCaller) -> Response:
     """Complete a chat. When the client goes away before the end, the task is cancelled, unless it has an idempotency
     key."""
+    headers = header_fields(request)
     body = await read_json(request)
     stream, with_usage = _how(body)
     spec = await api.tasks.accept(caller, {**headers, **chat.fields(body), "stream": stream}, given=body)
@@ -58,9 +59,10 @@ async def chat_completion(request: Request, api: TheApi, caller: TheCaller, head
     ),
     responses=answers(Completion, examples.COMPLETION, 404, 408, 413, 422, events=examples.COMPLETION_STREAM),
 )
-async def completion(request: Request, api: TheApi, caller: TheCaller, headers: HeaderFields) -> Response:
+async def completion(request: Request, api: TheApi, caller: TheCaller) -> Response:
     """Complete a prompt, which becomes one user turn of the model's chat template, or several, each a task of its own.
     Several are answered together: if one has no answer, none is given."""
+    headers = header_fields(request)
     body = await read_json(request)
     stream, with_usage = _how(body)
     specs: list[TaskSpec] = []

@@ -12,7 +12,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from perllm.broker.api.callers import Caller
-from perllm.broker.api.dependencies import HeaderFields, TheApi, TheCaller
+from perllm.broker.api.dependencies import TheApi, TheCaller, header_fields
 from perllm.broker.api.openapi import examples
 from perllm.broker.api.openapi.document import answers, takes_task
 from perllm.broker.api.openapi.schemas import Embeddings, Reranking
@@ -33,9 +33,10 @@ router = APIRouter(tags=["Embeddings"])
     openapi_extra=takes_task(EmbeddingsRequest, plain=examples.EMBEDDINGS_REQUEST),
     responses=answers(Embeddings, examples.EMBEDDINGS, 404, 408, 413, 422),
 )
-async def embeddings(request: Request, api: TheApi, caller: TheCaller, headers: HeaderFields) -> Response:
+async def embeddings(request: Request, api: TheApi, caller: TheCaller) -> Response:
     """Embed up to 2,048 inputs, each vector of length 1. When the client goes away before the end, the task is
     cancelled, unless it has an idempotency key."""
+    headers = header_fields(request)
     return await _answer(EMBEDDINGS, request, api, caller, headers)
 
 
@@ -44,8 +45,9 @@ async def embeddings(request: Request, api: TheApi, caller: TheCaller, headers: 
     openapi_extra=takes_task(RerankRequest, plain=examples.RERANK_REQUEST),
     responses=answers(Reranking, examples.RERANKING, 404, 408, 413, 422),
 )
-async def rerank(request: Request, api: TheApi, caller: TheCaller, headers: HeaderFields) -> Response:
+async def rerank(request: Request, api: TheApi, caller: TheCaller) -> Response:
     """Order documents by how well they answer a query, best first."""
+    headers = header_fields(request)
     return await _answer(RERANK, request, api, caller, headers)
 
 

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from perllm.broker.api import sse
 from perllm.broker.api.callers import Caller
-from perllm.broker.api.dependencies import HeaderFields, TheApi, TheCaller
+from perllm.broker.api.dependencies import TheApi, TheCaller, header_fields
 from perllm.broker.api.errors import ApiError
 from perllm.broker.api.openapi import examples
 from perllm.broker.api.openapi.document import answers, takes_task
@@ -46,9 +46,10 @@ MAX_REFERRED = 32
     ),
     responses=answers(ResponseObject, examples.RESPONSE, 404, 408, 413, 422, events=examples.RESPONSE_STREAM),
 )
-async def create_response(request: Request, api: TheApi, caller: TheCaller, headers: HeaderFields) -> Response:
+async def create_response(request: Request, api: TheApi, caller: TheCaller) -> Response:
     """Make a response. With `background`, this answers at once and it runs on its own; without, this waits, and cancels
     it when the client goes away."""
+    headers = header_fields(request)
     body = await read_json(request)
     stream, background = flag(body, "stream"), flag(body, "background")
     before = await _before(api, caller, body.get("previous_response_id"))

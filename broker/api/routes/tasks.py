@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from perllm.broker.api.dependencies import HeaderFields, TheApi, TheCaller
+from perllm.broker.api.dependencies import TheApi, TheCaller, header_fields
 from perllm.broker.api.errors import ApiError
 from perllm.broker.api.openapi import examples
 from perllm.broker.api.openapi.document import answers, takes_task
@@ -46,8 +46,9 @@ _PAGE_BYTES = 16 << 20
     ),
     responses=answers(SubmittedTask | SubmittedTasks, examples.SUBMITTED, 404, 408, 413, 422),
 )
-async def submit_tasks(request: Request, api: TheApi, caller: TheCaller, headers: HeaderFields) -> Response:
+async def submit_tasks(request: Request, api: TheApi, caller: TheCaller) -> Response:
     """Submit one task, or up to 1,000. If one of many is wrong, none is submitted."""
+    headers = header_fields(request)
     body = await read_json(request)
     if "tasks" not in body:
         spec = await api.tasks.accept(caller, {**headers, **_task_fields(body)})
