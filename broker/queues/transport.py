@@ -69,6 +69,8 @@ _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, 
 #: Seconds between looks at what other workers took and have not acknowledged, whoever looks.
 _RESTORE_EVERY = 5
 _RESTORE_MOST = 1000
+#: Seconds between looks at the lists of lower priorities while a kept queue is empty.
+_LOOK_EVERY = 0.2
 
 
 class _QoS(redis.QoS):
@@ -127,6 +129,7 @@ class Channel(redis.Channel):
         return self._client
 
     def _brpop_start(self, timeout: float | None = None) -> None:
+        # One command waits for one list only, so the others are looked at in between
         if list(self.active_queues) != [self.kept_queue]:
             super()._brpop_start(timeout)  # type: ignore[no-untyped-call]
             return
@@ -135,14 +138,14 @@ class Channel(redis.Channel):
             with self.conn_or_acquire() as client:
                 self.say_alive(client)
         self._in_poll, self._brpop_sent_at, self._taking = self.client.connection, time.monotonic(), True
-        wait = timeout or self.brpop_timeout
         if self._full:
-            self._in_poll.send_command("BLPOP", f"{self.taken_key}:none", wait)  # nothing ever: a pause
+            pause = timeout or self.brpop_timeout
+            self._in_poll.send_command("BLPOP", f"{self.taken_key}:none", pause)  # nothing ever
         elif self._turn < len(self.priority_steps):
             source = self._q_for_pri(self.kept_queue, self.priority_steps[self._turn])  # type: ignore[no-untyped-call]
             self._in_poll.send_command("LMOVE", source, self.taken_key, "RIGHT", "LEFT")
         else:
-            self._in_poll.send_command("BLMOVE", self.kept_queue, self.taken_key, "RIGHT", "LEFT", wait)
+            self._in_poll.send_command("BLMOVE", self.kept_queue, self.taken_key, "RIGHT", "LEFT", _LOOK_EVERY)
         self._full = False
 
     def _brpop_read(self, **options: Any) -> Any:
