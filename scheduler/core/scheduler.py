@@ -70,6 +70,16 @@ class Decision:
     failure: bool = False  # it could not be decided: a fault of ours
 
 
+@dataclass(frozen=True, slots=True)
+class Lapse:
+    """Tasks their node does not take up, to be placed anew, and why. `distrust`: so is whatever else it is sent."""
+
+    node: Node
+    tasks: tuple[Task, ...]
+    reason: str
+    distrust: bool
+
+
 class SchedulerCore:
     """Holds what is known of nodes and tasks and asks the policy where each pending task goes.
 
@@ -99,6 +109,7 @@ class SchedulerCore:
         self._idle: set[str] = set()  # … and those that beat with nothing to do
         self._rescan_all = False
         self._gone: dict[str, tuple[NodeInfo, float]] = {}  # nodes, and when they went (s)
+        self._distrusted: dict[str, Node] = {}
         self._unserved: dict[Demand, float] = {}  # demands no live node serves, since when (s)
         self._excluded: dict[Demand, tuple[tuple[Node, str], ...]] = {}  # nodes that lack something, and what
 
@@ -121,7 +132,10 @@ class SchedulerCore:
                     self._place(task, event.node, event.attempt, event.at)
             case Claimed():
                 if task is not None and task.attempt == event.attempt:
-                    task.claimed = event.at  # as was expected: no reason to look at the node anew
+                    task.claimed = event.at  # about when the forecast has it: no reason to look at the node anew
+                    if node := self.cluster.nodes.get(event.node):
+                        node.took_up(task, event.at)
+                        self._note_room(node, event.at)
             case Completed():
                 if task is not None:
                     self._finished(task, event)
@@ -148,9 +162,9 @@ class SchedulerCore:
         task.node, task.attempt, task.dispatched, task.claimed, task.generated = node_name, attempt, at, None, 0
         self._placed[task.id] = task
         if node := self.cluster.nodes.get(node_name):
-            node.hold(task)
+            node.hold(task, at)
             node.touch(at)
-            self._note_room(node)
+            self._note_room(node, at)
 
     def _finished(self, task: Task, event: Completed) -> None:
         if node := self.cluster.nodes.get(event.node):
@@ -170,9 +184,9 @@ class SchedulerCore:
         self._placed.pop(task.id, None)
         if task.node is None or (node := self.cluster.nodes.get(task.node)) is None:
             return
-        if node.release(task.id):
+        if node.release(task.id, at):
             node.touch(at)
-            self._note_room(node)
+            self._note_room(node, at)
             self._freed.add(node.name)
 
     # --- nodes
@@ -180,7 +194,7 @@ class SchedulerCore:
     def _node_up(self, event: NodeUp) -> None:
         mine = {t.id: t for t in self._placed.values() if t.node == event.info.name}
         node = Node(event.info, since=event.at, heard=event.at, changed=event.at, in_flight=mine)
-        self._note_room(node)
+        self._note_room(node, event.at)
         self.cluster.nodes[node.name] = node
         self._gone.pop(node.name, None)
         self._nodes_changed()
@@ -188,6 +202,7 @@ class SchedulerCore:
 
     def _node_down(self, name: str, at: float) -> None:
         if (node := self.cluster.nodes.pop(name, None)) is not None:
+            self._distrusted.pop(name, None)
             self.remember(node.info, at)
             self._nodes_changed()
             self._rescan_all = True  # a task may now go where it avoided to go
@@ -215,17 +230,26 @@ class SchedulerCore:
         if not node.in_flight:  # idle: what waits beside it is tried again, as slot prices and expected arrivals fade
             self._idle.add(node.name)
 
-    def _note_room(self, node: Node) -> None:
-        """Its tasks have changed: it may be full now, or no longer."""
+    def _note_room(self, node: Node, now: float) -> None:
+        """Its tasks, or the trust in it, have changed: it may be full now, or no longer."""
         beyond = self._queue_beyond_slots
-        node.quick = min(MAX_QUEUE, int(node.completion_rate * QUEUE_SECONDS))
+        node.quick = min(MAX_QUEUE, int(node.completion_rate * (QUEUE_SECONDS + (node.pace.mean or 0.0))))
         if beyond is not None:
             beyond = max(beyond, node.quick)
         has_room = beyond is None or node.taken < node.info.slots + beyond
+        has_room = has_room and node.pace.trusts(len(node.unclaimed), now)
+        if bool(node.pace.distrust) != (node.name in self._distrusted):
+            node.touch(now)  # for whoever waits for it
+        if node.pace.distrust:
+            self._distrusted[node.name] = node
+        else:
+            self._distrusted.pop(node.name, None)
         if has_room != node.has_room:
             node.has_room = has_room
             self.cluster.room_changed(node.name)
             self._rooms += 1
+            if has_room:
+                self._freed.add(node.name)
 
     def _begin_scans(self) -> None:
         """Parked tasks are tried again where something has changed for them since the last round."""
@@ -242,6 +266,30 @@ class SchedulerCore:
         self._freed.clear()
         self._idle.clear()
         self._rescan_all = False
+
+    # --- nodes that do not take up what they are sent
+
+    def lapses(self, now: float) -> list[Lapse]:
+        """Tasks dispatched and not claimed within what their node's own pace explains. Nodes that take up nothing are
+        distrusted from here on; to be asked every so often, also so that they are tried again in time."""
+        found = []
+        for node in self.cluster.nodes.values():
+            if lost := node.lost():
+                found.append(Lapse(node, tuple(lost), f"{node.name} took up later ones and not this", distrust=False))
+            elif now >= node.pace.rests_until and (waited := node.idles()) is not None:
+                reason = f"{node.name} had room for {waited:.1f} s and did not take it up"
+                node.pace.lapsed(now, f"for {waited:.1f} s it took up none of {len(node.unclaimed)}")
+                found.append(Lapse(node, tuple(node.unclaimed.values()), reason, distrust=True))
+                self._note_room(node, now)
+            elif node.pace.distrust:
+                self._note_room(node, now)
+        return found
+
+    def distrust(self, name: str, reason: str, now: float) -> None:
+        """The leader before distrusted a node."""
+        if node := self.cluster.nodes.get(name):
+            node.pace.distrusted(reason)
+            self._note_room(node, now)
 
     # --- decisions out
 
@@ -424,6 +472,10 @@ class SchedulerCore:
                 offer = node.offer(demand)
                 if len(excluded) < MAX_EXCLUDED and offer is not None and not fits(offer.context, task):
                     excluded.append((node, f"its context of {offer.context} tokens is too short"))
+        for node in self._distrusted.values():
+            offer = node.offer(demand)
+            if len(excluded) < MAX_EXCLUDED and not node.has_room and offer is not None and fits(offer.context, task):
+                excluded.append((node, f"distrusted: {node.pace.distrust}"))
         return tuple(Candidate(node=node.name, feasible=False, note=note) for node, note in excluded)
 
     def _end(

@@ -197,6 +197,7 @@ class ClusterArrays:
                 latency=estimate.latency,
                 dispatch_delay=estimate.dispatch_delay,
                 stalled=estimate.stalled,
+                trusted=not node.pace.distrust,
                 first_arm=entry.arm,
                 arms=len(node.info.models),
                 arrival_rate=estimate.arrival_rate,

@@ -50,6 +50,7 @@ class NodeRow:
     latency: float  # of a transfer, beyond its bytes, s
     dispatch_delay: float  # from a decision until the task is in its queue, s
     stalled: bool
+    trusted: bool  # it takes up what it is sent
     first_arm: int  # row in `arms` of its first model; the others follow
     arms: int  # how many it has
     arrival_rate: float  # tasks/s that usually come

@@ -79,7 +79,7 @@ def decide(
         own: ScoreRow = scores[i]
         _score_without_harm(cluster, offers[i], access[i], task, term, now, after_waiting, own)
         verdict.possible = verdict.possible or own.index > INFEASIBLE
-        if own.p_on_time >= MIN_P_ON_TIME and access[i] != NEVER:
+        if _awaited(cluster, offers[i], access[i], own):
             least = min(least, own.joules)
     verdict.best, verdict.least_joules, verdict.waiting = -1, least, 0.0
     if not verdict.possible:
@@ -102,6 +102,13 @@ def decide(
 
 
 @compiled
+def _awaited(cluster: ClusterRows, offer: OfferRow, access: int, own: ScoreRow) -> bool:
+    """Whether a node is one to count on, now or later."""
+    node: NodeRow = cluster.nodes[offer.node]
+    return bool(own.p_on_time >= MIN_P_ON_TIME and access != NEVER and node.trusted)
+
+
+@compiled
 def _note_costs(cluster: ClusterRows, offers: Records, terms: TermsRow, now: float, scores: Records) -> None:
     """Learn what nodes' time costs now, of those of which it was worked out."""
     for i in range(len(offers)):
@@ -119,7 +126,7 @@ def _worth_of_waiting(
     worth = 0.0
     for i in range(len(offers)):
         own: ScoreRow = scores[i]
-        if own.p_on_time >= MIN_P_ON_TIME and access[i] != NEVER:
+        if _awaited(cluster, offers[i], access[i], own):
             usual = cluster.usual[cluster.nodes[offers[i].node].usual].cost * own.busy
             worth = max(worth, worth_of_waiting(most * own.p_later, own.joules * per_joule, usual))
     return worth

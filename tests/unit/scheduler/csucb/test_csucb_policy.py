@@ -250,6 +250,13 @@ def test_memory_spoken_for_is_not_promised_again() -> None:
     assert where(submit(core, "u", 1.0, left=5.0, prompt_tokens=250)) == "large"
 
 
+def test_nobody_waits_for_a_node_that_takes_up_nothing() -> None:
+    core = core_with(info("cheap", kv_tokens=400, watts=100.0), info("dear", watts=300.0))
+    assert where(submit(core, "first", 1.0, prompt_tokens=250)) == "cheap"
+    core.distrust("cheap", "it took up nothing", 1.0)
+    assert where(submit(core, "patient", 1.0, left=300.0, prompt_tokens=250)) == "dear"
+
+
 def test_who_has_time_waits_for_room_on_a_node_that_is_cheaper_and_soon_enough() -> None:
     """And goes where there is room when it has not, or when that node is gone."""
     core = core_with(info("cheap", kv_tokens=400, watts=100.0), info("dear", watts=300.0))
