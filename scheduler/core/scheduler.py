@@ -70,6 +70,16 @@ class Decision:
     failure: bool = False  # it could not be decided: a fault of ours
 
 
+@dataclass(frozen=True, slots=True)
+class Lapse:
+    """Tasks their node does not take up, to be placed anew, and why. `distrust`: so is whatever else it is sent."""
+
+    node: Node
+    tasks: tuple[Task, ...]
+    reason: str
+    distrust: bool
+
+
 class SchedulerCore:
     """Holds what is known of nodes and tasks and asks the policy where each pending task goes.
 
@@ -99,6 +109,7 @@ class SchedulerCore:
         self._idle: set[str] = set()  # … and those that beat with nothing to do
         self._rescan_all = False
         self._gone: dict[str, tuple[NodeInfo, float]] = {}  # nodes, and when they went (s)
+        self._distrusted: dict[str, Node] = {}
         self._unserved: dict[Demand, float] = {}  # demands no live node serves, since when (s)
         self._excluded: dict[Demand, tuple[tuple[Node, str], ...]] = {}  # nodes that lack something, and what
 
@@ -123,7 +134,9 @@ class SchedulerCore:
                 if task is not None and task.attempt == event.attempt:
                     task.claimed = event.at
                     if node := self.cluster.nodes.get(event.node):
+                        node.took_up(task, event.at)
                         node.touch(event.at)
+                        self._note_room(node, event.at)
             case Completed():
                 if task is not None:
                     self._finished(task, event)
@@ -150,9 +163,9 @@ class SchedulerCore:
         task.node, task.attempt, task.dispatched, task.claimed, task.generated = node_name, attempt, at, None, 0
         self._placed[task.id] = task
         if node := self.cluster.nodes.get(node_name):
-            node.hold(task)
+            node.hold(task, at)
             node.touch(at)
-            self._note_room(node)
+            self._note_room(node, at)
 
     def _finished(self, task: Task, event: Completed) -> None:
         if node := self.cluster.nodes.get(event.node):
@@ -172,9 +185,9 @@ class SchedulerCore:
         self._placed.pop(task.id, None)
         if task.node is None or (node := self.cluster.nodes.get(task.node)) is None:
             return
-        if node.release(task.id):
+        if node.release(task.id, at):
             node.touch(at)
-            self._note_room(node)
+            self._note_room(node, at)
             self._freed.add(node.name)
 
     # --- nodes
@@ -182,7 +195,7 @@ class SchedulerCore:
     def _node_up(self, event: NodeUp) -> None:
         mine = {t.id: t for t in self._placed.values() if t.node == event.info.name}
         node = Node(event.info, since=event.at, heard=event.at, changed=event.at, in_flight=mine)
-        self._note_room(node)
+        self._note_room(node, event.at)
         self.cluster.nodes[node.name] = node
         self._gone.pop(node.name, None)
         self._nodes_changed()
@@ -190,6 +203,7 @@ class SchedulerCore:
 
     def _node_down(self, name: str, at: float) -> None:
         if (node := self.cluster.nodes.pop(name, None)) is not None:
+            self._distrusted.pop(name, None)
             self.remember(node.info, at)
             self._nodes_changed()
             self._rescan_all = True  # a task may now go where it avoided to go
@@ -217,16 +231,23 @@ class SchedulerCore:
         if not node.in_flight:  # idle: what waits beside it is tried again, as slot prices and expected arrivals fade
             self._idle.add(node.name)
 
-    def _note_room(self, node: Node) -> None:
-        """Its tasks have changed: it may be full now, or no longer."""
+    def _note_room(self, node: Node, now: float) -> None:
+        """Its tasks, or the trust in it, have changed: it may be full now, or no longer."""
         beyond = self._queue_beyond_slots
         if beyond is not None:
-            beyond = max(beyond, min(MAX_QUEUE, int(node.completion_rate * QUEUE_SECONDS)))
+            beyond = max(beyond, min(MAX_QUEUE, int(node.completion_rate * (QUEUE_SECONDS + (node.pace.mean or 0.0)))))
         has_room = beyond is None or node.taken < node.info.slots + beyond
+        has_room = has_room and node.pace.trusts(len(node.unclaimed), now)
+        if node.pace.distrust:
+            self._distrusted[node.name] = node
+        else:
+            self._distrusted.pop(node.name, None)
         if has_room != node.has_room:
             node.has_room = has_room
             self.cluster.room_changed(node.name)
             self._rooms += 1
+            if has_room:
+                self._freed.add(node.name)
 
     def _begin_scans(self) -> None:
         """Parked tasks are tried again where something has changed for them since the last round."""
@@ -243,6 +264,30 @@ class SchedulerCore:
         self._freed.clear()
         self._idle.clear()
         self._rescan_all = False
+
+    # --- nodes that do not take up what they are sent
+
+    def lapses(self, now: float) -> list[Lapse]:
+        """Tasks dispatched and not claimed within what their node's own pace explains. Nodes that take up nothing are
+        distrusted from here on; to be asked every so often, also so that they are tried again in time."""
+        found = []
+        for node in self.cluster.nodes.values():
+            if lost := node.lost():
+                found.append(Lapse(node, tuple(lost), f"{node.name} took up later ones and not this", distrust=False))
+            elif now >= node.pace.rests_until and (waited := node.idles()) is not None:
+                reason = f"{node.name} had room for {waited:.1f} s and did not take it up"
+                node.pace.lapsed(now, f"for {waited:.1f} s it took up none of {len(node.unclaimed)}")
+                found.append(Lapse(node, tuple(node.unclaimed.values()), reason, distrust=True))
+                self._note_room(node, now)
+            elif node.pace.distrust:
+                self._note_room(node, now)
+        return found
+
+    def distrust(self, name: str, reason: str, now: float) -> None:
+        """The leader before distrusted a node."""
+        if node := self.cluster.nodes.get(name):
+            node.pace.distrusted(reason)
+            self._note_room(node, now)
 
     # --- decisions out
 
@@ -425,6 +470,10 @@ class SchedulerCore:
                 offer = node.offer(demand)
                 if len(excluded) < MAX_EXCLUDED and offer is not None and not fits(offer.context, task):
                     excluded.append((node, f"its context of {offer.context} tokens is too short"))
+        for node in self._distrusted.values():
+            offer = node.offer(demand)
+            if len(excluded) < MAX_EXCLUDED and not node.has_room and offer is not None and fits(offer.context, task):
+                excluded.append((node, f"distrusted: {node.pace.distrust}"))
         return tuple(Candidate(node=node.name, feasible=False, note=note) for node, note in excluded)
 
     def _end(

@@ -19,6 +19,7 @@ from perllm.broker.messages import (
     Heartbeat,
     NodeInfo,
     NodeUp,
+    Returned,
     Submitted,
 )
 from perllm.scheduler.core.cluster import Cluster, Demand, Node, Task
@@ -35,6 +36,8 @@ POWER_READING_WEIGHT, DISPATCH_DELAY_WEIGHT = 0.1, 0.1
 MEAN_VALUE_WEIGHT, MEAN_TOKENS_WEIGHT = 0.02, 0.05
 #: Dispatch delay assumed before any was seen, s.
 PRIOR_DISPATCH_DELAY = 0.005
+#: Longest dispatch delay that is believed, s.
+LONGEST_DISPATCH_DELAY = 1.0
 #: Time over which a node's arrival rate is averaged, s.
 ARRIVAL_WINDOW = 8.0
 #: A task is patient while it has more than this many mean stays to its deadline.
@@ -102,6 +105,11 @@ class NodeModel:
                 self.step_costs[offer.name] = StepCostModel.calibrated(offer.calibration, at)
         self.boot, self.read, self.read_at = info.boot, Counters(), at
         self.active_models, self.stall_since_read, self.longest_step, self.stalled = frozenset(), False, 0.0, False
+
+    def delayed(self, seconds: float) -> None:
+        """A task that had a slot here was claimed so long after its dispatch, or not even then."""
+        delay = min(max(seconds, 0.0), LONGEST_DISPATCH_DELAY)
+        self.dispatch_delay += DISPATCH_DELAY_WEIGHT * (delay - self.dispatch_delay)
 
     # --- readings
 
@@ -247,6 +255,8 @@ class NodeModels:
                 known.arrivals.arrived(event.at, task.n, urgent=urgent)
             case Claimed() if task is not None and task.node == event.node:
                 self._claimed(event, task, node, known)
+            case Returned() if task is not None and task.node == event.node and task.claimed is None:
+                self._not_claimed(event, task, known)
             case Completed() if task is not None and task.node == event.node:
                 self._completed(event, task, node, known)
 
@@ -266,8 +276,12 @@ class NodeModels:
         claimed = sum(1 for t in node.in_flight.values() if t.claimed)
         if task.dispatched is not None and len(node.in_flight) <= node.info.slots and claimed < node.info.slots:
             # It did not wait for a slot
-            delay = min(max(event.at - task.dispatched, 0.0), 1.0)
-            known.dispatch_delay += DISPATCH_DELAY_WEIGHT * (delay - known.dispatch_delay)
+            known.delayed(event.at - task.dispatched)
+
+    def _not_claimed(self, event: Returned, task: Task, known: NodeModel) -> None:
+        """It was to be claimed later than that, if ever."""
+        if event.cause == "lease_expired" and task.dispatched is not None:
+            known.delayed(event.at - task.dispatched)
 
     def _completed(self, event: Completed, task: Task, node: Node, known: NodeModel) -> None:
         receipt = event.receipt
