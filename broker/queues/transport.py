@@ -27,6 +27,7 @@ from redis.exceptions import OutOfMemoryError, ResponseError
 
 from perllm.broker.errors import field_errors
 from perllm.broker.functions import Function
+from perllm.broker.sentinels import PORT, SCHEME
 
 log = structlog.get_logger(__name__)
 
@@ -317,7 +318,28 @@ class NodeTransport(Transport):
     Channel = NodeChannel
 
 
+def _moving(channel: type[Channel]) -> type[Channel]:
+    """The same for a server that moves (kombu.transport.redis, SentinelChannel)."""
+    options = (*channel.from_transport_options, "master_name", "sentinel_kwargs")
+    return type(f"Moving{channel.__name__}", (channel, redis.SentinelChannel), {"from_transport_options": options})
+
+
+class MovingTransport(Transport):
+    """What `sentinel://` means."""
+
+    default_port: Any = PORT
+    Channel = _moving(Channel)
+
+
+class MovingNodeTransport(NodeTransport):
+    """The same for a node's worker."""
+
+    default_port: Any = PORT
+    Channel: Any = _moving(NodeChannel)
+
+
 def install(*, node: bool) -> None:
     """Make ours the Redis transport of every kombu connection in this process: `node` for a node's worker."""
-    for alias in ("redis", "rediss"):
-        TRANSPORT_ALIASES[alias] = f"{__name__}:{NodeTransport.__name__ if node else Transport.__name__}"
+    near, moving = (NodeTransport, MovingNodeTransport) if node else (Transport, MovingTransport)
+    for alias, transport in (("redis", near), ("rediss", near), (SCHEME, moving)):
+        TRANSPORT_ALIASES[alias] = f"{__name__}:{transport.__name__}"
