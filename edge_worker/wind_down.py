@@ -27,7 +27,8 @@ SPARE = 6
 #: Tokens left, beside what ways and their growth were so far, from which on each token that may lengthen the way is
 #: checked.
 NEAR = 96
-#: CPU time a request may spend on looking, s, and again on finding the steps: others in the batch wait meanwhile.
+#: CPU time a request may spend on looking, s, again on finding the steps, and again on taking what is at hand: others in
+#: the batch wait meanwhile.
 PATIENCE = 1.0
 #: Characters, and texts at most, that are tried to find the end of a number, or of a string with a pattern.
 SEARCH_DEPTH, SEARCHED = 3, 500
@@ -198,7 +199,7 @@ class WindDown:
             return None
         if not self.begun:
             self._measure(matcher, left)
-        if not self.begun:
+        if not self.begun or self._patience < -2 * PATIENCE:
             return None
         began = time.thread_time()
         token = self._way.step(matcher, self._strings, search=self._patience > -PATIENCE)
@@ -235,7 +236,8 @@ class WindDown:
             self.begun = left <= distance + distance // 4 + SPARE or self._patience <= 0
         else:
             self._known = False
-            self._look_at = left - 16 if self._patience > 0 else -1
+            self._look_at = left - 16
+            self.begun = self._patience <= 0
 
     def _measured(self, matcher: LLMatcher, most: int, until: float) -> int | None:
         """Tokens to the end from here; None for more than `most`, and when it is not found `until` then (s of this
