@@ -27,8 +27,8 @@ SPARE = 6
 #: Tokens left, beside what ways and their growth were so far, from which on each token that may lengthen the way is
 #: checked.
 NEAR = 96
-#: CPU time a request may spend on looking, s, again on finding the steps, and again on taking what is at hand: others in
-#: the batch wait meanwhile.
+#: CPU time a request may spend on looking, s, again on finding the steps, and again on taking what is at hand: others
+#: in the batch wait meanwhile.
 PATIENCE = 1.0
 #: Characters, and texts at most, that are tried to find the end of a number, or of a string with a pattern.
 SEARCH_DEPTH, SEARCHED = 3, 500
