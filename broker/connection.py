@@ -137,7 +137,16 @@ class _Socket(_Opening, redis.UnixDomainSocketConnection):
 
 
 class _Moving(_Opening, redis.sentinel.SentinelManagedConnection):
-    """By TCP, to where the sentinels say."""
+    """By TCP, to where the sentinels say: they are asked each time it is opened. By itself redis-py asks when one is
+    taken from the pool, and opens one that broke to where the primary was."""
+
+    def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
+        if not self._sock:
+            self.host, self.port = self.connection_pool.get_master_address()
+        super().connect_check_health(check_health, retry_socket_connect)
+
+    def _connect_retry(self) -> None:
+        self.connect_check_health()
 
 
 _CLASSES = {"redis": _Plain, "rediss": _Tls, "unix": _Socket}
