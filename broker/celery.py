@@ -32,6 +32,7 @@ from perllm.broker.messages import Result, State
 from perllm.broker.queues import control
 from perllm.broker.queues.app import EMBED, GENERATE, configuration, lazy_app
 from perllm.broker.settings import load_settings
+from perllm.broker.traceparent import valid_traceparent
 from perllm.broker.validation import TaskValidator
 
 #: Seconds after which a message that an inbox took and did not finish (it was killed) is taken up again.
@@ -63,6 +64,7 @@ class _Inbox:
         self.following = Following(self.ledger, self.sender, self._show_end)
         made = configuration(self.settings, concurrency=4)
         made["broker_transport_options"] |= {"visibility_timeout": REDELIVERY, **UNACKED}
+        signals.celeryd_init.connect(self._log, weak=False)
         signals.setup_logging.connect(self._log, weak=False)
         signals.worker_init.connect(self._check, weak=False)
         signals.worker_ready.connect(self._follow, weak=False)
@@ -121,11 +123,14 @@ class _Inbox:
         progress = fields.pop("progress", False)
         if not isinstance(progress, bool):
             raise InvalidTask("progress: must be true or false")
+        if traceparent := valid_traceparent(message.get("traceparent")):
+            fields.setdefault("traceparent", traceparent)
         times = message.get(request.ETA), message.get(request.EXPIRES)
         priority = (message.delivery_info or {}).get("priority")
         spec = self.validator.accept(arguments.with_options(fields, *times, priority, self.ledger.now))
         written = followers.written() if followers else ""
         in_force = self.ledger.submit_from_celery(task_id, spec, written, progress=progress)
+        log.info("task_submitted", task_id=in_force, tenant=spec.tenant, service=spec.service, **spec.origin())
         if in_force != task_id:  # nothing will ever be stored under this id
             raise InvalidTask(
                 f"idempotency_key: {spec.idempotency_key!r} is task {in_force}'s: ask for its result instead"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 from perllm.broker.api.cli import app
-from perllm.broker.errors import PerLLMError
+from perllm.broker.errors import PerLLMError, exit_with
 
 try:
     app(prog_name="perllm api")
 except PerLLMError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    exit_with(error)

@@ -40,6 +40,7 @@ class _WebhookWorker:
         """Raises PerLLMError."""
         self.settings = load_settings(ApiSettings)
         self.webhooks = Webhooks(ApiStore(self.settings), Ledger(self.settings))
+        signals.celeryd_init.connect(self._configure_logs, weak=False)
         signals.setup_logging.connect(self._configure_logs, weak=False)
         signals.worker_init.connect(self._check_server, weak=False)
         return configuration(self.settings, queue=QUEUE, concurrency=MAX_LEASES)

@@ -27,7 +27,7 @@ from perllm.broker.api.settings import ApiSettings
 from perllm.broker.api.stopping import LAST_WORDS, Server
 from perllm.broker.api.store import ApiStore
 from perllm.broker.connection import check
-from perllm.broker.errors import BadSetting
+from perllm.broker.errors import BadSetting, PerLLMError, exit_with
 from perllm.broker.ledger import Ledger
 from perllm.broker.private_files import private_folder
 from perllm.broker.settings import load_settings
@@ -59,13 +59,18 @@ def serve(
             f"PERLLM_API_OPEN opens the API to all that reach {settings.api_host}: unset it and make keys with "
             "`perllm api keys make`, or listen on 127.0.0.1"
         )
-    check(settings)
-    run(settings)
+    logs.configure(settings)
+    try:
+        check(settings)
+        run(settings)
+    except PerLLMError as error:
+        if settings.log_json:
+            exit_with(error)
+        raise
 
 
 def run(settings: ApiSettings) -> None:
     """Serve until interrupted. Raises BadSetting where the port cannot be had."""
-    logs.configure(settings)
     os.umask(0o077)
     private_folder(settings.data_dir, given=True)
     private_folder(settings.data_dir / "api")

@@ -22,7 +22,7 @@ from flower.views import BaseHandler
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.web import ErrorHandler
 
-from perllm.broker import connection
+from perllm.broker import connection, logs
 from perllm.broker.celery import app
 from perllm.broker.errors import PerLLMError, exit_with
 from perllm.broker.ledger import Ledger
@@ -82,6 +82,7 @@ def main() -> int:
     """Run it until interrupted. Status 2, and one line, for an unusable server."""
     try:
         settings = load_settings()
+        logs.configure(settings)
         connection.check(settings)
         queues = Queues(Ledger(settings, reply_timeout=connection.NEAR_REPLY_TIMEOUT))
     except PerLLMError as error:

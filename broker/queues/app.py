@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from celery import Celery
+from celery import Celery, signals
 from celery.app import backends
 from celery.backends.redis import RedisBackend
 
@@ -68,6 +71,8 @@ def configuration(settings: Settings, *, queue: str = INBOX, concurrency: int = 
     to the server: a message is no more than a hint to claim."""
     is_node = queue != INBOX
     transport.install(node=is_node)
+    if settings.log_json:
+        signals.celeryd_after_setup.connect(_log_only, weak=False)
     made = {
         "broker_url": settings.celery_url,
         "result_backend": settings.celery_url,
@@ -104,6 +109,21 @@ def configuration(settings: Settings, *, queue: str = INBOX, concurrency: int = 
             "redis_socket_connect_timeout": CONNECT_TIMEOUT,
         }
     return made
+
+
+def _log_only(instance: Any = None, **_: Any) -> None:
+    """Have Celery's worker print nothing past the log: neither its banner nor, in a signal's handler, where no logger
+    may be used, that it stops."""
+    from celery.apps import worker  # noqa: PLC0415  this is one
+
+    instance.quiet = True
+
+    def say(text: str, *_: Any) -> None:
+        line = {"event": "celery", "text": text, "level": "info", "timestamp": datetime.now(UTC).isoformat()}
+        with suppress(OSError):
+            os.write(2, f"{json.dumps(line)}\n".encode())
+
+    worker.safe_say = say
 
 
 def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) -> Celery:

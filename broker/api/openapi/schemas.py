@@ -119,8 +119,11 @@ class BatchRequest(Shape):
 EventName = Literal[
     "task.succeeded", "task.failed", "task.expired", "task.rejected", "task.cancelled",
     "batch.completed", "batch.failed", "batch.expired", "batch.cancelled",
+    "response.completed", "response.failed", "response.cancelled", "response.incomplete",
 ]  # fmt: skip
 EVENTS: tuple[EventName, ...] = get_args(EventName)
+#: What a webhook is for that does not say: a response's events tell what its task's do.
+USUAL_EVENTS = tuple(event for event in EVENTS if not event.startswith("response."))
 
 
 class WebhookRequest(Shape):
@@ -129,7 +132,7 @@ class WebhookRequest(Shape):
     model_config = ConfigDict(extra="forbid")
 
     url: Annotated[str, Field(max_length=2048, pattern=r"^https?://")]
-    events: Annotated[list[EventName], Field(min_length=1)] = list(EVENTS)
+    events: Annotated[list[EventName], Field(min_length=1)] = list(USUAL_EVENTS)
 
 
 # --- answers
