@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from perllm.broker.api.cli import app
+from perllm.broker import extras
 from perllm.broker.errors import PerLLMError, exit_with
+
+try:
+    from perllm.broker.api.cli import app
+except ModuleNotFoundError as error:
+    exit_with(extras.lacking("perllm api", error, *extras.COMMANDS["api"]))
 
 try:
     app(prog_name="perllm api")

@@ -20,6 +20,7 @@ from celery import Celery, signals
 from celery.app import backends
 from celery.backends.redis import RedisBackend
 
+from perllm.broker import extras
 from perllm.broker.connection import CONNECT_TIMEOUT, NEAR_REPLY_TIMEOUT, connect, reaching
 from perllm.broker.errors import PerLLMError, exit_with
 from perllm.broker.messages import WIRE_VERSION
@@ -141,6 +142,8 @@ def lazy_app(configure: Callable[[], dict[str, Any]], results: Callable[..., Red
             return configure()
         except PerLLMError as error:
             exit_with(error)
+        except ModuleNotFoundError as error:  # an engine's
+            exit_with(extras.lacking("this worker's engine", error))
 
     app = _App("perllm")
     app.results = results
