@@ -19,6 +19,7 @@ from rich.console import Console
 from perllm.broker import logs
 from perllm.broker.api.app import make_app
 from perllm.broker.api.callers import is_loopback
+from perllm.broker.api.files.sharing import StoreSharing
 from perllm.broker.api.files.store import Files
 from perllm.broker.api.keys import Key, Keys
 from perllm.broker.api.openapi.fields import markdown
@@ -79,8 +80,12 @@ def run(settings: ApiSettings) -> None:
     LimitedProtocol.head_timeout = settings.api_patience
     LimitedProtocol.max_connections = min(settings.api_connections, _open_files() - RESERVED_FILES)
     LimitedProtocol.max_connections_per_address = settings.api_connections_per_address
-    Files(settings, ApiStore(settings)).check()
+    store = ApiStore(settings)
+    files = Files(settings, store)
+    files.check()
     listening = _listen(settings.api_host, settings.api_port)
+    StoreSharing(store, files).begin()
+    store.close()
     api = make_app(settings)
     config = uvicorn.Config(
         api,
