@@ -6,9 +6,12 @@ crashes too.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import sys
 import threading
+import time
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 #: The event that a process which cannot do its work ends with, where lines are JSON.
 LAST_WORDS = "cannot_start"
+#: Seconds in which lines of no urgency gather.
+GATHER = 0.05
 
 
 class LazyLogger:
@@ -37,18 +42,44 @@ class LazyLogger:
 
 
 class _Lines:
-    """Where structlog writes: past the standard library's loggers, which would cost each line twice as much. A stream
-    that takes no more (a full disk, a terminal that is gone) stops nobody's work."""
+    """Where structlog writes: past the standard library's loggers, which would cost each line twice as much, and by a
+    thread of its own, a few lines at a time: every write lets go of the interpreter, and in a process of many busy
+    threads it takes long to have it again. From warnings on, what there is is written at once. A stream that takes no
+    more (a full disk, a terminal that is gone) stops nobody's work."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._waiting: deque[str] = deque()
+        self._any = threading.Event()
+        self._writing = threading.RLock()  # a signal may come while this is held
+        threading.Thread(target=self._write_on, name="perllm-log", daemon=True).start()
+        atexit.register(self._write)
 
-    def msg(self, line: str) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.write(f"{line}\n")
+    def info(self, line: str) -> None:
+        self._waiting.append(line)
+        if not self._any.is_set():
+            self._any.set()
+
+    def warning(self, line: str) -> None:
+        self._waiting.append(line)
+        self._write()
+
+    debug = info
+    error = critical = exception = log = msg = warning
+
+    def _write_on(self) -> None:
+        while self._any.wait():
+            time.sleep(GATHER)
+            self._any.clear()
+            self._write()
+
+    def _write(self) -> None:
+        with self._writing, suppress(OSError, ValueError, RuntimeError):
+            lines = []
+            while self._waiting:
+                lines.append(f"{self._waiting.popleft()}\n")
+            self._stream.write("".join(lines))
             self._stream.flush()
-
-    debug = info = warning = error = critical = exception = log = msg
 
 
 def configure(settings: Settings) -> None:
@@ -68,9 +99,10 @@ def configure(settings: Settings) -> None:
     else:
         shared.append(_printable)
         last = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    lines = _Lines(sys.stderr)
     structlog.configure(
         processors=[*shared, last],
-        logger_factory=lambda *_: _Lines(sys.stderr),
+        logger_factory=lambda *_: lines,
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )
