@@ -67,6 +67,13 @@ class _Lines:
     debug = info
     error = critical = exception = log = msg = warning
 
+    def write(self, text: str) -> None:
+        """For the standard library's handler."""
+        self.warning(text.removesuffix("\n"))
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
     def _write_on(self) -> None:
         while self._any.wait():
             time.sleep(GATHER)
@@ -106,7 +113,7 @@ def configure(settings: Settings) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(lines)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from perllm.broker.api.batches.store import Status
-from perllm.broker.messages import MAX_CHOICES, MAX_DIMENSIONS, MAX_INPUTS, MAX_TOOLS, Sampling, State
+from perllm.broker.messages import (
+    MAX_CHOICES,
+    MAX_DIMENSIONS,
+    MAX_INPUTS,
+    MAX_TOOLS,
+    RequestId,
+    Sampling,
+    State,
+    Traceparent,
+)
 from perllm.broker.openai.requests import (
     ChatMessage,
     Deadline,
@@ -83,6 +92,8 @@ class TaskRequest(Sampling):
     parallel_tool_calls: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    request_id: Annotated[RequestId | None, Field(description="Its name in logs; the request's, unless given.")] = None
+    traceparent: Annotated[Traceparent | None, Field(description="Its trace; the header's, unless given.")] = None
 
 
 class TasksRequest(TaskRequest):
