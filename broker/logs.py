@@ -125,6 +125,7 @@ def configure(settings: Settings) -> None:
     root.setLevel(level)
     logging.getLogger("celery").setLevel(max(level, logging.WARNING) if settings.log_level == "info" else level)
     logging.getLogger("kombu").setLevel(max(level, logging.WARNING))
+    errors.last_words = lambda text: lines.error(f"error: {text}")
     if settings.log_json:
         _report_all()
 
