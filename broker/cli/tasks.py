@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +69,7 @@ def result(
     timeout: Annotated[float, typer.Option(help="Seconds to wait for it.")] = 3600.0,
     as_json: AsJson = False,
 ) -> None:
-    """Wait for a task's result and print its text (the receipt goes to standard error)."""
+    """Wait for a task's result and print its text, vectors or scores (the receipt goes to standard error)."""
     with Client() as client:
         _print_result(client.result(client.find([task_id])[0], timeout), as_json)
 
@@ -119,12 +120,13 @@ def nodes(wide: Wide = False, as_json: AsJson = False) -> None:
     """The live nodes and what they are doing."""
     with Client() as client:
         rows = client.ledger.nodes()
+        distrusted = client.ledger.distrusted([info.name for info, _, _ in rows])
     if as_json:
-        keys = ("node", "heartbeat", "draining")
-        dumped = [(i.model_dump(), b.model_dump() if b else None, d) for i, b, d in rows]
+        keys = ("node", "heartbeat", "draining", "distrusted")
+        dumped = [(i.model_dump(), b.model_dump() if b else None, d, distrusted.get(i.name)) for i, b, d in rows]
         print_json([dict(zip(keys, row, strict=True)) for row in dumped])
     elif rows:
-        show(out, terminal.nodes(rows), wide=wide)
+        show(out, terminal.nodes(rows, distrusted), wide=wide)
     else:
         print("no live nodes")
 
@@ -215,10 +217,7 @@ def _print_result(outcome: Result, as_json: bool) -> None:
     if as_json:
         print_json(outcome.model_dump(mode="json"))
     else:
-        for index, choice in enumerate(outcome.output.choices if outcome.output else ()):
-            if outcome.output and outcome.output.more:
-                err.print(f"answer {index}:", style="dim", highlight=False)
-            print(choice.text, flush=True)
+        _print_output(outcome)
         if outcome.reason:
             err.print(f"{outcome.state}: {outcome.reason}", style="red", highlight=False)
         if outcome.receipt:
@@ -232,6 +231,20 @@ def _print_result(outcome: Result, as_json: bool) -> None:
             )
     if outcome.state is not State.SUCCEEDED:
         raise typer.Exit(1)
+
+
+def _print_output(outcome: Result) -> None:
+    """Its text, or each of its answers; of other kinds of tasks one vector or score per line."""
+    output = outcome.output
+    if output is None:
+        return
+    if numbers := [*outcome.vectors, *(output.scores or ())]:
+        print("\n".join(map(json.dumps, numbers)), flush=True)
+        return
+    for index, choice in enumerate(output.choices):
+        if output.more:
+            err.print(f"answer {index}:", style="dim", highlight=False)
+        print(choice.text, flush=True)
 
 
 def _show_system(client: Client, as_json: bool) -> None:

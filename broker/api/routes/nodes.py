@@ -17,8 +17,10 @@ router = APIRouter(tags=["Nodes"])
 @router.get("/v1/nodes", responses=answers(NodeList, examples.whole_list(examples.NODE)))
 async def list_nodes(api: TheApi, caller: TheCaller) -> Response:
     """The live nodes and what their last heartbeats reported."""
+    nodes = await api.slow.run(caller.tenant, api.ledger.nodes)
+    distrusted = await api.slow.run(caller.tenant, api.ledger.distrusted, [info.name for info, _, _ in nodes])
     data = []
-    for info, beat, draining in await api.slow.run(caller.tenant, api.ledger.nodes):
+    for info, beat, draining in nodes:
         counters = beat.counters if beat else Counters()
         data.append(
             {
@@ -35,6 +37,7 @@ async def list_nodes(api: TheApi, caller: TheCaller) -> Response:
                     "estimated": info.power.estimated,
                 },
                 "draining": draining,
+                "distrusted": distrusted.get(info.name),
                 "models": [offer.name for offer in info.models],
                 "capabilities": {offer.name: sorted(offer.capabilities) for offer in info.models},
             }
