@@ -45,6 +45,7 @@ class Task:
     start: float = 0.0  # it is not to be placed before
     strikes: int = 0
     attempt: int = 0  # of the last one
+    group: int = 0  # number of what it is summed up with (`core.task_groups`)
     # Set while it is placed
     node: str | None = None
     dispatched: float | None = None

@@ -11,14 +11,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from perllm.broker.messages import (
+    ArmBelief,
     Claimed,
     Completed,
     Counters,
     Dispatched,
     Event,
     Heartbeat,
+    NodeBelief,
     NodeInfo,
     NodeUp,
+    StepCost,
     Submitted,
 )
 from perllm.scheduler.core.cluster import Cluster, Demand, Node, Task
@@ -302,6 +305,23 @@ class NodeModels:
             arrival_output=known.arrivals.output_tokens,
             slot_price=price,
             throughput=node.info.slots / stay if stay > 0 else 0.0,
+        )
+
+    def belief(self, node: Node, now: float) -> NodeBelief:
+        """What is known of a node, for people."""
+        known, estimate = self.of(node), self.estimate(node)
+        models = {}
+        for offer in node.info.models:
+            (step, sequence, prefill, context), spread, samples = known.step_costs[offer.name].at_time(now)
+            cost = StepCost(step=step, sequence=sequence, prefill=prefill, context=context)
+            models[offer.name] = ArmBelief(cost=cost, spread=spread, samples=samples)
+        return NodeBelief(
+            bandwidth=estimate.bandwidth,
+            latency=estimate.latency,
+            dispatch_delay=estimate.dispatch_delay,
+            slot_price=estimate.slot_price,
+            watts=max(estimate.watts, 0.0),
+            models=models,
         )
 
     def _arm(self, step_cost: StepCostModel, now: float) -> ArmEstimate:
