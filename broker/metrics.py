@@ -47,7 +47,7 @@ _OF_ARM = ("node", "model")
 _OF_NODE = ("node", "tier")
 
 _LONG = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0)
-_LEFT = (-60.0, -10.0, -1.0, 0.0, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
+_LEFT = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0, 86_400.0)
 _FIRST_TOKEN = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _PER_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _REQUEST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -66,9 +66,10 @@ KEPT = (
         "perllm_time_to_deadline_at_end_seconds",
         "histogram",
         _OF_TASK,
-        "Seconds left to the deadline when a task ended; below 0: late.",
+        "Seconds left to the deadline when a task ended before it.",
         _LEFT,
     ),
+    Family("perllm_lateness_seconds", "histogram", _OF_TASK, "Seconds a task ended after its deadline.", _LEFT),
     Family(
         "perllm_request_queue_time_seconds",
         "histogram",

@@ -91,7 +91,8 @@ class Metrics:
     def _dispatched(self, event: Dispatched) -> None:
         if (task := self._core.find(event.id)) is not None:
             group = self._group(task, event.model, event.at)
-            self._sums.observe("perllm_time_to_deadline_at_dispatch_seconds", group, task.deadline - event.at)
+            left = max(0.0, task.deadline - event.at)
+            self._sums.observe("perllm_time_to_deadline_at_dispatch_seconds", group, left)
         self._sums.add("perllm_arm_pulls", (event.node, event.model))
 
     def _completed(self, event: Completed) -> None:
@@ -101,7 +102,7 @@ class Metrics:
         sums.add("perllm_requests", (*group, str(event.state), str(event.on_time).lower()))
         if task is not None:
             asleep = max(0.0, task.start - task.submitted)
-            sums.observe("perllm_time_to_deadline_at_end_seconds", group, task.deadline - event.at)
+            self._at_end(task, group, event.at)
             sums.observe("perllm_request_queue_time_seconds", group, max(0.0, event.queued - asleep))
             if event.state is State.SUCCEEDED:
                 self._latencies(event, group, asleep)
@@ -138,7 +139,12 @@ class Metrics:
         group = self._group(task, None if task is None else task.model, event.at)
         self._sums.add("perllm_requests", (*group, str(event.state), "false"))
         if task is not None:
-            self._sums.observe("perllm_time_to_deadline_at_end_seconds", group, task.deadline - event.at)
+            self._at_end(task, group, event.at)
+
+    def _at_end(self, task: Task, group: Labels, at: float) -> None:
+        left = task.deadline - at
+        early = "perllm_time_to_deadline_at_end_seconds"
+        self._sums.observe(early if left >= 0 else "perllm_lateness_seconds", group, abs(left))
 
     # --- written down
 

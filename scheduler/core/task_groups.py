@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection
 
+from perllm.broker.messages import MAX_NAME
 from perllm.broker.metrics import OTHER
 
 Names = tuple[str, str, str]
@@ -43,8 +44,10 @@ class TaskGroups:
         return self._names.get(number, (OTHER, OTHER, OTHER))
 
     def _bounded(self, tenant: str, service: str, model: str) -> int:
-        if tenant not in self._of_tenant and len(self._of_tenant) >= MAX_TENANTS:
+        if len(tenant) > MAX_NAME or (tenant not in self._of_tenant and len(self._of_tenant) >= MAX_TENANTS):
             tenant = OTHER
+        if len(service) > MAX_NAME:
+            service = OTHER
         full = tenant == OTHER or self._of_tenant[tenant] >= MAX_OF_TENANT or len(self._numbers) >= MAX_GROUPS
         names = (tenant, OTHER, OTHER) if full else (tenant, service, model)
         return self._numbered(names)

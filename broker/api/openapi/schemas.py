@@ -368,6 +368,7 @@ class NodeObject(Shape):
     generated: Annotated[int, Field(description="tokens since it started")]
     energy: NodeEnergy
     draining: bool
+    state: Literal["up", "draining", "dead"]
     models: list[str]
     capabilities: Annotated[dict[str, list[str]], Field(description="what each of its models can do here")]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
@@ -9,16 +11,22 @@ from perllm.broker.api.dependencies import TheApi, TheCaller
 from perllm.broker.api.openapi import examples
 from perllm.broker.api.openapi.document import answers
 from perllm.broker.api.openapi.schemas import NodeList
-from perllm.broker.messages import Counters
+from perllm.broker.ledger import Gone
+from perllm.broker.messages import Counters, Heartbeat, NodeInfo
 
 router = APIRouter(tags=["Nodes"])
 
 
 @router.get("/v1/nodes", responses=answers(NodeList, examples.whole_list(examples.NODE)))
 async def list_nodes(api: TheApi, caller: TheCaller) -> Response:
-    """The live nodes and what their last heartbeats reported."""
-    data = []
-    for info, beat, draining in await api.slow.run(caller.tenant, api.ledger.nodes):
+    """The live nodes and what their last heartbeats reported, then those that died without a word."""
+    data: list[dict[str, Any]] = []
+
+    def look() -> tuple[list[tuple[NodeInfo, Heartbeat | None, bool]], list[Gone]]:
+        return api.ledger.nodes(), [gone for gone in api.ledger.gone() if not gone.left]
+
+    live, dead = await api.slow.run(caller.tenant, look)
+    for info, beat, draining in (*live, *((gone.info, None, False) for gone in dead)):
         counters = beat.counters if beat else Counters()
         data.append(
             {
@@ -35,6 +43,7 @@ async def list_nodes(api: TheApi, caller: TheCaller) -> Response:
                     "estimated": info.power.estimated,
                 },
                 "draining": draining,
+                "state": "draining" if draining else "up" if len(data) < len(live) else "dead",
                 "models": [offer.name for offer in info.models],
                 "capabilities": {offer.name: sorted(offer.capabilities) for offer in info.models},
             }
