@@ -761,7 +761,7 @@ def scraped(client: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]
 
 def test_metrics_tell_of_tasks_nodes_and_requests(api: ApiProcess) -> None:
     assert httpx.get(f"{api.base}/metrics").status_code == 401
-    client = api.http("watcher")
+    client = api.http("watcher", operator=True)
     before = scraped(client)
     submitted = client.post("/v1/tasks", json={"prompt": "hi", "max_tokens": 2, "deadline": 60}).json()["id"]
     client.get(f"/v1/tasks/{submitted}")
@@ -785,3 +785,10 @@ def test_metrics_tell_of_tasks_nodes_and_requests(api: ApiProcess) -> None:
     assert grown(requests, method="POST", route="/v1/tasks", status="200") == 1
     assert grown(requests, method="GET", route="/v1/tasks/{id}", status="200") >= 2
     assert grown(requests, method="GET", route="none", status="404") == 1
+    plain = api.http("watcher")
+    name = "perllm_generation_tokens_total"
+    own = eventually(lambda: (s := scraped(plain)) and (name in {n for n, _ in s}) and s, "it is counted")
+    assert {dict(labels)["tenant"] for _, labels in own} == {"watcher"}
+    assert sum(value for (n, _), value in own.items() if n == name) == 2
+    assert own.items() <= scraped(client).items()
+    assert scraped(api.http("nobody")) == {}
