@@ -184,7 +184,7 @@ class NodeModel:
         return cls(
             boot=state["boot"],
             step_costs={model: StepCostModel.restored(s) for model, s in state["step_costs"].items()},
-            link=Bandwidth(**state["link"]),
+            link=Bandwidth.restored(state["link"]),
             watts=state["watts"],
             dispatch_delay=state["dispatch_delay"],
             read=Counters(**state["read"]),
