@@ -127,17 +127,18 @@ class Pending:
         (s)."""
         counts, oldest = np.full(0, -1), np.zeros(0)  # −1: none is here
         for chunk in self._chunks:
-            rows = chunk[chunk["serial"] != 0]
-            if not len(rows):
+            here = np.flatnonzero(chunk["serial"])
+            if not len(here):
                 continue
-            groups = rows["group"]
+            groups = chunk["group"][here]
             if (more := int(groups.max()) + 1 - len(counts)) > 0:
                 counts = np.concatenate([counts, np.full(more, -1)])
                 oldest = np.concatenate([oldest, np.full(more, np.inf)])
             counts[(counts < 0) & (np.bincount(groups, minlength=len(counts)) > 0)] = 0
-            awake = rows[rows["state"] != _ASLEEP]
-            counts += np.bincount(awake["group"], minlength=len(counts))
-            np.minimum.at(oldest, awake["group"], np.maximum(awake["submitted"], awake["start"]))
+            awake = chunk["state"][here] != _ASLEEP
+            here, groups = here[awake], groups[awake]
+            counts += np.bincount(groups, minlength=len(counts))
+            np.minimum.at(oldest, groups, np.maximum(chunk["submitted"][here], chunk["start"][here]))
         return {int(g): (int(counts[g]), float(oldest[g])) for g in np.flatnonzero(counts >= 0)}
 
     def get(self, task_id: str) -> Task | None:
