@@ -66,7 +66,7 @@ bench-tools: env ## calls of tools by the small model over 10,000 random schemas
 	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.tools $(ARGS)
 
 # Each benchmark is a module of benchmarks/ that prints JSON and compares with a peer.
-bench-%: .venv/.bench ## run a benchmark: bench-dispatch, bench-decision, bench-schedule, bench-edge, bench-answers, bench-cloud, bench-api
+bench-%: .venv/.bench ## run a benchmark: bench-dispatch, bench-far_worker, bench-decision, bench-schedule, bench-edge, bench-answers, bench-cloud, bench-api
 	@$(BIN)/python -m benchmarks.$*
 
 .venv/.bench: requirements/bench.txt .venv/.complete

@@ -49,9 +49,9 @@ def child(log: Path, command: Sequence[str], **environment: str) -> Iterator[sub
             process.wait()
 
 
-def celery_worker(app: str) -> list[str]:
+def celery_worker(app: str, name: str | None = None) -> list[str]:
     """The command of a Celery worker that keeps to itself."""
-    command = [sys.executable, "-m", "celery", "-A", app, "worker", "-n", f"{app}@bench"]
+    command = [sys.executable, "-m", "celery", "-A", app, "worker", "-n", f"{name or app}@bench"]
     return [*command, "--without-gossip", "--without-mingle"]
 
 

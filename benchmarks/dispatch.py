@@ -7,6 +7,9 @@ Three comparisons, ours and Celery's alternating, medians over the rounds:
   workers: one process, threads pool, the same concurrency, results stored, task events on; plain Celery also with
   events off;
 - latency on an idle system: submission to the engine's (the task's) first instruction, ours less plain Celery's, ms.
+
+And what a task costs the machine: CPU time of the scheduler (policy `cs-ucb`), of the workers and of the server, per
+no-op task over `NODES` nodes, ms.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import psutil
 
 from benchmarks.common import SCHEDULER, celery_worker, child, emit, median_and_spread
 from perllm import Client, State
@@ -27,6 +33,8 @@ from perllm.broker.connection import connect
 from perllm.broker.local.server import EmbeddedServer
 
 SLOTS = 8
+#: Nodes the CPU time of a task is measured over.
+NODES = 5
 PROMPT = "Why is the sky blue? Answer in one short sentence."
 
 
@@ -34,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tasks", type=int, default=2000, help="tasks per end-to-end round")
+    parser.add_argument("--cpu-tasks", type=int, default=10_000, help="tasks over which CPU time is measured")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer(Path(folder)) as server:
         os.environ.update(PERLLM_REDIS_URL=server.url, PERLLM_SLOTS=str(SLOTS), PERLLM_POLICY="least-loaded")
@@ -45,8 +54,20 @@ def main() -> None:
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
             for name, value in bench.round().items():
                 samples.setdefault(name, []).append(value)
+        assert server.pid is not None
+        print("CPU time", file=sys.stderr)
+        cpu = bench.cpu(server.pid, options.cpu_tasks)
     figures, spread = median_and_spread(samples)
-    emit("dispatch", figures, spread, rounds=options.rounds, slots=SLOTS, tasks=options.tasks)
+    emit(
+        "dispatch",
+        figures | cpu,
+        spread,
+        rounds=options.rounds,
+        slots=SLOTS,
+        tasks=options.tasks,
+        cpu_tasks=options.cpu_tasks,
+        nodes=NODES,
+    )
 
 
 class Bench:
@@ -115,6 +136,30 @@ class Bench:
         self.server.flushdb()
         return self.tasks / took
 
+    def cpu(self, server: int, tasks: int) -> dict[str, float]:
+        """CPU time per task, ms, once everything has been opened and compiled."""
+        with ExitStack() as stack:
+            scheduler = stack.enter_context(self.scheduler(PERLLM_POLICY="cs-ucb"))
+            workers = [stack.enter_context(self.node(f"bench-{i}")) for i in range(NODES)]
+            processes = {
+                "scheduler": [psutil.Process(scheduler.pid)],
+                "worker": [psutil.Process(w.pid) for w in workers],
+                "server": [psutil.Process(server)],
+            }
+            self._run(50 * NODES)
+            before = {name: _cpu_seconds(some) for name, some in processes.items()}
+            self._run(tasks)
+            spent = {name: _cpu_seconds(some) - before[name] for name, some in processes.items()}
+        self.server.flushdb()
+        return {f"cpu_ms_per_task_{name}": 1000 * seconds / tasks for name, seconds in spent.items()}
+
+    def _run(self, tasks: int) -> None:
+        """Submit so many tasks and wait until all are done."""
+        done = self.client.ledger.counts()[State.SUCCEEDED] + tasks
+        self.client.submit_many([{"prompt": PROMPT, "deadline": 600}] * tasks)
+        while self.client.ledger.counts()[State.SUCCEEDED] < done:
+            time.sleep(0.02)
+
     def latency(self, pairs: int = 200) -> dict[str, float]:
         ours, plain = [], []
         with self.scheduler(), self.node(), self.plain_worker(events=True):
@@ -138,21 +183,27 @@ class Bench:
         }
 
     @contextmanager
-    def scheduler(self) -> Iterator[None]:
-        with child(self.folder / "scheduler.log", SCHEDULER):
-            yield
+    def scheduler(self, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+        with child(self.folder / "scheduler.log", SCHEDULER, **environment) as process:
+            yield process
 
     @contextmanager
-    def node(self) -> Iterator[None]:
-        with child(self.folder / "node.log", celery_worker("benchmarks.stamping_worker"), PERLLM_NODE_NAME="bench"):
+    def node(self, name: str = "bench") -> Iterator[subprocess.Popen[bytes]]:
+        command = celery_worker("benchmarks.stamping_worker", name)
+        with child(self.folder / f"{name}.log", command, PERLLM_NODE_NAME=name) as process:
             self.client.submit(PROMPT, deadline=60).result(60)  # as the plain worker's: one task opens everything
-            yield
+            yield process
 
     @contextmanager
     def plain_worker(self, *, events: bool) -> Iterator[None]:
         with child(self.folder / "plain.log", celery_worker("benchmarks.plain_celery"), PLAIN_EVENTS=str(int(events))):
             self.stamp.apply_async((PROMPT,)).get(timeout=60)  # type: ignore[attr-defined]
             yield
+
+
+def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
+    """CPU time they have used so far, s."""
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
 if __name__ == "__main__":

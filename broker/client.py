@@ -148,7 +148,7 @@ class Client:
         away for less than a minute meanwhile is waited for, if the deadlines allow."""
         left = dict.fromkeys(task_ids, inf)  # when each is due, on this machine's monotonic clock, once it is known
         give_up = inf if timeout is None else time.monotonic() + timeout
-        channels = {_channel(i): i for i in left}
+        channels = {self.ledger.ended(i): i for i in left}
         heard = SimpleQueue[str]()
         bell, outage = heard.put, _Outage(time.monotonic() if self._met else None)
         self._announcements.listen(bell, channels)  # before looking, so that nothing ends unheard in between
@@ -185,15 +185,16 @@ class Client:
 
     def _look(self, task_ids: Sequence[str], left: dict[str, float]) -> Iterator[Result]:
         """The results there are among these, which are taken out of `left`."""
-        outcomes, now = self.looks.outcomes(task_ids), time.monotonic()
-        for task_id, outcome in zip(task_ids, outcomes, strict=True):
-            if outcome is None:
-                raise _not_found(task_id)
-            if isinstance(outcome, Result):
-                del left[task_id]
-                yield outcome
-            else:
-                left[task_id] = now + outcome
+        for some in self.looks.readable_at_once(task_ids):
+            outcomes, now = self.looks.outcomes(some), time.monotonic()
+            for task_id, outcome in zip(some, outcomes, strict=True):
+                if outcome is None:
+                    raise _not_found(task_id)
+                if isinstance(outcome, Result):
+                    del left[task_id]
+                    yield outcome
+                else:
+                    left[task_id] = now + outcome
 
     def status(self, task_id: str) -> TaskRecord:
         """Everything known of a task now. Raises TaskNotFound."""
@@ -323,7 +324,7 @@ class AsyncClient:
             raise WaitTimeout(f"task {task_id} not final after {timeout:g} s; it goes on") from None
 
     async def _result(self, task_id: str) -> Result:
-        async with self._waiter(task_id, _channel(task_id)) as waiter:
+        async with self._waiter(task_id, self.ledger.ended(task_id)) as waiter:
             while True:
                 (outcome,) = await self._through_outages(waiter, partial(self.looks.outcomes, [task_id]))
                 if isinstance(outcome, Result):
@@ -347,7 +348,7 @@ class AsyncClient:
         the Result only, as is all of a task submitted without `stream`. Raises TaskNotFound.
         """
         said = _Said()
-        async with self._waiter(task_id, _channel(task_id), self.ledger.said(task_id)) as waiter:
+        async with self._waiter(task_id, self.ledger.ended(task_id), self.ledger.said(task_id)) as waiter:
             while True:
                 look = partial(self._look_and_hear, task_id, waiter.heard)
                 outcome, pieces = await self._through_outages(waiter, look)
@@ -581,10 +582,6 @@ def _succeeded(result: Result) -> Result:
     if result.state is State.SUCCEEDED:
         return result
     raise _ENDS.get(result.state, TaskFailed)(f"task {result.id} {result.state}: {result.reason or 'no reason given'}")
-
-
-def _channel(task_id: str) -> str:
-    return f"celery-task-meta-{task_id}"
 
 
 def _with_prompt(task: str | Mapping[str, Any] | None, fields: Mapping[str, Any]) -> Mapping[str, Any]:

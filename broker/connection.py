@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import redis
 import redis.asyncio
+import redis.asyncio.sentinel
+import redis.sentinel
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.connection import HiredisRespSerializer
+from redis.connection import HiredisRespSerializer, parse_url
 from redis.retry import Retry
 
 from perllm.broker.errors import BadSetting, Unreachable
 from perllm.broker.functions import missing
 from perllm.broker.messages import whole_text
+from perllm.broker.sentinels import Sentinels
 
 if TYPE_CHECKING:  # loaded when settings are read: half of what importing a client would take
     from perllm.broker.settings import Settings
@@ -133,6 +136,10 @@ class _Socket(_Opening, redis.UnixDomainSocketConnection):
     """By a Unix socket."""
 
 
+class _Moving(_Opening, redis.sentinel.SentinelManagedConnection):
+    """By TCP, to where the sentinels say."""
+
+
 _CLASSES = {"redis": _Plain, "rediss": _Tls, "unix": _Socket}
 
 
@@ -152,8 +159,12 @@ def connect(settings: Settings, *, reply_timeout: float | None = REPLY_TIMEOUT, 
     """A client for the server in force. Connects on first use, retries a lost connection with backoff and jitter.
 
     Raises BadSetting for a URL with an option there is not, or one that names a file that cannot be used."""
+    if settings.sentinels is not None:
+        retries *= 4  # a new primary takes seconds
     retry = _Retry(ExponentialWithJitterBackoff(base=0.05, cap=2.0), retries=retries)
     options = _options(settings) | {"socket_timeout": reply_timeout, "retry": retry, "command_packer": _Packer()}
+    if settings.sentinels is not None:
+        return _moving(settings.sentinels, options)
     options["connection_class"] = _CLASSES[settings.url.partition(":")[0]]
     try:
         client: redis.Redis = redis.Redis.from_url(settings.url, **options)
@@ -163,6 +174,31 @@ def connect(settings: Settings, *, reply_timeout: float | None = REPLY_TIMEOUT, 
     if isinstance(unopened, _Tls):
         _check_files(unopened)
     return client
+
+
+def _moving(sentinels: Sentinels, options: dict[str, Any]) -> redis.Redis:
+    watch = redis.sentinel.Sentinel(sentinels.hosts, sentinel_kwargs=of_sentinels(sentinels))  # type: ignore[no-untyped-call]
+    given = _of_server(sentinels) | options
+    client: redis.Redis = watch.master_for(sentinels.name, connection_class=_Moving, **given)  # type: ignore[no-untyped-call]
+    try:
+        client.connection_pool.make_connection()
+    except TypeError as error:
+        raise BadSetting(f"PERLLM_REDIS_URL: {str(error).rpartition('() ')[2]}") from None
+    return client
+
+
+def of_sentinels(sentinels: Sentinels) -> dict[str, Any]:
+    """How they are asked: one that is dead must not keep the others from being asked soon."""
+    return {"socket_timeout": LOOK_TIMEOUT, "socket_connect_timeout": LOOK_TIMEOUT, **sentinels.own}
+
+
+def _of_server(sentinels: Sentinels) -> dict[str, Any]:
+    """Login, database and options. Raises BadSetting."""
+    try:
+        given = dict(parse_url(sentinels.server_url))  # type: ignore[no-untyped-call]
+    except (TypeError, ValueError) as error:
+        raise BadSetting(f"PERLLM_REDIS_URL: {error}") from None
+    return {key: value for key, value in given.items() if key not in ("host", "port")}
 
 
 def _check_files(connection: _Tls) -> None:
@@ -186,7 +222,15 @@ def _check_files(connection: _Tls) -> None:
 
 def connect_async(settings: Settings) -> redis.asyncio.Redis:
     """The same for asyncio, for subscriptions."""
-    return redis.asyncio.Redis.from_url(settings.url, **_options(settings) | {"socket_timeout": CONNECT_TIMEOUT})
+    options = _options(settings) | {"socket_timeout": CONNECT_TIMEOUT}
+    if settings.sentinels is not None:
+        how = of_sentinels(settings.sentinels)
+        watch = redis.asyncio.sentinel.Sentinel(list(settings.sentinels.hosts), sentinel_kwargs=how)  # type: ignore[no-untyped-call]
+        moving: redis.asyncio.Redis = watch.master_for(
+            settings.sentinels.name, **_of_server(settings.sentinels) | options
+        )
+        return moving
+    return redis.asyncio.Redis.from_url(settings.url, **options)
 
 
 def _options(settings: Settings) -> dict[str, Any]:

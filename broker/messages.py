@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self, TypedDict, cast
 from uuid import uuid4
@@ -467,6 +468,16 @@ class Energy(TolerantModel):
         return self.transfer + self.inference + self.idle
 
 
+class StepTotals(TolerantModel):
+    """One model's part of its engine's running totals."""
+
+    steps: int = 0
+    busy: NonNegative = 0.0  # s
+    prefilled: int = 0  # tokens
+    sequence_steps: int = 0
+    context_steps: int = 0
+
+
 class Counters(TolerantModel):
     """An engine's running totals since it started, and its present state.
 
@@ -486,6 +497,7 @@ class Counters(TolerantModel):
     since_progress: NonNegative = 0.0  # s since a step last ended while there was work; 0 when idle
     longest_step: NonNegative = 0.0  # s, over the last minute
     energy: NonNegative = 0.0  # J, the node's meter since start
+    models: dict[str, StepTotals] = Field(default_factory=dict)  # by name, of an engine that serves several
 
 
 class Receipt(TolerantModel):
@@ -629,6 +641,7 @@ class ModelOffer(TolerantModel):
     name: Name
     context: Annotated[int, Field(gt=0)]  # tokens, prompt and output together
     kv_tokens: Annotated[int, Field(gt=0)]  # KV cache over all sequences, tokens
+    chunk: Annotated[int, Field(gt=0)] | None = None  # prompt tokens prefilled in a step at most; None: not known
     calibration: StepCost
     capabilities: tuple[str, ...] = BEFORE_CAPABILITIES
     dimensions: Annotated[int, Field(gt=0)] | None = None  # numbers in its embeddings, where it makes any
@@ -808,8 +821,10 @@ def parse_event(raw: bytes | str) -> Event:
 # --- why: the decision record
 
 
-class Candidate(TolerantModel):
-    """How one node looked to the policy when a task was decided. What a policy does not compute stays None."""
+@dataclass(slots=True)
+class Candidate:
+    """How one node looked to the policy when a task was decided. What a policy does not compute stays None. (Many are
+    made with every decision: no model, which takes ten times as long.)"""
 
     node: str
     index: float | None = None  # what the policy maximises
@@ -817,7 +832,7 @@ class Candidate(TolerantModel):
     finish: float | None = None  # s from now, predicted
     p_on_time: float | None = None
     marginal_energy: float | None = None  # J
-    slacks: Mapping[str, float | None] = Field(default_factory=dict)  # constraint → normalised slack; None: no number
+    slacks: Mapping[str, float | None] = field(default_factory=dict)  # constraint → normalised slack; None: no number
     confidence: float | None = None
     note: str = ""
 

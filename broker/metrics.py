@@ -153,6 +153,7 @@ READ = (
     Family("perllm_node_active", "gauge", _OF_NODE, "Tasks it runs now."),
     Family("perllm_node_waiting", "gauge", _OF_NODE, "Tasks it has taken up that wait for its engine."),
     Family("perllm_node_draining", "gauge", _OF_NODE, "1 while it takes nothing new."),
+    Family("perllm_node_distrusted", "gauge", _OF_NODE, "1 while it is sent little, since it took up nothing."),
     Family("perllm_node_silent_seconds", "gauge", _OF_NODE, "Since its last heartbeat, or since it died."),
     Family("perllm_node_kv_cache_usage_ratio", "gauge", _OF_NODE, "Used part of its KV cache."),
     Family("perllm_node_tokens", "counter", _OF_NODE, "Tokens generated since it started."),

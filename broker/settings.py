@@ -16,9 +16,11 @@ from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationErro
 from pydantic_core import to_jsonable_python
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from perllm.broker import sentinels
 from perllm.broker.errors import BadSetting, field_errors
+from perllm.broker.sentinels import Sentinels
 
-_SCHEMES = ("redis", "rediss", "unix")
+_SCHEMES = ("redis", "rediss", "unix", sentinels.SCHEME)
 _PORT_AND_DATABASE = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/]+)(:\d+)?(/\d*)?")
 #: A certificate or key that is not given by its whole path.
 _FILE_IN_URL = re.compile(r"([?&]ssl_(?:ca_certs|ca_path|certfile|keyfile)=)(?!/|%2F)([^&#]+)", re.IGNORECASE)
@@ -61,7 +63,10 @@ class Settings(BaseSettings):
     )
 
     redis_url: SecretStr | None = None
-    """The Redis server: `redis://`, `rediss://` (with `user:password@`) or `unix://`; unset: an embedded one."""
+    """The Redis server: `redis://`, `rediss://` (with `user:password@`), `unix://`, or `sentinel://host,host/name` for
+    one that moves; unset: an embedded one."""
+    replicas: Annotated[int, Field(ge=0, le=16)] = 0
+    """So many of the server's replicas must have a task before it counts as accepted."""
     data_dir: AbsolutePath = Field(default_factory=default_data_dir)
     """The embedded server's data and socket, logs, and the API's files; `~/.local/state/perllm` unless set."""
     server_memory: Annotated[int, Field(ge=16 << 20)] | None = None
@@ -102,8 +107,10 @@ class Settings(BaseSettings):
             return None
         parts = urlsplit(url.get_secret_value())
         if parts.scheme not in _SCHEMES:
-            raise ValueError("must begin with redis://, rediss:// or unix://")
-        if parts.scheme == "unix":
+            raise ValueError("must begin with redis://, rediss://, unix:// or sentinel://")
+        if parts.scheme == sentinels.SCHEME:
+            Sentinels.of(url.get_secret_value())
+        elif parts.scheme == "unix":
             if not parts.path or parts.netloc.rpartition("@")[2]:
                 raise ValueError("must name a socket by its whole path, as in unix:///run/redis.sock")
         elif not _PORT_AND_DATABASE.fullmatch(f"{parts.netloc.rpartition('@')[2]}{parts.path}"):
@@ -133,8 +140,15 @@ class Settings(BaseSettings):
         return self.redis_url.get_secret_value() if self.redis_url else f"unix://{quote(str(self.socket))}"
 
     @property
+    def sentinels(self) -> Sentinels | None:
+        """Who knows where the server is, if it moves."""
+        return Sentinels.of(self.url) if self.url.startswith(f"{sentinels.SCHEME}:") else None
+
+    @property
     def address(self) -> str:
         """The server's address without user or password, for people and logs."""
+        if self.sentinels is not None:
+            return self.sentinels.address
         parts = urlsplit(self.url)
         if parts.scheme == "unix":
             return f"unix://{unquote(parts.path)}"
@@ -144,6 +158,8 @@ class Settings(BaseSettings):
     @property
     def celery_url(self) -> str:
         """The same server in kombu's spelling (it calls a Unix socket `redis+socket://`)."""
+        if self.sentinels is not None:
+            return self.sentinels.celery_url
         parts = urlsplit(self.url)
         if parts.scheme == "rediss" and "ssl_cert_reqs" not in parts.query:
             return f"{self.url}{'&' if parts.query else '?'}ssl_cert_reqs=required"  # Celery asks to be told

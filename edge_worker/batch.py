@@ -21,7 +21,7 @@ import structlog
 from perllm.broker.engine.contract import EngineError, FinishReason, Stop
 from perllm.broker.engine.energy import Attribution
 from perllm.broker.engine.step_time import decode_work, is_stall, step_time
-from perllm.broker.engine.totals import EngineTotals
+from perllm.broker.engine.totals import ModelTotals
 from perllm.broker.messages import Counters, Delta, StepCost, TaskSpec
 from perllm.edge_worker import llama
 from perllm.edge_worker.batch_plan import Widths, choose_victim, share_prefill
@@ -184,7 +184,7 @@ class Batch:
         *,
         slots: int,
         cached_prompts: int,
-        totals: EngineTotals,
+        totals: ModelTotals,
         energy: Attribution,
         counters: Callable[[], Counters],
     ) -> None:
@@ -500,7 +500,7 @@ class Batch:
         spec, now = answer.request.spec, time.monotonic()
         answer.first = answer.first or now
         answer.last = now
-        self._totals.generated += 1
+        self._totals.generated()
         if self.model.ends(token):
             answer.finish = "stop"
             return

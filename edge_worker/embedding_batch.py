@@ -18,7 +18,7 @@ import structlog
 from perllm.broker.engine.contract import EngineError, FinishReason, Stop
 from perllm.broker.engine.energy import Attribution
 from perllm.broker.engine.step_time import is_stall, step_time
-from perllm.broker.engine.totals import EngineTotals
+from perllm.broker.engine.totals import ModelTotals
 from perllm.broker.messages import Counters, Delta, StepCost, TaskSpec
 from perllm.edge_worker import llama
 from perllm.edge_worker.batch_plan import share_inputs
@@ -84,7 +84,7 @@ class EmbeddingBatch:
         tuning: EmbeddingTuning,
         *,
         slots: int,
-        totals: EngineTotals,
+        totals: ModelTotals,
         energy: Attribution,
         counters: Callable[[], Counters],
     ) -> None:

@@ -100,6 +100,7 @@ class ServedModel:
             name=self.name,
             context=self.context,
             kv_tokens=self.kv_tokens,
+            chunk=self.tuning.chunk,
             calibration=self.tuning.step_cost,
             capabilities=self.capabilities,
             dimensions=self.width,
@@ -318,7 +319,7 @@ class ModelPool:
             tuning,
             slots=self._slots,
             cached_prompts=cached_prompts,
-            totals=self._totals,
+            totals=self._totals.of(served.name),
             energy=self._energy,
             counters=self._counters,
         )
@@ -336,7 +337,12 @@ class ModelPool:
         )
         assert isinstance(tuning, EmbeddingTuning)
         batch = EmbeddingBatch(
-            context, tuning, slots=self._slots, totals=self._totals, energy=self._energy, counters=self._counters
+            context,
+            tuning,
+            slots=self._slots,
+            totals=self._totals.of(served.name),
+            energy=self._energy,
+            counters=self._counters,
         )
         return LoadedModel(model, batch, embedder=Embedder(model, pooling, served.context)), tuning
 

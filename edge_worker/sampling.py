@@ -76,7 +76,7 @@ class Sampler:
         return token
 
     def _sample_within(self, matcher: LLMatcher, logits: Logits, left: int) -> int:
-        ending = self._wind_down.choose(matcher, left) if self._wind_down is not None else None
+        ending = self._wind_down.ending(matcher, left) if self._wind_down is not None else None
         began = time.thread_time()
         token = self._chain.choose(logits) if ending is None else ending
         if matcher.try_consume_tokens([token]) == 0:  # cheaper than always asking for all that are allowed
@@ -89,8 +89,9 @@ class Sampler:
                 matcher.consume_token(token)
         if matcher.is_error():
             raise GrammarError(_limit(matcher))
-        if self._wind_down is not None:
-            self._wind_down.take(matcher, token)
+        if self._wind_down is not None and not self._wind_down.take(matcher, token, left - 1):
+            matcher.rollback(1)
+            return self._sample_within(matcher, logits, left)
         self._allowance.left += GRAMMAR_RATE - (time.thread_time() - began)
         if self._allowance.left < 0:
             raise GrammarError("finding what it allows takes too long: simplify it")

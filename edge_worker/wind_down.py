@@ -24,7 +24,11 @@ Allowed = npt.NDArray[np.bool_]
 WINDOW = 384
 #: Tokens kept free beyond those the way takes.
 SPARE = 6
-#: CPU time a request may spend on looking, s: others in the batch wait meanwhile.
+#: Tokens left, beside what ways and their growth were so far, from which on each token that may lengthen the way is
+#: checked.
+NEAR = 96
+#: CPU time a request may spend on looking, s, again on finding the steps, and again on taking what is at hand: others
+#: in the batch wait meanwhile.
 PATIENCE = 1.0
 #: Characters, and texts at most, that are tried to find the end of a number, or of a string with a pattern.
 SEARCH_DEPTH, SEARCHED = 3, 500
@@ -154,7 +158,7 @@ class _Way:
         self._endings = to
         self._found: deque[int] = deque()  # by the last search
 
-    def step(self, matcher: LLMatcher, strings: Strings) -> int | None:
+    def step(self, matcher: LLMatcher, strings: Strings, *, search: bool = True) -> int | None:
         """The next token of it; None where the grammar allows none."""
         allowed, inside = self._endings.allowed(matcher), strings.inside
         if strings.escaped:
@@ -163,7 +167,7 @@ class _Way:
         if token is not None:
             self._found.clear()
             return token
-        if not self._found and np.count_nonzero(allowed) > 8:  # fewer: all but certain
+        if search and not self._found and np.count_nonzero(allowed) > 8:  # fewer: all but certain
             self._found.extend(self._endings.search(matcher, allowed, inside))
         if self._found:
             return self._found.popleft()
@@ -171,49 +175,78 @@ class _Way:
 
 
 class WindDown:
-    """One request's. `begun`: from here on the way to the end is taken."""
+    """One request's. `begun`: from here on the way to the end is taken.
+
+    Each token may lead further from the end, an opening brace by all that its object must have. So the way is measured
+    now and then while there is room, and after each such token once there is little: one from which the end could not
+    be reached any more is taken back.
+    """
 
     def __init__(self, to: Endings) -> None:
         self._endings = to
         self._strings = Strings()
         self._way = _Way(to)
-        self._look_at = WINDOW  # tokens left at which the way is looked at next
+        self._known = False  # whether the way was found when it was last looked for
+        self._distance = 0  # tokens to the end when it was last measured
+        self._furthest = 0  # most by which it has grown from one measurement to the next
+        self._look_at = WINDOW  # tokens left at which it is measured next
         self._patience = PATIENCE
         self.begun = False
 
-    def choose(self, matcher: LLMatcher, left: int) -> int | None:
+    def ending(self, matcher: LLMatcher, left: int) -> int | None:
         """The token to take, with so many left to the limit; None: the model's own choice."""
         if matcher.is_error() or (not self.begun and (left > self._look_at or matcher.is_accepting())):
             return None
-        began = time.thread_time()
         if not self.begun:
-            self.begun = self._must_begin(matcher, left)
-            self._patience -= time.thread_time() - began
-            if self._patience < 0:
-                self._look_at = -1
-        return self._way.step(matcher, self._strings) if self.begun else None
+            self._measure(matcher, left)
+        if not self.begun or self._patience < -2 * PATIENCE:
+            return None
+        began = time.thread_time()
+        token = self._way.step(matcher, self._strings, search=self._patience > -PATIENCE)
+        self._patience -= time.thread_time() - began
+        return token
 
-    def take(self, matcher: LLMatcher, token: int) -> None:
-        """This token was generated."""
+    def take(self, matcher: LLMatcher, token: int, left: int) -> bool:
+        """The model chose this token, and the grammar has taken it; so many are left after it. Whether it may stand: if
+        not, take it back, and from then on the way to the end is taken."""
+        piece, before = self._endings.pieces[token], self._strings.copy()
         if matcher.is_accepting():
             self._strings = Strings()  # text, in which quotes mean nothing
-        else:
-            self._strings.take(self._endings.pieces[token])
-
-    def _must_begin(self, matcher: LLMatcher, left: int) -> bool:
-        distance = self._distance(matcher, min(left, WINDOW))
-        if distance is not None and left <= distance + distance // 4 + SPARE:
             return True
-        self._look_at = left - max(1, 16 if distance is None else (left - distance) // 4)
+        self._strings.take(piece)
+        commits = b'"' in piece or (not before.inside and any(mark in piece for mark in b"{[,"))
+        near = left <= NEAR + 4 * self._distance + 2 * self._furthest
+        if self.begun or not (commits and near and self._known) or matcher.is_error():
+            return True
+        self._measure(matcher, left)
+        if self._known and not self.begun:
+            return True
+        self._known, self.begun, self._strings = True, True, before
         return False
 
-    def _distance(self, matcher: LLMatcher, most: int) -> int | None:
-        """Tokens to the end from here; None for more than `most`."""
+    def _measure(self, matcher: LLMatcher, left: int) -> None:
+        began = time.thread_time()
+        distance = self._measured(matcher, min(left, WINDOW), began + self._patience)
+        self._patience -= time.thread_time() - began
+        if distance is not None:
+            self._furthest = max(self._furthest, distance - self._distance)
+            self._known, self._distance = True, distance
+            self._look_at = left - max(1, (left - distance) // 4)
+            # Without patience rather too early than never.
+            self.begun = left <= distance + distance // 4 + SPARE or self._patience <= 0
+        else:
+            self._known = False
+            self._look_at = left - 16
+            self.begun = self._patience <= 0
+
+    def _measured(self, matcher: LLMatcher, most: int, until: float) -> int | None:
+        """Tokens to the end from here; None for more than `most`, and when it is not found `until` then (s of this
+        thread's CPU time)."""
         matcher, strings, way = matcher.deep_copy(), self._strings.copy(), _Way(self._endings)
         for distance in range(most + 1):
             if matcher.is_accepting():
                 return distance
-            token = way.step(matcher, strings)
+            token = way.step(matcher, strings) if time.thread_time() < until else None
             if token is None or not matcher.consume_token(token):
                 return None
             strings.take(self._endings.pieces[token])

@@ -25,6 +25,7 @@ def node_info(
     models: Sequence[str] = (MODEL,),
     context: int = 4096,
     kv_tokens: int = 65_536,
+    chunk: int | None = None,
     step_cost: StepCost = STEP_COST,
     capabilities: Sequence[str] = BEFORE_CAPABILITIES,
     power: Power | None = None,
@@ -40,6 +41,7 @@ def node_info(
                 name=m,
                 context=context,
                 kv_tokens=kv_tokens,
+                chunk=chunk,
                 calibration=step_cost,
                 capabilities=tuple(capabilities),
             )

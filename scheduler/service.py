@@ -20,13 +20,15 @@ from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import SWEEP_LIMIT, Dispatch, End, Leader, Ledger, gap, later
 from perllm.broker.messages import Ended, Event, Explanation, Heartbeat, NodeDown, NodeUp, State, Submitted
 from perllm.broker.queues.app import node_message
-from perllm.scheduler.core.scheduler import Decision, SchedulerCore
+from perllm.scheduler.core.scheduler import Decision, Lapse, SchedulerCore
 from perllm.scheduler.metrics import Metrics
 from perllm.scheduler.policies import describe_policy
 from perllm.scheduler.settings import SchedulerSettings
 
 #: Seconds between sweeps of lapsed leases and deadlines, and the longest wait for an event.
 SWEEP_EVERY = 0.25
+#: Seconds between looks at what nodes do not take up.
+LAPSES_EVERY = 0.25
 #: Seconds in which events may gather while tasks wait for room: a step costs two round trips however little happened,
 #: and the nodes have their next 50 ms of work already.
 GATHER_EVENTS = 0.003
@@ -144,6 +146,8 @@ class _LeaderSession:
         self._position = "0-0"
         self._clock_offset = 0.0
         self._incarnation = ledger.incarnation()
+        self._lapses = _Every(LAPSES_EVERY)
+        self._told: dict[str, str] = {}  # distrusted nodes, and why, as the ledger has it
         self._sync_clock()
 
     @property
@@ -169,6 +173,9 @@ class _LeaderSession:
             pass
         self._reconcile_nodes()
         self._reconcile_tasks()
+        self._told = self._ledger.distrusted(list(self._core.cluster.nodes))
+        for name, reason in self._told.items():
+            self._core.distrust(name, reason, self.now())
         log.info("took_over", pending=len(self._core.pending), nodes=len(self._core.cluster.nodes))
 
     def _restore(self, oldest: str) -> None:
@@ -234,6 +241,9 @@ class _LeaderSession:
     def step(self, block: float) -> bool:
         """Read what happened, decide, act. Returns whether tasks wait."""
         self._read(block)
+        if self._lapses.due():
+            self._place_anew(self._core.lapses(self.now()))
+            self._tell_of_distrust()
         decisions = self._core.decide(self.now())
         if decisions:
             self._dispatch([d for d in decisions if d.action == "dispatch"])
@@ -272,6 +282,23 @@ class _LeaderSession:
             self._handle(event)
             self._position = position
         return len(entries)
+
+    def _place_anew(self, lapses: list[Lapse]) -> None:
+        """What is claimed after all is refused: the stream says so."""
+        for lapse in lapses:
+            log.warning("not_taken_up", node=lapse.node.name, tasks=len(lapse.tasks), reason=lapse.reason)
+            placed = [(task.id, task.attempt) for task in lapse.tasks]
+            if "not_leader" in self._ledger.take_back(self._lease.epoch, placed, lapse.reason):
+                raise _NotLeader
+
+    def _tell_of_distrust(self) -> None:
+        nodes = self._core.cluster.nodes
+        distrusted = {name: node.pace.distrust for name, node in nodes.items() if node.pace.distrust}
+        for name in (self._told | distrusted).keys() & nodes.keys():
+            if (reason := distrusted.get(name, "")) != self._told.get(name, ""):
+                log.info("node_distrusted" if reason else "node_trusted", node=name, reason=reason)
+                self._ledger.distrust(self._lease.epoch, name, nodes[name].info.boot, reason)
+        self._told = distrusted
 
     def _dispatch(self, decisions: list[Decision]) -> None:
         dispatches = [_dispatch(d) for d in decisions]

@@ -103,7 +103,15 @@ OVERVIEW: list[Panel] = [
 ]
 _NODE = '{node="$node"}'
 NODE: list[Panel] = [
-    ("Alive", "short", [(f"perllm_node_up{_NODE}", "up"), (f"perllm_node_draining{_NODE}", "draining")]),
+    (
+        "Alive",
+        "short",
+        [
+            (f"perllm_node_up{_NODE}", "up"),
+            (f"perllm_node_draining{_NODE}", "draining"),
+            (f"perllm_node_distrusted{_NODE}", "distrusted"),
+        ],
+    ),
     ("Silent", "s", [(f"perllm_node_silent_seconds{_NODE}", "since its last heartbeat")]),
     (
         "Tasks",

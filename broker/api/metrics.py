@@ -90,7 +90,11 @@ class SystemMetrics(Collector):
         for outcome, count in self._webhooks.attempts().items():
             page.add("perllm_webhook_attempts", count, outcome)
         page.add("perllm_webhook_dropped", self._webhooks.dropped_ever())
-        _add_nodes(page, ledger.nodes(), ledger.gone(), now)
+        nodes = ledger.nodes()
+        _add_nodes(page, nodes, ledger.gone(), now)
+        distrusted = ledger.distrusted([info.name for info, _, _ in nodes[:MAX_NODES]])
+        for info, _, _ in nodes[:MAX_NODES]:
+            page.add("perllm_node_distrusted", info.name in distrusted, info.name, info.tier)
         yield from page
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +69,7 @@ def result(
     timeout: Annotated[float, typer.Option(help="Seconds to wait for it.")] = 3600.0,
     as_json: AsJson = False,
 ) -> None:
-    """Wait for a task's result and print its text (the receipt goes to standard error)."""
+    """Wait for a task's result and print its text, vectors or scores (the receipt goes to standard error)."""
     with Client() as client:
         _print_result(client.result(client.find([task_id])[0], timeout), as_json)
 
@@ -123,6 +124,7 @@ def nodes(
     """The nodes and what they are doing, those that died too; with --json also what was learned of them."""
     with Client() as client:
         rows, learned = client.ledger.nodes(), client.ledger.learned()
+        distrusted = client.ledger.distrusted([info.name for info, _, _ in rows])
         dead = [] if live else [gone for gone in client.ledger.gone() if not gone.left]
     if as_json:
         print_json(
@@ -131,6 +133,7 @@ def nodes(
                     "node": info.model_dump(),
                     "heartbeat": beat.model_dump() if beat else None,
                     "draining": draining,
+                    "distrusted": distrusted.get(info.name),
                     "state": "draining" if draining else "up",
                     "learned": learned[info.name].model_dump() if info.name in learned else None,
                 }
@@ -141,6 +144,7 @@ def nodes(
                     "node": info.model_dump(),
                     "heartbeat": None,
                     "draining": False,
+                    "distrusted": None,
                     "state": "dead",
                     "died": at,
                     "learned": None,
@@ -149,7 +153,7 @@ def nodes(
             ]
         )
     elif rows or dead:
-        show(out, terminal.nodes(rows, dead), wide=wide)
+        show(out, terminal.nodes(rows, distrusted, dead), wide=wide)
     else:
         print("no live nodes")
 
@@ -240,10 +244,7 @@ def _print_result(outcome: Result, as_json: bool) -> None:
     if as_json:
         print_json(outcome.model_dump(mode="json"))
     else:
-        for index, choice in enumerate(outcome.output.choices if outcome.output else ()):
-            if outcome.output and outcome.output.more:
-                err.print(f"answer {index}:", style="dim", highlight=False)
-            print(choice.text, flush=True)
+        _print_output(outcome)
         if outcome.reason:
             err.print(f"{outcome.state}: {outcome.reason}", style="red", highlight=False)
         if outcome.receipt:
@@ -257,6 +258,20 @@ def _print_result(outcome: Result, as_json: bool) -> None:
             )
     if outcome.state is not State.SUCCEEDED:
         raise typer.Exit(1)
+
+
+def _print_output(outcome: Result) -> None:
+    """Its text, or each of its answers; of other kinds of tasks one vector or score per line."""
+    output = outcome.output
+    if output is None:
+        return
+    if numbers := [*outcome.vectors, *(output.scores or ())]:
+        print("\n".join(map(json.dumps, numbers)), flush=True)
+        return
+    for index, choice in enumerate(output.choices):
+        if output.more:
+            err.print(f"answer {index}:", style="dim", highlight=False)
+        print(choice.text, flush=True)
 
 
 def _show_system(client: Client, as_json: bool) -> None:

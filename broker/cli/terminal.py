@@ -169,11 +169,18 @@ def _length(length: LengthForecast) -> str:
     return f"{sentence}: {', '.join(words)}" if words else sentence
 
 
-def nodes(rows: Sequence[tuple[NodeInfo, Heartbeat | None, bool]], dead: Sequence[Gone] = ()) -> Table:
-    """Live nodes with what they last said of themselves, and those that died."""
+def nodes(
+    rows: Sequence[tuple[NodeInfo, Heartbeat | None, bool]], distrusted: Mapping[str, str], dead: Sequence[Gone] = ()
+) -> Table:
+    """Live nodes with what they last said of themselves, and why some are sent little; and those that died."""
     numbers = ("active", "waiting", "tokens", "energy")
     view = table(
-        "queue", "engine and models", *numbers, "state", numbers=numbers, flexible=("queue", "engine and models")
+        "queue",
+        "engine and models",
+        *numbers,
+        "state",
+        numbers=numbers,
+        flexible=("queue", "engine and models", "state"),
     )
     for info, beat, draining in rows:
         c = beat.counters if beat else Counters()
@@ -185,7 +192,7 @@ def nodes(rows: Sequence[tuple[NodeInfo, Heartbeat | None, bool]], dead: Sequenc
             str(c.waiting),
             str(c.generated),
             f"{c.energy:.0f} J{' est.' if info.power.estimated else ''}",
-            "draining" if draining else "up",
+            "draining" if draining else f"distrusted:\n{distrusted[info.name]}" if info.name in distrusted else "up",
         )
     for info, at, _ in dead:
         died = datetime.fromtimestamp(at, UTC).isoformat(sep=" ", timespec="seconds")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from perllm.broker.messages import Counters
+from perllm.broker.messages import Counters, StepTotals
 
 
 class EngineTotals:
@@ -16,6 +16,11 @@ class EngineTotals:
         self.last_progress = 0.0  # when a step last ended, or work came after there was none (monotonic)
         self._longest = (0.0, 0.0)  # step, s, of this half minute and of the last
         self._half_minute = 0
+        self._models: dict[str, ModelTotals] = {}
+
+    def of(self, model: str) -> ModelTotals:
+        """One model's part, of an engine that may serve several."""
+        return self._models.setdefault(model, ModelTotals(self))
 
     def step(self, began: float, ended: float, *, sequences: int, prefilled: int, context: int) -> None:
         """A step ended. Times are `time.monotonic()`."""
@@ -50,9 +55,37 @@ class EngineTotals:
             since_progress=max(0.0, now - self.last_progress) if active or waiting else 0.0,
             longest_step=self.longest_step(now),
             energy=energy,
+            models={name: part.read() for name, part in self._models.copy().items()} if len(self._models) > 1 else {},
         )
 
     def _turn(self, now: float) -> None:
         if (half := int(now // 30)) != self._half_minute:
             self._longest = (0.0, self._longest[0] if half == self._half_minute + 1 else 0.0)
             self._half_minute = half
+
+
+class ModelTotals:
+    """What the engine did for one of its models. Counted in the engine's totals, too."""
+
+    def __init__(self, engine: EngineTotals) -> None:
+        self._engine = engine
+        self._read = StepTotals()
+
+    def step(self, began: float, ended: float, *, sequences: int, prefilled: int, context: int) -> None:
+        """As the engine's."""
+        self._engine.step(began, ended, sequences=sequences, prefilled=prefilled, context=context)
+        before = self._read
+        self._read = StepTotals.model_construct(  # a new one: who reads has all of a step or nothing
+            steps=before.steps + 1,
+            busy=before.busy + ended - began,
+            prefilled=before.prefilled + prefilled,
+            sequence_steps=before.sequence_steps + sequences,
+            context_steps=before.context_steps + context,
+        )
+
+    def generated(self) -> None:
+        """One more token."""
+        self._engine.generated += 1
+
+    def read(self) -> StepTotals:
+        return self._read

@@ -12,6 +12,7 @@ import structlog
 from pydantic import ValidationError
 
 from perllm.broker.errors import Unreachable
+from perllm.broker.inbox.events import Events
 from perllm.broker.inbox.followers import Followers
 from perllm.broker.inbox.sender import Sender, Unsendable
 from perllm.broker.ledger import EndKind, Ledger
@@ -34,11 +35,11 @@ log = structlog.get_logger(__name__)
 
 
 class Following:
-    """A thread that sends what the ledger says is to follow, and has `show` tell Flower of ends that no worker saw.
-    Several processes may have one."""
+    """A thread that sends what the ledger says is to follow, and tells Flower of ends that no worker saw. Several
+    processes may have one."""
 
-    def __init__(self, ledger: Ledger, sender: Sender, show: Callable[[Result], None]) -> None:
-        self._ledger, self._sender, self._show = ledger, sender, show
+    def __init__(self, ledger: Ledger, sender: Sender, events: Events) -> None:
+        self._ledger, self._sender, self._events = ledger, sender, events
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="perllm-following", daemon=True)
 
@@ -92,7 +93,7 @@ class Following:
 
     def _send(self, task_id: str, written: str, result: Result | None) -> None:
         if result is not None and result.state is not State.SUCCEEDED and result.queued is None:
-            self._show(result)
+            self._events.ended(task_id, _KINDS[result.state], result.reason or str(result.state))
         if written:
             self._send_followers(task_id, written, result)
         self._ledger.followed([task_id])

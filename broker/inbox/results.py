@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from celery import states
 from celery.app.task import Context
-from celery.backends.redis import CHORD_CLEANUP_LUA, CHORD_PART_RETURN_LUA, RedisBackend
+from celery.backends.redis import CHORD_CLEANUP_LUA, CHORD_PART_RETURN_LUA
 from celery.canvas import Signature
 from celery.exceptions import ChordError, TaskRevokedError
 from celery.result import GroupResult, ResultBase
@@ -19,6 +19,7 @@ from celery.utils.functional import maybe_list
 from perllm.broker.errors import InvalidTask, TaskExpired, TaskFailed, TaskRejected, Unreachable
 from perllm.broker.functions import Function
 from perllm.broker.ledger import EndKind, Ledger
+from perllm.broker.queues.app import Backend
 
 #: Seconds a chord's completion is one sender's.
 CHORD_CLAIM = 10
@@ -45,7 +46,7 @@ def signature(content: Mapping[str, Any], app: Any) -> Signature:
     return Signature.from_dict(json.loads(json.dumps(content)), app=app)
 
 
-class Results(RedisBackend):  # type: ignore[misc]
+class Results(Backend):
     """Celery's own, less what would be another truth beside the ledger's."""
 
     def __init__(self, ledger: Ledger, **options: Any) -> None:

@@ -7,6 +7,7 @@ again, under the same ids: a task of ours runs once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,15 +16,17 @@ import redis
 import structlog
 from celery import Celery, states
 from celery.app.task import Context
+from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
 
 from perllm.broker.connection import reaching
 from perllm.broker.errors import InvalidTask, PerLLMError, Unreachable
 from perllm.broker.inbox.followers import MAX_SIGNATURES, Followers
+from perllm.broker.inbox.request import ETA, EXPIRES
 from perllm.broker.inbox.results import ERRORS, Results, signature
 from perllm.broker.ledger import EndKind, Ledger
-from perllm.broker.messages import whole_text
-from perllm.broker.queues.app import GENERATE, configuration, lazy_app
+from perllm.broker.messages import new_id, whole_text
+from perllm.broker.queues.app import EMBED, GENERATE, INBOX, configuration, lazy_app
 from perllm.broker.settings import Settings
 
 #: Celery's default queue, where tasks go that are not ours and name none.
@@ -31,6 +34,12 @@ DEFAULT_QUEUE = "celery"
 _KNOWN = f"_kombu.binding.{DEFAULT_QUEUE}"
 #: Queues that have been sent to and are remembered by Celery.
 _MAX_QUEUES = 1_000
+
+#: Of a signature's options, those that are part of the message.
+_MESSAGE = frozenset({
+    "countdown", "eta", "expires", "group_id", "group_index", "chord", "chain", "root_id", "parent_id", "reply_to",
+    "time_limit", "soft_time_limit", "shadow",
+})  # fmt: skip
 
 log = structlog.get_logger(__name__)
 
@@ -41,19 +50,28 @@ class Unsendable(PerLLMError):
 
 class Sender:
     """Sends what follows tasks. Every method raises Unreachable where the server cannot take it now: to be repeated,
-    which does no harm; and Unsendable for what it will never take."""
+    which does no harm; and Unsendable for what it will never take. `take_in` is given messages to the inbox itself."""
 
-    def __init__(self, settings: Settings, ledger: Ledger) -> None:
-        self._settings, self._ledger = settings, ledger
-        self._app = self._make_app()
+    def __init__(self, settings: Settings, ledger: Ledger, take_in: Callable[[Context, list[Any], Any], Any]) -> None:
+        self._settings, self._ledger, self._take_in = settings, ledger, take_in
+        self._app = lazy_app(self._configure, results=lambda app, url: Results(ledger, app=app, url=url))
+        self._app.send_task = self._send_task  # it knows no task, so all are sent by their names
 
-    def _make_app(self) -> Celery:
-        """It knows no task, so all are sent by their names."""
+    def _configure(self) -> dict[str, Any]:
+        return configuration(self._settings) | {"task_default_queue": DEFAULT_QUEUE, "task_ignore_result": False}
 
-        def configure() -> dict[str, Any]:
-            return configuration(self._settings) | {"task_default_queue": DEFAULT_QUEUE, "task_ignore_result": False}
-
-        return lazy_app(configure, results=lambda app, url: Results(self._ledger, app=app, url=url))
+    def _send_task(self, name: str, args: Any = None, kwargs: Any = None, **options: Any) -> AsyncResult:
+        """Celery's; but a message to the inbox is taken in at once, and so cannot be lost on its way."""
+        if name not in (GENERATE, EMBED) or options.get("queue") not in (None, INBOX):
+            return Celery.send_task(self._app, name, args, kwargs, **options)
+        task_id, priority = options.pop("task_id", None) or new_id(), options.pop("priority", None)
+        links = {"callbacks": _list(options.pop("link", None)), "errbacks": _list(options.pop("link_error", None))}
+        options = {key: value for key, value in options.items() if key in _MESSAGE}
+        made = self._app.amqp.as_task_v2(task_id, name, args, kwargs, **links, **options)
+        args, kwargs, embed = json.loads(json.dumps(made.body))  # as it would arrive
+        times = {ETA: made.headers["eta"], EXPIRES: made.headers["expires"]}
+        self._take_in(Context(made.headers | embed | times | {"delivery_info": {"priority": priority}}), args, kwargs)
+        return self._app.AsyncResult(task_id)
 
     def check(self, followers: Followers) -> None:
         """Whether the server would take it. Raises InvalidTask, Unreachable."""
@@ -122,6 +140,10 @@ class Sender:
         if len(queues) > _MAX_QUEUES:
             for name in list(queues):
                 queues.pop(name, None)
+
+
+def _list(given: Any) -> list[Any] | None:
+    return given if given is None or isinstance(given, list) else [given]
 
 
 def _request(task_id: str, followers: Followers) -> Context:

@@ -20,7 +20,11 @@ class LedgerBase:
         self._prefix = f"{{{settings.cell}}}:"
         self._client = connect(settings, reply_timeout=reply_timeout, retries=retries)
         self._script = Script(
-            self._client, self._prefix, stream_length=settings.stream_length, retention=settings.retention
+            self._client,
+            self._prefix,
+            stream_length=settings.stream_length,
+            retention=settings.retention,
+            replicas=settings.replicas,
         )
 
     def _call(self, operation: str, each: Sequence[Argument] = (), /, **arguments: Argument) -> Any:

@@ -34,9 +34,8 @@
 --                              pending: its deadline; dispatched, running: when its lease ends; final: when it ended.
 --                              The lease on what is dispatched ends with its deadline at the latest, that on what runs
 --                              one lease after it: an engine stops itself at the deadline
---   node:<name>        hash    of a live node: info (NodeInfo, JSON), boot, queue, beat (last Heartbeat, JSON), draining,
---                              claimed (when it last claimed); of one that took up nothing: rests (until when it is
---                              sent nothing), rested (since when), rests_taken (how often in a row)
+--   node:<name>        hash    of a live node: info (NodeInfo, JSON), boot, queue, beat (last Heartbeat, JSON), draining;
+--                              distrusted: why the scheduler sends it little
 --   node:<name>:tasks  set     the tasks dispatched to or running on it
 --   nodes              zset    live nodes by the time until which they count as alive
 --   gone               hash    node that left or died → "<when> <its info>", for some: who had what is asked for now; the
@@ -62,10 +61,12 @@
 --   signal:<name>      channel a task id whose generation on that node must stop
 --   signal:@inbox      channel something was added to to_follow
 --   said:<id>          channel a piece was added to text:<id>
+--   ended:<id>         channel the task has ended, in which state: for whoever waits. Not with its result, which may be
+--                              megabytes: the server cuts a subscriber that is sent more than it takes
 --   may:<operation>    never a key: whoever may read it by the server's access rules (ACL) may call that operation
 --
 -- Outside the prefix, as Celery names them: the node's queue (a list of messages), celery-task-meta-<id> (the result
--- for AsyncResult) and the channel of the same name, on which every final state is announced.
+-- for AsyncResult) and the channel of the same name, on which it is sent to Celery producers that wait.
 --
 -- Attempts are fenced: `attempt` counts dispatches, `token` is chosen by the claimer. A call with another attempt or
 -- token changes nothing. Calls may be repeated: the same claim or completion again gets the same answer.
@@ -173,7 +174,10 @@ local function to_follow(id, celery, unseen)
     end
 end
 
--- Enter a final state but cancelled: the result document, the set, the totals, Celery's copy and the announcement.
+-- Tell who waits that a task has ended. Nothing hangs on it: he looks for himself now and then.
+local function tell_waiting(id, state) redis.pcall('PUBLISH', P .. 'ended:' .. id, state) end
+
+-- Enter a final state but cancelled: the result document, the set, the totals, Celery's copy and the announcements.
 local function finish(id, t, state, on_time, reason, extra)
     local latency = now - tonumber(t.submitted)
     local doc = '{"id":' .. str(id) .. ',"state":"' .. state .. '","on_time":' .. tostring(on_time)
@@ -188,6 +192,7 @@ local function finish(id, t, state, on_time, reason, extra)
     if t.node then redis.call('SREM', P .. 'node:' .. t.node .. ':tasks', id) end
     count(state, 1)
     if state == 'succeeded' then show_celery(id, 'SUCCESS', doc) else fail_celery(id, state, reason or state) end
+    tell_waiting(id, state)
     to_follow(id, celery, state ~= 'succeeded' and not t.claimed)
     return latency
 end
@@ -238,25 +243,6 @@ end
 local function node_down(name, reason)
     event('{"type":"node_down","at":' .. num(now) .. ',"node":' .. str(name) .. ',"reason":' .. str(reason) .. '}')
     placed_tasks(name, { dispatched = true }, function(id, t) give_back(id, t, 'handed_back', reason) end)
-end
-
--- Whether as much runs on the node as it has slots for, so that what else is there has to wait.
-local function busy(name)
-    local info, running = redis.call('HGET', P .. 'node:' .. name, 'info'), 0
-    placed_tasks(name, { running = true }, function() running = running + 1 end)
-    return info and running >= (tonumber(cjson.decode(info).slots) or 1)
-end
-
--- A node that beats and takes up nothing is sent nothing for a while, for longer each time until it claims again.
-local function rest(name, shortest, longest)
-    local key = P .. 'node:' .. name
-    local boot, draining, claimed, rested, taken = unpack(redis.call('HMGET', key, 'boot', 'draining', 'claimed', 'rested', 'rests_taken'))
-    if not boot or draining then return end
-    local worked = claimed and rested and tonumber(claimed) > tonumber(rested)
-    taken = worked and 1 or (tonumber(taken) or 0) + 1
-    local pause = math.min(shortest * 2 ^ (taken - 1), longest)
-    redis.call('HSET', key, 'draining', '1', 'rests', num(now + pause), 'rested', num(now), 'rests_taken', taken)
-    node_down(name, string.format('it takes up nothing of what it is sent: it is sent nothing for %d s', pause))
 end
 
 local MOST_GONE = 256
@@ -396,6 +382,24 @@ function ops.dispatch(epoch, id, attempt, node, boot, model, queue, message, why
     return 'ok'
 end
 
+-- → ok | not_leader | refused        a dispatched task its node does not take up is pending again
+function ops.take_back(epoch, id, attempt, reason)
+    if not leads(epoch) then return 'not_leader' end
+    local t = read(id, unpack(PLACED))
+    if not t or t.state ~= 'dispatched' or t.attempt ~= attempt then return 'refused' end
+    give_back(id, t, 'lease_expired', reason)
+    return 'ok'
+end
+
+-- → ok | not_leader | unknown        say why the scheduler sends a node little; an empty reason: it does so no more
+function ops.distrust(epoch, name, boot, reason)
+    if not leads(epoch) then return 'not_leader' end
+    local key = P .. 'node:' .. name
+    if redis.call('HGET', key, 'boot') ~= boot then return 'unknown' end
+    if reason == '' then redis.call('HDEL', key, 'distrusted') else redis.call('HSET', key, 'distrusted', reason) end
+    return 'ok'
+end
+
 -- → ok | not_leader | refused        the scheduler's own final decisions; `state` is rejected or expired
 ops['end'] = function(epoch, id, state, reason, why)
     if not leads(epoch) then return 'not_leader' end
@@ -417,7 +421,6 @@ function ops.claim(id, attempt, node, token, lease)
         end
         redis.call('HSET', task_key(id), 'state', 'running', 'token', token, 'claimed', num(now))
         move(id, 'dispatched', 'running', now + tonumber(lease))
-        redis.call('HSET', P .. 'node:' .. node, 'claimed', num(now))
         if t.celery then show_celery(id, 'STARTED', '{"hostname":' .. str(node) .. '}') end
         event('{"type":"claimed","at":' .. num(now) .. ',"id":' .. str(id) .. ',"node":' .. str(node) .. ',"attempt":' .. attempt .. '}')
     elseif t.state ~= 'running' or t.token ~= token then
@@ -547,6 +550,7 @@ local function announce(limit)
             redis.call('SREM', P .. 'node:' .. node .. ':tasks', id)
             redis.call('PUBLISH', P .. 'signal:' .. node, id)
         end
+        if t.state then tell_waiting(id, t.state) end
         if t.state == 'cancelled' then fail_celery(id, 'revoked', 'cancelled') end
         if t.state == 'expired' then fail_celery(id, 'expired', WITHDRAWN.expired) end
         to_follow(id, redis.call('HEXISTS', P .. 'followers', id) == 1 and 'followers' or t.celery, not t.claimed)
@@ -578,7 +582,7 @@ function ops.register(name, boot, info, queue, ttl, max_strikes)
         end)
     end
     redis.call('HSET', key, 'info', info, 'boot', boot, 'queue', queue)
-    redis.call('HDEL', key, 'draining', 'beat', 'claimed', 'rests', 'rested', 'rests_taken')
+    redis.call('HDEL', key, 'draining', 'beat', 'distrusted')
     redis.call('ZADD', P .. 'nodes', num(now + tonumber(ttl)), name)
     redis.call('HDEL', P .. 'gone', name)
     event('{"type":"node_up","at":' .. num(now) .. ',"info":' .. info .. '}')
@@ -588,13 +592,8 @@ end
 -- → {'ok', ids to stop ...} | {'unknown'}
 function ops.beat(name, boot, beat, ttl, lease) -- each: id, attempt, token, tokens
     local key = P .. 'node:' .. name
-    local known = redis.call('HMGET', key, 'boot', 'rests')
-    if known[1] ~= boot or not redis.call('ZSCORE', P .. 'nodes', name) then return { 'unknown' } end
+    if redis.call('HGET', key, 'boot') ~= boot or not redis.call('ZSCORE', P .. 'nodes', name) then return { 'unknown' } end
     redis.call('ZADD', P .. 'nodes', num(now + tonumber(ttl)), name)
-    if known[2] and tonumber(known[2]) <= now then
-        redis.call('HDEL', key, 'draining', 'rests')
-        event('{"type":"node_up","at":' .. num(now) .. ',"info":' .. redis.call('HGET', key, 'info') .. '}')
-    end
     local json = '{"at":' .. num(now) .. ',' .. string.sub(beat, 2)
     redis.call('HSET', key, 'beat', json)
     event(json)
@@ -620,7 +619,6 @@ function ops.drain(name, boot, reason)
     local key = P .. 'node:' .. name
     if redis.call('HGET', key, 'boot') ~= boot then return 'unknown' end
     redis.call('HSET', key, 'draining', '1')
-    redis.call('HDEL', key, 'rests')
     node_down(name, reason)
     return 'ok'
 end
@@ -635,12 +633,9 @@ function ops.leave(name, boot, reason)
 end
 
 -- → how many things were mended; call again while it returns `limit` or more. The leader's, and where none leads the
--- workers'. What is dispatched is looked at every `unclaimed` s, and may wait `wait` s for others
--- to make room.
-function ops.sweep(limit, max_strikes, max_kept, unclaimed, wait, shortest_rest, longest_rest)
+-- workers'
+function ops.sweep(limit, max_strikes, max_kept)
     limit, max_strikes, max_kept = tonumber(limit), tonumber(max_strikes), tonumber(max_kept)
-    unclaimed, wait = tonumber(unclaimed), tonumber(wait)
-    shortest_rest, longest_rest = tonumber(shortest_rest), tonumber(longest_rest)
     local done = 0
     local function due(key, score)
         return redis.call('ZRANGEBYSCORE', key, '-inf', num(score), 'LIMIT', 0, limit)
@@ -668,29 +663,13 @@ function ops.sweep(limit, max_strikes, max_kept, unclaimed, wait, shortest_rest,
         end)
         done = done + 1
     end
-    local full, idle = {}, {}
     for _, id in ipairs(due(set_key('dispatched'), now)) do
         apart(id, 'dispatched', function()
             local t = known('dispatched', id, unpack(PLACED))
-            if t then
-                t.node = t.node or ''
-                local waited, lives = now - tonumber(t.dispatched), tonumber(t.deadline) > now
-                if full[t.node] == nil then full[t.node] = busy(t.node) or false end
-                if lives and waited >= unclaimed and waited < wait and full[t.node] then
-                    redis.call('ZADD', set_key('dispatched'), num(math.min(now + unclaimed, tonumber(t.deadline))), id)
-                elseif lives and waited >= unclaimed and not full[t.node] then
-                    local claimed = redis.call('HGET', P .. 'node:' .. t.node, 'claimed')
-                    -- A node that has claimed since lost this message; one that has not may not be consuming at all.
-                    if not claimed or tonumber(claimed) < tonumber(t.dispatched) then idle[t.node] = true end
-                    give_back(id, t, 'handed_back', t.node .. ' has room and did not take it up')
-                else
-                    give_back(id, t, 'lease_expired', 'the lease on ' .. (t.node or '?') .. ' lapsed')
-                end
-            end
+            if t then give_back(id, t, 'lease_expired', 'the lease on ' .. (t.node or '?') .. ' lapsed') end
         end)
         done = done + 1
     end
-    for name in pairs(idle) do rest(name, shortest_rest, longest_rest) end
     for _, id in ipairs(due(set_key('pending'), now)) do
         apart(id, 'pending', function()
             local t = known('pending', id, 'submitted')

@@ -82,10 +82,10 @@ class Query(LedgerBase):
 
     def each_result(self, task_ids: Sequence[str]) -> Iterator[Result | None]:
         """The same one by one, of which only so many are held at once as have `READ_BYTES` together, or one."""
-        for some in self._readable_at_once(task_ids):
+        for some in self.readable_at_once(task_ids):
             yield from self._results(some)
 
-    def _readable_at_once(self, task_ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    def readable_at_once(self, task_ids: Sequence[str]) -> Iterator[Sequence[str]]:
         """Neighbours among these whose results are read in one call: an answer is held whole by the server, too."""
         if len(task_ids) <= FEW:
             yield task_ids
@@ -117,7 +117,8 @@ class Query(LedgerBase):
 
     def outcomes(self, task_ids: Sequence[str]) -> list[Result | float | None]:
         """What those who wait for these tasks are to know, in order: the result or, of one that is not final, seconds
-        to its deadline (by the server's clock, below 0 once it has passed); None for the unknown."""
+        to its deadline (by the server's clock, below 0 once it has passed); None for the unknown. Of many, first
+        `readable_at_once`."""
         if not task_ids:
             return []
         with reaching(self.settings):
@@ -210,6 +211,10 @@ class Query(LedgerBase):
         """The channel on which new pieces of its text are announced."""
         return f"{self._prefix}said:{task_id}"
 
+    def ended(self, task_id: str) -> str:
+        """The channel on which its end is announced."""
+        return f"{self._prefix}ended:{task_id}"
+
     def tasks_of(self, tenant: str, *, after: str | None, limit: int, newest: bool = True) -> list[str]:
         """Up to `limit` ids of a tenant's tasks by the time of their submission, those that follow the task `after`."""
         key = f"{self._prefix}of:{tenant}"
@@ -301,6 +306,15 @@ class Query(LedgerBase):
         with reaching(self.settings):
             info = self._client.info("memory")
         return int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
+
+    def distrusted(self, nodes: Sequence[str]) -> dict[str, str]:
+        """Those of these nodes the scheduler sends little, and why."""
+        with reaching(self.settings):
+            pipe = self._client.pipeline(transaction=False)
+            for name in nodes:
+                pipe.hget(f"{self._prefix}node:{name}", "distrusted")
+            rows = readable(pipe.execute(raise_on_error=False))
+        return {name: text_of(reason) for name, reason in zip(nodes, rows, strict=True) if reason}
 
     def led(self) -> bool:
         """Whether a scheduler leads."""

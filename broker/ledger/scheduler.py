@@ -14,13 +14,9 @@ from perllm.broker.ledger.script import Call, call
 from perllm.broker.logs import LazyLogger
 from perllm.broker.messages import Event, Explanation, NodeBelief
 
-#: Seconds after which a dispatched task that is not claimed is looked at, and taken back (its old message is void then)
-#: where its node has a slot for it; behind others that run it may wait for so long in all.
-UNCLAIMED = 10.0
+#: Seconds a dispatched task may wait in its node's queue behind others. That its node takes up nothing though it has a
+#: slot for it is for the scheduler to see, and to `take_back`.
 DISPATCH_LEASE = 30.0
-
-#: Seconds a node that takes up nothing is sent nothing: the first time, and at most, twice as long each time.
-RESTS = (15.0, 300.0)
 
 #: Things of each kind mended per call of `sweep`: bounds how long one call holds the server.
 SWEEP_LIMIT = 500
@@ -55,7 +51,7 @@ class Scheduler(LedgerBase):
                 queue=d.queue,
                 message=d.message,
                 why=_json(d.why),
-                lease=UNCLAIMED,
+                lease=DISPATCH_LEASE,
             )
             for d in dispatches
         )
@@ -65,6 +61,14 @@ class Scheduler(LedgerBase):
         return self._rulings(
             call("end", epoch=epoch, id=e.id, state=e.state, reason=e.why.sentence, why=_json(e.why)) for e in ends
         )
+
+    def take_back(self, epoch: int, placed: Sequence[tuple[str, int]], reason: str) -> list[Ruling]:
+        """Have dispatched tasks (id, attempt) that their node does not take up pending again, in one round trip."""
+        return self._rulings(call("take_back", epoch=epoch, id=i, attempt=n, reason=reason) for i, n in placed)
+
+    def distrust(self, epoch: int, node: str, boot: str, reason: str) -> None:
+        """Note why a node is sent little, for people and the next leader; an empty reason: it is no more."""
+        self._call("distrust", epoch=epoch, name=node, boot=boot, reason=reason)
 
     def _rulings(self, calls: Iterable[Call]) -> list[Ruling]:
         """One that fails on its task's record is refused, and the sweep ends the task in time."""
@@ -89,10 +93,6 @@ class Scheduler(LedgerBase):
                 limit=SWEEP_LIMIT,
                 max_strikes=self.settings.max_strikes,
                 max_kept=self.settings.retention_tasks,
-                unclaimed=UNCLAIMED,
-                wait=DISPATCH_LEASE,
-                shortest_rest=RESTS[0],
-                longest_rest=RESTS[1],
             )
         )
 

@@ -13,12 +13,17 @@ from typing import Any, NamedTuple
 
 import redis
 
+from perllm.broker.errors import Unreachable
 from perllm.broker.functions import Argument, Library, load_or_raise, missing
 
 __all__ = ["LEDGER", "OPERATIONS", "Argument", "Call", "Script", "call"]
 
 _LUA = Path(__file__).with_name("ledger.lua").read_text(encoding="utf-8")
 LEDGER = Library("ledger", _LUA)
+
+
+#: Seconds replicas are waited for, where a submission must be on some.
+REPLICA_TIME = 1.0
 
 
 class Operation(NamedTuple):
@@ -66,10 +71,13 @@ class Script:
     """The ledger's functions bound to a client, a key prefix, and the limits that are part of every call: the streams'
     length, and s for which what has ended is kept."""
 
-    def __init__(self, client: redis.Redis, prefix: str, *, stream_length: int, retention: float) -> None:
+    def __init__(
+        self, client: redis.Redis, prefix: str, *, stream_length: int, retention: float, replicas: int = 0
+    ) -> None:
         self._client = client
         self._prefix = prefix
         self._limits = (stream_length, retention)
+        self._replicas = replicas
 
     def run(self, one: Call) -> Any:
         """Run one operation and return its reply."""
@@ -101,15 +109,15 @@ class Script:
         pool = self._client.connection_pool
         connection = pool.get_connection()
         try:
-            awaited = 0
+            awaited: tuple[int, bool] | None = None
             for piece in pieces:
-                words = [self._words(one) for one in piece]
-                connection.send_packed_command(connection.pack_commands(words))  # type: ignore[no-untyped-call]
+                words, waits = [*map(self._words, piece)], self._waits(piece)
+                connection.send_packed_command(connection.pack_commands([*words, *waits]))  # type: ignore[no-untyped-call]
                 if awaited:
-                    yield [connection.read_response() for _ in range(awaited)]
-                awaited = len(words)
+                    yield self._read(connection, *awaited)
+                awaited = len(words), bool(waits)
             if awaited:
-                yield [connection.read_response() for _ in range(awaited)]
+                yield self._read(connection, *awaited)
         except BaseException:
             connection.disconnect()  # type: ignore[no-untyped-call]  # replies may be outstanding
             raise
@@ -118,9 +126,32 @@ class Script:
 
     def _send(self, calls: Sequence[Call]) -> list[Any]:
         pipe = self._client.pipeline(transaction=False)
-        for one in calls:
-            pipe.execute_command(*self._words(one))  # type: ignore[no-untyped-call]
-        return pipe.execute(raise_on_error=False)
+        waits = self._waits(calls)
+        for words in (*map(self._words, calls), *waits):
+            pipe.execute_command(*words)  # type: ignore[no-untyped-call]
+        replies = pipe.execute(raise_on_error=False)
+        return self._checked(replies) if waits else replies
+
+    def _read(self, connection: Any, count: int, waits: bool) -> list[Any]:
+        replies = [connection.read_response() for _ in range(count + waits)]
+        return self._checked(replies) if waits else replies
+
+    def _waits(self, calls: Sequence[Call]) -> list[tuple[Argument, ...]]:
+        """What asks, after submissions, how many replicas have them (redis.io, "WAIT")."""
+        submits = self._replicas and any(operation == "submit" for operation, *_ in calls)
+        return [("WAIT", self._replicas, round(1000 * REPLICA_TIME))] if submits else []
+
+    def _checked(self, replies: list[Any]) -> list[Any]:
+        """The replies before that to WAIT. Raises Unreachable where too few replicas have what was submitted."""
+        *others, replicas = replies
+        if isinstance(replicas, Exception):
+            raise replicas
+        if replicas < self._replicas:
+            raise Unreachable(
+                f"stored, but on {replicas} of the {self._replicas} replicas that PERLLM_REPLICAS asks for, and so not "
+                "accepted: submit it again under the same id or idempotency key once they follow the server"
+            )
+        return others
 
     def _words(self, one: Call) -> tuple[Argument, ...]:
         operation, *arguments = one

@@ -270,7 +270,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Stop everything: workers hand back and leave, then the scheduler, the server last. Idempotent."""
-        patience = self._node.grace + self.settings.lease + 5.0
+        patience = self._node.grace + self.settings.lease + 10.0
         for children in (self._children[2:], self._children[:2]):
             for child in children:
                 if child.process is not None and child.process.poll() is None:

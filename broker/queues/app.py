@@ -15,12 +15,13 @@ from uuid import uuid4
 
 from celery import Celery
 from celery.app import backends
-from celery.backends.redis import RedisBackend
+from celery.backends.redis import RedisBackend, SentinelBackend
 
-from perllm.broker.connection import CONNECT_TIMEOUT, NEAR_REPLY_TIMEOUT, connect, reaching
+from perllm.broker.connection import CONNECT_TIMEOUT, NEAR_REPLY_TIMEOUT, connect, of_sentinels, reaching
 from perllm.broker.errors import PerLLMError, exit_with
 from perllm.broker.messages import WIRE_VERSION
 from perllm.broker.queues import transport
+from perllm.broker.sentinels import SCHEME
 from perllm.broker.settings import Settings
 
 #: The tasks plain Celery producers send, and the queue they send them to.
@@ -36,7 +37,19 @@ NOTICE = {"socket_timeout": NEAR_REPLY_TIMEOUT, "health_check_interval": 5}
 RUN = "perllm.run"
 
 
-class _Results(RedisBackend):  # type: ignore[misc]
+class Backend(SentinelBackend):  # type: ignore[misc]
+    """Celery's, of a server that stays or moves."""
+
+    def _params_from_url(self, url: str, defaults: dict[str, Any]) -> Any:
+        kind = SentinelBackend if url.startswith(f"{SCHEME}:") else RedisBackend
+        return kind._params_from_url(self, url, defaults)
+
+    def _get_pool(self, **params: Any) -> Any:
+        kind = SentinelBackend if "hosts" in params else RedisBackend
+        return kind._get_pool(self, **params)
+
+
+class _Results(Backend):
     """Reads what the ledger wrote, for Flower. What Celery itself would write (that a message names no task, is revoked
     or has expired) would be written over the result of whatever task has the id the message gives."""
 
@@ -93,17 +106,26 @@ def configuration(settings: Settings, *, queue: str = INBOX, concurrency: int = 
         "broker_connection_max_retries": None,
         "broker_channel_error_retry": True,  # what a server refuses now (its disk is full, say) it will take later
         "broker_connection_timeout": CONNECT_TIMEOUT,
-        "broker_transport_options": dict(NOTICE),
+        "broker_transport_options": {**NOTICE, **transport_options(settings)},
         "redis_backend_health_check_interval": 15,
         "redis_socket_timeout": NEAR_REPLY_TIMEOUT,
     }
+    if settings.sentinels is not None:
+        made["result_backend_transport_options"] = transport_options(settings)
     if not settings.url.startswith("unix:"):
         made |= {
-            "broker_transport_options": {**NOTICE, "socket_keepalive": True},
+            "broker_transport_options": {**NOTICE, **transport_options(settings), "socket_keepalive": True},
             "redis_socket_keepalive": True,
             "redis_socket_connect_timeout": CONNECT_TIMEOUT,
         }
     return made
+
+
+def transport_options(settings: Settings) -> dict[str, Any]:
+    """What kombu's connections must be told beside the URL."""
+    if settings.sentinels is None:
+        return {}
+    return {"master_name": settings.sentinels.name, "sentinel_kwargs": of_sentinels(settings.sentinels)}
 
 
 def make_app(settings: Settings, *, queue: str = INBOX, concurrency: int = 1) -> Celery:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from perllm.broker.capabilities import lacking
 from perllm.broker.messages import Counters, ModelOffer, NodeInfo
 from perllm.broker.text_features import Sketch
+from perllm.scheduler.core.pace import Pace
 
 #: Time constant of a node's completion rate, s.
 COMPLETION_WINDOW = 1.0
@@ -73,6 +74,12 @@ class Task:
         """Tokens of output there must be room for."""
         return 1 if self.fit_context else self.max_tokens
 
+    @property
+    def least_context(self) -> int:
+        """Tokens of context it must have. The prompt is an estimate, so only half of it must fit; the engine, which
+        counts exactly, has the last word. Of inputs to embed each must fit, which the engine alone sees."""
+        return self.prompt_tokens // 2 + self.least_output if self.generates else 0
+
     def avoids(self, node: str, now: float) -> bool:
         """Whether it lost an attempt on this node lately."""
         return self.avoid.get(node, 0.0) > now
@@ -92,41 +99,79 @@ class Node:
     heard: float = 0.0  # … and when that was, s
     in_flight: dict[str, Task] = field(default_factory=dict)  # dispatched or running here, oldest first
     taken: int = 0  # slots they take or wait for: one for each answer, and no more than there are
+    unclaimed: dict[str, Task] = field(default_factory=dict)  # those of them it has not taken up
+    free_since: float = 0.0  # when it could last claim again, having run as many as it has slots, s
+    last_claim: tuple[float, float] = (0.0, 0.0)  # when it last claimed, and when that was dispatched, s
+    pace: Pace = field(default_factory=Pace)
     version: int = 0
     changed: float = 0.0
     completion_rate: float = 0.0  # tasks/s it finished lately, as of `completed_at`
     completed_at: float = 0.0  # when it last finished one, s
+    quick: int = 0  # tasks beyond its slots that it works through in a moment
     has_room: bool = True  # for one more task, in its slots or its queue
 
     def __post_init__(self) -> None:
         self.taken = sum(min(task.n, self.info.slots) for task in self.in_flight.values())
+        self.unclaimed = {task.id: task for task in self.in_flight.values() if task.claimed is None}
 
     @property
     def name(self) -> str:
         return self.info.name
 
+    @property
+    def running(self) -> int:
+        """Tasks it has taken up."""
+        return len(self.in_flight) - len(self.unclaimed)
+
     def offer(self, demand: Demand) -> ModelOffer | None:
         """The model here that serves such tasks."""
         return self.info.offer(*demand)
 
-    def hold(self, task: Task) -> None:
+    def hold(self, task: Task, at: float) -> None:
         """A task was sent here."""
-        self.release(task.id)
-        self.in_flight[task.id] = task
+        self.release(task.id, at)
+        self.in_flight[task.id] = self.unclaimed[task.id] = task
         self.taken += min(task.n, self.info.slots)
 
-    def release(self, task_id: str) -> bool:
+    def release(self, task_id: str, at: float) -> bool:
         """A task is not here any more. Whether it was."""
         task = self.in_flight.pop(task_id, None)
-        if task is not None:
-            self.taken -= min(task.n, self.info.slots)
-        return task is not None
+        if task is None:
+            return False
+        self.taken -= min(task.n, self.info.slots)
+        if self.unclaimed.pop(task_id, None) is None and self.running == self.info.slots - 1:
+            self.free_since = max(self.free_since, at)
+        return True
 
     def completed(self, at: float) -> None:
         """Note that it finished a task: the completion rate fades with COMPLETION_WINDOW."""
         fade = exp(-max(0.0, at - self.completed_at) / COMPLETION_WINDOW)
         self.completion_rate = self.completion_rate * fade + 1 / COMPLETION_WINDOW
         self.completed_at = at
+
+    def took_up(self, task: Task, at: float) -> None:
+        """Note that it claimed a task."""
+        if self.unclaimed.pop(task.id, None) is None or task.dispatched is None:
+            return
+        self.pace.claimed(max(at - self._could_claim(task), 0.0), self.info.slots)
+        self.last_claim = (at, task.dispatched)
+
+    def lost(self) -> list[Task]:
+        """Tasks that later ones have overtaken, as their messages must have been lost."""
+        overtaken = self.last_claim[1] - self.pace.patience
+        return [t for t in self.unclaimed.values() if t.dispatched is not None and t.dispatched < overtaken]
+
+    def idles(self) -> float | None:
+        """How long, as of its last heartbeat, it has not taken up what it has a slot for, s; None where its own pace
+        explains it."""
+        if not self.unclaimed or self.running >= self.info.slots:
+            return None
+        waited = self.heard - self._could_claim(next(iter(self.unclaimed.values())))
+        return waited if waited > self.pace.patience else None
+
+    def _could_claim(self, task: Task) -> float:
+        """Since when it could have claimed a task, in its turn."""
+        return max(task.dispatched or 0.0, self.free_since, self.last_claim[0], self.since)
 
     def touch(self, at: float) -> None:
         """Note a change."""

@@ -38,14 +38,14 @@ from perllm.scheduler.core.task_groups import TaskGroups
 #: scheduler); of those that can wait for LONG_WAIT seconds or more, MAX_LONG_WAITS are enough, since they make way for
 #: the next in the round after; of those parked before, MAX_RETRIES, the most promising first. All bound a round's cost
 #: however long the backlog is.
-LOOKAHEAD, MAX_LONG_WAITS, MAX_RETRIES = 32, 2, 2
+LOOKAHEAD, MAX_LONG_WAITS, MAX_RETRIES = 32, 2, 1
 LONG_WAIT = 1.0
 #: A node that finishes tasks quickly may hold this many seconds' worth beyond its slots, up to MAX_QUEUE, so that it
 #: never idles for as long as a decision takes to reach it.
 QUEUE_SECONDS = 0.05
 MAX_QUEUE = 64
 #: Version of what `SchedulerCore.snapshot` returns, with the policies' parts: to be raised when a field changes.
-SNAPSHOT_FORMAT = 2
+SNAPSHOT_FORMAT = 3
 #: A task avoids a node that lost it for so long, s, while others serve it: long enough that a node which fails all it
 #: is given takes few tasks' strikes, short enough not to leave one idle that has recovered.
 AVOID_SECONDS = 15.0
@@ -71,6 +71,16 @@ class Decision:
     model: str | None = None
     failure: bool = False  # it could not be decided: a fault of ours
     reason: str = "best"  # the kind of it, one of few
+
+
+@dataclass(frozen=True, slots=True)
+class Lapse:
+    """Tasks their node does not take up, to be placed anew, and why. `distrust`: so is whatever else it is sent."""
+
+    node: Node
+    tasks: tuple[Task, ...]
+    reason: str
+    distrust: bool
 
 
 class SchedulerCore:
@@ -104,6 +114,7 @@ class SchedulerCore:
         self._idle: set[str] = set()  # … and those that beat with nothing to do
         self._rescan_all = False
         self._gone: dict[str, tuple[NodeInfo, float]] = {}  # nodes, and when they went (s)
+        self._distrusted: dict[str, Node] = {}
         self._unserved: dict[Demand, float] = {}  # demands no live node serves, since when (s)
         self._models: set[str] | None = None  # that live or gone nodes have; None: not worked out
         self._excluded: dict[Demand, tuple[tuple[Node, str], ...]] = {}  # nodes that lack something, and what
@@ -129,9 +140,10 @@ class SchedulerCore:
                     self._place(task, event.node, event.attempt, event.at)
             case Claimed():
                 if task is not None and task.attempt == event.attempt:
-                    task.claimed = event.at
+                    task.claimed = event.at  # about when the forecast has it: no reason to look at the node anew
                     if node := self.cluster.nodes.get(event.node):
-                        node.touch(event.at)
+                        node.took_up(task, event.at)
+                        self._note_room(node, event.at)
             case Completed():
                 if task is not None:
                     self._finished(task, event)
@@ -158,9 +170,9 @@ class SchedulerCore:
         task.node, task.attempt, task.dispatched, task.claimed, task.generated = node_name, attempt, at, None, 0
         self._placed[task.id] = task
         if node := self.cluster.nodes.get(node_name):
-            node.hold(task)
+            node.hold(task, at)
             node.touch(at)
-            self._note_room(node)
+            self._note_room(node, at)
 
     def _finished(self, task: Task, event: Completed) -> None:
         if node := self.cluster.nodes.get(event.node):
@@ -180,9 +192,9 @@ class SchedulerCore:
         self._placed.pop(task.id, None)
         if task.node is None or (node := self.cluster.nodes.get(task.node)) is None:
             return
-        if node.release(task.id):
+        if node.release(task.id, at):
             node.touch(at)
-            self._note_room(node)
+            self._note_room(node, at)
             self._freed.add(node.name)
 
     # --- nodes
@@ -190,7 +202,7 @@ class SchedulerCore:
     def _node_up(self, event: NodeUp) -> None:
         mine = {t.id: t for t in self._placed.values() if t.node == event.info.name}
         node = Node(event.info, since=event.at, heard=event.at, changed=event.at, in_flight=mine)
-        self._note_room(node)
+        self._note_room(node, event.at)
         self.cluster.nodes[node.name] = node
         self._gone.pop(node.name, None)
         self._nodes_changed()
@@ -198,6 +210,7 @@ class SchedulerCore:
 
     def _node_down(self, name: str, at: float) -> None:
         if (node := self.cluster.nodes.pop(name, None)) is not None:
+            self._distrusted.pop(name, None)
             self.remember(node.info, at)
             self._nodes_changed()
             self._rescan_all = True  # a task may now go where it avoided to go
@@ -239,16 +252,26 @@ class SchedulerCore:
         if not node.in_flight:  # idle: what waits beside it is tried again, as slot prices and expected arrivals fade
             self._idle.add(node.name)
 
-    def _note_room(self, node: Node) -> None:
-        """Its tasks have changed: it may be full now, or no longer."""
+    def _note_room(self, node: Node, now: float) -> None:
+        """Its tasks, or the trust in it, have changed: it may be full now, or no longer."""
         beyond = self._queue_beyond_slots
+        node.quick = min(MAX_QUEUE, int(node.completion_rate * (QUEUE_SECONDS + (node.pace.mean or 0.0))))
         if beyond is not None:
-            beyond = max(beyond, min(MAX_QUEUE, int(node.completion_rate * QUEUE_SECONDS)))
+            beyond = max(beyond, node.quick)
         has_room = beyond is None or node.taken < node.info.slots + beyond
+        has_room = has_room and node.pace.trusts(len(node.unclaimed), now)
+        if bool(node.pace.distrust) != (node.name in self._distrusted):
+            node.touch(now)  # for whoever waits for it
+        if node.pace.distrust:
+            self._distrusted[node.name] = node
+        else:
+            self._distrusted.pop(node.name, None)
         if has_room != node.has_room:
             node.has_room = has_room
             self.cluster.room_changed(node.name)
             self._rooms += 1
+            if has_room:
+                self._freed.add(node.name)
 
     def _begin_scans(self) -> None:
         """Parked tasks are tried again where something has changed for them since the last round."""
@@ -265,6 +288,30 @@ class SchedulerCore:
         self._freed.clear()
         self._idle.clear()
         self._rescan_all = False
+
+    # --- nodes that do not take up what they are sent
+
+    def lapses(self, now: float) -> list[Lapse]:
+        """Tasks dispatched and not claimed within what their node's own pace explains. Nodes that take up nothing are
+        distrusted from here on; to be asked every so often, also so that they are tried again in time."""
+        found = []
+        for node in self.cluster.nodes.values():
+            if lost := node.lost():
+                found.append(Lapse(node, tuple(lost), f"{node.name} took up later ones and not this", distrust=False))
+            elif now >= node.pace.rests_until and (waited := node.idles()) is not None:
+                reason = f"{node.name} had room for {waited:.1f} s and did not take it up"
+                node.pace.lapsed(now, f"for {waited:.1f} s it took up none of {len(node.unclaimed)}")
+                found.append(Lapse(node, tuple(node.unclaimed.values()), reason, distrust=True))
+                self._note_room(node, now)
+            elif node.pace.distrust:
+                self._note_room(node, now)
+        return found
+
+    def distrust(self, name: str, reason: str, now: float) -> None:
+        """The leader before distrusted a node."""
+        if node := self.cluster.nodes.get(name):
+            node.pace.distrusted(reason)
+            self._note_room(node, now)
 
     # --- decisions out
 
@@ -451,6 +498,10 @@ class SchedulerCore:
                 offer = node.offer(demand)
                 if len(excluded) < MAX_EXCLUDED and offer is not None and not fits(offer.context, task):
                     excluded.append((node, f"its context of {offer.context} tokens is too short"))
+        for node in self._distrusted.values():
+            offer = node.offer(demand)
+            if len(excluded) < MAX_EXCLUDED and not node.has_room and offer is not None and fits(offer.context, task):
+                excluded.append((node, f"distrusted: {node.pace.distrust}"))
         return tuple(Candidate(node=node.name, feasible=False, note=note) for node, note in excluded)
 
     def _end(
@@ -568,10 +619,8 @@ def task_of(event: Submitted) -> Task:
 
 
 def fits(context: int, task: Task) -> bool:
-    """Whether a context of so many tokens could hold the task. The prompt is an estimate, so only half of it must
-    fit here; the engine, which counts exactly, has the last word. Of inputs to embed each must fit, which it alone
-    sees."""
-    return not task.generates or task.prompt_tokens // 2 + task.least_output <= context
+    """Whether a context of so many tokens could hold the task."""
+    return task.least_context <= context
 
 
 def serves(node: Node, task: Task) -> bool:

@@ -1,8 +1,9 @@
 """Whether the best node for a task is good enough: place it, let it wait, or refuse it with a reason.
 
-A task that has time gains little by running now rather than later, so only the part of its value that waiting puts at
-risk (its urgency) stands against what it costs others and against energy it could save by waiting. That keeps work
-with long deadlines in the pool until capacity is cheap, and lets it out when its deadline, or the backlog, asks for it.
+Waiting is worth what the task would be worth on the node that would then be best, room or no room there now, with half
+of its time gone and those before it done, at what it usually costs others to be there. So a task with time left waits
+for a node that is cheaper and soon enough, and for a better moment where this one is worse than most; it goes where it
+can when its deadline, or the backlog, asks for it.
 
 A task is refused only when no node could finish it in time even with nothing else to do, and that is believed of nodes
 that have proven it; where one has not, the task is tried, or wrong beliefs would never be mended.
@@ -10,36 +11,52 @@ that have proven it; where one has not, the task is tried, or wrong beliefs woul
 
 from __future__ import annotations
 
+from perllm.scheduler.core.compiled import compiled
+
 #: Least P(on time) worth trying.
 MIN_P_ON_TIME = 0.05
-#: Energy can weigh against a task by at most this share of its value.
+#: The least energy a task can cost weighs against it by at most this share of its value; and so does what it costs
+#: where it would go, when nothing is to be won by waiting.
 ENERGY_SHARE = 0.5
 #: A task that waits is decided about again after this share of its time left, and at least so many s.
 REVIEW_SHARE, MIN_REVIEW = 0.2, 0.05
-#: How much more time than the backlog needs to drain leaves a task its patience.
-DRAIN_MARGIN = 2.0
+#: What of its time a task that waits is to have left, and how much more time than the backlog needs to drain.
+TIME_KEPT, DRAIN_MARGIN = 0.5, 2.0
+#: A task that may choose its moment costs others this share of what tasks usually do.
+MOMENT = 0.5
+#: Waiting must be worth so much more, as a share of the task's value: it is not for nothing.
+WORTH_WAITING = 0.01
 
 
-def urgency(left: float, ample: float, backlog: float, throughput: float) -> float:
-    """The share (0, 1] of a task's value that waiting puts at risk.
-
-    It has `left` s to its deadline, and `ample` s would be more than it needs by far; `backlog` tasks wait, of which
-    the cluster can finish `throughput` per s.
-    """
+@compiled
+def time_after_waiting(left: float, backlog: float, throughput: float) -> float:
+    """Seconds a task that has `left` s is to count on if it waits: of `backlog` tasks, the nodes can finish
+    `throughput` per s."""
     drain = DRAIN_MARGIN * backlog / throughput if throughput > 0 else 0.0
-    return min(1.0, (ample + drain) / max(left, 1e-9))
+    return TIME_KEPT * left - drain
 
 
-def worth(own: float, lost: float, slot_cost: float, energy: float, least: float, urgency: float, most: float) -> float:
-    """What placing a task now is worth; below 0, it had better wait.
+@compiled
+def counted_energy(least: float, most: float) -> float:
+    """The share of its energy that counts for a task which costs `least` at least and has the weighed value `most`, in
+    units of the index: a long task is not put off for being long."""
+    return min(1.0, ENERGY_SHARE * most / least) if least > 0.0 else 1.0
 
-    `own` is V times the value put at risk by waiting, `lost` V times what others lose, `slot_cost` the price of its
-    time in a slot, `most` V times its value. `energy` is what it costs here and `least` where it costs least, in units
-    of E₀: unless waiting loses the task, that much must be paid anyway. Each weighs at most `ENERGY_SHARE` of `most`,
-    so that a long task is not put off for being long.
-    """
-    bound = ENERGY_SHARE * most
-    return own - lost - slot_cost - (min(energy, bound) - (1.0 - urgency) * min(least, bound))
+
+@compiled
+def worth_of_waiting(gained: float, energy: float, usual: float) -> float:
+    """What a task would be worth on a node later, where it has the value `gained` and costs so much `energy`, and
+    others what is `usual`; all in units of the index."""
+    return gained - energy - MOMENT * usual
+
+
+@compiled
+def worth_now(gained: float, energy: float, waiting: float, most: float) -> float:
+    """What placing a task of the weighed value `most` now is worth, where it has `gained`, less what others lose, and
+    costs so much `energy`; below 0, it had better wait, which is worth `waiting`."""
+    if waiting <= 0.0:
+        return gained - min(energy, ENERGY_SHARE * most)
+    return gained - energy - waiting + WORTH_WAITING * most
 
 
 def review(now: float, left: float) -> float:

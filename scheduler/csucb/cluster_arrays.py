@@ -18,9 +18,9 @@ from perllm.scheduler.csucb.forecast import forecast_nodes
 from perllm.scheduler.csucb.output_lengths import Lengths
 from perllm.scheduler.csucb.rows import (
     ARM,
-    CANDIDATE,
     IN_FLIGHT,
     NODE,
+    OFFER,
     OUTLOOK,
     ArmRow,
     ClusterRows,
@@ -29,10 +29,13 @@ from perllm.scheduler.csucb.rows import (
     Records,
     values,
 )
+from perllm.scheduler.csucb.usual_costs import UsualCosts
 
+#: Prompt tokens of a step where nobody said how many there are at most: all.
+WHOLE = 1e9
 #: Sequences of nodes whose rows are remembered.
 _REMEMBERED = 16
-#: Demands for which the candidates among each of these are.
+#: Demands for which the offers of each of these are.
 _REMEMBERED_DEMANDS = 256
 
 
@@ -46,8 +49,7 @@ class ArmEstimate(NamedTuple):
     spread: float
 
 
-@dataclass(frozen=True, slots=True)
-class NodeEstimate:
+class NodeEstimate(NamedTuple):
     """What is believed of a node beside its registration, as of now. Units as in `NodeRow`."""
 
     arms: tuple[ArmEstimate, ...]  # of the models offered, in order
@@ -60,6 +62,7 @@ class NodeEstimate:
     arrival_prompt: float
     arrival_output: float
     slot_price: float
+    stay: float
     throughput: float
 
 
@@ -79,20 +82,22 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Asked:
-    """A sequence of nodes and, by demand, their candidates' rows."""
+    """A sequence of nodes, their entries and, by demand, the rows of their offers."""
 
     nodes: Sequence[Node]
-    candidates: dict[Demand, Records] = field(default_factory=dict)
+    entries: list[tuple[Node, _Entry]]
+    offers: dict[Demand, Records] = field(default_factory=dict)
 
 
 class ClusterArrays:
     """Arrays over all nodes, as declared in `csucb.rows`.
 
-    `lengths` holds the distributions tasks' output lengths are drawn from; `estimate` gives what is believed of a node.
+    `lengths` holds the distributions tasks' output lengths are drawn from, `usual` what nodes' time usually costs;
+    `estimate` gives what is believed of a node.
     """
 
-    def __init__(self, lengths: Lengths, estimate: Callable[[Node], NodeEstimate]) -> None:
-        self._lengths, self._estimate = lengths, estimate
+    def __init__(self, lengths: Lengths, usual: UsualCosts, estimate: Callable[[Node], NodeEstimate]) -> None:
+        self._lengths, self._usual, self._estimate = lengths, usual, estimate
         self.forget()
 
     def forget(self) -> None:
@@ -108,29 +113,28 @@ class ClusterArrays:
 
     @property
     def rows(self) -> ClusterRows:
-        """All arrays as they are now: to be read after `candidates`, which may replace some."""
-        return ClusterRows(self.nodes, self._outlooks, self.in_flight, self.arms, self._lengths.table)
+        """All arrays as they are now: to be read after `offers`, which may replace some."""
+        return ClusterRows(self.nodes, self._outlooks, self.in_flight, self.arms, self._lengths.table, self._usual.rows)
 
-    def candidates(self, nodes: Sequence[Node], demand: Demand) -> Records:
-        """A CandidateRow for each of these nodes and the model that serves this there, what they refer to brought up to
+    def offers(self, nodes: Sequence[Node], demand: Demand) -> Records:
+        """An OfferRow for each of these nodes and the model that serves this there, what they refer to brought up to
         date."""
         asked = self._asked.get(id(nodes))
         if asked is None or asked.nodes is not nodes:
             asked = self._ask(nodes)
-        entries = self._entries
-        changed = [e for n in nodes if (e := entries[n.info.name]).version != n.version]
+        changed = [entry for node, entry in asked.entries if entry.version != node.version]
         for entry in changed:
             self._update(entry)
         self._lengths.refresh()  # after the tasks have named the distributions they need, before they are read
         if changed:
             forecast_nodes(np.array([e.row for e in changed], np.int64), self.rows)
-        candidates = asked.candidates.get(demand)
-        if candidates is None:
-            if len(asked.candidates) >= _REMEMBERED_DEMANDS:
-                asked.candidates.clear()
-            pairs = [(entries[n.info.name].row, self._arm(n, demand)) for n in nodes]
-            candidates = asked.candidates[demand] = np.array(pairs, CANDIDATE)
-        return candidates
+        offers = asked.offers.get(demand)
+        if offers is None:
+            if len(asked.offers) >= _REMEMBERED_DEMANDS:
+                asked.offers.clear()
+            pairs = [(entry.row, self._arm(node, demand)) for node, entry in asked.entries]
+            offers = asked.offers[demand] = np.array(pairs, OFFER)
+        return offers
 
     def _ask(self, nodes: Sequence[Node]) -> _Asked:
         """Remember where a sequence of nodes is; the core asks with the same few again and again."""
@@ -142,7 +146,7 @@ class ClusterArrays:
             self.forget()  # mostly nodes that are gone
             for node in nodes:
                 self._entry(node)
-        asked = self._asked[id(nodes)] = _Asked(nodes)
+        asked = self._asked[id(nodes)] = _Asked(nodes, [(node, self._entries[node.name]) for node in nodes])
         return asked
 
     def _arm(self, node: Node, demand: Demand) -> int:
@@ -166,15 +170,17 @@ class ClusterArrays:
         self._arms_used += len(node.info.models)
         while self._arms_used > len(self.arms):
             self.arms = _doubled(self.arms)
+            self._outlooks = _doubled(self._outlooks)
         if row == len(self.nodes):
             self.nodes = _doubled(self.nodes)
-            self._outlooks = _doubled(self._outlooks)
         return entry
 
     def _update(self, entry: _Entry) -> None:
         node, estimate = entry.node, self._estimate(entry.node)
         for i, (offer, arm) in enumerate(zip(node.info.models, estimate.arms, strict=True)):
-            self.arms[entry.arm + i] = values(ArmRow(*arm, kv_tokens=offer.kv_tokens))
+            self.arms[entry.arm + i] = values(
+                ArmRow(*arm, chunk=offer.chunk or WHOLE, longest=offer.context, kv_tokens=offer.kv_tokens)
+            )
         self._update_in_flight(entry)
         self.nodes[entry.row] = values(
             NodeRow(
@@ -182,6 +188,7 @@ class ClusterArrays:
                 count=len(entry.ids),
                 taken=node.taken,
                 slots=node.info.slots,
+                places=node.info.slots + node.quick,
                 heard=node.heard,
                 changed=max(node.changed, node.heard),
                 watts=estimate.watts,
@@ -190,13 +197,16 @@ class ClusterArrays:
                 latency=estimate.latency,
                 dispatch_delay=estimate.dispatch_delay,
                 stalled=estimate.stalled,
+                trusted=not node.pace.distrust,
                 first_arm=entry.arm,
+                arms=len(node.info.models),
                 arrival_rate=estimate.arrival_rate,
                 arrival_prompt=estimate.arrival_prompt,
                 arrival_output=estimate.arrival_output,
                 slot_price=estimate.slot_price,
+                usual=self._usual.row(node.name),
+                stay=estimate.stay,
                 throughput=estimate.throughput,
-                step_floor=estimate.arms[0].step,
             )
         )
         entry.version = node.version

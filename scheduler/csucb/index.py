@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,8 +11,8 @@ from perllm.scheduler.core.compiled import compiled
 #: The harm a task does counts this many times: once for the tasks that are there, and once for those that come while it
 #: is there. In a steady state a task meets as many of the latter as of the former.
 HARM_FACTOR = 2.0
-#: E₀ in mean energies of a finished task: with V = 4, an on-time task is worth the energy of eight.
-SCALE_FACTOR = 2.0
+#: E₀ in mean energies of finished tasks, each where it costs least: with V = 4, an on-time task is worth ten of them.
+SCALE_FACTOR = 2.5
 #: Weight of a finished task's energy in their mean.
 TASK_ENERGY_WEIGHT = 0.02
 
@@ -32,13 +33,16 @@ class EnergyScale:
 
     mean: float = 0.0  # J of a task; 0: nothing known
 
-    def suggest(self, joules: float) -> None:
-        """A forecast, for as long as nothing was measured."""
-        if self.mean <= 0:
-            self.mean = joules
+    def suggest(self, joules: float) -> bool:
+        """A forecast, for as long as nothing was measured. Whether it was taken."""
+        if self.mean > 0 or not 0 < joules < math.inf:
+            return False
+        self.mean = joules
+        return True
 
     def observe(self, joules: float) -> None:
-        """A task finished and cost so much."""
+        """A task finished that would have cost so much where it costs least: what was dear must not make energy cheap
+        for the next."""
         self.mean = self.mean + TASK_ENERGY_WEIGHT * (joules - self.mean) if self.mean > 0 else joules
 
     @property

@@ -21,14 +21,16 @@ from perllm.broker.messages import (
     NodeBelief,
     NodeInfo,
     NodeUp,
+    Returned,
     StepCost,
+    StepTotals,
     Submitted,
 )
 from perllm.scheduler.core.cluster import Cluster, Demand, Node, Task
 from perllm.scheduler.csucb.bandwidth import Bandwidth
 from perllm.scheduler.csucb.cluster_arrays import ArmEstimate, NodeEstimate
 from perllm.scheduler.csucb.slot_price import SlotPrice
-from perllm.scheduler.csucb.step_cost import StepCostModel, sample_between, stalled
+from perllm.scheduler.csucb.step_cost import Sample, StepCostModel, sample_between, stalled
 
 #: Samples below which an arm is taken at its optimistic confidence bound, and from which on at the pessimistic one.
 PROVEN_SAMPLES = 15.0
@@ -38,10 +40,12 @@ POWER_READING_WEIGHT, DISPATCH_DELAY_WEIGHT = 0.1, 0.1
 MEAN_VALUE_WEIGHT, MEAN_TOKENS_WEIGHT = 0.02, 0.05
 #: Dispatch delay assumed before any was seen, s.
 PRIOR_DISPATCH_DELAY = 0.005
+#: Longest dispatch delay that is believed, s.
+LONGEST_DISPATCH_DELAY = 1.0
 #: Time over which a node's arrival rate is averaged, s.
 ARRIVAL_WINDOW = 8.0
-#: A task is patient while it has more than this many mean stays to its deadline.
-PATIENT_STAYS = 10.0
+#: A task is urgent that has fewer mean stays than this to its deadline.
+URGENT_STAYS = 10.0
 
 
 @dataclass(slots=True)
@@ -83,6 +87,7 @@ class NodeModel:
     dispatch_delay: float = PRIOR_DISPATCH_DELAY
     read: Counters = field(default_factory=Counters)  # the last reading …
     read_at: float = 0.0  # … and when, s
+    read_models: dict[str, StepTotals] = field(default_factory=dict)  # of each model, of an engine that serves several
     active_models: frozenset[str] = frozenset()  # that worked since then
     stall_since_read: bool = False
     longest_step: float = 0.0  # s, of the steps that were no stall
@@ -103,8 +108,13 @@ class NodeModel:
                 self.step_costs[offer.name].rebase(offer.calibration, at)
             else:
                 self.step_costs[offer.name] = StepCostModel.calibrated(offer.calibration, at)
-        self.boot, self.read, self.read_at = info.boot, Counters(), at
+        self.boot, self.read, self.read_at, self.read_models = info.boot, Counters(), at, {}
         self.active_models, self.stall_since_read, self.longest_step, self.stalled = frozenset(), False, 0.0, False
+
+    def delayed(self, seconds: float) -> None:
+        """A task that had a slot here was claimed so long after its dispatch, or not even then."""
+        delay = min(max(seconds, 0.0), LONGEST_DISPATCH_DELAY)
+        self.dispatch_delay += DISPATCH_DELAY_WEIGHT * (delay - self.dispatch_delay)
 
     # --- readings
 
@@ -112,24 +122,43 @@ class NodeModel:
         """Learn from a reading of the engine's totals. `model` worked since the last one, and those of tasks here."""
         if len(node.info.models) == 1:
             self.active_models = frozenset({node.info.models[0].name})
-        else:
+        elif not now.models:
             claimed = [t for t in node.in_flight.values() if t.claimed]
             self.active_models |= {o.name for t in claimed if (o := node.offer(t.demand))}
             if model is not None:
                 self.active_models |= {model}
         if now.steps < self.read.steps or now.busy < self.read.busy:
             self._begin_interval(now, at)  # the engine was started again
+            self.read_models = dict(now.models)
             return
         self.watch_for_stall(now, at)
         sample = sample_between(self.read, now)
         if sample is None:
             return
-        if not self.stall_since_read and len(self.active_models) == 1:
-            step_cost = self.step_costs.get(next(iter(self.active_models)))
-            if step_cost is not None:
-                step_cost.learn(sample, at)
+        if self.stall_since_read:
+            self.read_models = dict(now.models)
+        else:
+            self._learn_step_costs(sample, now, at)
         self._learn_power(now, at, node.info)
         self._begin_interval(now, at)
+
+    def _learn_step_costs(self, sample: Sample, now: Counters, at: float) -> None:
+        """Each model that worked learns from what it did; where the engine does not tell them apart, one that worked
+        alone."""
+        if not now.models:
+            if len(self.active_models) == 1:
+                self._learn_step_cost(next(iter(self.active_models)), sample, at)
+            return
+        for name, totals in now.models.items():
+            part = sample_between(self.read_models.get(name, StepTotals()), totals)
+            if part is not None:  # else there is too little yet
+                self.read_models[name] = totals
+                self._learn_step_cost(name, part, at)
+
+    def _learn_step_cost(self, model: str, sample: Sample, at: float) -> None:
+        step_cost = self.step_costs.get(model)
+        if step_cost is not None:
+            step_cost.learn(sample, at)
 
     def _begin_interval(self, now: Counters, at: float) -> None:
         """The next interval begins with this reading."""
@@ -158,6 +187,12 @@ class NodeModel:
             watts = min(max(watts, 0.2 * info.power.active), 5 * info.power.active)
             self.watts += POWER_READING_WEIGHT * (watts - self.watts)
 
+    def throughput(self, info: NodeInfo) -> float:
+        """Tasks/s it finishes with as many as fit its slots and its KV cache; 0 while nobody knows."""
+        stay, answer = self.slot_price.stay, self.arrivals.prompt_tokens + self.arrivals.output_tokens
+        held = min(float(info.slots), sum(offer.kv_tokens for offer in info.models) / answer)
+        return max(held, 1.0) / stay if stay > 0 else 0.0
+
     # --- kept over a restart
 
     def snapshot(self) -> dict[str, Any]:
@@ -168,6 +203,7 @@ class NodeModel:
             "watts": self.watts,
             "dispatch_delay": self.dispatch_delay,
             "read": self.read.model_dump(),
+            "read_models": {name: totals.model_dump() for name, totals in self.read_models.items()},
             "read_at": self.read_at,
             "active_models": sorted(self.active_models),
             "stall_since_read": self.stall_since_read,
@@ -188,6 +224,7 @@ class NodeModel:
             watts=state["watts"],
             dispatch_delay=state["dispatch_delay"],
             read=Counters(**state["read"]),
+            read_models={name: StepTotals(**totals) for name, totals in state["read_models"].items()},
             read_at=state["read_at"],
             active_models=frozenset(state["active_models"]),
             stall_since_read=state["stall_since_read"],
@@ -245,11 +282,13 @@ class NodeModels:
                 else:
                     known.watch_for_stall(event.counters, event.at)
             case Dispatched() if task is not None:
-                patient_from = PATIENT_STAYS * known.slot_price.stay
-                urgent = patient_from <= 0 or task.deadline - event.at < patient_from
+                urgent_within = URGENT_STAYS * known.slot_price.stay
+                urgent = urgent_within <= 0 or task.deadline - event.at < urgent_within
                 known.arrivals.arrived(event.at, task.n, urgent=urgent)
             case Claimed() if task is not None and task.node == event.node:
                 self._claimed(event, task, node, known)
+            case Returned() if task is not None and task.node == event.node and task.claimed is None:
+                self._not_claimed(event, task, known)
             case Completed() if task is not None and task.node == event.node:
                 self._completed(event, task, node, known)
 
@@ -269,8 +308,12 @@ class NodeModels:
         claimed = sum(1 for t in node.in_flight.values() if t.claimed)
         if task.dispatched is not None and len(node.in_flight) <= node.info.slots and claimed < node.info.slots:
             # It did not wait for a slot
-            delay = min(max(event.at - task.dispatched, 0.0), 1.0)
-            known.dispatch_delay += DISPATCH_DELAY_WEIGHT * (delay - known.dispatch_delay)
+            known.delayed(event.at - task.dispatched)
+
+    def _not_claimed(self, event: Returned, task: Task, known: NodeModel) -> None:
+        """It was to be claimed later than that, if ever."""
+        if event.cause == "lease_expired" and task.dispatched is not None:
+            known.delayed(event.at - task.dispatched)
 
     def _completed(self, event: Completed, task: Task, node: Node, known: NodeModel) -> None:
         receipt = event.receipt
@@ -291,7 +334,6 @@ class NodeModels:
         now = max(node.changed, node.heard)
         rate = known.arrivals.rates(now)[0] if self._foresight else 0.0
         taken = node.taken / node.info.slots
-        stay = known.slot_price.stay
         price = known.slot_price.per_second(self._value_weight * self._mean_value, taken) if self._price else 0.0
         return NodeEstimate(
             arms=tuple(self._arm(known.step_costs[o.name], now) for o in node.info.models),
@@ -304,7 +346,8 @@ class NodeModels:
             arrival_prompt=known.arrivals.prompt_tokens,
             arrival_output=known.arrivals.output_tokens,
             slot_price=price,
-            throughput=node.info.slots / stay if stay > 0 else 0.0,
+            stay=known.slot_price.stay,
+            throughput=known.throughput(node.info),
         )
 
     def belief(self, node: Node, now: float) -> NodeBelief:

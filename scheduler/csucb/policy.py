@@ -9,18 +9,34 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from perllm.broker.messages import Candidate, Completed, Event, LengthForecast, NodeBelief, State
+from perllm.broker.messages import Candidate, Completed, Ended, Event, LengthForecast, NodeBelief, Returned, State
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.policy import Choice, Place, Policy, Reject, Wait
 from perllm.scheduler.csucb import admission, constraints, scoring
 from perllm.scheduler.csucb.cluster_arrays import ClusterArrays
 from perllm.scheduler.csucb.index import HARM_FACTOR, EnergyScale
-from perllm.scheduler.csucb.node_models import PATIENT_STAYS, NodeModels
+from perllm.scheduler.csucb.node_models import NodeModels
 from perllm.scheduler.csucb.output_lengths import Lengths
-from perllm.scheduler.csucb.rows import CANDIDATE, SCORE, TASK, TERMS, Records, ScoreRow, TaskRow, TermsRow, values
+from perllm.scheduler.csucb.rows import (
+    OFFER,
+    SCORE,
+    TASK,
+    TERMS,
+    TOLD,
+    VERDICT,
+    Records,
+    TaskRow,
+    TermsRow,
+    ToldRow,
+    VerdictRow,
+    values,
+)
+from perllm.scheduler.csucb.usual_costs import UsualCosts
 
 #: Candidates an explanation names: the best ones.
 EXPLAINED = 8
+#: Placements whose extra cost is remembered until they end.
+MAX_DEAR = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +51,7 @@ class Mechanisms:
     - `text`: output lengths are learned from tasks' texts as well, where those travel.
     - `price`: the congestion price.
     - `admission`: a task not worth its cost waits or is refused; without, every task goes to the best node at once.
-    - `patience`: long-deadline work waits for cheap capacity.
+    - `patience`: work with time left waits for a better node or moment.
     - `learning`: step costs, bandwidth and power are learned; without, the registrations are believed.
     - `optimism`: little-known nodes are seen at their better confidence bound; without, at the worse from the start.
     """
@@ -78,12 +94,19 @@ class CsUcb(Policy):
             value_weight, learning=on.learning, optimism=on.optimism, foresight=on.foresight, price=on.price
         )
         self._scale = EnergyScale()
-        self._arrays = ClusterArrays(self._lengths, self._node_models.estimate)
+        self._usual = UsualCosts()
+        self._arrays = ClusterArrays(self._lengths, self._usual, self._node_models.estimate)
+        # Of tasks that were placed where they cost more than their least: the share that is.
+        self._dear: dict[str, float] = {}
         self._scored: Sequence[Node] = ()  # the nodes scored last; what follows is about them
-        self._candidates: Records = np.zeros(0, CANDIDATE)
+        self._offers: Records = np.zeros(0, OFFER)
         self._scores: Records = np.zeros(0, SCORE)
         self._terms: Records = np.zeros(1, TERMS)
+        self._verdict: Records = np.zeros(1, VERDICT)
+        self._told: Records = np.zeros(EXPLAINED, TOLD)
         self._task: Records = np.zeros(1, TASK)  # the task chosen for last
+        self._open: tuple[Sequence[Node], Sequence[Node]] = (), ()  # nodes, and those of them that have room …
+        self._access = np.zeros(0, np.uint8)  # … as `scoring.decide` takes it
 
     # --- learning
 
@@ -92,11 +115,14 @@ class CsUcb(Policy):
         self._node_models.observe(event, task, cluster)
         if isinstance(event, Completed) and task is not None:
             receipt = event.receipt
-            self._scale.observe(receipt.energy.transfer + receipt.energy.inference)
+            least = self._dear.pop(task.id, 1.0)
+            self._scale.observe(least * (receipt.energy.transfer + receipt.energy.inference))
             if not task.generates:
                 return
             for tokens in receipt.choice_tokens or (receipt.completion_tokens,):
                 self._observe_length(task, tokens, cut=event.state is not State.SUCCEEDED, at_limit=receipt.cut)
+        elif isinstance(event, Ended | Returned):
+            self._dear.pop(event.id, None)
 
     def _observe_length(self, task: Task, tokens: int, *, cut: bool, at_limit: bool) -> None:
         """An answer had so many tokens; one that was `cut`, or ended at a limit, would have had more."""
@@ -118,88 +144,85 @@ class CsUcb(Policy):
 
     @override
     def choose(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
+        verdict = self._decide(task, candidates, cluster, now)
+        if self._scale.suggest(verdict.least_joules):
+            verdict = self._decide(task, candidates, cluster, now)
+        best = verdict.best
+        if not self._on.admission:
+            return Place(self._scored[best].name if best >= 0 else self._most_likely().name)
+        if not verdict.possible:
+            return self._without_a_chance(task, candidates, cluster, now)
+        if best < 0 or verdict.worth < 0:
+            rank = verdict.worth if best >= 0 else -verdict.waiting
+            return Wait(admission.review(now, task.deadline - now), rank)
+        if verdict.least_joules < verdict.joules:
+            self._note_dear(task.id, verdict.least_joules / verdict.joules)
+        return Place(self._scored[best].name)
+
+    def _decide(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> VerdictRow:
+        """Score the task on every node that serves it."""
+        nodes = cluster.serving(task.demand)
+        self._scored, self._offers = nodes, self._arrays.offers(nodes, task.demand)
+        if len(self._scores) != len(nodes):
+            self._scores = np.zeros(len(nodes), SCORE)
         self._task[0] = values(
             TaskRow(
                 prompt_tokens=task.prompt_tokens,
                 payload_bytes=task.payload_bytes,
                 deadline=task.deadline,
                 max_tokens=task.most_output,
+                least_context=task.least_context,
                 n=task.n,
                 value=task.value,
                 lengths=self._lengths.row_of(task),
             )
         )
-        best = self._score(task, candidates, now)
-        scores = self._scores
-        if not self._on.admission:
-            return Place(candidates[best if best >= 0 else int(np.argmax(scores["p_on_time"]))].name)
-        if best < 0:
-            return self._without_a_chance(task, candidates, cluster, now)
-        self._scale.suggest(float(scores["joules"].min()))
-        left, urgency, least_joules = task.deadline - now, 1.0, 0.0
-        ample = PATIENT_STAYS * float(scores["stay"][best])
-        if self._on.patience and left > ample:
-            ample, throughput = self._ample_time(task, ample, cluster)
-            if left > ample:  # it need not queue on a node
-                urgency = admission.urgency(left, ample, cluster.waiting, throughput)
-                least_joules = self._least_energy(task, cluster, now) if urgency < 1.0 else 0.0
-                best = self._score(task, candidates, now, urgency, needs_slot=True)
-                if best < 0:
-                    return Wait(admission.review(now, left), rank=-self._value_weight * task.value)
-        worth = self._worth(task, best, urgency, least_joules)
-        return Place(candidates[best].name) if worth > 0 else Wait(admission.review(now, left), rank=worth)
-
-    def _score(
-        self, task: Task, nodes: Sequence[Node], now: float, urgency: float = 1.0, *, needs_slot: bool = False
-    ) -> int:
-        """Score the task that `choose` is about on each of the nodes; returns the position of the best, or −1. With
-        `needs_slot`, only nodes with a free slot are feasible."""
-        self._scored, self._candidates = nodes, self._arrays.candidates(nodes, task.demand)
-        if len(self._scores) != len(nodes):
-            self._scores = np.zeros(len(nodes), SCORE)
+        self._lengths.refresh()
         self._terms[0] = values(
             TermsRow(
-                own_weight=self._value_weight * urgency,
+                value_weight=self._value_weight,
                 harm_weight=self._harm_weight,
                 energy_scale=self._fixed_scale or self._scale.joules,
-                min_p_on_time=admission.MIN_P_ON_TIME,
-                needs_slot=needs_slot,
+                patience=self._on.patience and self._on.admission,
+                backlog=cluster.waiting,
             )
         )
-        return scoring.score(self._arrays.rows, self._candidates, self._task, self._terms, now, self._scores)
+        access = self._access_to(task, nodes, candidates, now)
+        rows, scores = self._arrays.rows, self._scores
+        scoring.decide(rows, self._offers, access, self._task, self._terms, now, scores, self._verdict)
+        return VerdictRow(*self._verdict.item(0))
 
-    def _worth(self, task: Task, best: int, urgency: float, least_joules: float) -> float:
-        own, scale = ScoreRow(*self._scores.item(best)), float(self._terms["energy_scale"][0])
-        most = self._value_weight * task.value
-        return admission.worth(
-            own=most * urgency * own.p_on_time,
-            lost=self._harm_weight * own.harm,
-            slot_cost=own.slot_cost,
-            energy=own.joules / scale,
-            least=least_joules / scale,
-            urgency=urgency,
-            most=most,
-        )
-
-    def _ample_time(self, task: Task, ample: float, cluster: Cluster) -> tuple[float, float]:
-        """Time to its deadline with which a task is patient (s), at least `ample`; tasks/s all nodes can finish."""
-        rows = self._arrays.candidates(cluster.serving(task.demand), task.demand)["node"]
-        nodes = self._arrays.nodes
-        slots, throughput = float(nodes["slots"][rows].sum()), float(nodes["throughput"][rows].sum())
-        if throughput > 0:  # tasks with short stays are no more patient than the mean one
-            ample = max(ample, PATIENT_STAYS * slots / throughput)
-        return ample, throughput
-
-    def _least_energy(self, task: Task, cluster: Cluster, now: float) -> float:
-        """J the task would cost on the node where it costs least, room or no room."""
-        serving = cluster.serving(task.demand)
-        self._score(task, serving, now)
-        scores = self._scores
-        able = scores["p_on_time"] >= admission.MIN_P_ON_TIME
+    def _access_to(self, task: Task, nodes: Sequence[Node], candidates: Sequence[Node], now: float) -> scoring.Access:
+        """Which of the nodes that serve a task it may go to, now or later."""
         if task.avoid:
-            others = able & [not task.avoids(n.name, now) for n in serving]
-            able = others if others.any() else able
-        return float(scores["joules"][able].min()) if able.any() else 0.0
+            able, avoided = {n.info.name for n in candidates}, [task.avoids(n.name, now) for n in nodes]
+            others = scoring.LATER if all(avoided) else scoring.NEVER
+            self._open = (), ()
+            self._access = np.array(
+                [
+                    scoring.NOW if n.info.name in able else others if avoids else scoring.LATER
+                    for n, avoids in zip(nodes, avoided, strict=True)
+                ],
+                np.uint8,
+            )
+        elif self._open[0] is not nodes or self._open[1] is not candidates:
+            now_or_later = scoring.NOW if candidates is nodes else scoring.LATER
+            self._access = np.full(len(nodes), now_or_later, np.uint8)
+            names = {n.info.name for n in candidates}
+            self._access[[i for i, n in enumerate(nodes) if n.info.name in names]] = scoring.NOW
+            self._open = nodes, candidates
+        return self._access
+
+    def _most_likely(self) -> Node:
+        """Where the task has the best chance, of the nodes it may go to now."""
+        chances = np.where(self._access == scoring.NOW, self._scores["p_on_time"], -1.0)
+        return self._scored[int(np.argmax(chances))]
+
+    def _note_dear(self, task_id: str, least: float) -> None:
+        """A task is placed where it costs more than its least, which is this share of it."""
+        self._dear[task_id] = least
+        if len(self._dear) > MAX_DEAR:
+            del self._dear[next(iter(self._dear))]
 
     def _without_a_chance(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> Choice:
         """No candidate gives the task a chance as things stand."""
@@ -207,8 +230,7 @@ class CsUcb(Policy):
         for node in candidates:
             if not node.in_flight and not models.proven(node, task.demand, now):
                 return Place(node.name)  # find out what it can do
-        rows = self._arrays.candidates(serving, task.demand)
-        alone = scoring.best_p_on_time_alone(self._arrays.rows, rows, self._task, now)
+        alone = scoring.best_p_on_time_alone(self._arrays.rows, self._offers, self._task, now)
         if alone < admission.MIN_P_ON_TIME and all(models.proven(n, task.demand, now) for n in serving):
             return Reject(
                 f"{task.deadline - now:.1f} s are left, too little for any node even if it had nothing else to do"
@@ -219,19 +241,10 @@ class CsUcb(Policy):
 
     @override
     def explain(self, task: Task, candidates: Sequence[Node], cluster: Cluster, now: float) -> tuple[Candidate, ...]:
-        if self._scored is not candidates:
-            self._score(task, candidates, now)
-        rows, scores, cluster_rows = self._candidates, self._scores, self._arrays.rows
-        order = np.argsort(-scores["index"], kind="stable")[:EXPLAINED]
-        scoring.complete_scores(order, cluster_rows, rows, self._task, self._terms, now, scores)
-        order = order[np.argsort(-scores["index"][order], kind="stable")]
-        spreads = cluster_rows.arms["spread"][rows["arm"][order]].tolist()
-        stalled = cluster_rows.nodes["stalled"][rows["node"][order]].tolist()
+        given = self._offers, self._access, self._task, self._terms, now, self._scores
+        count = scoring.explain(self._arrays.rows, *given, self._told)
         single = constraints.single_server_slack(0 if task.node is None else 1)
-        return tuple(
-            _candidate(candidates[i].info.name, ScoreRow(*scores.item(i)), spread, single, stalled=stands_still)
-            for i, spread, stands_still in zip(order.tolist(), spreads, stalled, strict=True)
-        )
+        return tuple(_candidate(self._scored, ToldRow(*row), single) for row in self._told[:count].tolist())
 
     @override
     def forecast_length(self, task: Task) -> LengthForecast | None:
@@ -253,39 +266,35 @@ class CsUcb(Policy):
             "lengths": self._lengths.snapshot(),
             "texts": self._lengths.snapshot_texts(),
             "scale": self._scale.snapshot(),
+            "dear": self._dear.copy(),
+            "usual": self._usual.snapshot(),
         }
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        scale = EnergyScale(**state["scale"])
+        scale, dear, usual = EnergyScale(**state["scale"]), dict(state["dear"]), UsualCosts.restored(state["usual"])
         self._node_models.restore(state["node_models"])
         self._lengths.restore(state["lengths"], state.get("texts", ()))
-        self._scale = scale
-        self._arrays.forget()
+        self._scale, self._dear, self._usual = scale, dear, usual
+        self._arrays = ClusterArrays(self._lengths, usual, self._node_models.estimate)
 
 
-def _candidate(name: str, score: ScoreRow, spread: float, single_server: float, *, stalled: bool) -> Candidate:
+def _candidate(nodes: Sequence[Node], told: ToldRow, single_server: float) -> Candidate:
     """A score as an explanation gives it."""
-    feasible, note = score.index > scoring.INFEASIBLE, ""
-    if stalled:
-        note = "stands still"
-    elif not feasible:
-        enough = score.p_on_time >= admission.MIN_P_ON_TIME
-        note = "has no room for it now" if enough else "would be too late"
     return Candidate(
-        node=name,
-        index=score.index if feasible else None,
-        feasible=feasible,
-        finish=score.finish,
-        p_on_time=score.p_on_time,
-        marginal_energy=score.joules,
-        slacks={
-            "deadline": score.deadline_slack,
-            "compute": score.compute_slack,
-            "memory": score.memory_slack,
-            "bandwidth": score.bandwidth_slack,
+        nodes[told.offer].info.name,
+        told.index if told.feasible else None,
+        told.feasible,
+        told.finish,
+        told.p_on_time,
+        told.joules,
+        {
+            "deadline": told.deadline,
+            "compute": told.compute,
+            "memory": told.memory,
+            "bandwidth": told.bandwidth,
             "one_server": single_server,
         },
-        confidence=1.0 / (1.0 + spread),
-        note=note,
+        told.confidence,
+        scoring.NOTES[told.note],
     )

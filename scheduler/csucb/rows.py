@@ -41,6 +41,7 @@ class NodeRow:
     count: int  # tasks in flight
     taken: int  # slots they take or wait for
     slots: int
+    places: int  # those, and as many more as it works through in a moment: whoever gets one does not wait for long
     heard: float  # when its last heartbeat came, s
     changed: float  # when it last changed, a heartbeat included, s: its outlook counts from here
     watts: float  # beyond idle, while it steps
@@ -49,13 +50,16 @@ class NodeRow:
     latency: float  # of a transfer, beyond its bytes, s
     dispatch_delay: float  # from a decision until the task is in its queue, s
     stalled: bool
+    trusted: bool  # it takes up what it is sent
     first_arm: int  # row in `arms` of its first model; the others follow
+    arms: int  # how many it has
     arrival_rate: float  # tasks/s that usually come
     arrival_prompt: float  # mean prompt of those, tokens
     arrival_output: float  # mean output of those, tokens
     slot_price: float  # of a second in a slot, in units of the index
-    throughput: float  # tasks/s its slots can finish
-    step_floor: float  # the part of a step's time that does not depend on its batch, s
+    usual: int  # row in `usual`
+    stay: float  # of the mean task, s; 0: not known
+    throughput: float  # tasks/s its slots and its KV cache let it finish
     bytes_coming: float = 0.0  # on their way to it
 
 
@@ -95,17 +99,20 @@ class ArmRow:
     prefill: float  # s per token prefilled
     context: float  # s per token of context
     spread: float  # σ of a step's time, as a share of it
+    chunk: float  # prompt tokens of a step, at most
+    longest: float  # context, tokens
     kv_tokens: float  # its KV cache holds
     kv_used: float = 0.0  # tokens its tasks will probably need; filled by `forecast_nodes`
 
 
 @dataclass(slots=True)
 class OutlookRow:
-    """A node's future over the number of steps taken from now on."""
+    """A node's future over the number of steps taken from now on, for a task on one of its arms."""
 
-    times: Curve  # when so many steps are done, s
-    taken: Curve  # expected slots taken or queued for, in the bin that begins there
-    idle: Curve  # P(no sequence is active) in it
+    times: Curve  # when so many steps are done, s, if its model is in each
+    taken: Curve  # expected slots of the node taken or queued for, in the bin that begins there
+    idle: Curve  # P(no sequence of its model is active) in it
+    prefilled: float  # steps after which its model's prompts there are prefilled
 
 
 @dataclass(slots=True)
@@ -118,11 +125,11 @@ class LengthsRow:
 
 
 @dataclass(slots=True)
-class CandidateRow:
-    """A node a task may go to."""
+class OfferRow:
+    """A node that serves a demand, and the model it does so with."""
 
     node: int  # row in `nodes`
-    arm: int  # row in `arms`, of the task's model there
+    arm: int  # row in `arms`
 
 
 @dataclass(slots=True)
@@ -133,6 +140,7 @@ class TaskRow:
     payload_bytes: float
     deadline: float  # s
     max_tokens: float  # of an answer
+    least_context: float  # tokens it must fit into
     n: float  # answers
     value: float
     lengths: int  # row of the distribution of an answer's length
@@ -140,13 +148,13 @@ class TaskRow:
 
 @dataclass(slots=True)
 class TermsRow:
-    """What the index is made of beside the forecast."""
+    """What a decision is made by, beside the forecast."""
 
-    own_weight: float  # of the task's on-time value: V, times its urgency
-    harm_weight: float  # of the on-time value others lose
+    value_weight: float  # of on-time value: V
+    harm_weight: float  # of that which others lose
     energy_scale: float  # E₀, J
-    min_p_on_time: float  # a node must give
-    needs_slot: bool  # it must have a slot free
+    patience: bool  # whether it may be worth waiting
+    backlog: float  # tasks that wait
 
 
 @dataclass(slots=True)
@@ -155,20 +163,56 @@ class ScoreRow:
 
     finish: float  # from now until it is probably done, s
     p_on_time: float
+    p_later: float  # the same if it were to wait (`admission.time_after_waiting`)
     busy: float  # busy time it adds, s
     joules: float  # it adds
     stay: float  # it is in a slot, s
     slot_cost: float  # what that costs, in units of the index
     harm: float  # on-time value other tasks lose; UNKNOWN until worked out
     index: float  # INFEASIBLE where it cannot go
-    deadline_slack: float  # of the constraints C1 to C3
-    compute_slack: float
-    memory_slack: float
-    bandwidth_slack: float
+
+
+@dataclass(slots=True)
+class ToldRow:
+    """A score as an explanation gives it, numbers rounded."""
+
+    offer: int  # its position
+    feasible: bool
+    note: int  # position in `scoring.NOTES`
+    index: float
+    finish: float  # from now, s
+    p_on_time: float
+    joules: float
+    deadline: float  # slacks of the constraints C1 to C3
+    compute: float
+    memory: float
+    bandwidth: float
+    confidence: float
+
+
+@dataclass(slots=True)
+class UsualRow:
+    """What a second of a node's busy time usually costs others."""
+
+    cost: float  # in units of the index …
+    at: float  # … when that was last noted, s; 0: never
+
+
+@dataclass(slots=True)
+class VerdictRow:
+    """What comes of a task's scores."""
+
+    best: int  # position of the best node to place it on now; −1: none
+    possible: bool  # some node could take it now, and give it a chance
+    worth: float  # of that, less what waiting is worth
+    waiting: float  # what waiting is worth
+    joules: float  # it adds there …
+    least_joules: float  # … and where it adds the least, room or no room
 
 
 NODE, OUTLOOK, IN_FLIGHT, ARM, LENGTHS = map(dtype_of, (NodeRow, OutlookRow, InFlightRow, ArmRow, LengthsRow))
-CANDIDATE, TASK, TERMS, SCORE = map(dtype_of, (CandidateRow, TaskRow, TermsRow, ScoreRow))
+OFFER, TASK, TERMS, SCORE, VERDICT = map(dtype_of, (OfferRow, TaskRow, TermsRow, ScoreRow, VerdictRow))
+TOLD, USUAL = map(dtype_of, (ToldRow, UsualRow))
 
 _WRITTEN = (NodeRow, InFlightRow, ArmRow, TaskRow, TermsRow)
 _VALUES = {row: attrgetter(*(f.name for f in fields(row))) for row in _WRITTEN}
@@ -184,7 +228,8 @@ class ClusterRows(NamedTuple):
     """All that is known of the cluster."""
 
     nodes: Records  # NodeRow
-    outlooks: Records  # OutlookRow, in the rows of their nodes
+    outlooks: Records  # OutlookRow, in the rows of their arms
     in_flight: Records  # InFlightRow
     arms: Records  # ArmRow
     lengths: Records  # LengthsRow
+    usual: Records  # UsualRow

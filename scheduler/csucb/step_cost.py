@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perllm.broker.messages import Counters, StepCost
+from perllm.broker.messages import Counters, StepCost, StepTotals
+from perllm.scheduler.core.compiled import compiled
 
 Floats = NDArray[np.float64]
 
@@ -46,21 +47,16 @@ class Sample:
     seconds: float
 
 
-def sample_between(before: Counters, after: Counters) -> Sample | None:
-    """The steps between two readings of one engine, or None when they are too few to tell."""
+def sample_between(before: Counters | StepTotals, after: Counters | StepTotals) -> Sample | None:
+    """The steps between two readings of one engine, or of one of its models, or None when they are too few to tell."""
     steps, seconds = after.steps - before.steps, after.busy - before.busy
     if steps < 1 or seconds <= 0 or (steps < MIN_STEPS and seconds < MIN_BUSY):
         return None
-    features = np.array(
-        [
-            steps,
-            after.sequence_steps - before.sequence_steps,
-            after.prefilled - before.prefilled,
-            after.context_steps - before.context_steps,
-        ],
-        float,
-    )
-    return Sample(features, seconds) if np.all(features >= 0) else None
+    sequences, prefilled = after.sequence_steps - before.sequence_steps, after.prefilled - before.prefilled
+    context = after.context_steps - before.context_steps
+    if min(sequences, prefilled, context) < 0:
+        return None
+    return Sample(np.array((steps, sequences, prefilled, context), float), seconds)
 
 
 def stalled(now: Counters, longest: float) -> bool:
@@ -79,84 +75,49 @@ class StepCostModel:
     count: float = 0.0  # samples, fading as they age
     suspect_side: int = 0  # ±1 after a suspect sample, by its side
     typical_step: Floats = field(init=False)  # features of a mean step
-    _variance: float = 0.0  # of the time of that step, s²; and by the prior
-    _prior_variance: float = 0.0
-    _summary: tuple[tuple[float, ...], ...] = ()
+    _prior: Floats = field(init=False)  # covariance (4, 4) of θ₀
 
     def __post_init__(self) -> None:
-        self.mean, self.cov = self.base.copy(), self._prior()
+        self._prior = _prior_of(self.base)
+        self.mean, self.cov = self.base.copy(), self._prior.copy()
         self.typical_step = np.array([1.0, 2.0, 0.0, 400.0])
-        self._update_summary()
-
-    def _update_summary(self) -> None:
-        """What `at_time` needs, as plain numbers: it is asked often."""
-        x = self.typical_step
-        self._summary = (tuple(self.base.tolist()), tuple(self.mean.tolist()), tuple(x.tolist()))
-        self._variance, self._prior_variance = float(x @ self.cov @ x), float(x @ self._prior() @ x)
 
     @classmethod
     def calibrated(cls, calibration: StepCost, at: float) -> StepCostModel:
         """As measured at boot."""
         return cls(theta_of(calibration), at)
 
-    def _prior(self) -> Floats:
-        a, b = self.base[:2]
-        # A coefficient calibrated as nothing may still turn out to be something.
-        scale = np.maximum(self.base, np.array([0.05 * b, 0.02 * a, 0.01 * (a + b), 2e-5 * (a + b)]))
-        cov: Floats = COMMON_SIGMA**2 * np.outer(self.base, self.base) + np.diag((SINGLE_SIGMA * scale) ** 2)
-        return cov
-
     def relax(self, now: float) -> None:
         """Forget for the time since the last sample."""
         keep = math.exp(-max(now - self.at, 0.0) / RELAXATION)
         self.at = max(now, self.at)
-        self.mean = self.base + keep * (self.mean - self.base)
-        prior = self._prior()
-        self.cov = prior + keep * keep * (self.cov - prior)
         self.count *= keep
-        self._update_summary()
+        _relax(self.mean, self.cov, self.base, self._prior, keep)
 
     def learn(self, sample: Sample, now: float) -> bool:
         """Take in a sample; False when it was set aside as suspect."""
         self.relax(now)
-        x = sample.features
-        predicted = float(x @ self.mean)
-        gain = self.cov @ x
-        noise = (NOISE * predicted) ** 2
-        error = sample.seconds - predicted
-        if abs(error) > SUSPECT_SIGMAS * math.sqrt(float(x @ gain) + noise):
-            side = 1 if error > 0 else -1
-            if self.suspect_side != side:
-                self.suspect_side = side
-                return False
-            self.cov = self.cov + (error / predicted) ** 2 * np.outer(self.mean, self.mean)
-            gain = self.cov @ x
-        self.suspect_side = 0
-        gain = gain / (float(x @ gain) + noise)
-        self.mean = np.maximum(self.mean + gain * error, MIN_SHARE * self.base)
-        keep = np.eye(4) - np.outer(gain, x)
-        self.cov = keep @ self.cov @ keep.T + noise * np.outer(gain, gain)  # Joseph's form stays positive
+        side = _take_in(self.mean, self.cov, self.base, sample.features, sample.seconds, self.suspect_side)
+        self.suspect_side = side
+        if side:
+            return False
         self.count += 1.0
-        self.typical_step = 0.9 * self.typical_step + 0.1 * x / x[0]
-        self._update_summary()
+        self.typical_step = 0.9 * self.typical_step + 0.1 * sample.features / sample.features[0]
         return True
 
     def at_time(self, now: float) -> tuple[tuple[float, float, float, float], float, float]:
         """θ (s), σ of a typical step's time as a share of it, and the count, all relaxed to `now`; changes nothing."""
         keep = math.exp(-max(now - self.at, 0.0) / RELAXATION)
-        (a0, b0, c0, d0), (a, b, c, d), (x0, x1, x2, x3) = self._summary
-        a, b, c, d = a0 + keep * (a - a0), b0 + keep * (b - b0), c0 + keep * (c - c0), d0 + keep * (d - d0)
-        variance = keep * keep * self._variance + (1 - keep * keep) * self._prior_variance
-        step = a * x0 + b * x1 + c * x2 + d * x3
-        return (a, b, c, d), math.sqrt(max(variance, 0.0)) / max(step, 1e-12), self.count * keep
+        a, b, c, d, spread = _at_time(self.mean, self.cov, self.base, self._prior, self.typical_step, keep)
+        return (a, b, c, d), spread, self.count * keep
 
     def rebase(self, calibration: StepCost, now: float) -> None:
         """The node started anew with this calibration: what was learned of the machine stays, with less confidence."""
         self.relax(now)
         self.base = theta_of(calibration)
-        self.cov = (self.cov + self._prior()) / 2
+        self._prior = _prior_of(self.base)
+        self.cov = (self.cov + self._prior) / 2
         self.mean = np.maximum(self.mean, MIN_SHARE * self.base)
-        self._update_summary()
 
     def snapshot(self) -> dict[str, Any]:
         return {
@@ -175,7 +136,6 @@ class StepCostModel:
         model.mean, model.cov = np.array(state["mean"], float), np.array(state["cov"], float)
         model.typical_step = np.array(state["typical_step"], float)
         model.count, model.suspect_side = float(state["count"]), int(state["suspect_side"])
-        model._update_summary()
         return model
 
 
@@ -184,3 +144,77 @@ def theta_of(calibration: StepCost) -> Floats:
     base = np.array([calibration.step, calibration.sequence, calibration.prefill, calibration.context], float)
     base[0] = max(base[0], 1e-9)
     return base
+
+
+def _prior_of(base: Floats) -> Floats:
+    a, b = base[:2]
+    # A coefficient calibrated as nothing may still turn out to be something.
+    scale = np.maximum(base, np.array([0.05 * b, 0.02 * a, 0.01 * (a + b), 2e-5 * (a + b)]))
+    cov: Floats = COMMON_SIGMA**2 * np.outer(base, base) + np.diag((SINGLE_SIGMA * scale) ** 2)
+    return cov
+
+
+@compiled
+def _relax(mean: Floats, cov: Floats, base: Floats, prior: Floats, keep: float) -> None:
+    """Keep so much of what was learned."""
+    for i in range(4):
+        mean[i] = base[i] + keep * (mean[i] - base[i])
+        for j in range(4):
+            cov[i, j] = prior[i, j] + keep * keep * (cov[i, j] - prior[i, j])
+
+
+@compiled
+def _take_in(mean: Floats, cov: Floats, base: Floats, x: Floats, seconds: float, side: int) -> int:
+    """One step of the filter: `x` took `seconds`. Returns 0, or the side of a sample that is set aside; `side` is that
+    of the one set aside before it."""
+    predicted, gain = _dot(x, mean), np.empty(4)
+    noise, error = (NOISE * predicted) ** 2, seconds - predicted
+    variance = _times(cov, x, gain) + noise
+    if abs(error) > SUSPECT_SIGMAS * math.sqrt(variance):
+        its = 1 if error > 0 else -1
+        if side != its:
+            return its
+        for i in range(4):
+            for j in range(4):
+                cov[i, j] += (error / predicted) ** 2 * mean[i] * mean[j]
+        variance = _times(cov, x, gain) + noise
+    # (I − g xᵀ) cov (I − x gᵀ) + noise g gᵀ: Joseph's form stays positive
+    for i in range(4):
+        for j in range(4):
+            cov[i, j] -= gain[i] / variance * gain[j]
+    rest = np.empty(4)
+    _times(cov, x, rest)
+    for i in range(4):
+        mean[i] = max(mean[i] + gain[i] / variance * error, MIN_SHARE * base[i])
+        for j in range(4):
+            cov[i, j] += (noise * gain[i] / variance - rest[i]) * gain[j] / variance
+    return 0
+
+
+@compiled
+def _at_time(
+    mean: Floats, cov: Floats, base: Floats, prior: Floats, typical: Floats, keep: float
+) -> tuple[float, float, float, float, float]:
+    """θ of which so much is kept, and σ of a typical step's time as a share of it."""
+    step, variance = 0.0, 0.0
+    theta = np.empty(4)
+    for i in range(4):
+        theta[i] = base[i] + keep * (mean[i] - base[i])
+        step += theta[i] * typical[i]
+        for j in range(4):
+            variance += typical[i] * typical[j] * (prior[i, j] + keep * keep * (cov[i, j] - prior[i, j]))
+    spread = math.sqrt(max(variance, 0.0)) / max(step, 1e-12)
+    return theta[0], theta[1], theta[2], theta[3], spread
+
+
+@compiled
+def _times(matrix: Floats, x: Floats, product: Floats) -> float:
+    """Fill `product` with matrix·x; returns xᵀ·matrix·x."""
+    for i in range(4):
+        product[i] = _dot(matrix[i], x)
+    return _dot(x, product)
+
+
+@compiled
+def _dot(x: Floats, y: Floats) -> float:
+    return float(x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3])

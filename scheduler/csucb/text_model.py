@@ -299,7 +299,8 @@ def mix(histogram: Floats, likelihood: Floats, errors: Floats, experts: Floats, 
     """Fill `mixed` (BINS,) with the experts' distributions, each weighed by `likelihood` (that of a hint), mixed; where
     there is a hint. Returns the three distributions, one per row; those asleep are zero."""
     each = np.zeros((3, BINS))
-    each[HISTOGRAM] = histogram
+    for i in range(BINS):
+        each[HISTOGRAM, i] = histogram[i]
     awake = experts[HISTOGRAM]
     if place[1] >= 0:
         shift(errors, place[1], place[0], each[TEXT])
@@ -450,6 +451,7 @@ def strongest(weights: Weights, codes: Codes, count: int) -> tuple[Codes, Floats
         while k > 0 and abs(move) > abs(moves[k - 1]):
             k -= 1
         if k < count:
-            at[k + 1 :], moves[k + 1 :] = at[k:-1].copy(), moves[k:-1].copy()
+            for i in range(count - 1, k, -1):
+                at[i], moves[i] = at[i - 1], moves[i - 1]
             at[k], moves[k] = j, move
     return at, moves

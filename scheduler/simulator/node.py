@@ -165,7 +165,15 @@ class SimulatedNode:
             tier=spec.tier,
             boot=f"{self.name}.{self._boots}",
             slots=spec.slots,
-            models=(ModelOffer(name="model", context=spec.context, kv_tokens=spec.kv_tokens, calibration=calibration),),
+            models=(
+                ModelOffer(
+                    name="model",
+                    context=spec.context,
+                    kv_tokens=spec.kv_tokens,
+                    chunk=spec.chunk,
+                    calibration=calibration,
+                ),
+            ),
             power=Power(
                 idle=table.idle_watts,
                 active=table.watts[spec.slots] - table.idle_watts,

@@ -41,6 +41,7 @@ def main() -> int:
         options.seed,
         policy=options.policy,
         real=True,
+        replicas=options.replicas,
         show=progress("PerLLM", len(blows), options.tasks),
     )
     figures = dict(outcome.figures)
@@ -51,7 +52,13 @@ def main() -> int:
         for name, peer in peers(folder, blows, options.tasks, options.seed).items():
             figures |= {f"celery_{name}_{what}": getattr(peer, what) for what in ("lost", "doubled", "stuck")}
             more["celery"][name] = asdict(peer)
-    emit("chaos", figures, {}, keep=options.record, **more)
+    emit(
+        "chaos" if options.replicas is None else f"chaos-failover-{options.replicas}",
+        figures,
+        {},
+        keep=options.record,
+        **more,
+    )
     if options.keep is None:
         shutil.rmtree(folder, ignore_errors=True)
     return 0 if outcome.good else 1
@@ -68,12 +75,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, help="plain Celery as well")
     parser.add_argument("--policy", help="of the scheduler (default: the one shipped)")
     parser.add_argument("--only", help="one kind of kill, as in server.power_cut")
+    about = (
+        "a primary with a replica and three sentinels, under this PERLLM_REPLICAS; blows on the server kill the primary"
+    )
+    parser.add_argument("--failover", type=int, metavar="N", dest="replicas", help=about)
     parser.add_argument("--keep", type=Path, help="run in this folder and keep it: logs, records, the server's files")
     options = parser.parse_args()
     if options.quick:
         options.kills, options.tasks = min(options.kills, QUICK["kills"]), min(options.tasks, QUICK["tasks"])
     options.record = options.kills >= LONG["kills"] and options.tasks >= LONG["tasks"] and options.only is None
-    options.peer = options.record if options.peer is None else options.peer
+    options.peer = options.record and options.replicas is None if options.peer is None else options.peer
     return options
 
 

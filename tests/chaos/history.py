@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-Fsync = Literal["always", "everysec"]
+#: What a server that ends by force may have forgotten: nothing; its last second; or what its replica had not yet, but
+#: no task that was accepted.
+Fsync = Literal["always", "everysec", "replica"]
 
 
 class Told(NamedTuple):

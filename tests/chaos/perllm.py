@@ -20,7 +20,7 @@ from chaos.history import History, Seen
 from chaos.observer import Observer, dump, unfinished
 from chaos.plan import Blow
 from chaos.producer import DEADLINE, read_records
-from chaos.server import FragileServer
+from chaos.server import FragileServer, MovingServer
 from chaos.world import Post, Show, Struck, World
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger.scheduler import DISPATCH_LEASE
@@ -108,17 +108,25 @@ def run(
     *,
     policy: str | None = None,
     real: bool,
+    replicas: int | None = None,
     show: Show,
 ) -> Outcome:
     """Let the blows fall on a fresh system while producers keep it busy with at least so many tasks; then let it
-    finish, stop it, and check it. The environment's PYTHONPATH must be ours."""
+    finish, stop it, and check it. The environment's PYTHONPATH must be ours. With `replicas`, which is PERLLM_REPLICAS,
+    the server is a primary with a replica and three sentinels, and every blow on it kills the primary."""
     folder.mkdir(parents=True, exist_ok=True)
-    server = FragileServer(folder / "server", users.rules())
+    server = (
+        FragileServer(folder / "server", users.rules())
+        if replicas is None
+        else MovingServer(folder / "server", users.rules(), waits=replicas > 0)
+    )
     # As shipped, but for bounds that a run of this length reaches.
     defaults = SchedulerSettings.model_fields | WorkerSettings.model_fields
     shipped = {n: defaults[n].default for n in ("policy", "lease", "heartbeat", "leader_ttl", "grace")}
     if policy is not None:
         shipped["policy"] = policy
+    if replicas is not None:
+        shipped["replicas"] = replicas
     bounds = {"retention_tasks": max(500, tasks // 10), "stream_length": 100_000, "snapshot_every": 1.0}
     with World(folder, server, cluster := Cluster(server.url, folder, **shipped, **bounds), []) as world:
         world.posts += _posts(cluster, folder, seed, real=real)
@@ -228,6 +236,10 @@ def recoveries(
                 times, since = noticed[blow.name], blow.at
             case ["scheduler", "kill"]:
                 times, since = sorted([*noticed["dispatched"], *takeovers]), blow.at
+            case ["server", "failover"]:
+                if (index := bisect_right(noticed["completed"], blow.until)) < len(noticed["completed"]):
+                    found[blow.kind].append((noticed["completed"][index] - blow.at, True))
+                continue
             case ["server", _]:
                 times, since = noticed["completed"], blow.until
             case _:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from support.replicated import Replicated
+
 from chaos.history import Fsync, Outage
 from perllm.broker.local.server import EmbeddedServer
 
@@ -85,6 +87,34 @@ class FragileServer:
                     self._sizes.append((time.monotonic(), path, path.stat().st_size))
             while len(self._sizes) > 3 * _UNSYNCED / _SAMPLE_EVERY:
                 self._sizes.popleft()
+
+
+class MovingServer:
+    """The same for a primary with a replica, which takes its place. Every blow kills the primary."""
+
+    def __init__(self, folder: Path, users: Sequence[str] = (), *, waits: bool) -> None:
+        self.outages: list[Outage] = []
+        self._fsync: Fsync = "replica" if waits else "everysec"
+        self._dead: int | None = None
+        self._servers = Replicated(folder, users)
+        self._servers.start()
+        self.url = self._servers.url
+
+    def answers(self) -> bool:
+        """Whether there is a primary that was not killed."""
+        return self._servers.primary not in (None, self._dead)
+
+    def revive(self) -> None:
+        """Let the one that was killed follow the new primary; returns when it does."""
+        assert self._dead is not None
+        self._servers.revive(self._dead)
+
+    def kill(self) -> None:
+        self.outages.append(Outage(time.time(), self._fsync))
+        self._dead = self._servers.kill()
+
+    def close(self) -> None:
+        self._servers.close()
 
 
 def _newest(folder: Path) -> Path | None:

@@ -16,7 +16,7 @@ from support.replay import POISON_STATUS
 from support.wait import PATIENCE
 
 from chaos.plan import Blow, Role
-from chaos.server import FragileServer
+from chaos.server import FragileServer, MovingServer
 from perllm.broker.errors import Unreachable
 
 #: Seconds without anything done after which nothing will be.
@@ -60,7 +60,7 @@ class Post:
 class World:
     """See the module's head. `posts` are filled in order; `cluster` is what starts their processes."""
 
-    def __init__(self, folder: Path, server: FragileServer, cluster: Cluster, posts: list[Post]) -> None:
+    def __init__(self, folder: Path, server: FragileServer | MovingServer, cluster: Cluster, posts: list[Post]) -> None:
         self.folder = folder
         self.server = server
         self.cluster = cluster
@@ -122,6 +122,14 @@ class World:
 
     def _strike_server(self, blow: Blow) -> None:
         at = time.time()
+        if isinstance(self.server, MovingServer):
+            self.server.kill()
+            self._tend_until(self.server.answers)
+            self.came_back(at)
+            self.struck.append(Struck("server.failover", "server", at, 0.0, time.time()))
+            self._tend_for(blow.pause)
+            self.server.revive()
+            return
         match blow.how:
             case "freeze":
                 self.server.freeze()
@@ -154,6 +162,13 @@ class World:
             if (left := until - time.monotonic()) <= 0:
                 return
             time.sleep(min(left, _LOOK_EVERY))
+
+    def _tend_until(self, reached: Callable[[], bool]) -> None:
+        give_up = time.monotonic() + PATIENCE
+        while not reached():
+            if time.monotonic() > give_up:
+                raise AssertionError("the server does not come back")
+            self._tend_for(_LOOK_EVERY)
 
     def tend(self) -> None:
         """Start those who are due, wake those who are due, see who has ended."""

@@ -443,8 +443,9 @@ def test_a_full_server_does_not_end_the_inbox_nor_lose_what_it_had_taken(
     redis_of(cluster.ledger).config_set("maxmemory", 1)
     try:
         inbox.signal(signal.SIGCONT)
-        cluster.watch(inbox, lambda: inbox.output.count("submission_delayed") > 4, "tries to hand them in")
-        assert redis_of(cluster.ledger).hlen("inbox:unacked") == 4  # who kills it now loses nothing
+        cluster.watch(inbox, lambda: inbox.output.count("fetching_delayed") > 1, "tries to fetch them")
+        redis = redis_of(cluster.ledger)
+        assert redis.hlen("inbox:unacked") + redis.llen("inbox") == 6  # who kills it now loses nothing
         with pytest.raises(OperationalError, match="maxmemory"):
             producer.send_task(GENERATE, kwargs={"prompt": "hello"}, queue="inbox", retry=False)
     finally:

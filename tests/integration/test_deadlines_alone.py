@@ -126,7 +126,7 @@ def test_the_api_answers_in_time_whatever_is_dead(own: EmbeddedServer, tmp_path:
         assert (late.status_code, late.json()["error"]["code"]) == (422, "task_expired")
         waiting = threads.submit(chat, 1.5)
         redis = redis_of(api.ledger)
-        eventually(lambda: redis.pubsub_channels("celery-task-meta-*"), "it waits")
+        eventually(lambda: redis.pubsub_channels(api.ledger.ended("*")), "it waits")
         with frozen(own):
             ready, metrics = threads.submit(http.get, "/ready"), http.get("/metrics")
             assert (metrics.status_code, ready.result().status_code) == (503, 503)

@@ -92,6 +92,12 @@ def test_a_generator_embeds_beside_where_its_pooling_is_set(tiny: Path) -> None:
         assert embedder.calibration != own.calibration
         assert alike(vectors(embed(engine, *TEXTS)), np.array([peer.embed(text, normalize=True) for text in TEXTS]))
         assert engine.generate("g", TaskSpec(prompt="hi", max_tokens=3), Stop(60)).completion_tokens == 3
+        totals = engine.counters()  # each has its part of them
+        assert totals.models[own.name].context_steps == totals.context_steps > 0
+        for total in ("steps", "prefilled", "sequence_steps"):
+            parts = [getattr(part, total) for part in totals.models.values()]
+            assert sum(parts) == getattr(totals, total) > max(parts)
+        assert None not in (own.chunk, embedder.chunk)
         for kind, name in (("embed", own.name), ("rerank", embedder.name), ("generate", embedder.name)):
             given: Any = {"prompt": "hi"} if kind == "generate" else {"inputs": ("a",)}
             given |= {"query": "q"} if kind == "rerank" else {}

@@ -217,8 +217,9 @@ def test_large_results_are_read_some_at_a_time(producer: Client, monkeypatch: py
     handles = producer.submit_many([{"kind": "embed", "inputs": ["a"] * 20}] * 9)
     assert all(h.result(timeout=60).state is State.SUCCEEDED for h in handles)
     monkeypatch.setattr(query, "READ_BYTES", 10_000)
-    groups = list(producer.ledger._readable_at_once([h.id for h in handles]))
+    groups = list(producer.ledger.readable_at_once([h.id for h in handles]))
     assert 1 < len(groups) < 9
+    assert {result.id for result in producer.wait(h.id for h in handles)} == {h.id for h in handles}
     found = producer.ledger.results([*(h.id for h in handles), "nobody"])
     assert [r and r.id for r in found] == [*(h.id for h in handles), None]
 
@@ -237,6 +238,8 @@ def test_the_command_embeds_texts_and_files(api: ApiProcess, tmp_path: Path) -> 
     done = command(api, "embed", *TEXTS, "--dimensions", "3")
     assert [len(json.loads(line)) for line in done.stdout.splitlines()] == [3, 3, 3]
     assert "3 vector(s)" in done.stderr
+    (task_id,) = api.ledger.ids(State.SUCCEEDED, newest=True, limit=1)
+    assert command(api, "result", task_id).stdout == done.stdout
     refused = command(api, "embed", "a", "--dimensions", "99")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "dimensions: 99" in refused.stderr

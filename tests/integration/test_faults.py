@@ -123,7 +123,7 @@ def test_who_waits_waits_on(
     with Client(proxy.url) as client, ThreadPoolExecutor(1) as thread:
         task = client.submit("hi", deadline=600)
         waiting = thread.submit(task.result, 60)
-        eventually(lambda: redis_of(ledger).pubsub_numsub(f"celery-task-meta-{task.id}")[0][1], "it listens")
+        eventually(lambda: redis_of(ledger).pubsub_numsub(ledger.ended(task.id))[0][1], "it listens")
         fault(proxy)
         ledger.cancel(task.id)
         assert waiting.result().state == "cancelled"
@@ -141,7 +141,7 @@ def test_who_awaits_waits_on(
             waiting = asyncio.create_task(task.result(60))
 
             def listens() -> bool:
-                return bool(redis_of(ledger).pubsub_numsub(f"celery-task-meta-{task.id}")[0][1])
+                return bool(redis_of(ledger).pubsub_numsub(ledger.ended(task.id))[0][1])
 
             await asyncio.to_thread(eventually, listens, "it listens")
             fault(proxy)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,17 +20,20 @@ from support.raw import redis_of
 from perllm.broker.api.settings import ApiSettings
 from perllm.broker.errors import InvalidTask, Unreachable
 from perllm.broker.inbox.arguments import Expired, fields_of, with_options
+from perllm.broker.inbox.events import Events
 from perllm.broker.inbox.followers import MAX_BYTES, MAX_SIGNATURES, Followers
+from perllm.broker.inbox.inbox import Inbox
 from perllm.broker.inbox.sender import Sender, Unsendable
 from perllm.broker.ledger import Ledger
-from perllm.broker.messages import MAX_DEADLINE
+from perllm.broker.messages import MAX_DEADLINE, State
+from perllm.broker.queues.app import make_app
 
 ANSWER = {"id": "t", "state": "succeeded", "output": {"text": "some text"}}
 
 
 @pytest.fixture
 def sender(settings: ApiSettings, ledger: Ledger) -> Iterator[Sender]:
-    one = Sender(settings, ledger)
+    one = Inbox(settings, ledger, Events(make_app(settings))).sender
     yield one
     one._app.close()
 
@@ -47,7 +49,12 @@ def followers(task_id: str = "t", **given: Any) -> Followers:
     return Followers.model_validate_json(found.checked(task_id).written())
 
 
-def messages(ledger: Ledger, queue: str = "inbox") -> list[tuple[str, list[Any]]]:
+def prompts(ledger: Ledger) -> dict[str, str | None]:
+    """Of all tasks."""
+    return {task.id: task.spec.prompt for task in ledger.legible(ledger.ids(State.PENDING))}
+
+
+def messages(ledger: Ledger, queue: str) -> list[tuple[str, list[Any]]]:
     """Of what was sent to a queue, oldest first: the id, and the positional arguments."""
     raw = [json.loads(entry) for entry in redis_of(ledger).lrange(queue, 0, -1)[::-1]]
     return [(one["headers"]["id"], json.loads(base64.b64decode(one["body"]))[0]) for one in raw]
@@ -55,19 +62,19 @@ def messages(ledger: Ledger, queue: str = "inbox") -> list[tuple[str, list[Any]]
 
 def test_what_is_sent_again_has_its_first_id(sender: Sender, ledger: Ledger) -> None:
     """So that a task of ours is one, however often an inbox dies between sending it and saying so."""
-    what = followers(
-        callbacks=[signature()], errbacks=[signature("my.note", queue="app.x")], chain=[signature(task_id="c")]
-    )
+    mine = [signature("my.task", queue="app.x"), signature()]
+    what = followers(callbacks=mine, errbacks=mine[:1], chain=[signature(task_id="c")])
+    first, second = (callback["options"]["task_id"] for callback in what.callbacks)
     for _ in range(2):
         sender.succeeded("t", what, ANSWER)
-    sent = messages(ledger)
-    assert Counter(i for i, _ in sent) == Counter({what.callbacks[0]["options"]["task_id"]: 2, "c": 2})
-    assert {json.dumps(args) for _, args in sent} == {json.dumps([ANSWER])}
+    assert prompts(ledger) == {second: "hi\n\nsome text", "c": "hi\n\nsome text"}
+    assert messages(ledger, "app.x") == [(first, [ANSWER])] * 2
+    what = followers(errbacks=mine[:1], chain=[signature(task_id="d")])
     for _ in range(2):
         sender.failed("t", what, "failed", "because")
-    assert messages(ledger, "app.x") == [(what.errbacks[0]["options"]["task_id"], ["t"])] * 2
+    assert messages(ledger, "app.x")[2:] == [(what.errbacks[0]["options"]["task_id"], ["t"])] * 2
     ledger.announce()
-    told = json.loads(redis_of(ledger).get("celery-task-meta-c") or b"")
+    told = json.loads(redis_of(ledger).get("celery-task-meta-d") or b"")
     assert (told["status"], told["result"]["exc_type"], told["result"]["exc_message"]) == (
         "FAILURE",
         "TaskFailed",
@@ -109,9 +116,9 @@ def test_a_chord_is_completed_once_however_its_parts_return(
                 server.delete("celery-taskset-meta-g.c")  # moves time: the claim of who died lapses
         server.config_set("maxmemory", 0)
     if failing is None:
-        assert messages(ledger) == [("body", [[f"text {n}" for n in range(PARTS)]])]
+        assert prompts(ledger) == {"body": "\n\n".join(["hi", *(f"text {n}" for n in range(PARTS))])}
     else:
-        assert messages(ledger) == []
+        assert prompts(ledger) == {}
         ledger.announce()
         told = json.loads(server.get("celery-task-meta-body") or b"")
         assert told["result"]["exc_type"] == "ChordError"
@@ -121,7 +128,7 @@ def test_a_chord_is_completed_once_however_its_parts_return(
 def test_celerys_own_workers_count_the_same_chord(sender: Sender, ledger: Ledger) -> None:
     """As they do, for parts that are tasks of the producer's own."""
     theirs = RedisBackend(app=sender._app, url=backends.by_url(sender._app.conf.result_backend)[1])
-    body = signature(task_id="body", queue="inbox")
+    body = signature("my.sum", task_id="body", queue="app.x")
     theirs.set_chord_size("g", 3)
     for n in range(3):
         if n == 1:
@@ -129,7 +136,7 @@ def test_celerys_own_workers_count_the_same_chord(sender: Sender, ledger: Ledger
         else:
             request = Context({"id": f"t{n}", "group": "g", "group_index": n, "chord": body})
             theirs.on_chord_part_return(request, "SUCCESS", f"theirs {n}")
-    assert messages(ledger) == [("body", [["theirs 0", "ours", "theirs 2"]])]
+    assert messages(ledger, "app.x") == [("body", [["theirs 0", "ours", "theirs 2"]])]
 
 
 # --- what somebody may have written

@@ -39,6 +39,8 @@ OPERATIONS = (
     "end",
     "sweep",
     "snapshot",
+    "take_back",
+    "distrust",
     "register",
     "beat",
     "claim",

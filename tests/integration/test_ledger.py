@@ -18,7 +18,7 @@ from support.wait import eventually
 from perllm.broker import functions
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import Dispatch, Ledger, weight
-from perllm.broker.ledger.scheduler import DISPATCH_LEASE, SWEEP_LIMIT, UNCLAIMED
+from perllm.broker.ledger.scheduler import DISPATCH_LEASE, SWEEP_LIMIT
 from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import Counters, Heartbeat, State, Submitted, TaskSpec, new_id
 from perllm.broker.queues.app import node_message
@@ -208,16 +208,11 @@ def test_work_that_hangs_beyond_its_deadline_is_renewed_no_more(ledger: Ledger) 
     assert ledger.beat(heartbeat, [(task_id, 1, "token")]) == [task_id]  # it is told to stop
 
 
-def dispatch(ledger: Ledger, task_id: str, attempt: int = 1, *, since: float = 0.0) -> str:
-    """Send a pending task to node n, as of so many seconds ago."""
+def dispatch(ledger: Ledger, task_id: str, attempt: int = 1) -> str:
+    """Send a pending task to node n."""
     message = node_message(task_id, attempt, "edge.n")
     sent = Dispatch(task_id, attempt, "n", "boot-1", "emulated", "edge.n", message, why())
-    ruling = ledger.dispatch(ledger.lead("test", 60) or 0, [sent])[0]
-    if ruling == "ok" and since:
-        at = ledger.now() - since
-        redis_of(ledger).hset(f"{prefix_of(ledger)}task:{task_id}", "dispatched", at)  # moves time
-        redis_of(ledger).zadd(f"{prefix_of(ledger)}in:dispatched", {task_id: at + UNCLAIMED})
-    return ruling
+    return ledger.dispatch(ledger.lead("test", 60) or 0, [sent])[0]
 
 
 def state_of(ledger: Ledger, task_id: str) -> str:
@@ -226,28 +221,52 @@ def state_of(ledger: Ledger, task_id: str) -> str:
     return str(record.state)
 
 
-def in_service(ledger: Ledger) -> bool:
-    return [draining for _, _, draining in ledger.nodes()] == [False]
-
-
 def test_waiting_too_long_in_a_nodes_queue_is_no_strike(ledger: Ledger) -> None:
-    """Two run, as many as the node has slots for; a third may wait behind them, but not for ever."""
-    runs = [submit(ledger, deadline=3600) for _ in range(2)]
-    for task_id in runs:
-        run(ledger, task_id)
+    ledger.register(node_info("n"))
     waits = submit(ledger, deadline=3600)
-    assert dispatch(ledger, waits, since=UNCLAIMED + 1) == "ok"
-    assert ledger.sweep() == 1
-    assert state_of(ledger, waits) == "dispatched"
-    assert ledger.sweep() == 0
-    redis_of(ledger).hset(f"{prefix_of(ledger)}task:{waits}", "dispatched", ledger.now() - DISPATCH_LEASE - 1)
+    assert dispatch(ledger, waits) == "ok"
+    until = redis_of(ledger).zscore(f"{prefix_of(ledger)}in:dispatched", waits)
+    assert until == pytest.approx(ledger.now() + DISPATCH_LEASE, abs=2)
     lapse(ledger, waits, "dispatched")
     assert ledger.sweep() == 1
     record = ledger.task(waits)
     assert record is not None
     assert (record.state, record.strikes, record.node) == ("pending", 0, None)
     assert ledger.claim(waits, 1, "n", "token") is None
-    assert in_service(ledger)
+
+
+def test_what_a_node_does_not_take_up_is_taken_back_unless_it_is_claimed_after_all(ledger: Ledger) -> None:
+    ledger.register(node_info("n"))
+    epoch = ledger.lead("test", 60) or 0
+    waits, claimed, late = (submit(ledger, deadline=3600) for _ in range(3))
+    for task_id in (waits, claimed, late):
+        assert dispatch(ledger, task_id) == "ok"
+    assert ledger.claim(claimed, 1, "n", "token") is not None
+    ledger.cancel(late)
+    taken = [(task_id, 1) for task_id in (waits, claimed, late)] + [(waits, 2), ("nobody", 1)]
+    assert ledger.take_back(epoch, taken, "no reason") == ["ok", "refused", "refused", "refused", "refused"]
+    assert ledger.take_back(epoch - 1, [(claimed, 1)], "no reason") == ["not_leader"]
+    record = ledger.task(waits)
+    assert record is not None
+    assert (record.state, record.strikes, record.node) == ("pending", 0, None)
+    assert ledger.claim(waits, 1, "n", "token") is None
+    assert state_of(ledger, claimed) == "running"
+
+
+def test_a_node_is_distrusted_until_it_is_told_otherwise_or_starts_anew(ledger: Ledger) -> None:
+    for name in ("n", "m"):
+        ledger.register(node_info(name))
+    epoch = ledger.lead("test", 60) or 0
+    ledger.distrust(epoch, "n", "boot-1", "it sleeps")
+    ledger.distrust(epoch, "m", "boot-0", "of a former life")
+    ledger.distrust(epoch - 1, "m", "boot-1", "by a former leader")
+    ledger.distrust(epoch, "nobody", "boot-1", "it is not there")
+    assert ledger.distrusted(["n", "m", "nobody"]) == {"n": "it sleeps"}
+    ledger.distrust(epoch, "n", "boot-1", "")
+    assert ledger.distrusted(["n", "m"]) == {}
+    ledger.distrust(epoch, "n", "boot-1", "it sleeps")
+    ledger.register(node_info("n"))
+    assert ledger.distrusted(["n"]) == {}
 
 
 def test_what_is_dispatched_ends_with_its_deadline(ledger: Ledger) -> None:
@@ -260,42 +279,6 @@ def test_what_is_dispatched_ends_with_its_deadline(ledger: Ledger) -> None:
     lapse(ledger, task_id, "dispatched")
     assert ledger.sweep() == 1
     assert state_of(ledger, task_id) == "expired"
-
-
-def test_a_node_that_takes_up_nothing_rests_ever_longer(ledger: Ledger) -> None:
-    ledger.register(node_info("n"))
-    heartbeat = Heartbeat(at=0, node="n", boot="boot-1", counters=Counters())
-    pauses, attempt, key = [], 1, f"{prefix_of(ledger)}node:n"
-    stuck, beside = submit(ledger, deadline=3600), submit(ledger, deadline=3600)
-    for _ in range(7):
-        dispatch(ledger, beside, attempt)
-        dispatch(ledger, stuck, attempt, since=UNCLAIMED + 1)
-        attempt += 1
-        assert ledger.sweep() == 1
-        assert (state_of(ledger, stuck), state_of(ledger, beside)) == ("pending", "pending")
-        assert dispatch(ledger, stuck, attempt) == "node_gone"
-        assert ledger.beat(heartbeat, []) == []
-        assert not in_service(ledger)
-        pauses.append(round(float(redis_of(ledger).hget(key, "rests") or 0) - ledger.now()))
-        redis_of(ledger).hset(key, "rests", ledger.now() - 1)  # moves time
-        assert ledger.beat(heartbeat, []) == []
-        assert in_service(ledger)
-    assert pauses == pytest.approx([15, 30, 60, 120, 240, 300, 300], abs=2)
-    downs = [e for _, e in ledger.events("0-0") if e.type == "node_down"]
-    assert len(downs) == 7
-    assert "takes up nothing" in downs[0].reason
-    record = ledger.task(stuck)
-    assert record is not None
-    assert record.strikes == 0
-    run(ledger, beside, attempt)  # it works again, so the next time is the first
-    dispatch(ledger, stuck, attempt)
-    redis_of(ledger).hset(key, "claimed", ledger.now() + 1)  # after it began to rest
-    redis_of(ledger).hset(f"{prefix_of(ledger)}task:{stuck}", "dispatched", ledger.now() - 99)
-    assert ledger.sweep() == 0
-    lapse(ledger, stuck, "dispatched")
-    assert ledger.sweep() == 1
-    assert state_of(ledger, stuck) == "pending"
-    assert in_service(ledger), "it has claimed since: only this message was lost"
 
 
 def test_a_sweep_is_bounded_and_ends(ledger: Ledger) -> None:
@@ -335,6 +318,27 @@ def test_room_for_embeddings_is_kept_from_the_submission_on(ledger: Ledger) -> N
     assert held() < 15_000
     ledger.forget(crafted[0])
     assert held() == 0
+
+
+def test_an_end_is_told_to_who_waits_without_its_result(ledger: Ledger) -> None:
+    """Results may be megabytes, and the server cuts a subscriber that is sent too much."""
+    done, gone = submit(ledger), submit(ledger)
+    subscription = redis_of(ledger).pubsub(ignore_subscribe_messages=True)
+    subscription.subscribe(ledger.ended(done), ledger.ended(gone))
+    run(ledger, done)
+    assert ledger.complete(done, 1, "token", "succeeded", output("x" * 100_000), receipt("n")) == "ok"
+    ledger.cancel(gone)
+    ledger.announce()
+    heard: list[tuple[bytes, bytes]] = []
+
+    def both() -> bool:
+        if (message := subscription.get_message(timeout=0.1)) is not None:
+            heard.append((message["channel"], message["data"]))
+        return len(heard) == 2
+
+    eventually(both, "both ends are told")
+    assert heard == [(ledger.ended(done).encode(), b"succeeded"), (ledger.ended(gone).encode(), b"cancelled")]
+    subscription.close()
 
 
 def test_a_key_lives_as_long_as_its_task(ledger: Ledger, settings: Settings) -> None:

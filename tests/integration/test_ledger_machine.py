@@ -146,7 +146,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.holder = 0
         self.epoch = self.ledger.lead("holder-0", 60) or 0
         self.listener: redis.client.PubSub = self.redis.pubsub(ignore_subscribe_messages=True)
-        patterns = ("celery-task-meta-*", f"{self.p}signal:*", "sync")
+        patterns = ("celery-task-meta-*", f"{self.p}signal:*", f"{self.p}ended:*", "sync")
         self.listener.psubscribe(*patterns)
         for _ in patterns:
             assert self.listener.get_message(timeout=10) is None  # the confirmation, ignored
@@ -163,6 +163,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.totals[state] += 1
         if not task.withdrawn:
             self.show(task.id)
+            self.announced.append((self.ledger.ended(task.id), state))
             self.let_follow(task.id, unseen=task.celery and state != "succeeded" and not task.begun)
 
     def show(self, task_id: str) -> None:
@@ -229,6 +230,7 @@ class LedgerMachine(RuleBasedStateMachine):
             "forget": bool(there),
             "expire": bool(unfinished),
             "decide_to_end": bool(there),
+            "take_back": 1 if there["dispatched"] else bool(self.attempts()),
             "hear_of_cancellations": bool(self.untold or self.refused),
             "refuse": 1,
             "follow": 2 * bool(self.to_follow),
@@ -355,9 +357,9 @@ class LedgerMachine(RuleBasedStateMachine):
         for task_id, node in self.untold.items():
             if node is not None:
                 self.announced.append((f"{self.p}signal:{node}", task_id))
-            if task_id in self.tasks:
+            if (task := self.tasks.get(task_id)) is not None:
                 self.show(task_id)
-            task = self.tasks.get(task_id)
+                self.announced.append((self.ledger.ended(task_id), task.state))
             self.let_follow(task_id, unseen=task is not None and task.celery and not task.begun)
         self.untold.clear()
         for task_id in self.refused.keys() - self.tasks.keys() - self.told:
@@ -430,6 +432,17 @@ class LedgerMachine(RuleBasedStateMachine):
         if ruling == "ok":
             self.end(task, state)
         assert self.ledger.end(self.epoch - (not right_epoch), [End(task.id, state, why("reject"))]) == [ruling]
+
+    def take_back(self, data: st.DataObject) -> None:
+        task = self.one_in(data, "dispatched")
+        number, _, _ = self.an_attempt(data, task)
+        right_epoch = likely(data)
+        ruling = "not_leader"
+        if right_epoch:
+            ruling = "ok" if (task.state, task.attempt) == ("dispatched", number) else "refused"
+        if ruling == "ok":
+            self.give_back(task, "lease_expired", strike=False)
+        assert self.ledger.take_back(self.epoch - (not right_epoch), [(task.id, number)], "idle") == [ruling]
 
     def hear_of_cancellations(self, data: st.DataObject) -> None:
         self.announce()

@@ -23,9 +23,10 @@ from support.wait import eventually
 
 from perllm.broker.ledger import Dispatch, Leader, Ledger
 from perllm.broker.local.server import EmbeddedServer
-from perllm.broker.messages import Completed, Dispatched, State, TaskSpec, new_id
+from perllm.broker.messages import Completed, Counters, Dispatched, Heartbeat, State, TaskSpec, new_id
 from perllm.broker.queues.app import node_message
 from perllm.scheduler import service as service_module
+from perllm.scheduler.core import pace
 from perllm.scheduler.core.scheduler import Decision, SchedulerCore
 from perllm.scheduler.policies import describe_policy, make_policy
 from perllm.scheduler.service import Service, _LeaderLease, _LeaderSession, _NotLeader
@@ -170,6 +171,43 @@ def test_a_draining_node_gets_nothing_more(stage: Stage) -> None:
     stage.ledger.drain("a", "boot-1", "stopping")
     stage.ledger.register(node_info("b"))
     assert stage.placed(task_id) == ("b", 2)
+
+
+def test_what_a_node_does_not_take_up_goes_elsewhere_and_the_node_is_distrusted(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It beats all the same. Also by the next leader, until it takes up what it is sent."""
+    for patience in ("FIRST_PATIENCE", "LEAST_PATIENCE"):
+        monkeypatch.setattr(pace, patience, 0.1)
+    stage.start()
+    stage.ledger.register(node_info("hole"))
+    ids = stage.submit(3)
+    assert [stage.placed(i) for i in ids] == [("hole", 1)] * 3
+    stage.ledger.register(node_info("good"))
+    alive = Heartbeat(at=0, node="hole", boot="boot-1", counters=Counters())
+
+    def elsewhere() -> bool:
+        stage.ledger.beat(alive, [])
+        return all(stage.placed(i) == ("good", 2) for i in ids)
+
+    eventually(elsewhere, "they are placed anew")
+    assert "took up none of 3" in eventually(lambda: stage.ledger.distrusted(["hole", "good"]), "it is noted")["hole"]
+    record = stage.ledger.task(ids[0])
+    assert record is not None
+    assert record.why is not None
+    assert [(c.node, c.feasible) for c in record.why.candidates] == [("good", True), ("hole", False)]
+    assert "took up none of 3" in record.why.candidates[1].note
+    cores = stage.restart().cores
+
+    def known() -> bool:
+        hole = cores[-1].cluster.nodes.get("hole") if cores else None
+        return hole is not None and "took up none" in hole.pace.distrust
+
+    eventually(known, "the next leader knows it")
+    (probe,) = stage.submit()
+    assert stage.placed(probe) == ("hole", 1)
+    stage.complete(probe)
+    eventually(lambda: not stage.ledger.distrusted(["hole"]), "it is trusted again")
 
 
 def test_a_restarted_node_is_sent_work_under_its_new_name_tag(stage: Stage) -> None:
@@ -348,10 +386,10 @@ def test_a_stream_too_short_to_tell(stage: Stage, kept: int) -> None:
         "{}",
         '{"core": {"policy": "least-loaded", "state": {}}, "position": "0-0"}',  # of the release before formats
         '{"core": {"format": 1000, "policy": "least-loaded", "state": {}}, "position": "0-0"}',
-        '{"core": {"format": 2, "policy": "another", "state": {}}, "position": "0-0"}',
-        '{"core": {"format": 2, "policy": "least-loaded", "state": 5}, "position": "0-0"}',
-        '{"core": {"format": 2, "policy": "least-loaded", "state": {}}, "position": "yesterday"}',
-        '{"core": {"format": 2, "policy": "least-loaded", "state": {}}}',
+        '{"core": {"format": 3, "policy": "another", "state": {}}, "position": "0-0"}',
+        '{"core": {"format": 3, "policy": "least-loaded", "state": 5}, "position": "0-0"}',
+        '{"core": {"format": 3, "policy": "least-loaded", "state": {}}, "position": "yesterday"}',
+        '{"core": {"format": 3, "policy": "least-loaded", "state": {}}}',
     ],
 )
 def test_an_unusable_snapshot_is_passed_over(stage: Stage, snapshot: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def test_results_waited_for_one_by_one_share_one_connection(server: Server, ledg
         return int(redis.info("stats")["total_connections_received"])
 
     def ended(task_id: str) -> State:
-        eventually(lambda: redis.pubsub_numsub(f"celery-task-meta-{task_id}")[0][1], "it is waited for")
+        eventually(lambda: redis.pubsub_numsub(ledger.ended(task_id))[0][1], "it is waited for")
         ledger.cancel(task_id)
         ledger.announce()  # as the scheduler does
         return State.CANCELLED

@@ -20,6 +20,7 @@ from support.raw import redis_of
 from support.servers import DebianRedis, skip_without_debian_redis
 from support.wait import PATIENCE, eventually
 
+from perllm.broker.celery import KEPT
 from perllm.broker.connection import check
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import Ledger
@@ -27,7 +28,7 @@ from perllm.broker.local.server import EmbeddedServer
 from perllm.broker.messages import TaskSpec
 from perllm.broker.queues.app import node_message
 from perllm.broker.queues.events import Dispatcher
-from perllm.broker.queues.transport import NodeTransport
+from perllm.broker.queues.transport import NodeTransport, Transport, _QoS
 from perllm.broker.settings import Settings
 
 PASSWORD = "p@ss:w/rd?#%"  # each of these means something in a URL
@@ -127,6 +128,38 @@ def test_one_trip_to_the_server_brings_as_many_messages_as_there_are_places(ledg
                 message.ack()
             connection.drain_events(timeout=PATIENCE)
             assert [message.headers["id"] for message in taken] == sent[:20]
+
+
+def test_what_a_killed_inbox_had_moved_and_not_noted_goes_back(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, taken = redis_of(ledger), list[kombu.Message]()
+
+    def die(*_: object) -> None:
+        raise SystemExit
+
+    def consume_one() -> None:
+        with kombu.Connection(ledger.settings.celery_url, transport_options=KEPT) as connection:
+            connection.transport_cls = Transport
+            queues = [kombu.Queue("inbox")]
+            consumer = kombu.Consumer(connection.default_channel, queues, on_message=taken.append, auto_declare=False)
+            with consumer:
+                connection.default_channel.qos.restore_visible()
+                connection.drain_events(timeout=PATIENCE)
+                assert server.zcard("inbox:takers") == 1
+                assert (server.hlen("inbox:unacked"), server.keys("inbox:taken:*")) == (1, [])
+                taken[0].ack()
+
+    server.lpush("inbox\x06\x163", node_message("t", 1, "inbox"))
+    with monkeypatch.context() as patch:
+        patch.setattr(_QoS, "_note", die)
+        with pytest.raises(SystemExit):
+            consume_one()
+    (left,) = server.zrange("inbox:takers", 0, -1)
+    assert server.llen(left) == 1
+    server.zadd("inbox:takers", {left: 0})
+    server.delete("inbox:unacked_mutex")
+    consume_one()
+    assert [message.headers["id"] for message in taken] == ["t"]
+    assert sorted(server.keys("inbox*")) == [b"inbox:takers", b"inbox:unacked_mutex"]
 
 
 def test_who_makes_an_event_never_waits_for_the_server(server: EmbeddedServer | DebianRedis) -> None:

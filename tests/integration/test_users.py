@@ -45,6 +45,8 @@ OPERATIONS: dict[str, Callable[[Ledger], object]] = {
     "sweep": lambda x: x.sweep(),
     "announce": lambda x: x.announce(),
     "snapshot": lambda x: x.save_snapshot(1, {"learned": 1}),
+    "take_back": lambda x: x.take_back(1, [("dispatched", 1)], "not taken up"),
+    "distrust": lambda x: x.distrust(1, "n", "boot-1", "it takes up nothing"),
     "register": lambda x: x.register(node_info("m")),
     "beat": lambda x: x.beat(BEAT, [("running", 1, "token")]),
     "claim": lambda x: x.claim("dispatched", 1, "n", "token"),
@@ -60,7 +62,7 @@ MAY = {
     "api": {"submit", "cancel", "expire", "forget"},
     "webhooks": set[str](),
     "inbox": {"submit", "cancel", "expire", "revoke", "refuse", "follow", "followed"},
-    "scheduler": {"lead", "resign", "dispatch", "end", "sweep", "announce", "snapshot"},
+    "scheduler": {"lead", "resign", "dispatch", "end", "sweep", "announce", "snapshot"} | {"take_back", "distrust"},
     "worker": {"register", "beat", "claim", "say", "complete", "fail", "hand_back", "drain", "leave", "revoke"}
     | {"sweep"},
     "monitor": set[str](),

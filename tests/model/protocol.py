@@ -160,6 +160,14 @@ class Ledger:
         queue = tuple(sorted((*w.queues[n], (i, attempt))))
         return w._replace(tasks=put(w.tasks, i, task), queues=put(w.queues, n, queue)), "ok"
 
+    def take_back(self, w: World, epoch: int, i: int, attempt: int) -> tuple[World, str]:
+        task = w.tasks[i]
+        if epoch != w.epoch:
+            return w, "not_leader"
+        if task.state != "dispatched" or task.attempt != attempt:
+            return w, "refused"
+        return self._give_back(w, i, strike=False), "ok"
+
     def reject(self, w: World, epoch: int, i: int) -> tuple[World, str]:
         if epoch != w.epoch:
             return w, "not_leader"
@@ -358,6 +366,10 @@ def _scheduler(w: World, ledger: Ledger, s: int) -> Iterator[Step]:
     if mended:
         yield Action("sweep", (s,), mended), after, True
     for i, task in enumerate(w.tasks):
+        if task.state == "dispatched" and w.faults:  # it believes that its node does not take it up
+            after, reply = ledger.take_back(w, me.epoch, i, task.attempt)
+            if reply == "ok":
+                yield Action("take back", (s, i, task.attempt), reply), _fault(after), False
         if task.state != "pending":
             continue
         if w.faults:  # its own decision that no node will do

@@ -45,6 +45,8 @@ class Stage:
                 return self.ledger.lead(f"s{s}", 600) or 0
             case "sweep", _:
                 return self.ledger.sweep()
+            case "take back", (s, i, attempt):
+                return self.ledger.take_back(before.schedulers[s].epoch, [(f"t{i}", attempt)], "idle")[0]
             case "reject", (s, i):
                 return self.reject(before.schedulers[s].epoch, i)
             case "dispatch", (s, i, attempt, n):
@@ -234,6 +236,7 @@ def _odd_call(stage: Stage, model: Ledger, w: World, chance: random.Random) -> t
             "dispatch",
             "dispatch",
             "reject",
+            "take back",
             "claim",
             "complete",
             "fail",
@@ -253,6 +256,9 @@ def _odd_call(stage: Stage, model: Ledger, w: World, chance: random.Random) -> t
         case "reject":
             after, reply = model.reject(w, epoch, i)
             name, answer = "reject", stage.reject(epoch, i)
+        case "take back":
+            after, reply = model.take_back(w, epoch, i, attempt)
+            name, answer = "take back", stage.ledger.take_back(epoch, [(f"t{i}", attempt)], "idle")[0]
         case "claim":
             after, reply = model.claim(w, i, attempt, n, boot)
             name, answer = "claim", stage.attempt("claim", n, i, attempt, boot)

@@ -31,7 +31,7 @@ EVERYTHING = {
     "fail: ok", "fail: void", "hand back: ok", "beat: ok", "beat: stop", "register: True", "stop", "leave", "restart",
     "kill the worker", "kill the scheduler", "cancel: pending", "cancel: dispatched", "cancel: running",
     "a lease lapses", "a deadline passes", "a node falls silent", "leadership lapses", "sweep: 1",
-    "lead: 2", "lead, reply lost: 2", "expire: 1", "beat: ok, unled: 1",
+    "lead: 2", "lead, reply lost: 2", "expire: 1", "beat: ok, unled: 1", "take back: ok",
 }  # fmt: skip
 
 

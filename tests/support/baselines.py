@@ -25,7 +25,7 @@ def node(
     for i in range(held):
         flight = task(f"{name}-{i}")
         flight.node, flight.dispatched = name, 0.0
-        made.hold(flight)
+        made.hold(flight, 0.0)
     return made
 
 

@@ -92,5 +92,6 @@ POISON: dict[str, bytes] = {
     "delivery info that is text": _properties(delivery_info="x"),
     "a body encoding nobody knows": _properties(body_encoding="rot13"),
     "a body encoding that is a number": _properties(body_encoding=5),
+    "a header that is no decimal": _broken(x={"__type__": "decimal", "__value__": "x"}),
     "a reply wanted nowhere": _properties(reply_to={"a": 1}),
 }

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit, urlunsplit
 import redis
 
 from perllm.broker import functions
+from perllm.broker.connection import connect
+from perllm.broker.settings import Settings
 
 FILE = Path(__file__).parents[2] / "compose" / "users.acl"
 #: Where the user of an application with Celery workers of its own is described.
@@ -39,7 +41,7 @@ def create(url: str) -> None:
 
 def known(url: str) -> bool:
     """Whether the server has these users."""
-    with redis.Redis.from_url(url) as admin:
+    with connect(Settings(redis_url=url)) as admin:
         return set(ROLES) <= {_text(u) for u in admin.acl_users()}
 
 
@@ -51,7 +53,7 @@ def url_of(role: str, url: str) -> str:
 
 def denied(url: str) -> list[str]:
     """What the server has refused since last asked: user and what it wanted."""
-    with redis.Redis.from_url(url) as admin:
+    with connect(Settings(redis_url=url)) as admin:
         log = admin.acl_log()
         admin.acl_log_reset()
     return sorted({f"{_text(e['username'])}: {_text(e['reason'])} {_text(e['object'])}" for e in log})

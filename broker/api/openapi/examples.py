@@ -190,6 +190,7 @@ NODE = {
     "energy": {"joules": 5310.4, "method": "cpu-model", "estimated": True},
     "draining": False,
     "state": "up",
+    "distrusted": None,
     "models": [MODEL],
     "capabilities": {MODEL: CAPABILITIES},
 }

@@ -22,10 +22,12 @@ async def list_nodes(api: TheApi, caller: TheCaller) -> Response:
     """The live nodes and what their last heartbeats reported, then those that died without a word."""
     data: list[dict[str, Any]] = []
 
-    def look() -> tuple[list[tuple[NodeInfo, Heartbeat | None, bool]], list[Gone]]:
-        return api.ledger.nodes(), [gone for gone in api.ledger.gone() if not gone.left]
+    def look() -> tuple[list[tuple[NodeInfo, Heartbeat | None, bool]], list[Gone], dict[str, str]]:
+        nodes = api.ledger.nodes()
+        dead = [gone for gone in api.ledger.gone() if not gone.left]
+        return nodes, dead, api.ledger.distrusted([info.name for info, _, _ in nodes])
 
-    live, dead = await api.slow.run(caller.tenant, look)
+    live, dead, distrusted = await api.slow.run(caller.tenant, look)
     for info, beat, draining in (*live, *((gone.info, None, False) for gone in dead)):
         counters = beat.counters if beat else Counters()
         data.append(
@@ -43,6 +45,7 @@ async def list_nodes(api: TheApi, caller: TheCaller) -> Response:
                     "estimated": info.power.estimated,
                 },
                 "draining": draining,
+                "distrusted": distrusted.get(info.name),
                 "state": "draining" if draining else "up" if len(data) < len(live) else "dead",
                 "models": [offer.name for offer in info.models],
                 "capabilities": {offer.name: sorted(offer.capabilities) for offer in info.models},

@@ -19,7 +19,7 @@ SECRET = "hunter2"
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        (f"http://:{SECRET}@host", "must begin with redis://, rediss:// or unix://"),
+        (f"http://:{SECRET}@host", "must begin with redis://, rediss://, unix:// or sentinel://"),
         ("", "must begin with"),
         (f"redis://:{SECRET}@host:99999", "Port out of range"),
         (f"redis://:{SECRET}@host:port", "redis://host:6379/0"),
@@ -28,6 +28,10 @@ SECRET = "hunter2"
         ("redis://[::1", "Invalid IPv6"),
         ("unix://", "unix:///run/redis.sock"),
         ("unix://run/redis.sock", "by its whole path"),
+        (f"sentinel://:{SECRET}@host,other", "must name sentinels and their primary"),
+        (f"sentinel://:{SECRET}@host,other:x/tasks", "'other:x' is no host and port"),
+        ("sentinel://host,/tasks", "lacks its host"),
+        ("sentinel://host/tasks/one", "must name sentinels and their primary"),
     ],
 )
 def test_a_bad_url_is_one_line_without_its_secret(monkeypatch: pytest.MonkeyPatch, url: str, says: str) -> None:
@@ -80,6 +84,11 @@ def test_an_error_names_the_variable(monkeypatch: pytest.MonkeyPatch, variable: 
             "rediss://host?ssl_ca_certs=%2Fca.pem&ssl_cert_reqs=required",
         ),
         ("rediss://host?ssl_cert_reqs=none", "rediss://host:6379", "rediss://host?ssl_cert_reqs=none"),
+        (
+            "sentinel://user:p%40ss@a,[::1]:7000/tasks/2?sentinel_password=x",
+            "sentinel://a:26379,[::1]:7000/tasks",
+            "sentinel://user:p%40ss@a:26379/2;sentinel://user:p%40ss@[::1]:7000/2",
+        ),
         ("unix:///run/r.sock", "unix:///run/r.sock", "redis+socket:///run/r.sock?virtual_host=0"),
         ("unix://u:p@/run/r.sock?db=3", "unix:///run/r.sock", "redis+socket://u:p@/run/r.sock?virtual_host=3"),
     ],

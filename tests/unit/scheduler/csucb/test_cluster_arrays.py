@@ -10,6 +10,7 @@ from perllm.scheduler import examples
 from perllm.scheduler.core.cluster import Demand, Node, Task
 from perllm.scheduler.csucb.cluster_arrays import ArmEstimate, ClusterArrays, NodeEstimate
 from perllm.scheduler.csucb.output_lengths import Lengths
+from perllm.scheduler.csucb.usual_costs import UsualCosts
 
 
 def node(name: str, models: int = 1) -> Node:
@@ -33,10 +34,11 @@ def arrays() -> ClusterArrays:
             arrival_prompt=100.0,
             arrival_output=60.0,
             slot_price=0.0,
+            stay=0.0,
             throughput=1.0,
         )
 
-    return ClusterArrays(Lengths(), estimate)
+    return ClusterArrays(Lengths(), UsualCosts(), estimate)
 
 
 #: Given, and the same however the tasks came there (rows of lengths are numbered as first asked for).
@@ -44,7 +46,7 @@ GIVEN = ["dispatched", "claimed", "generated", "prompt_tokens", "payload_bytes",
 
 
 def rows_of(of: ClusterArrays, a: Node) -> np.ndarray:
-    (candidate,) = of.candidates((a,), Demand())
+    (candidate,) = of.offers((a,), Demand())
     first, count = of.nodes[candidate["node"]][["first", "count"]].item()
     return of.in_flight[first : first + count][GIVEN]
 
@@ -55,7 +57,7 @@ def test_rows_follow_the_tasks(happenings: list[tuple[str, int]]) -> None:
     kept, a = arrays(), node("a")
     other = node("b")
     other.in_flight = {f"x{i}": task(50 + i) for i in range(3)}
-    kept.candidates((a, other), Demand())
+    kept.offers((a, other), Demand())
     for number, (what, which) in enumerate(happenings):
         ids = list(a.in_flight)
         if what == "add":
@@ -87,7 +89,7 @@ def test_a_gap_is_closed() -> None:
 
 def test_nothing_is_worked_out_twice_and_a_change_is_seen() -> None:
     kept, a = arrays(), node("a")
-    kept.candidates((a,), Demand())
+    kept.offers((a,), Demand())
     a.in_flight["t"] = task(1)
     assert len(rows_of(kept, a)) == 0  # not said to have changed
     a.touch(1.0)
@@ -96,15 +98,15 @@ def test_nothing_is_worked_out_twice_and_a_change_is_seen() -> None:
 
 def test_each_model_of_a_node_has_its_arm() -> None:
     kept, a, b = arrays(), node("a", models=2), node("b", models=2)
-    first, second = kept.candidates((a, b), Demand()), kept.candidates((a, b), Demand("m1"))
+    first, second = kept.offers((a, b), Demand()), kept.offers((a, b), Demand("m1"))
     assert (second["arm"] - first["arm"]).tolist() == [1, 1]
 
 
 def test_nodes_that_come_and_go_do_not_fill_the_memory() -> None:
     kept = arrays()
     for i in range(3000):
-        kept.candidates((node(f"n{i}"),), Demand())
+        kept.offers((node(f"n{i}"),), Demand())
     for _ in range(3000):
-        kept.candidates((node("same"),), Demand())
+        kept.offers((node("same"),), Demand())
     assert len(kept._entries) < 200
     assert len(kept.arms) < 1000

@@ -14,6 +14,7 @@ from perllm.broker.messages import (
     Dispatched,
     Ended,
     Heartbeat,
+    NodeDown,
     NodeInfo,
     NodeUp,
     Power,
@@ -96,9 +97,9 @@ def where(decisions: list[Decision]) -> str | None:
 
 
 def test_of_equals_the_cheaper_and_in_need_the_faster() -> None:
-    nodes = (info("dear", step=0.01, watts=900.0), info("cheap", step=0.02, watts=50.0))
+    nodes = (info("dear", step=0.01, watts=150.0), info("cheap", step=0.02, watts=50.0))
     assert where(submit(core_with(*nodes), "t", 1.0, left=30.0)) == "cheap"
-    assert where(submit(core_with(*nodes, value_weight=6.0), "t", 1.0, left=1.2, max_tokens=60)) == "dear"
+    assert where(submit(core_with(*nodes, value_weight=6.0), "t", 1.0, left=0.8, max_tokens=60)) == "dear"
 
 
 def test_harm_to_those_already_there_counts() -> None:
@@ -244,9 +245,49 @@ def test_a_node_that_takes_no_time_at_all_takes_every_task() -> None:
 
 
 def test_memory_spoken_for_is_not_promised_again() -> None:
-    core = core_with(info("small", kv_tokens=400, watts=10.0), info("large", watts=500.0))
-    assert where(submit(core, "t", 1.0, prompt_tokens=250)) == "small"
-    assert where(submit(core, "u", 1.0, prompt_tokens=250)) == "large"
+    core = core_with(info("small", kv_tokens=400, watts=100.0), info("large", watts=200.0))
+    assert where(submit(core, "t", 1.0, left=5.0, prompt_tokens=250)) == "small"
+    assert where(submit(core, "u", 1.0, left=5.0, prompt_tokens=250)) == "large"
+
+
+def test_nobody_waits_for_a_node_that_takes_up_nothing() -> None:
+    core = core_with(info("cheap", kv_tokens=400, watts=100.0), info("dear", watts=300.0))
+    assert where(submit(core, "first", 1.0, prompt_tokens=250)) == "cheap"
+    core.distrust("cheap", "it took up nothing", 1.0)
+    assert where(submit(core, "patient", 1.0, left=300.0, prompt_tokens=250)) == "dear"
+
+
+def test_who_has_time_waits_for_room_on_a_node_that_is_cheaper_and_soon_enough() -> None:
+    """And goes where there is room when it has not, or when that node is gone."""
+    core = core_with(info("cheap", kv_tokens=400, watts=100.0), info("dear", watts=300.0))
+    assert where(submit(core, "first", 1.0, prompt_tokens=250)) == "cheap"
+    assert submit(core, "patient", 1.0, left=300.0, prompt_tokens=250) == []
+    assert where(submit(core, "urgent", 1.0, left=3.0, prompt_tokens=250)) == "dear"
+    finish(core, "first", 3.0, 40, Counters(), Counters())
+    assert where(settle(core, 3.0)) == "cheap"
+    assert submit(core, "other", 3.1, left=300.0, prompt_tokens=250) == []
+    core.handle(NodeDown(at=4.0, node="cheap", reason="gone"))
+    assert where(settle(core, 4.0)) == "dear"
+
+
+def test_nobody_waits_for_a_node_that_could_never_hold_the_task() -> None:
+    core = core_with(info("cheap", context=128, kv_tokens=128, watts=10.0), info("dear", watts=2000.0))
+    assert where(submit(core, "t", 1.0, left=600.0, prompt_tokens=400)) == "dear"
+
+
+def test_dear_placements_do_not_make_energy_cheap_for_the_next() -> None:
+    """Of tasks that cost five times their least, that least counts."""
+    core = core_with(info("cheap", kv_tokens=400, watts=50.0), info("dear", watts=250.0))
+    scales = []
+    for i in range(50):
+        now, left = 1.0 + 10 * i, 6.0 if i < 20 else 1.4  # in the beginning, lengths are learned
+        assert where(submit(core, f"a{i}", now, left=left, prompt_tokens=250)) == "cheap"
+        if i >= 20:
+            assert where(submit(core, f"b{i}", now, left=left, prompt_tokens=250)) == "dear"
+            finish(core, f"b{i}", now + 1.0, 40, Counters(), Counters(), joules=250.0)
+        finish(core, f"a{i}", now + 1.0, 40, Counters(), Counters(), joules=50.0)
+        scales.append(core.snapshot()["state"]["scale"]["mean"])
+    assert max(scales) < 80.0
 
 
 def test_of_several_answers_each_one_s_length_is_learned() -> None:

@@ -14,10 +14,13 @@ from perllm.scheduler.core.cluster import Demand, Node, Task
 from perllm.scheduler.csucb import forecast as f
 from perllm.scheduler.csucb.cluster_arrays import ArmEstimate, ClusterArrays, NodeEstimate
 from perllm.scheduler.csucb.output_lengths import Lengths
-from perllm.scheduler.csucb.rows import SCORE, TASK, TaskRow, values
+from perllm.scheduler.csucb.rows import OFFER, SCORE, TASK, TaskRow, values
 from perllm.scheduler.csucb.token_bins import EDGES
+from perllm.scheduler.csucb.usual_costs import UsualCosts
 
 THETA = (0.02, 0.002, 0.0005, 1e-6)
+#: Of a node's models: the second one's steps take twice as long.
+THETAS = {"m": THETA, "n": (0.04, 0.004, 0.001, 2e-6)}
 WATTS = 100.0
 
 
@@ -28,6 +31,8 @@ class Setting:
     in_flight: list[Task]
     slots: int = 16
     arrival_rate: float = 0.0
+    models: tuple[str, ...] = ("m",)
+    chunk: int | None = None  # prompt tokens of a step
 
     def __post_init__(self) -> None:
         self.lengths = Lengths()
@@ -39,12 +44,14 @@ class Setting:
         info = examples.node_info(
             "n",
             slots=self.slots,
+            models=self.models,
+            chunk=self.chunk,
             step_cost=StepCost(step=a, sequence=b, prefill=c, context=d),
             power=Power(idle=0, active=WATTS, joules_per_byte=1e-6, method="emulated", estimated=True),
         )
         self.node = Node(info, since=0.0, heard=0.0, changed=0.0, in_flight={t.id: t for t in self.in_flight})
         estimate = NodeEstimate(
-            arms=(ArmEstimate(*THETA, spread=0.05),),
+            arms=tuple(ArmEstimate(*THETAS[m], spread=0.05) for m in self.models),
             watts=WATTS,
             bandwidth=1e7,
             latency=0.0,
@@ -54,10 +61,11 @@ class Setting:
             arrival_prompt=100.0,
             arrival_output=60.0,
             slot_price=0.0,
+            stay=0.0,
             throughput=0.0,
         )
-        self.arrays = ClusterArrays(self.lengths, lambda _: estimate)
-        self.arrays.candidates((self.node,), Demand())
+        self.arrays = ClusterArrays(self.lengths, UsualCosts(), lambda _: estimate)
+        self.arrays.offers((self.node,), Demand())
 
     def forecast(self, task: Task, now: float = 0.0) -> tuple[np.void, float]:
         """The forecast of one more task, and its harm to others."""
@@ -68,17 +76,19 @@ class Setting:
                 payload_bytes=task.payload_bytes,
                 deadline=task.deadline,
                 max_tokens=task.max_tokens,
+                least_context=1,
                 n=task.n,
                 value=task.value,
                 lengths=self.lengths.row(task.service, task.prompt_tokens),
             )
         )
         self.lengths.refresh()
-        rows, new, score = self.arrays.rows, tasks[0], scores[0]
-        node, arm, outlook = rows.nodes[0], rows.arms[0], rows.outlooks[0]
-        f.forecast_task(node, arm, outlook, new, now, rows.lengths, score)
-        mine = rows.in_flight[: len(self.in_flight)]
-        return score, float(f.harm(node, arm, outlook, new, now, mine, rows.lengths))
+        rows, new, score, offers = self.arrays.rows, tasks[0], scores[0], np.zeros(1, OFFER)
+        arm = self.models.index(task.model or "m")
+        offers[0] = 0, arm
+        half = (task.deadline - now) / 2
+        f.forecast_task(rows.nodes[0], rows.arms[arm], rows.outlooks[arm], new, now, half, rows.lengths, score)
+        return score, float(f.harm(rows, offers[0], new, now))
 
     def chances(self) -> list[float]:
         return self.arrays.in_flight["p_on_time"][: len(self.in_flight)].tolist()
@@ -95,8 +105,8 @@ class Setting:
         return (good / runs).tolist(), busy / runs
 
     def _play_once(self, tasks: list[Task], rng: np.random.Generator) -> tuple[np.ndarray, float]:
-        """Each answer is a sequence; those of a task begin when its prompt is computed and there is a slot."""
-        a, b, c, d = THETA
+        """Each answer is a sequence; those of a task begin when its prompt is computed and there is a slot. Models take
+        turns; each prefills up to a chunk in its step, first come first served."""
         of = [i for i, t in enumerate(tasks) for _ in range(t.n)]  # sequence → task
         total = []
         for i in of:
@@ -109,7 +119,7 @@ class Setting:
         claimed = list(range(min(self.slots, len(of))))
         queue = list(range(len(claimed), len(of)))
         now = busy = 0.0
-        prefilled = [t.generated > 0 for t in tasks]
+        unread = [0 if t.generated else t.prompt_tokens for t in tasks]
         while claimed or queue:
             for s in [s for s in claimed if now >= tasks[of[s]].deadline]:
                 claimed.remove(s)
@@ -124,13 +134,18 @@ class Setting:
                     break
                 now = min(min(ready[of[s]], tasks[of[s]].deadline) for s in claimed)
                 continue
-            new = {of[s] for s in active if not prefilled[of[s]]}
-            decoding = [s for s in active if prefilled[of[s]]]
-            step = a + sum(b + d * (tasks[of[s]].prompt_tokens + tokens[s]) for s in decoding)
-            step += sum(c * tasks[i].prompt_tokens for i in new)
+            step, moving = 0.0, []
+            for model in self.models:
+                a, b, c, d = THETAS[model]
+                mine = [s for s in active if (tasks[of[s]].model or "m") == model]
+                decoding, room = [s for s in mine if not unread[of[s]]], self.chunk or 10**9
+                for i in dict.fromkeys(of[s] for s in mine if unread[of[s]]):
+                    read = min(unread[i], room)
+                    step, room, unread[i] = step + c * read, room - read, unread[i] - read
+                step += (a if mine else 0.0) + sum(b + d * (tasks[of[s]].prompt_tokens + tokens[s]) for s in decoding)
+                moving += [s for s in mine if not unread[of[s]]]
             now, busy = now + step, busy + step
-            for s in active:
-                prefilled[of[s]] = True
+            for s in moving:
                 tokens[s] += 1
                 if tokens[s] >= total[s]:
                     left[of[s]] -= 1
@@ -140,14 +155,14 @@ class Setting:
         return done, busy
 
 
-def task(task_id: str, deadline: float, generated: int = 0, **fields: float) -> Task:
+def task(task_id: str, deadline: float, generated: int = 0, model: str | None = None, **fields: float) -> Task:
     return Task(
         id=task_id,
         submitted=0.0,
         deadline=deadline,
         value=1.0,
         service="chat",
-        demand=Demand(),
+        demand=Demand(model),
         prompt_tokens=int(fields.get("prompt", 100)),
         payload_bytes=int(fields.get("payload", 200_000)),
         max_tokens=int(fields.get("most", 400)),
@@ -222,6 +237,62 @@ def test_queued_tasks_wait_for_a_slot() -> None:
     assert score["p_on_time"] < roomy["p_on_time"]
 
 
+# --- chunks of prompts, and several models
+
+
+def long_prompts() -> list[Task]:
+    """Three tasks amid their work, and three whose prompts take some thirty steps each."""
+    reading = [task(f"p{i}", 8.0 + i, prompt=1000, payload=0) for i in range(3)]
+    return [*running(3), *reading]
+
+
+def test_prompts_are_read_chunk_by_chunk_beside_decoding() -> None:
+    """Each chunk has a step of its own, in which the others get on."""
+    setting, new = Setting(long_prompts(), chunk=32), task("new", 9.0, prompt=1000, payload=0)
+    score, _ = setting.forecast(new)
+    played, _ = setting.play(new, runs=300)
+    assert setting.chances() == pytest.approx(played[:-1], abs=0.15)
+    assert score["p_on_time"] == pytest.approx(played[-1], abs=0.15)
+    at_once, _ = Setting(long_prompts()).forecast(new)
+    assert score["finish"] > at_once["finish"] + 0.5
+
+
+def test_a_long_prompt_pays_for_its_chunks() -> None:
+    """Alone on a node, it pays for the whole step of each."""
+    setting, new = Setting([], chunk=32), task("new", 30.0, prompt=2000, payload=0)
+    score, _ = setting.forecast(new)
+    _, busy = setting.play(new, runs=300)
+    assert score["busy"] == pytest.approx(busy, rel=0.1)
+
+
+def two_models() -> list[Task]:
+    """Two tasks of each, amid their work."""
+    return [task(f"t{i}", 3.0 + i, generated=10 + 9 * i, model="mn"[i % 2], payload=0) for i in range(4)]
+
+
+@pytest.mark.parametrize("model", ["m", "n"])
+def test_models_on_a_node_take_turns_and_each_step_is_paid(model: str) -> None:
+    setting, new = Setting(two_models(), models=("m", "n")), task("new", 6.0, model=model)
+    score, harm = setting.forecast(new)
+    without, idle = setting.play(runs=800)
+    with_it, busy = setting.play(new, runs=800)
+    assert setting.chances() == pytest.approx(without, abs=0.1)
+    assert score["p_on_time"] == pytest.approx(with_it[-1], abs=0.1)
+    assert score["busy"] == pytest.approx(busy - idle, rel=0.3, abs=0.1)
+    assert harm == pytest.approx(sum(without) - sum(with_it[:-1]), abs=0.15)
+
+
+def test_a_model_that_begins_slows_the_other_down() -> None:
+    """Its steps are there only with it: who is on the node already has to wait for them."""
+    alone = [t for t in two_models() if t.model == "m"]
+    setting, new = Setting(alone, models=("m", "n")), task("new", 20.0, model="n", payload=0)
+    _, harm = setting.forecast(new)
+    without, _ = setting.play(runs=800)
+    with_it, _ = setting.play(new, runs=800)
+    assert harm == pytest.approx(sum(without) - sum(with_it[:-1]), abs=0.15)
+    assert harm > 0.1
+
+
 # --- several answers
 
 
@@ -282,7 +353,7 @@ def test_a_heartbeat_ago_is_caught_up() -> None:
     tasks = [task("t", 4.0, generated=10)]
     setting = Setting(tasks)
     setting.node.changed, setting.node.version = 1.0, 1
-    setting.arrays.candidates((setting.node,), Demand())
+    setting.arrays.offers((setting.node,), Demand())
     step = THETA[0] + THETA[1] + THETA[3] * 110
     assert setting.arrays.in_flight["tokens"][0] == pytest.approx(10 + 1.0 / step, rel=0.02)
 

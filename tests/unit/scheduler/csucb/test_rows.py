@@ -16,10 +16,13 @@ DECLARED = {
     rows.IN_FLIGHT: rows.InFlightRow,
     rows.ARM: rows.ArmRow,
     rows.LENGTHS: rows.LengthsRow,
-    rows.CANDIDATE: rows.CandidateRow,
+    rows.OFFER: rows.OfferRow,
     rows.TASK: rows.TaskRow,
     rows.TERMS: rows.TermsRow,
     rows.SCORE: rows.ScoreRow,
+    rows.VERDICT: rows.VerdictRow,
+    rows.TOLD: rows.ToldRow,
+    rows.USUAL: rows.UsualRow,
 }
 
 
@@ -37,7 +40,7 @@ def test_numbers_flags_and_curves_have_their_kinds() -> None:
 
 def test_a_row_is_written_and_read_back() -> None:
     arms = np.zeros(2, rows.ARM)
-    row = rows.ArmRow(step=0.1, sequence=0.2, prefill=0.3, context=0.4, spread=0.5, kv_tokens=6)
+    row = rows.ArmRow(step=0.1, sequence=0.2, prefill=0.3, context=0.4, spread=0.5, chunk=6, longest=7, kv_tokens=8)
     arms[1] = rows.values(row)
     assert rows.ArmRow(*arms.item(1)) == row
     assert arms.item(0) == (0.0,) * len(arms.dtype)
