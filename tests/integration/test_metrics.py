@@ -70,7 +70,7 @@ class Bench:
         """A new leader, as after the last one's death."""
         redis_of(self.ledger).delete("{perllm}:leader")
         core = SchedulerCore(make_policy(policy), reject_on_error=True)
-        lease = _LeaderLease(self.scheduler, Leader(holder, self.ledger.now(), policy, ""), 60)
+        lease = _LeaderLease(self.scheduler, Leader(holder, self.ledger.now(), policy, ""), 3600)
         assert lease.acquire()
         session = _LeaderSession(self.scheduler, core, lease)
         session.take_over()
