@@ -236,6 +236,13 @@ class _LeaderSession:
         except Exception:
             log.exception("event_unusable", event_type=event.type)
 
+    def _count(self, position: str, event: Event) -> None:
+        """Count an event. One that cannot be is missing in the sums."""
+        try:
+            self._metrics.event(position, event)
+        except Exception:
+            log.exception("event_not_counted", event_type=event.type)
+
     # --- steady work
 
     def step(self, block: float) -> bool:
@@ -263,7 +270,11 @@ class _LeaderSession:
 
     def save(self) -> None:
         """Keep what was learned, and the sums for `/metrics`, with the position in the stream they stand for."""
-        metrics, learned = self._metrics.dump(self._position, self.now())
+        metrics, learned = None, None
+        try:
+            metrics, learned = self._metrics.dump(self._position, self.now())
+        except Exception:  # what was learned is worth more than the sums
+            log.exception("metrics_not_saved")
         state = {"core": self._core.snapshot(), "position": self._position}
         if not self._ledger.save_snapshot(self._lease.epoch, state, metrics=metrics, learned=learned):
             raise _NotLeader
@@ -278,7 +289,7 @@ class _LeaderSession:
         for position, event in entries:
             if isinstance(event, NodeDown):
                 log.info("node_down", node=event.node, reason=event.reason)
-            self._metrics.event(position, event)
+            self._count(position, event)
             self._handle(event)
             self._position = position
         return len(entries)

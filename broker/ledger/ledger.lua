@@ -715,7 +715,7 @@ function ops.snapshot(epoch, state, metrics, learned)
     if not leads(epoch) then return 'not_leader' end
     redis.call('SET', P .. 'snapshot', state)
     for key, value in pairs({ metrics = metrics, learned = learned }) do
-        redis.pcall('SET', P .. key, value) -- nothing hangs on them
+        if value ~= '' then redis.pcall('SET', P .. key, value) end -- nothing hangs on them
     end
     return 'ok'
 end

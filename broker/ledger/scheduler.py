@@ -110,10 +110,13 @@ class Scheduler(LedgerBase):
         learned: Mapping[str, NodeBelief] | None = None,
     ) -> bool:
         """Keep the scheduler's learned state, the sums it keeps (`Query.metrics`) and, for everybody, what it believes
-        of the nodes (`Query.learned`), in one call; False when this epoch no longer leads."""
-        beliefs = {name: belief.model_dump() for name, belief in (learned or {}).items()}
-        texts = {"state": state, "metrics": metrics or {}, "learned": beliefs}
-        said = self._call("snapshot", epoch=epoch, **{name: json.dumps(data) for name, data in texts.items()})
+        of the nodes (`Query.learned`), in one call; what is None stays as it was. False when this epoch no longer
+        leads."""
+        beliefs = None if learned is None else {name: belief.model_dump() for name, belief in learned.items()}
+        texts = {"state": state, "metrics": metrics, "learned": beliefs}
+        said = self._call(
+            "snapshot", epoch=epoch, **{name: "" if data is None else json.dumps(data) for name, data in texts.items()}
+        )
         return bool(said == b"ok")
 
     def load_snapshot(self) -> dict[str, Any] | None:

@@ -295,3 +295,27 @@ def test_what_cannot_be_read_is_passed_over(bench: Bench, spoilt: str) -> None:
     bench.core, bench.session = bench.lead("second")
     assert value(bench.all(), "perllm_requests_total") == 0
     assert bench.ledger.learned() == {}
+
+
+def test_what_cannot_be_counted_stops_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_of_each(bench)
+    before = bench.all()
+    metrics = bench.session._metrics
+    for name in ("_dispatched", "_note_beliefs"):
+        monkeypatch.setattr(metrics, name, lambda *_: 1 / 0)
+    (task_id,) = bench.submit(tenant="t")
+    bench.step()
+    bench.complete(task_id)
+    bench.step()
+    after = bench.all()
+    assert after["perllm_requests_total", LAST] == before["perllm_requests_total", LAST]  # as it was last told
+    saved = bench.ledger.load_snapshot()
+    assert saved is not None
+    assert saved["position"] == bench.ledger.first_and_last_event()[1]
+    monkeypatch.undo()
+    assert value(bench.all(), "perllm_requests_total", state="succeeded") == 2
+
+
+LAST = tuple(
+    sorted({"tenant": "t", "service": "s", "model": "emulated", "state": "succeeded", "on_time": "true"}.items())
+)
