@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from standardwebhooks.webhooks import Webhook
 from support import users
 from support.api import ApiProcess, Sink
+from support.make import node_info
 from support.raw import redis_of
 from support.wait import eventually
 
@@ -566,8 +567,14 @@ def test_tasks_are_submitted_listed_cancelled_and_explained(api: ApiProcess) -> 
     assert explained["sentence"]
     long = http.post("/v1/tasks", json={"prompt": "Say words.", **ENDLESS, "deadline": 600}).json()["id"]
     assert http.post(f"/v1/tasks/{long}/cancel").json()["state"] == "cancelled"
-    (node,) = http.get("/v1/nodes").json()["data"]
-    assert node["name"] == "one"
+    api.ledger.register(node_info("mortal"))
+    redis_of(api.ledger).zadd("{perllm}:nodes", {"mortal": 1})
+    states = eventually(
+        lambda: "dead" in (s := {n["name"]: n["state"] for n in http.get("/v1/nodes").json()["data"]}).values() and s,
+        "it is found dead",
+    )
+    redis_of(api.ledger).hdel("{perllm}:gone", "mortal")
+    assert states == {"one": "up", "mortal": "dead"}
 
 
 def test_a_repeated_request_is_the_first_one(api: ApiProcess) -> None:
