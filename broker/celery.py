@@ -57,6 +57,7 @@ class _Inbox:
         self.following = Following(self.ledger, self.inbox.sender, self.events)
         made = configuration(self.settings, concurrency=4)
         made["broker_transport_options"] |= {"visibility_timeout": REDELIVERY, **KEPT}
+        signals.celeryd_init.connect(self._log, weak=False)
         signals.setup_logging.connect(self._log, weak=False)
         signals.worker_init.connect(self._check, weak=False)
         signals.worker_ready.connect(self._follow, weak=False)

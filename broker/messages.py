@@ -20,6 +20,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
 from perllm.broker.capabilities import BEFORE_CAPABILITIES, OF_KIND, Capability, lacking
+from perllm.broker.traceparent import trace_id
 from perllm.broker.vectors import BYTES_PER_NUMBER, unpack
 
 WIRE_VERSION = 1
@@ -49,6 +50,9 @@ MAX_DEPTH = 64
 #: Bytes of prompt per token assumed before a tokenizer has seen the prompt.
 BYTES_PER_TOKEN = 4
 
+#: A name for a request, and a trace's context (w3.org/TR/trace-context), as they stand in logs.
+RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:/+=@-]{1,128}$")]
+Traceparent = Annotated[str, Field(pattern=r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")]
 Name = Annotated[str, Field(max_length=MAX_NAME, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$")]
 NodeName = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -238,7 +242,7 @@ class TaskSpec(Sampling):
     `n` answers are made of one prompt. `tools` may be called if `tool_choice` is `auto`, and must be if it is
     `required`; only the `allowed_tools` if some are named. `echo` has the text begin with the prompt; `suffix` is what
     comes after the text that is asked for. `request` is what the HTTP API's answer repeats of its request, and means
-    nothing to the task.
+    nothing to the task. `request_id` and the trace in `traceparent` stand in the lines logged of the task.
     """
 
     kind: Literal["generate", "embed", "rerank"] = "generate"
@@ -277,6 +281,8 @@ class TaskSpec(Sampling):
     request: Annotated[dict[Annotated[str, Field(max_length=64)], Any], Field(max_length=16)] = Field(
         default_factory=dict
     )
+    request_id: RequestId | None = None
+    traceparent: Traceparent | None = None
 
     @field_validator("chat_template_kwargs", "request")
     @classmethod
@@ -325,6 +331,11 @@ class TaskSpec(Sampling):
         if self.echo and self.prompt is None and self.prompt_ids is None:
             raise ValueError("'echo' needs a 'prompt' or 'prompt_ids'")
         return self
+
+    def origin(self) -> dict[str, str]:
+        """What lines of a log say of where it comes from, as far as it is known: `request_id`, `trace_id`."""
+        known = {} if self.request_id is None else {"request_id": self.request_id}
+        return known if self.traceparent is None else known | {"trace_id": trace_id(self.traceparent)}
 
     @property
     def offered_tools(self) -> tuple[Tool, ...]:
@@ -439,6 +450,8 @@ class TaskFields(TypedDict, total=False):
     query: str
     dimensions: int
     start_after: float
+    request_id: str
+    traceparent: str
 
 
 def new_id() -> str:
@@ -737,6 +750,9 @@ class Submitted(_TaskEvent):
     start_after: NonNegative = 0.0  # s from its submission
     strikes: Count = 0
     attempt: Count = 0  # attempts made before, where this tells of a task that is older
+    origin: Annotated[dict[Literal["request_id", "trace_id"], RequestId], Field(max_length=2)] = Field(
+        default_factory=dict
+    )  # for lines of a log
 
 
 class Dispatched(_TaskEvent):

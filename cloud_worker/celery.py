@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 
-from perllm.broker.engine.contract import Engine
-from perllm.broker.engine.emulated import EmulatedEngine
-from perllm.broker.errors import BadSetting
-from perllm.broker.worker.app import worker_app
-from perllm.cloud_worker.nvml import no_gpu
-from perllm.cloud_worker.settings import CloudSettings
+from perllm.broker import extras
+from perllm.broker.errors import BadSetting, exit_with
+
+try:
+    from perllm.broker.engine.contract import Engine
+    from perllm.broker.engine.emulated import EmulatedEngine
+    from perllm.broker.worker.app import worker_app
+    from perllm.cloud_worker.nvml import no_gpu
+    from perllm.cloud_worker.settings import CloudSettings
+except ModuleNotFoundError as error:
+    exit_with(extras.lacking("the cloud worker", error, "remote"))
 
 
 def make_engine(settings: CloudSettings) -> Engine:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from perllm.broker.engine.contract import Engine
-from perllm.broker.engine.emulated import EmulatedEngine
-from perllm.broker.worker.app import worker_app
-from perllm.edge_worker.settings import EdgeSettings
+from perllm.broker import extras
+from perllm.broker.errors import exit_with
+
+try:
+    from perllm.broker.engine.contract import Engine
+    from perllm.broker.engine.emulated import EmulatedEngine
+    from perllm.broker.worker.app import worker_app
+    from perllm.edge_worker.settings import EdgeSettings
+except ModuleNotFoundError as error:
+    exit_with(extras.lacking("the edge worker", error, "edge"))
 
 
 def make_engine(settings: EdgeSettings) -> Engine:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import signal
 import sys
 
-from perllm.broker import connection, logs
-from perllm.broker.errors import PerLLMError
+from perllm.broker import connection, extras, logs
+from perllm.broker.errors import PerLLMError, exit_with
 from perllm.broker.ledger import Ledger
 from perllm.broker.settings import load_settings
-from perllm.scheduler.core.scheduler import SchedulerCore
-from perllm.scheduler.policies import core_options, make_policy
-from perllm.scheduler.service import Service
-from perllm.scheduler.settings import SchedulerSettings
-from perllm.scheduler.warm_up import warm_up
+
+try:
+    from perllm.scheduler.core.scheduler import SchedulerCore
+    from perllm.scheduler.policies import core_options, make_policy
+    from perllm.scheduler.service import Service
+    from perllm.scheduler.settings import SchedulerSettings
+    from perllm.scheduler.warm_up import warm_up
+except ModuleNotFoundError as error:
+    exit_with(extras.lacking("the scheduler", error, "scheduler"))
 
 
 def main() -> int:
@@ -29,8 +33,7 @@ def main() -> int:
 
         warm_up(make_core())  # an unknown policy is an error now, and the first real task finds everything compiled
     except PerLLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        exit_with(error)
     service = Service(settings, Ledger(settings, reply_timeout=connection.NEAR_REPLY_TIMEOUT), make_core)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())

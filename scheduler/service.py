@@ -11,14 +11,26 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from uuid import uuid4
 
 import structlog
 
 from perllm.broker.errors import Unreachable
 from perllm.broker.ledger import SWEEP_LIMIT, Dispatch, End, Leader, Ledger, gap, later
-from perllm.broker.messages import Ended, Event, Explanation, Heartbeat, NodeDown, NodeUp, State, Submitted
+from perllm.broker.messages import (
+    Completed,
+    Ended,
+    Event,
+    Explanation,
+    Heartbeat,
+    NodeDown,
+    NodeUp,
+    Returned,
+    State,
+    Submitted,
+)
 from perllm.broker.queues.app import node_message
 from perllm.scheduler.core.scheduler import Decision, Lapse, SchedulerCore
 from perllm.scheduler.metrics import Metrics
@@ -32,6 +44,8 @@ LAPSES_EVERY = 0.25
 #: Seconds in which events may gather while tasks wait for room: a step costs two round trips however little happened,
 #: and the nodes have their next 50 ms of work already.
 GATHER_EVENTS = 0.003
+#: Seconds between lines that say what was decided meanwhile; none where nothing was.
+SUMMARY_EVERY = 60.0
 #: Tasks whose features are fetched per round trip while taking over.
 FETCH_TASKS = 1000
 
@@ -65,13 +79,18 @@ class Service:
     def run(self) -> None:
         """Lead, or stand by to lead, until `stop`. A server that does not answer is waited for."""
         lease: _LeaderLease | None = None
+        standing_by = False
         while not self._stopping.is_set():
             try:
                 if lease is None:
                     lease = self._new_lease()
                 if lease.acquire():
+                    standing_by = False
                     self._lead(lease)
                 else:
+                    if not standing_by:
+                        log.info("standing_by", policy=self._settings.policy)
+                        standing_by = True
                     self._stopping.wait(self._settings.leader_ttl / 4)
                 lease = None
             except _NotLeader:
@@ -95,6 +114,8 @@ class Service:
         session = _LeaderSession(self._ledger, self._make_core(), lease)
         session.take_over()
         save = _Every(self._settings.snapshot_every)
+        summary = _Every(SUMMARY_EVERY)
+        summary.due()
         sweep = _Every(SWEEP_EVERY)
         more_to_sweep = False
         while not self._stopping.is_set():
@@ -102,10 +123,14 @@ class Service:
                 more_to_sweep = session.sweep()
             if save.due():
                 session.save()
+            if summary.due():
+                session.summarise()
             if session.step(block=SWEEP_EVERY):
                 self._stopping.wait(GATHER_EVENTS)
         session.save()
+        session.summarise()
         lease.release()
+        log.info("stopped_leading", epoch=lease.epoch)
 
 
 class _LeaderLease:
@@ -145,6 +170,7 @@ class _LeaderSession:
         self._metrics = Metrics(core, lease.epoch)
         self._position = "0-0"
         self._clock_offset = 0.0
+        self._tally: Counter[str] = Counter()  # of tasks, since the last summary
         self._incarnation = ledger.incarnation()
         self._lapses = _Every(LAPSES_EVERY)
         self._told: dict[str, str] = {}  # distrusted nodes, and why, as the ledger has it
@@ -279,6 +305,58 @@ class _LeaderSession:
         if not self._ledger.save_snapshot(self._lease.epoch, state, metrics=metrics, learned=learned):
             raise _NotLeader
 
+    def summarise(self) -> None:
+        """Say what became of tasks since this was last said, and what there is."""
+        if not self._tally:
+            return
+        nodes = self._core.cluster.nodes.values()
+        counts = {name: self._tally[name] for name in sorted(self._tally)}
+        log.info(
+            "summary",
+            **counts,
+            pending=len(self._core.pending),
+            on_nodes=sum(len(n.in_flight) for n in nodes),
+            nodes=len(nodes),
+        )
+        self._tally.clear()
+
+    def _note(self, event: Event) -> None:
+        """Say what people want to hear of what happened, and count it."""
+        match event:
+            case NodeUp(info=info):
+                log.info(
+                    "node_up", node=info.name, tier=info.tier, slots=info.slots, models=[m.name for m in info.models]
+                )
+            case NodeDown():
+                log.info("node_down", node=event.node, reason=event.reason)
+            case Completed():
+                self._tally["on_time" if event.on_time else "late"] += 1
+            case Returned():
+                self._tally["returned"] += 1
+                log.warning(
+                    "task_returned",
+                    task_id=event.id,
+                    node=event.node,
+                    attempt=event.attempt,
+                    cause=event.cause,
+                    reason=event.reason,
+                    **self._origin(event.id),
+                )
+            case Ended():
+                self._tally[event.state] += 1
+                log.info(
+                    "task_ended",
+                    task_id=event.id,
+                    state=event.state,
+                    node=event.node,
+                    reason=event.reason,
+                    **self._origin(event.id),
+                )
+
+    def _origin(self, task_id: str) -> Mapping[str, str]:
+        task = self._core.find(task_id)
+        return task.origin if task is not None else {}
+
     def _read(self, block: float | None) -> int:
         entries = self._ledger.events(self._position, block=block)
         if any(isinstance(event, Ended) and event.state == State.CANCELLED for _, event in entries):
@@ -287,8 +365,8 @@ class _LeaderSession:
         if entries:
             self._metrics.read(entries[0][1].at, self.now())
         for position, event in entries:
-            if isinstance(event, NodeDown):
-                log.info("node_down", node=event.node, reason=event.reason)
+            if block is not None:  # not what happened before this session
+                self._note(event)
             self._count(position, event)
             self._handle(event)
             self._position = position
@@ -324,9 +402,9 @@ class _LeaderSession:
     def _apply_ruling(self, decision: Decision, ruling: str) -> None:
         if decision.failure:
             log.error("decision_failed", task_id=decision.task.id, reason=decision.explanation.sentence)
-        log.debug(
-            "decided", task_id=decision.task.id, action=decision.action, node=decision.explanation.node, ruling=ruling
-        )
+        task, why = decision.task, decision.explanation
+        log.info("task_decided", task_id=task.id, action=decision.action, node=why.node, ruling=ruling, **task.origin)
+        self._tally["dispatched"] += decision.action == "dispatch" and ruling == "ok"
         if ruling == "not_leader":
             raise _NotLeader
         if ruling == "ok" and decision.action != "dispatch":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+from perllm.broker import extras
+from perllm.broker.errors import PerLLMError, exit_with
 
-from perllm.broker.api.cli import app
-from perllm.broker.errors import PerLLMError
+try:
+    from perllm.broker.api.cli import app
+except ModuleNotFoundError as error:
+    exit_with(extras.lacking("perllm api", error, *extras.COMMANDS["api"]))
 
 try:
     app(prog_name="perllm api")
 except PerLLMError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    exit_with(error)

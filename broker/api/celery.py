@@ -14,18 +14,22 @@ from typing import Any
 import structlog
 from celery import signals
 
-from perllm.broker import connection, logs
+from perllm.broker import connection, extras, logs
 from perllm.broker.api.settings import ApiSettings
 from perllm.broker.api.store import ApiStore
-from perllm.broker.api.webhooks.dispatcher import DELIVER
-from perllm.broker.api.webhooks.leases import MAX_LEASES, WORK_TIME, DeliveryLease
-from perllm.broker.api.webhooks.post import ATTEMPT_TIMEOUT, connections, post
-from perllm.broker.api.webhooks.store import BACKOFF, QUEUE, Webhooks
 from perllm.broker.errors import PerLLMError, exit_with
 from perllm.broker.ledger import Ledger
 from perllm.broker.queues import control
 from perllm.broker.queues.app import configuration, lazy_app
 from perllm.broker.settings import load_settings
+
+try:
+    from perllm.broker.api.webhooks.dispatcher import DELIVER
+    from perllm.broker.api.webhooks.leases import MAX_LEASES, WORK_TIME, DeliveryLease
+    from perllm.broker.api.webhooks.post import ATTEMPT_TIMEOUT, connections, post
+    from perllm.broker.api.webhooks.store import BACKOFF, QUEUE, Webhooks
+except ModuleNotFoundError as error:
+    exit_with(extras.lacking("the worker of webhooks", error, "api"))
 
 #: Posts to one webhook at once.
 CONCURRENT_POSTS = 2
@@ -40,6 +44,7 @@ class _WebhookWorker:
         """Raises PerLLMError."""
         self.settings = load_settings(ApiSettings)
         self.webhooks = Webhooks(ApiStore(self.settings), Ledger(self.settings))
+        signals.celeryd_init.connect(self._configure_logs, weak=False)
         signals.setup_logging.connect(self._configure_logs, weak=False)
         signals.worker_init.connect(self._check_server, weak=False)
         return configuration(self.settings, queue=QUEUE, concurrency=MAX_LEASES)

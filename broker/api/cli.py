@@ -20,6 +20,7 @@ from perllm.broker import logs
 from perllm.broker import metrics as families
 from perllm.broker.api.app import make_app
 from perllm.broker.api.callers import is_loopback
+from perllm.broker.api.files.sharing import StoreSharing
 from perllm.broker.api.files.store import Files
 from perllm.broker.api.keys import Key, Keys
 from perllm.broker.api.openapi.fields import markdown
@@ -28,7 +29,7 @@ from perllm.broker.api.settings import ApiSettings
 from perllm.broker.api.stopping import LAST_WORDS, Server
 from perllm.broker.api.store import ApiStore
 from perllm.broker.connection import check
-from perllm.broker.errors import BadSetting
+from perllm.broker.errors import BadSetting, PerLLMError, exit_with
 from perllm.broker.ledger import Ledger
 from perllm.broker.private_files import private_folder
 from perllm.broker.settings import load_settings
@@ -60,13 +61,18 @@ def serve(
             f"PERLLM_API_OPEN opens the API to all that reach {settings.api_host}: unset it and make keys with "
             "`perllm api keys make`, or listen on 127.0.0.1"
         )
-    check(settings)
-    run(settings)
+    logs.configure(settings)
+    try:
+        check(settings)
+        run(settings)
+    except PerLLMError as error:
+        if settings.log_json:
+            exit_with(error)
+        raise
 
 
 def run(settings: ApiSettings) -> None:
     """Serve until interrupted. Raises BadSetting where the port cannot be had."""
-    logs.configure(settings)
     os.umask(0o077)
     private_folder(settings.data_dir, given=True)
     private_folder(settings.data_dir / "api")
@@ -75,8 +81,12 @@ def run(settings: ApiSettings) -> None:
     LimitedProtocol.head_timeout = settings.api_patience
     LimitedProtocol.max_connections = min(settings.api_connections, _open_files() - RESERVED_FILES)
     LimitedProtocol.max_connections_per_address = settings.api_connections_per_address
-    Files(settings, ApiStore(settings)).check()
+    store = ApiStore(settings)
+    files = Files(settings, store)
+    files.check()
     listening = _listen(settings.api_host, settings.api_port)
+    StoreSharing(store, files).begin()
+    store.close()
     api = make_app(settings)
     config = uvicorn.Config(
         api,

@@ -1,19 +1,24 @@
-"""`x-request-id`: a name for each request, the client's own or a new one, in its answer and in its lines of the log."""
+"""`x-request-id`: a name for each request, the client's own or a new one, in its answer and in the lines logged of it
+and of its tasks. `traceparent`, where a client sends one, goes the same way (w3.org/TR/trace-context)."""
 
 from __future__ import annotations
 
 import json
 import re
+from contextvars import ContextVar
 from random import getrandbits
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from perllm.broker.api.errors import error_body
+from perllm.broker.traceparent import trace_id, valid_traceparent
 
-HEADER = b"x-request-id"
+HEADER, TRACE_HEADER = b"x-request-id", b"traceparent"
 #: A client's own name is taken if it is one of these, and so harmless in a log or a header.
 _NAME = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+
+_origin: ContextVar[dict[str, str]] = ContextVar("origin")
 
 log = structlog.get_logger(__name__)
 
@@ -21,6 +26,12 @@ log = structlog.get_logger(__name__)
 def new_request_id() -> str:
     """A name that nothing else has."""
     return f"req_{getrandbits(128):032x}"
+
+
+def origin() -> dict[str, str]:
+    """The fields of a task (`request_id`, `traceparent`) by which it can be traced to the request under way, if one
+    is."""
+    return _origin.get({})
 
 
 class RequestIds:
@@ -33,8 +44,16 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == HEADER), b"")
+        given = trace = b""
+        for name, value in scope["headers"]:
+            if name == HEADER:
+                given = given or value
+            elif name == TRACE_HEADER:
+                trace = value
         request_id = given.decode() if _NAME.fullmatch(given) else new_request_id()
+        names, logged = {"request_id": request_id}, {"request_id": request_id}
+        if trace and (traceparent := valid_traceparent(trace.decode("latin-1"))):
+            names["traceparent"], logged["trace_id"] = traceparent, trace_id(traceparent)
         begun = False
 
         async def naming(message: Message) -> None:
@@ -44,7 +63,8 @@ class RequestIds:
                 message = {**message, "headers": [*message.get("headers", ()), (HEADER, request_id.encode())]}
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        _origin.set(names)  # of this request's context, which ends with it
+        with structlog.contextvars.bound_contextvars(**logged):
             try:
                 await self._app(scope, receive, naming)
             except Exception:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from contextlib import suppress
 
 from perllm.broker.api.batches.runner import BatchRunner
 from perllm.broker.api.batches.store import Batches
 from perllm.broker.api.callers import Callers
 from perllm.broker.api.errors import ApiError
+from perllm.broker.api.files.sharing import StoreSharing
 from perllm.broker.api.files.store import Files
 from perllm.broker.api.keys import Keys
 from perllm.broker.api.request_limits import MEMORY_SHARES
@@ -57,6 +59,8 @@ class Api:
         self.embeddings = ConcurrencyLimit(max(memory, of_one), of_one, "bytes of embeddings")
         self.uploads = ConcurrencyLimit(MAX_UPLOADS, MAX_UPLOADS_PER_KEY, "uploads")
         self.files = Files(settings, self.store)
+        self._sharing = StoreSharing(self.store, self.files)
+        self._shared: asyncio.Task[None] | None = None
         self.batches = Batches(self.store)
         self.webhooks = Webhooks(self.store, self.ledger)
         self.webhook_dispatcher = WebhookDispatcher(settings, self.store, self.ledger, self.webhooks)
@@ -90,11 +94,16 @@ class Api:
         """Begin the background work."""
         self.batch_runner.start()
         self.webhook_dispatcher.start()
+        self._shared = asyncio.create_task(self._sharing.keep_known())
 
     async def close(self) -> None:
         """Let go of leases, threads and connections."""
         workers = (("a", self.batch_runner), ("b", self.webhook_dispatcher))  # as of two tenants: both at once
         await asyncio.gather(*(self.slow.run(name, worker.close) for name, worker in workers))
+        self._sharing.end()
+        if self._shared is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._shared, READINESS_TIME)
         await self.results.close()
         await self.client.close()
         self.store.close()

@@ -6,9 +6,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
 from perllm.broker.api.callers import Caller
 from perllm.broker.api.errors import ApiError, not_found
 from perllm.broker.api.keys import Keys
+from perllm.broker.api.request_ids import origin
 from perllm.broker.api.settings import ApiSettings
 from perllm.broker.api.submit_coalescer import SubmitCoalescer
 from perllm.broker.api.threads import TenantThreadPool
@@ -21,6 +24,8 @@ from perllm.broker.openai.translation import seconds_left
 
 #: Longest id looked up, characters.
 MAX_ID = 256
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,7 @@ class Tasks:
     ) -> TaskSpec:
         """The checked task of this caller. Raises ApiError, and InvalidTask, which speaks of the fields that an OpenAI
         request had `given`."""
-        fields = {**fields, "tenant": caller.tenant}
+        fields = {**origin(), **fields, "tenant": caller.tenant}
         if isinstance(fields.get("deadline"), str):
             fields["deadline"] = await self._seconds_left(fields["deadline"])
         try:
@@ -79,6 +84,7 @@ class Tasks:
         accepted = []
         for (own, spec), (in_force, at) in zip(tasks, stored, strict=True):
             if in_force == own:
+                log.info("task_submitted", task_id=own, tenant=caller.tenant, service=spec.service, **spec.origin())
                 accepted.append(Accepted(own, spec, at))
                 continue
             first = await self.record(caller, in_force)
@@ -86,6 +92,7 @@ class Tasks:
                 for task_id in new:
                     await self._pool.run(caller.tenant, self._ledger.forget, task_id)
                 raise _reused(spec)
+            log.info("task_repeated", task_id=in_force, tenant=caller.tenant, **spec.origin())
             accepted.append(Accepted(in_force, first.spec, first.submitted, repeated=True))
         return accepted
 
@@ -132,7 +139,7 @@ def _reused(spec: TaskSpec) -> ApiError:
 def _same_work(first: TaskSpec, again: TaskSpec) -> bool:
     """Whether a repeated request asks for the same work. Its deadline may have been counted from another moment, it may
     be answered in another way, and what embeds, and how wide, been known only once."""
-    may_differ = ["deadline", "stream", "request"]
+    may_differ = ["deadline", "stream", "request", "request_id", "traceparent"]
     if again.kind == "embed":
         may_differ += [n for n in ("model", "dimensions") if None in (getattr(first, n), getattr(again, n))]
     return first.model_copy(update={name: getattr(again, name) for name in may_differ}) == again

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import resources
 from typing import Annotated
 
 import typer
@@ -10,12 +12,7 @@ from perllm.broker import functions
 from perllm.broker.connection import check, connect, reaching
 from perllm.broker.settings import load_settings
 
-app = typer.Typer(help="The ledger's functions on the server.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `load` a subcommand of its own, although it is the only one."""
+app = typer.Typer(help="The ledger's functions and users on the server.", no_args_is_help=True)
 
 
 @app.command()
@@ -34,3 +31,10 @@ def load(
     print(f"{len(loaded)} libraries are loaded: {', '.join(loaded)}")
     if left:
         print(f"of other versions, kept: {', '.join(left)} (drop them with --only)")
+
+
+@app.command()
+def users() -> None:
+    """Print the server's access rules, a user for each role, for its ACL file: put in a password for each
+    $<ROLE>_PASSWORD."""
+    sys.stdout.write(resources.files("perllm.broker").joinpath("users.acl").read_text(encoding="utf-8"))

@@ -39,7 +39,10 @@ def main() -> None:
         _add_plugins()  # only then: importing the simulator takes longer than most commands
     try:
         _warn_of_unknown_variables()
-        app()
+        try:
+            app()
+        except ModuleNotFoundError as error:  # what only some commands of a group need
+            raise extras.lacking(f"perllm {' '.join(sys.argv[1:2])}", error) from None
     except PerLLMError as error:
         err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
@@ -68,16 +71,19 @@ def _add_plugins() -> None:
         try:
             plugin = entry.load()
         except ModuleNotFoundError as error:
-            plugin = _missing(entry.name, extras.how_to_install([extras.of(error)]))
+            lacking = extras.lacking(f"perllm {entry.name}", error, *extras.COMMANDS.get(entry.name, ()))
+            anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+            app.command(entry.name, context_settings=anything)(_missing(lacking))
+            continue
         if isinstance(plugin, typer.Typer):
             app.add_typer(plugin, name=entry.name)
         else:
             app.command(entry.name)(plugin)
 
 
-def _missing(name: str, way_out: str) -> Callable[[], None]:
+def _missing(error: BadSetting) -> Callable[[], None]:
     def command() -> None:
-        raise BadSetting(f"perllm {name} is not installed: {way_out}")
+        raise error
 
-    command.__doc__ = f"Not installed: {way_out}"
+    command.__doc__ = f"{str(error).partition(' is ')[2].capitalize()}."
     return command

@@ -26,7 +26,7 @@ def up(
     ] = None,
 ) -> None:
     """Run the whole system here until interrupted: server, scheduler, inbox, workers, Flower, HTTP API."""
-    extras.require("perllm up", "server", "scheduler", "edge")
+    extras.require("perllm up", *extras.COMMANDS["up"])
     settings = load_settings()
     if api_port and (lacking := extras.missing("api")):
         err.print(f"no HTTP API: {extras.how_to_install(lacking)}", style="yellow", highlight=False, markup=False)
@@ -80,7 +80,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Start everything, run about 60 real tasks through two edge workers and one cloud worker, show what happened."""
-    extras.require("perllm demo", "server", "scheduler", "edge", "demo")
+    extras.require("perllm demo", *extras.COMMANDS["demo"])
     report = demonstration.run(tasks, rate, err if as_json else out)
     if as_json:
         print_json(report)

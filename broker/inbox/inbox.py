@@ -17,6 +17,7 @@ from perllm.broker.inbox.sender import Sender, Unsendable
 from perllm.broker.ledger import EndKind, Ledger, is_id
 from perllm.broker.queues.app import EMBED
 from perllm.broker.settings import Settings
+from perllm.broker.traceparent import valid_traceparent
 from perllm.broker.validation import TaskValidator
 
 log = structlog.get_logger(__name__)
@@ -64,11 +65,14 @@ class Inbox:
         progress = fields.pop("progress", False)
         if not isinstance(progress, bool):
             raise InvalidTask("progress: must be true or false")
+        if traceparent := valid_traceparent(message.get("traceparent")):
+            fields.setdefault("traceparent", traceparent)
         times = message.get(request.ETA), message.get(request.EXPIRES)
         priority = (message.delivery_info or {}).get("priority")
         spec = self._validator.accept(arguments.with_options(fields, *times, priority, self._ledger.now))
         written = followers.written() if followers else ""
         in_force = self._ledger.submit_from_celery(task_id, spec, written, progress=progress)
+        log.info("task_submitted", task_id=in_force, tenant=spec.tenant, service=spec.service, **spec.origin())
         if in_force != task_id:  # nothing will ever be stored under this id
             raise InvalidTask(
                 f"idempotency_key: {spec.idempotency_key!r} is task {in_force}'s: ask for its result instead"

@@ -216,6 +216,8 @@ def _features(spec: TaskSpec, payload_bytes: int) -> str:
         features["expected_tokens"] = spec.expected_tokens
     if spec.start_after:
         features["start_after"] = spec.start_after
+    if origin := spec.origin():
+        features["origin"] = origin
     return json.dumps(features)
 
 

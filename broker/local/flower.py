@@ -16,19 +16,23 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
-import flower.command
-from flower.app import Flower
-from flower.views import BaseHandler
-from tornado.httputil import HTTPHeaders, HTTPServerRequest
-from tornado.web import ErrorHandler
-
-from perllm.broker import connection
-from perllm.broker.celery import app
+from perllm.broker import connection, extras, logs
 from perllm.broker.errors import PerLLMError, exit_with
 from perllm.broker.ledger import Ledger
 from perllm.broker.messages import State
-from perllm.broker.queues.app import INBOX, queue_lengths
 from perllm.broker.settings import load_settings
+
+try:
+    import flower.command
+    from flower.app import Flower
+    from flower.views import BaseHandler
+    from tornado.httputil import HTTPHeaders, HTTPServerRequest
+    from tornado.web import ErrorHandler
+
+    from perllm.broker.celery import app
+    from perllm.broker.queues.app import INBOX, queue_lengths
+except ModuleNotFoundError as error:
+    exit_with(extras.lacking("Flower", error, "server"))
 
 #: What the tasks are called there that wait in the ledger for a node.
 PENDING = "pending (ledger)"
@@ -82,6 +86,7 @@ def main() -> int:
     """Run it until interrupted. Status 2, and one line, for an unusable server."""
     try:
         settings = load_settings()
+        logs.configure(settings)
         connection.check(settings)
         queues = Queues(Ledger(settings, reply_timeout=connection.NEAR_REPLY_TIMEOUT))
     except PerLLMError as error:

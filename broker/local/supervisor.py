@@ -6,6 +6,7 @@ started again, for ever, after pauses that grow while it does not live.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +29,7 @@ from perllm.broker.errors import BadSetting, Unreachable
 from perllm.broker.ledger import Ledger
 from perllm.broker.local.process import keep_small, spawn
 from perllm.broker.local.server import EmbeddedServer
+from perllm.broker.logs import LAST_WORDS
 from perllm.broker.private_files import own_folder
 from perllm.broker.settings import Settings, environment, load_settings
 from perllm.broker.worker.settings import WorkerSettings
@@ -74,6 +77,14 @@ class _Restarts:
         self.started, self.due = time.monotonic(), None
 
 
+def last_words(line: str) -> str | None:
+    """What a process that could not start said of it, if this is the line (`perllm.broker.errors.exit_with`)."""
+    if f'"{LAST_WORDS}"' in line:
+        with suppress(ValueError, KeyError, TypeError):
+            return str(json.loads(line)["reason"])
+    return line.removeprefix("error: ") if line.startswith("error: ") else None
+
+
 @dataclass(slots=True)
 class _Child:
     """One process: how it was started, and where its output goes."""
@@ -111,8 +122,8 @@ class _Child:
                 lines = [x for x in said.read(_TAIL).decode(errors="replace").splitlines() if x.strip()]
         except OSError as error:
             return f"its log cannot be read: {error.strerror}"
-        words = next((x for x in reversed(lines) if x.startswith("error: ")), lines[-1] if lines else "nothing")
-        return words.removeprefix("error: ")[:500]
+        words = next((text for x in reversed(lines) if (text := last_words(x))), lines[-1] if lines else "nothing")
+        return words[:500]
 
 
 @dataclass

@@ -158,8 +158,8 @@ def response_object(
         "id": task_id,
         "object": "response",
         "created_at": int(submitted),
-        "status": _status(state, result),
-        "background": bool(kept.get("background")),
+        "status": status(state, result),
+        "background": is_background(spec),
         "completed_at": None,
         "error": None,
         "incomplete_details": None,
@@ -199,7 +199,8 @@ def _shown_format(spec: TaskSpec) -> dict[str, Any]:
     return {"type": "json_schema", "name": name, "schema": spec.json_schema, "strict": strict, "description": None}
 
 
-def _status(state: State, result: Result | None) -> str:
+def status(state: State, result: Result | None) -> str:
+    """A task's state as a response's."""
     match state:
         case State.PENDING | State.DISPATCHED:
             return "queued"
@@ -236,6 +237,11 @@ def _outcome(result: Result, status: str, *, summarised: bool) -> dict[str, Any]
         reason = "max_output_tokens" if result.state is State.SUCCEEDED else "deadline"
         body["incomplete_details"] = {"reason": reason}
     return body
+
+
+def is_background(spec: TaskSpec) -> bool:
+    """Whether it is a response whose client did not wait for it."""
+    return bool(spec.request.get("background"))
 
 
 def is_summarised(spec: TaskSpec) -> bool:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from celery import Celery
+from celery import Celery, signals
 from celery.app import backends
 from celery.backends.redis import RedisBackend, SentinelBackend
 
+from perllm.broker import extras
 from perllm.broker.connection import CONNECT_TIMEOUT, NEAR_REPLY_TIMEOUT, connect, of_sentinels, reaching
 from perllm.broker.errors import PerLLMError, exit_with
 from perllm.broker.messages import WIRE_VERSION
@@ -81,6 +85,8 @@ def configuration(settings: Settings, *, queue: str = INBOX, concurrency: int = 
     to the server: a message is no more than a hint to claim."""
     is_node = queue != INBOX
     transport.install(node=is_node)
+    if settings.log_json:
+        signals.celeryd_after_setup.connect(_log_only, weak=False)
     made = {
         "broker_url": settings.celery_url,
         "result_backend": settings.celery_url,
@@ -121,6 +127,21 @@ def configuration(settings: Settings, *, queue: str = INBOX, concurrency: int = 
     return made
 
 
+def _log_only(instance: Any = None, **_: Any) -> None:
+    """Have Celery's worker print nothing past the log: neither its banner nor, in a signal's handler, where no logger
+    may be used, that it stops."""
+    from celery.apps import worker  # noqa: PLC0415  this is one
+
+    instance.quiet = True
+
+    def say(text: str, *_: Any) -> None:
+        line = {"event": "celery", "text": text, "level": "info", "timestamp": datetime.now(UTC).isoformat()}
+        with suppress(OSError):
+            os.write(2, f"{json.dumps(line)}\n".encode())
+
+    worker.safe_say = say
+
+
 def transport_options(settings: Settings) -> dict[str, Any]:
     """What kombu's connections must be told beside the URL."""
     if settings.sentinels is None:
@@ -143,6 +164,8 @@ def lazy_app(configure: Callable[[], dict[str, Any]], results: Callable[..., Red
             return configure()
         except PerLLMError as error:
             exit_with(error)
+        except ModuleNotFoundError as error:  # an engine's
+            exit_with(extras.lacking("this worker's engine", error))
 
     app = _App("perllm")
     app.results = results

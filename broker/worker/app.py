@@ -65,6 +65,7 @@ class _Node(Generic[S]):
         self._ledger = Ledger(settings, reply_timeout=connection.NEAR_REPLY_TIMEOUT)
         self._engine = self._make_engine(settings)
         # weak=False: nothing else keeps these bound methods alive
+        signals.celeryd_init.connect(self._log, weak=False)  # an engine speaks while it is loaded
         signals.setup_logging.connect(self._log, weak=False)
         signals.worker_init.connect(self._load, weak=False)
         signals.worker_ready.connect(self._join, weak=False)

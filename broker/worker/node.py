@@ -191,6 +191,11 @@ class NodeWorker:
         except ValidationError as error:
             reason = f"the payload is of another version: {field_errors(error)}"
             return self._failed(task_id, attempt, reason, retry=True)
+        with structlog.contextvars.bound_contextvars(**spec.origin()):
+            log.info("task_claimed", attempt=attempt.number, model=claim.model, transfer=round(transfer, 4))
+            return self._run_task(task_id, attempt, claim, spec, transfer)
+
+    def _run_task(self, task_id: str, attempt: _Attempt, claim: Claim, spec: TaskSpec, transfer: float) -> str:
         try:
             grammar.check(spec)
             self._check_size(spec)
@@ -206,6 +211,7 @@ class NodeWorker:
             if error.inside:
                 return self._failed(task_id, attempt, reason, retry=True)
             self._until_delivered(lambda: self._ledger.hand_back(task_id, attempt.number, attempt.token, reason))
+            log.info("task_handed_back", attempt=attempt.number, reason=reason)
             return f"handed back: {reason}"
         except EngineError as error:
             return self._failed(task_id, attempt, str(error), retry=error.retry)
@@ -227,22 +233,28 @@ class NodeWorker:
     def _deliver(self, task_id: str, attempt: _Attempt, done: Generation, receipt: Receipt) -> str:
         ledger, number, token = self._ledger, attempt.number, attempt.token
         cost = f"{done.completion_tokens} tokens, {receipt.energy.total:.2f} J ({receipt.energy.method})"
+        said: dict[str, float] = {"tokens": done.completion_tokens, "joules": round(receipt.energy.total, 4)}
+        said |= {name: round(getattr(receipt, name), 4) for name in ("wait", "prefill", "decode")}
         match done.finish:
             case "stop" | "length" | "tool_calls":
                 verdict = self._until_delivered(
                     lambda: ledger.complete(task_id, number, token, "succeeded", done.output, receipt)
                 )
+                log.info("task_ended", attempt=number, state="succeeded", verdict=verdict, **said)
                 return f"{verdict}: {cost}"
             case "deadline":
                 reason = f"the deadline passed after {done.completion_tokens} tokens"
                 self._until_delivered(
                     lambda: ledger.complete(task_id, number, token, "expired", done.output, receipt, reason)
                 )
+                log.info("task_ended", attempt=number, state="expired", **said)
                 raise TaskExpired(reason)
             case "cancelled":
                 if self._handing_back.is_set():
                     self._until_delivered(lambda: ledger.hand_back(task_id, number, token, STOPPING))
+                    log.info("task_handed_back", attempt=number, reason=STOPPING, **said)
                     return f"handed back after {cost}"
+                log.info("task_stopped", attempt=number, **said)
                 return f"stopped after {cost}"
             case _:
                 assert_never(done.finish)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import exp
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from perllm.broker.capabilities import lacking
 from perllm.broker.messages import Counters, ModelOffer, NodeInfo
@@ -47,6 +47,7 @@ class Task:
     strikes: int = 0
     attempt: int = 0  # of the last one
     group: int = 0  # number of what it is summed up with (`core.task_groups`)
+    origin: Mapping[Any, str] = field(default_factory=dict)  # what lines of a log say of where it comes from
     # Set while it is placed
     node: str | None = None
     dispatched: float | None = None

@@ -30,6 +30,7 @@ _ROW = np.dtype(
         ("tenant", "O"),
         ("demand", "O"),
         ("text", "O"),
+        ("origin", "O"),  # request and trace, in one text
         ("deadline", "f8"),
         ("submitted", "f8"),
         ("start", "f8"),  # it is not to be placed before, s
@@ -165,6 +166,7 @@ class Pending:
             intern(task.tenant),
             lane.demand,
             task.text,
+            f"{task.origin.get('request_id', '')} {task.origin.get('trace_id', '')}" if task.origin else None,
             task.deadline,
             task.submitted,
             task.start,
@@ -237,7 +239,7 @@ class Pending:
         if not lane.live:
             del self._lanes[lane.demand]
         self._avoid.pop(row, None)
-        self._chunks[row // _CHUNK][row % _CHUNK] = (None, None, None, None, None, *(0,) * 17)
+        self._chunks[row // _CHUNK][row % _CHUNK] = (*(None,) * 6, *(0,) * 17)
         self._free.append(row)
         if len(self._wakeups) > 4 * len(self._index) + 64:
             self._tidy_wakeups()
@@ -335,8 +337,8 @@ class Pending:
 
     def _task(self, row: int) -> Task:
         values: Any = self._record(row).item()
-        task_id, service, tenant, demand, text, deadline, submitted, start, _, value, payload = values[:11]
-        prompt, most, expected, attempt = values[11:15]
+        task_id, service, tenant, demand, text, origin, deadline, submitted, start, _, value, payload = values[:12]
+        prompt, most, expected, attempt = values[12:16]
         return Task(
             id=task_id,
             submitted=submitted,
@@ -356,6 +358,7 @@ class Pending:
             group=values[-5],
             strikes=values[-3],
             attempt=attempt,
+            origin=_origin(origin) if origin else {},
             avoid=self._avoid.get(row, {}),
         )
 
@@ -396,3 +399,8 @@ class Pending:
         """One column of the rows of heap entries."""
         column: NDArray[np.float64] = np.concatenate([chunk[name] for chunk in self._chunks])[items & 0xFFFFFFFF]
         return column
+
+
+def _origin(text: str) -> dict[str, str]:
+    request_id, _, trace_id = text.partition(" ")
+    return {name: value for name, value in (("request_id", request_id), ("trace_id", trace_id)) if value}

@@ -615,6 +615,7 @@ def task_of(event: Submitted) -> Task:
         start=event.at + event.start_after,
         strikes=event.strikes,
         attempt=event.attempt,
+        origin=event.origin,
     )
 
 

@@ -90,6 +90,7 @@ def test_tls_to_a_port_without(plain: EmbeddedServer) -> None:
         ("ssl_ca_certs=/etc/hostname", "ssl_ca_certs: /etc/hostname: "),
         ("ssl_ca_path=/no/such", "ssl_ca_path: /no/such: No such file or directory"),
         ("ssl_certfile=/no/such.pem", "ssl_certfile: /no/such.pem: No such file or directory"),
+        ("ssl_keyfile=/no/such.pem", "ssl_keyfile: there is no ssl_certfile that it is the key of"),
     ],
 )
 def test_a_certificate_that_cannot_be_read_is_named(plain: EmbeddedServer, option: str, reason: str) -> None:

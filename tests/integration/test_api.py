@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import openai
@@ -51,6 +53,7 @@ def api_users(url: str) -> Iterator[dict[str, Any]]:
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiProcess]:
     folder = tmp_path_factory.mktemp("api")
     with (
+        mock.patch.dict(os.environ, PERLLM_LOG_JSON="true"),
         Supervisor(Settings(data_dir=folder), edges=("one",), clouds=()) as stack,
         api_users(stack.url) as users_of_api,
         ApiProcess(stack.url, folder, **users_of_api, **SETTINGS) as running,
@@ -428,6 +431,32 @@ def test_a_webhook_hears_what_it_asked_for_signed(api: ApiProcess) -> None:
     assert http.get(f"/v1/webhooks/{hook['id']}").status_code == 404
 
 
+def test_openai_reads_its_own_events(api: ApiProcess) -> None:
+    http, client = api.http("theirs"), api.openai("theirs")
+    names = [f"response.{end}" for end in ("completed", "failed", "cancelled", "incomplete")]
+    with Sink(SINK, 204) as sink:
+        hook = make_hook(http, sink.url, *names, "batch.completed")
+        asked: dict[str, Any] = {"model": "auto", "input": "Say words.", "background": True}
+        gone = client.responses.create(**asked, max_output_tokens=1900, extra_body=FOREVER)
+        client.responses.cancel(gone.id)
+        full = client.responses.create(**asked, extra_body={"grammar": 'root ::= "a"'})
+        cut = client.responses.create(**asked, max_output_tokens=16, extra_body={"grammar": 'root ::= "word " root'})
+        late = client.responses.create(**asked, extra_body={"deadline": 0.001})
+        client.responses.create(model="auto", input="Hi", max_output_tokens=16)  # waited for: no event
+        batch = run_batch(client, jsonl(chat_line("a")))
+        eventually(lambda: len(sink.received) >= 5, "all are told of")
+    told = [client.webhooks.unwrap(body, headers, secret=hook["secret"]) for headers, body in sink.received]
+    assert {(type(t).__name__, t.data.id) for t in told} == {  # type: ignore[union-attr]
+        ("ResponseCompletedWebhookEvent", full.id),
+        ("ResponseIncompleteWebhookEvent", cut.id),
+        ("ResponseFailedWebhookEvent", late.id),
+        ("ResponseCancelledWebhookEvent", gone.id),
+        ("BatchCompletedWebhookEvent", batch.id),
+    }
+    assert len({t.id for t in told}) == 5
+    http.delete(f"/v1/webhooks/{hook['id']}")
+
+
 def test_a_receiver_that_fails_is_tried_again_later_and_redirects_are_not_followed(api: ApiProcess) -> None:
     http, client = api.http("unlucky"), api.openai("unlucky")
     with Sink(SINK, 302) as sink:
@@ -799,3 +828,37 @@ def test_metrics_tell_of_tasks_nodes_and_requests(api: ApiProcess) -> None:
     assert sum(value for (n, _), value in own.items() if n == name) == 2
     assert own.items() <= scraped(client).items()
     assert scraped(api.http("nobody")) == {}
+
+
+# --- logs
+
+
+def logged(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every line of every part's log, by the part's name."""
+    logs = [*folder.glob("logs/*.log"), *folder.glob("api-*.log"), folder / "webhooks.log"]
+    return {log.stem.partition("-")[0]: [json.loads(line) for line in log.read_text().splitlines()] for log in logs}
+
+
+def test_a_request_is_found_in_every_parts_log_by_its_name_its_trace_and_its_task(api: ApiProcess) -> None:
+    folder, trace = api.log.parent, "0af7651916cd43dd8448eb211c80319c"
+    headers = {"x-request-id": "mine:1", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+    done = api.openai().chat.completions.create(model="auto", messages=ASK, max_tokens=1, extra_headers=headers)
+    assert done._request_id == "mine:1"
+    told = {"api": ["task_submitted"], "scheduler": ["task_decided"], "edge.one": ["task_claimed", "task_ended"]}
+
+    def of_it() -> dict[str, list[str]]:
+        found = {part: [x for x in lines if x.get("task_id") == done.id] for part, lines in logged(folder).items()}
+        assert all((x["request_id"], x["trace_id"]) == ("mine:1", trace) for lines in found.values() for x in lines)
+        return {part: [x["event"] for x in lines] for part, lines in found.items() if lines}
+
+    eventually(lambda: of_it() == told, "all have told of it")  # and every line they ever wrote was JSON
+    other = api.openai().chat.completions.create(model="auto", messages=ASK, max_tokens=1)
+    assert other._request_id
+    assert other._request_id.startswith("req_")
+
+
+def test_a_batchs_tasks_have_the_name_of_the_request_that_made_it(api: ApiProcess) -> None:
+    client = api.openai("named", default_headers={"x-request-id": "a-batch"})
+    batch = run_batch(client, jsonl(chat_line("a"), chat_line("b")))
+    made = [x for x in logged(api.log.parent)["api"] if x.get("task_id", "").startswith(batch.id)]
+    assert [x["request_id"] for x in made] == ["a-batch", "a-batch"]

@@ -56,8 +56,11 @@ def send(producer: celery.Celery, *args: object, task_id: str | None = None, **f
 
 
 def test_succeeded(cluster: Cluster, producer: celery.Celery) -> None:
-    sent = send(producer, prompt="hello", max_tokens=3, deadline=600)
+    traced = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+    fields = {"prompt": "hello", "max_tokens": 3, "deadline": 600}
+    sent = producer.send_task(GENERATE, kwargs=fields, queue="inbox", headers=traced)
     result = sent.get(timeout=PATIENCE)
+    assert cluster.task(sent.id).spec.origin() == {"trace_id": "a" * 32}
     assert (result["id"], result["state"], result["on_time"]) == (sent.id, "succeeded", True)
     assert result["output"]["text"] == "word word word"
     assert result["receipt"]["node"] in ("a", "b")

@@ -170,7 +170,7 @@ def test_results_waited_for_one_by_one_share_one_connection(server: Server, ledg
         several = [threads.submit(task.result, 60) for task in tasks[4:8]]
         assert [ended(task.id) for task in tasks[4:8]] == [waiting.result().state for waiting in several]
         last = threads.submit(tasks[8].result, 60)
-        eventually(lambda: any(int(c["sub"]) for c in redis.client_list()), "it listens")
-        assert [int(c["sub"]) for c in redis.client_list() if int(c["sub"])] == [1]  # to what is waited for now
+        eventually(lambda: redis.pubsub_numsub(ledger.ended(tasks[8].id))[0][1], "it listens")
+        eventually(lambda: sum(int(c["sub"]) for c in redis.client_list()) == 1, "to nothing else")
         assert ended(tasks[8].id) == last.result().state
     eventually(lambda: not any(int(c["sub"]) for c in redis.client_list()), "nobody listens any more")

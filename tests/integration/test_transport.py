@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -47,19 +48,36 @@ def acl_user(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def tls(folder: Path) -> Iterator[str]:
-    """An ACL user over TLS."""
+    """An ACL user over TLS, the server's certificate signed by a CA of one's own."""
     skip_without_debian_redis()
-    key, certificate, port = folder / "key.pem", folder / "certificate.pem", free_port()
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, *subject],
-        check=True,
-        capture_output=True,
-    )
+    authority, key, certificate, port = folder / "ca.pem", folder / "key.pem", folder / "certificate.pem", free_port()
+    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    for command in (
+        [*new, "-keyout", folder / "ca.key", "-out", authority, "-subj", "/CN=Ours"],
+        [*new, "-keyout", folder / "other.key", "-out", folder / "other.pem", "-subj", "/CN=Another"],
+        [
+            *new,
+            "-keyout",
+            key,
+            "-out",
+            certificate,
+            "-subj",
+            "/CN=redis",
+            "-CA",
+            authority,
+            "-CAkey",
+            folder / "ca.key",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-addext",
+            "basicConstraints=critical,CA:FALSE",
+        ],
+    ):
+        subprocess.run(command, check=True, capture_output=True)
     options = ["--port", "0", "--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key)]
     options += ["--tls-auth-clients", "no", "--user", "default", "off"]
     options += ["--user", "perllm", "on", f">{PASSWORD}", "~*", "&*", "+@all"]
-    url = f"rediss://perllm:{QUOTED}@127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
+    url = f"rediss://perllm:{QUOTED}@127.0.0.1:{port}/0?ssl_ca_certs={authority}"
     with DebianRedis(folder, options, url):
         yield url
 
@@ -83,10 +101,27 @@ def test_a_task_goes_the_whole_way(way: Callable[[Path], Iterator[str]], tmp_pat
         joined = chord([generate.clone(args=[text]) for text in ("hi", "ho")], generate.clone())()
         assert joined.get(timeout=PATIENCE)["state"] == "succeeded"
         assert cluster.task(joined.id).spec.prompt == "word\n\nword"
+        if url.startswith("rediss:"):
+            flower_shows_the_queues(cluster)
+            with pytest.raises(Unreachable, match=r"the certificate of the server at rediss://127.* is not trusted"):
+                check(Settings.model_validate({"redis_url": url.replace("/ca.pem", "/other.pem")}))
         cluster.stop()
         for process in cluster.processes:
             assert PASSWORD not in process.output
             assert QUOTED not in process.output
+
+
+def flower_shows_the_queues(cluster: Cluster) -> None:
+    port = free_port()
+    flower = cluster.start("flower", "perllm.broker.local.flower", "--address=127.0.0.1", f"--port={port}")
+
+    def shown() -> bool:
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/broker", timeout=PATIENCE) as page:
+            text = page.read().decode()
+            return all(f"<td>{queue}</td>" in text for queue in ("edge.a", "inbox"))
+        return False
+
+    cluster.watch(flower, shown, "shows the queues")
 
 
 def test_a_user_who_may_not(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The wheel holds what the code reads, and the locks hold what pyproject.toml asks for."""
+"""The sdist holds all sources, the wheel made of it what the code reads, the locks what pyproject.toml asks for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -22,6 +23,14 @@ from perllm.broker.extras import MODULES
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("broker", "scheduler", "edge_worker", "cloud_worker")
+#: What is in the repository, and what is about to be.
+FILES = subprocess.run(
+    ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+    cwd=ROOT,
+    check=True,
+    capture_output=True,
+    text=True,
+).stdout.split("\n")[:-1]
 #: Kept in the packages' folders for people, not read by code.
 NOT_SHIPPED = {".md"}
 
@@ -46,18 +55,26 @@ def pins(*locks: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def wheel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel built from the working tree."""
-    folder = tmp_path_factory.mktemp("wheel")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist built from the working tree."""
+    folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in (*PACKAGES, "perllm"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name, follow_symlinks=False)
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    built = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=source)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return next(folder.glob("perllm-*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel_file(sdist: Path) -> Path:
+    """The wheel built from the sdist."""
+    folder = sdist.parent
     options = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", str(folder)]
     built = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *options, str(source)], check=False, capture_output=True, text=True
+        [sys.executable, "-m", "pip", "wheel", *options, str(sdist)], check=False, capture_output=True, text=True
     )
     assert built.returncode == 0, built.stdout + built.stderr
     return next(folder.glob("perllm-*.whl"))
@@ -70,6 +87,15 @@ def wheel(wheel_file: Path) -> set[str]:
         return set(archive.namelist())
 
 
+def test_the_sdist_holds_every_source(sdist: Path) -> None:
+    """The packages stand in it as perllm/…, and what belongs to this repository alone does not."""
+    expected = {f"perllm/{name}" if name.partition("/")[0] in PACKAGES else name for name in FILES}
+    expected -= {name for name in expected if name.startswith(".") or (ROOT / name).is_dir()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert expected - names == set()
+
+
 def test_the_wheel_holds_every_file_of_the_packages(wheel: set[str]) -> None:
     expected = {
         f"perllm/{path.relative_to(ROOT)}"
@@ -77,6 +103,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: set[str]) -> None:
         for path in (ROOT / name).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix not in NOT_SHIPPED
     }
+    assert "perllm/broker/users.acl" in wheel
     assert {"perllm/broker/py.typed", "perllm/broker/ledger/ledger.lua", "perllm/broker/demo_tasks.jsonl"} <= expected
     assert expected - wheel == set()
 

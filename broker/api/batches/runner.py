@@ -16,7 +16,7 @@ import structlog
 
 from perllm.broker.api.batches.steps import BatchSteps, CannotRun, OnEnd
 from perllm.broker.api.batches.store import BatchDocument, Batches
-from perllm.broker.api.files.store import Files
+from perllm.broker.api.files.store import ContentMissing, Files
 from perllm.broker.api.keys import Keys
 from perllm.broker.api.leased_worker import ROUND_PAUSE, LeasedWorker, LeaseLost
 from perllm.broker.api.settings import ApiSettings
@@ -117,6 +117,8 @@ class BatchRunner(LeasedWorker):
             raise
         except CannotRun as error:
             self._steps.fail(batch, *error.args)
+        except ContentMissing as error:
+            self._steps.fail(batch, "no_file", str(error))
         except FileNotFoundError:
             self._steps.fail(batch, "no_file", f"the input file {batch.input_file_id} is gone")
         except StoreUnavailable as error:  # nothing is lost: it goes on when the store does

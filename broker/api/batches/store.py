@@ -34,6 +34,7 @@ class BatchDocument(Document):
     parts: int = 0  # of its results, collected so far
     overdue: bool = False  # some line was not done within the window
     key: str | None = None  # the id of the key it was made with, whose limits hold for its lines
+    origin: dict[str, str] = Field(default_factory=dict)  # fields by which its tasks are traced to its request
     output_lasts: float | None = None  # s that its output files are kept; None: as all files
     output_file_id: str | None = None
     error_file_id: str | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import structlog
+
 from perllm.broker.api.batches.lines import OPEN, task_id
 from perllm.broker.api.batches.progress import Progress
 from perllm.broker.api.batches.store import BatchDocument
@@ -16,6 +18,8 @@ from perllm.broker.validation import TaskValidator
 
 #: Lines, and bytes of them, submitted at once.
 GROUP_LINES, GROUP_BYTES = 100, 1 << 20
+
+log = structlog.get_logger(__name__)
 
 
 class SubmitBuffer:
@@ -62,7 +66,7 @@ class LineSubmitter:
                 fields["deadline"] = left
             else:
                 fields["deadline"] = min(deadline, left) if isinstance(deadline, int | float) else deadline
-            return self._validator.accept({**fields, "tenant": batch.tenant}, max_value=batch.max_value)
+            return self._validator.accept({**batch.origin, **fields, "tenant": batch.tenant}, max_value=batch.max_value)
         except InvalidTask as error:
             return line.bad(error)
 
@@ -83,6 +87,7 @@ class LineSubmitter:
         if key is not None and fitting:
             del fitting[self._keys.admit(key, {identity: spec.deadline for _, identity, spec in fitting}) :]
         self._ledger.submit((identity, spec) for _, identity, spec in fitting)
-        for row, _, _ in fitting:
+        for row, identity, spec in fitting:
             marks[row] = OPEN
+            log.info("task_submitted", task_id=identity, tenant=batch.tenant, service=spec.service, **spec.origin())
         buffer.full = len(fitting) < len(lines)

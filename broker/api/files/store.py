@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -24,7 +25,7 @@ from perllm.broker.api.settings import ApiSettings
 from perllm.broker.api.store import ApiStore
 from perllm.broker.connection import reaching
 from perllm.broker.errors import BadSetting, StoreUnavailable
-from perllm.broker.private_files import Drawers, private_folder
+from perllm.broker.private_files import Drawers, private_folder, write_own
 
 #: Bytes copied at once, and held of a remote file that is read; of one that is written (S3 takes parts of 5 MiB on).
 _CHUNK, _PART = 1 << 20, 8 << 20
@@ -38,6 +39,10 @@ ORPHAN_AGE = 3600.0
 log = structlog.get_logger(__name__)
 
 
+class ContentMissing(FileNotFoundError):
+    """A file's content is not there; the message says where it was."""
+
+
 class FileDocument(Document):
     """A file less its content. `expires` is in s since the epoch."""
 
@@ -45,10 +50,12 @@ class FileDocument(Document):
     bytes: int
     purpose: str
     expires: float
+    kept_in: str = ""  # the store's name
 
 
 class Files:
-    """Every tenant's files. Names given by users are never part of a path.
+    """Every tenant's files. Names given by users are never part of a path. `identity` tells where they are kept from
+    other places, whoever looks; `name` is for people.
 
     api:files-expiring   zset   file ids by the time they are to be forgotten
     api:file-bytes       hash   tenant → bytes of its files
@@ -71,7 +78,12 @@ class Files:
         self._down_until = float("-inf")
         self._local: Drawers | None = None
         if isinstance(self._fs, LocalFileSystem):
-            self._local = Drawers(private_folder(Path(self._root), given=settings.api_files is not None))
+            folder = private_folder(Path(self._root), given=settings.api_files is not None)
+            self._local = Drawers(folder)
+            self.identity, self.name = _identity_of(folder), f"{socket.gethostname()}:{folder}"
+        else:
+            self.name = str(self._fs.unstrip_protocol(self._root))
+            self.identity = quote(self.name, safe="")
 
     def path(self, tenant: str, name: str) -> str:
         """Where something of a tenant's lies."""
@@ -191,8 +203,14 @@ class Files:
             )
 
     def read(self, file: FileDocument) -> IO[bytes]:
-        """A file's content."""
-        return self.open(self.path(file.tenant, file.id))
+        """A file's content. Raises ContentMissing."""
+        try:
+            return self.open(self.path(file.tenant, file.id))
+        except FileNotFoundError:
+            gone = f"the content of file {file.id} is gone"
+            if file.kept_in not in ("", self.name):
+                gone += f": it was kept in {file.kept_in}, and this API keeps files in {self.name}"
+            raise ContentMissing(gone) from None
 
     def keep(
         self,
@@ -219,6 +237,7 @@ class Files:
             filename=filename,
             bytes=size,
             purpose=purpose,
+            kept_in=self.name,
             expires=now + (lasts or self._settings.api_file_retention),
         )
         try:
@@ -352,6 +371,21 @@ def _file_system(url: str) -> tuple[Any, str]:
     if s3:
         system.retries = _ATTEMPTS  # it repeats requests that botocore has repeated already
     return system, root
+
+
+def _identity_of(folder: Path) -> str:
+    """A folder's own, the same on every machine that mounts it; made at first use. Raises BadSetting."""
+    path = folder / "store-id"
+    try:
+        if not path.exists():
+            new = folder / f".{uuid4().hex}"
+            write_own(new, uuid4().hex)
+            with suppress(FileExistsError):  # another process was faster
+                path.hardlink_to(new)
+            new.unlink()
+        return quote(path.read_text(encoding="utf-8").strip(), safe="")
+    except OSError as error:
+        raise BadSetting(f"PERLLM_API_FILES: nothing can be kept in {folder}: {error.strerror}") from None
 
 
 def _said(error: BaseException) -> str:

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from perllm.broker.api.batches.store import Status
-from perllm.broker.messages import MAX_CHOICES, MAX_DIMENSIONS, MAX_INPUTS, MAX_TOOLS, Sampling, State
+from perllm.broker.messages import (
+    MAX_CHOICES,
+    MAX_DIMENSIONS,
+    MAX_INPUTS,
+    MAX_TOOLS,
+    RequestId,
+    Sampling,
+    State,
+    Traceparent,
+)
 from perllm.broker.openai.requests import (
     ChatMessage,
     Deadline,
@@ -83,6 +92,8 @@ class TaskRequest(Sampling):
     parallel_tool_calls: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    request_id: Annotated[RequestId | None, Field(description="Its name in logs; the request's, unless given.")] = None
+    traceparent: Annotated[Traceparent | None, Field(description="Its trace; the header's, unless given.")] = None
 
 
 class TasksRequest(TaskRequest):
@@ -119,8 +130,11 @@ class BatchRequest(Shape):
 EventName = Literal[
     "task.succeeded", "task.failed", "task.expired", "task.rejected", "task.cancelled",
     "batch.completed", "batch.failed", "batch.expired", "batch.cancelled",
+    "response.completed", "response.failed", "response.cancelled", "response.incomplete",
 ]  # fmt: skip
 EVENTS: tuple[EventName, ...] = get_args(EventName)
+#: What a webhook is for that does not say: a response's events tell what its task's do.
+USUAL_EVENTS = tuple(event for event in EVENTS if not event.startswith("response."))
 
 
 class WebhookRequest(Shape):
@@ -129,7 +143,7 @@ class WebhookRequest(Shape):
     model_config = ConfigDict(extra="forbid")
 
     url: Annotated[str, Field(max_length=2048, pattern=r"^https?://")]
-    events: Annotated[list[EventName], Field(min_length=1)] = list(EVENTS)
+    events: Annotated[list[EventName], Field(min_length=1)] = list(USUAL_EVENTS)
 
 
 # --- answers

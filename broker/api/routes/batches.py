@@ -18,6 +18,7 @@ from perllm.broker.api.openapi.document import answers, takes
 from perllm.broker.api.openapi.schemas import BatchObject, BatchPage, BatchRequest
 from perllm.broker.api.paging import After, Limit, page
 from perllm.broker.api.request_body import read_json, refuse_unknown
+from perllm.broker.api.request_ids import origin
 from perllm.broker.api.submission import MAX_ID
 from perllm.broker.messages import MAX_DEADLINE
 from perllm.broker.openai.translation import ENDPOINTS
@@ -47,6 +48,8 @@ async def create_batch(request: Request, api: TheApi, caller: TheCaller) -> Resp
     if not isinstance(identity, str) or len(identity) > MAX_ID:
         raise ApiError(400, "input_file_id: a file's id is required", param="input_file_id")
 
+    traced = origin()
+
     def create() -> BatchDocument | None:
         if api.files.documents.get(identity, caller.tenant) is None:
             return None
@@ -65,6 +68,7 @@ async def create_batch(request: Request, api: TheApi, caller: TheCaller) -> Resp
             window=body["completion_window"],
             expires=now + seconds,
             metadata=metadata,
+            origin=traced,
             output_lasts=lasts,
             key=caller.key.id if caller.key is not None else None,
         )

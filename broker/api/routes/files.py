@@ -16,7 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 from perllm.broker.api.callers import Caller
 from perllm.broker.api.dependencies import TheApi, TheCaller
 from perllm.broker.api.errors import ApiError, not_found
-from perllm.broker.api.files.store import FileDocument
+from perllm.broker.api.files.store import ContentMissing, FileDocument
 from perllm.broker.api.openapi import examples
 from perllm.broker.api.openapi.document import answers
 from perllm.broker.api.openapi.schemas import Deleted, FileObject, FilePage
@@ -173,7 +173,9 @@ async def get_file_content(id: str, api: TheApi, caller: TheCaller) -> Response:
     try:
         content = await api.disk.run(caller.tenant, api.files.read, file)
         first = await api.disk.run(caller.tenant, content.read, _CHUNK)  # while an error can still be answered
-    except FileNotFoundError:
+    except ContentMissing as error:
+        raise ApiError(404, str(error), param="id", code="not_found") from None
+    except FileNotFoundError:  # removed in this moment
         raise not_found("content of file", id) from None
 
     async def chunks() -> AsyncIterator[bytes]:

@@ -18,6 +18,7 @@ from perllm.broker.api.openapi import examples
 from perllm.broker.api.openapi.document import answers, takes
 from perllm.broker.api.openapi.schemas import (
     EVENTS,
+    USUAL_EVENTS,
     CreatedWebhook,
     Deleted,
     DeliveryObject,
@@ -50,7 +51,7 @@ async def create_webhook(request: Request, api: TheApi, caller: TheCaller) -> Re
     other."""
     body = await read_json(request)
     refuse_unknown(body, WebhookRequest.model_fields)
-    events = body.get("events", list(EVENTS))
+    events = body.get("events", list(USUAL_EVENTS))
     if not isinstance(events, list) or not events or not all(isinstance(e, str) and e in EVENTS for e in events):
         raise ApiError(400, f"events: a list of some of {', '.join(EVENTS)} is required", param="events")
     url = await _checked_url(api, caller.tenant, body.get("url"))

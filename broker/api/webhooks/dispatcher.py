@@ -17,10 +17,11 @@ from perllm.broker.api.settings import ApiSettings
 from perllm.broker.api.store import ApiStore
 from perllm.broker.api.webhooks.store import QUEUE, Webhooks
 from perllm.broker.errors import Unreachable, Unreadable
-from perllm.broker.ledger import Ledger
+from perllm.broker.ledger import Ledger, TaskRecord
 from perllm.broker.ledger.events import gap
 from perllm.broker.messages import Completed, Ended, State
 from perllm.broker.openai.receipts import receipt_fields
+from perllm.broker.openai.responses import is_background, status
 from perllm.broker.queues.app import make_app
 
 #: The Celery task that delivers to a webhook under a lease.
@@ -67,26 +68,32 @@ class WebhookDispatcher(LeasedWorker):
         return len(events) >= READ_EVENTS
 
     def _task_ended(self, tenant: str, state: State, task_id: str) -> None:
-        """Add a task's event. If that fails, the others' are added all the same."""
+        """Add a task's event, and OpenAI's own where it is a response in the background. If that fails, the others' are
+        added all the same."""
         try:
-            self._webhooks.add_event(tenant, f"task.{state}", task_id, self._event_data(task_id, state))
+            record, data = self._event_data(task_id, state)
+            self._webhooks.add_event(tenant, f"task.{state}", task_id, data)
+            if record is not None and is_background(record.spec):
+                event = f"response.{status(record.state, record.result)}"
+                self._webhooks.add_event(tenant, event, task_id, {"id": task_id})
         except Unreachable:
             raise
         except Exception:
             log.exception("task_event_lost", task_id=task_id)
 
-    def _event_data(self, task_id: str, state: State) -> dict[str, Any]:
-        """Everything of a task but its text."""
+    def _event_data(self, task_id: str, state: State) -> tuple[TaskRecord | None, dict[str, Any]]:
+        """A task, if it is there and can be read, and everything of it but its text."""
         data: dict[str, Any] = {"id": task_id, "object": "task"}
         try:
             record = self._ledger.task(task_id)
         except Unreadable as error:
             log.warning("task_unreadable", task_id=task_id, reason=str(error))
-            return data | {"state": state, "reason": "what is stored of it cannot be read"}
+            return None, data | {"state": state, "reason": "what is stored of it cannot be read"}
         if record is None:
-            return data
+            return None, data
         data |= {"state": record.state, "service": record.spec.service, "metadata": dict(record.spec.metadata)}
-        return data | ({"reason": record.result.reason, **receipt_fields(record.result)} if record.result else {})
+        told = {"reason": record.result.reason, **receipt_fields(record.result)} if record.result else {}
+        return record, data | told
 
     def batch_ended(self, batch: BatchDocument) -> None:
         """Add a batch's event."""

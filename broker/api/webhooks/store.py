@@ -190,7 +190,7 @@ class Webhooks:
         ids = [f"dlv_{hashlib.sha256(f'{webhook.id} {event_id}'.encode()).hexdigest()[:32]}" for webhook in asking]
         known = self.deliveries.known(ids)
         now = self._store.now()
-        payload = _payload(event, now, data)
+        payload = _payload(event, event_id, now, data)
         with reaching(self._settings):
             pipe = self._client.pipeline()
             for webhook in asking:
@@ -378,13 +378,15 @@ def _parse_member(member: bytes) -> tuple[str, str]:
     return webhook, tenant
 
 
-def _payload(event: str, now: float, data: dict[str, Any]) -> str:
-    """What is posted. Fields that would make it too long are left out, the largest first, and named."""
+def _payload(event: str, event_id: str, now: float, data: dict[str, Any]) -> str:
+    """What is posted: one of OpenAI's events, with `timestamp` for readers of Standard Webhooks'. Fields that make
+    it too long are left out, the largest first, and named."""
     stamp = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")
+    head = {"id": event_id, "object": "event", "type": event, "created_at": int(now), "timestamp": stamp}
     left, omitted = dict(data), list[str]()
     while True:
         shown = left | ({"omitted": omitted} if omitted else {})
-        whole = json.dumps({"type": event, "timestamp": stamp, "data": shown}, ensure_ascii=False)
+        whole = json.dumps({**head, "data": shown}, ensure_ascii=False)
         raw = whole.encode(errors="replace")  # half of a surrogate pair is no text
         if len(raw) <= MAX_PAYLOAD or not left:
             return raw.decode()

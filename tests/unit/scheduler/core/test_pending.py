@@ -170,6 +170,7 @@ def test_every_field_survives() -> None:
     given.fit_context = True
     given.value, given.expected_tokens, given.strikes, given.attempt = 0.1, 77, 2, 3
     given.avoid, given.start, given.n = {"edge-1": 20.0}, 4.0, 16
+    given.origin = {"request_id": "r", "trace_id": "0" * 32}
     pool = Pending()
     pool.add(given)
     assert pool.get("x") == given
