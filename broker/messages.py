@@ -698,6 +698,26 @@ class NodeInfo(TolerantModel):
         return next((m for m in self.models if model in (None, m.name) and not m.lacks(needs)), None)
 
 
+class ArmBelief(TolerantModel):
+    """What a policy has learned of one model on a node: its step cost now, the part of it that a standard deviation of
+    a typical step is, and how many samples that rests on."""
+
+    cost: StepCost
+    spread: NonNegative = 0.0
+    samples: NonNegative = 0.0
+
+
+class NodeBelief(TolerantModel):
+    """What a policy has learned of a node."""
+
+    bandwidth: NonNegative  # bytes/s
+    latency: NonNegative = 0.0  # s, of a transfer, beside its bytes
+    dispatch_delay: NonNegative = 0.0  # s
+    slot_price: float = 0.0  # units of on-time value per s
+    watts: NonNegative = 0.0  # beyond idle, while it steps
+    models: Mapping[str, ArmBelief] = Field(default_factory=dict)
+
+
 # --- what happened: the event stream
 
 

@@ -125,7 +125,7 @@ class TaskValidator:
         self._offers = [offer for info, _, _ in nodes for offer in info.models]
         self._live = [offer for info, _, draining in nodes if not draining for offer in info.models]
         self._gone = [offer for info, _, draining in nodes if draining for offer in info.models]
-        self._gone += [offer for info, _ in gone for offer in info.models]
+        self._gone += [offer for info, _, _ in gone for offer in info.models]
         self._as_of = time.monotonic()
 
     def _current_offers(self) -> list[ModelOffer]:

@@ -33,6 +33,7 @@ from perllm.broker.messages import (
 )
 from perllm.broker.queues.app import node_message
 from perllm.scheduler.core.scheduler import Decision, Lapse, SchedulerCore
+from perllm.scheduler.metrics import Metrics
 from perllm.scheduler.policies import describe_policy
 from perllm.scheduler.settings import SchedulerSettings
 
@@ -166,6 +167,7 @@ class _LeaderSession:
         self._bare_ledger = ledger
         self._core = core
         self._lease = lease
+        self._metrics = Metrics(core, lease.epoch)
         self._position = "0-0"
         self._clock_offset = 0.0
         self._tally: Counter[str] = Counter()  # of tasks, since the last summary
@@ -186,7 +188,8 @@ class _LeaderSession:
         """Bring the core to where the ledger is."""
         oldest, newest = self._ledger.first_and_last_event()
         self._restore(oldest)
-        for info, at in self._ledger.gone():
+        self._metrics.restore(self._ledger.metrics(), self.now())
+        for info, at, _ in self._ledger.gone():
             self._core.remember(info, at)
         for info, heartbeat, _draining in self._ledger.nodes():
             self._handle(NodeUp(at=self.now(), info=info))
@@ -259,6 +262,13 @@ class _LeaderSession:
         except Exception:
             log.exception("event_unusable", event_type=event.type)
 
+    def _count(self, position: str, event: Event) -> None:
+        """Count an event. One that cannot be is missing in the sums."""
+        try:
+            self._metrics.event(position, event)
+        except Exception:
+            log.exception("event_not_counted", event_type=event.type)
+
     # --- steady work
 
     def step(self, block: float) -> bool:
@@ -279,13 +289,20 @@ class _LeaderSession:
         if self._ledger.incarnation() != self._incarnation:
             raise _ServerRestarted
         self._sync_clock()
-        return self._ledger.sweep() >= SWEEP_LIMIT
+        began = time.monotonic()
+        mended = self._ledger.sweep()
+        self._metrics.swept(mended, time.monotonic() - began)
+        return mended >= SWEEP_LIMIT
 
     def save(self) -> None:
-        """Keep what was learned, with the position in the stream it stands for."""
-        if not self._ledger.save_snapshot(
-            self._lease.epoch, {"core": self._core.snapshot(), "position": self._position}
-        ):
+        """Keep what was learned, and the sums for `/metrics`, with the position in the stream they stand for."""
+        metrics, learned = None, None
+        try:
+            metrics, learned = self._metrics.dump(self._position, self.now())
+        except Exception:  # what was learned is worth more than the sums
+            log.exception("metrics_not_saved")
+        state = {"core": self._core.snapshot(), "position": self._position}
+        if not self._ledger.save_snapshot(self._lease.epoch, state, metrics=metrics, learned=learned):
             raise _NotLeader
 
     def summarise(self) -> None:
@@ -345,9 +362,12 @@ class _LeaderSession:
         if any(isinstance(event, Ended) and event.state == State.CANCELLED for _, event in entries):
             self._ledger.announce()
         self._load(_unknown_tasks((e for _, e in entries), self._core))
+        if entries:
+            self._metrics.read(entries[0][1].at, self.now())
         for position, event in entries:
             if block is not None:  # not what happened before this session
                 self._note(event)
+            self._count(position, event)
             self._handle(event)
             self._position = position
         return len(entries)
@@ -387,6 +407,8 @@ class _LeaderSession:
         self._tally["dispatched"] += decision.action == "dispatch" and ruling == "ok"
         if ruling == "not_leader":
             raise _NotLeader
+        if ruling == "ok" and decision.action != "dispatch":
+            self._metrics.ending(decision)
         if ruling == "node_gone":
             self._core.take_back(decision.task)
         elif ruling == "refused":

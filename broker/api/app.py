@@ -47,7 +47,7 @@ def make_app(settings: ApiSettings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.api = Api(settings, stopping)
         app.state.metrics = registry
-        registry.register(metrics.LedgerMetrics(app.state.api.client.looks))
+        registry.register(metrics.SystemMetrics(app.state.api.client.looks, app.state.api.webhooks))
         app.state.api.start()
         gc.collect()
         gc.freeze()  # what exists now stays: collections that look through it would stop all requests for 50 ms

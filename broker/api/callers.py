@@ -32,6 +32,11 @@ class Caller:
         return MAX_VALUE if self.key is None else self.key.max_value
 
     @property
+    def operator(self) -> bool:
+        """Whether it may see sums over all tenants. Without a key, the caller is this machine's user."""
+        return self.key is None or self.key.operator
+
+    @property
     def name(self) -> str:
         """What its requests are counted by: its key, or that it has none."""
         return self.key.id if self.key is not None else "open"

@@ -17,6 +17,7 @@ import uvicorn
 from rich.console import Console
 
 from perllm.broker import logs
+from perllm.broker import metrics as families
 from perllm.broker.api.app import make_app
 from perllm.broker.api.callers import is_loopback
 from perllm.broker.api.files.sharing import StoreSharing
@@ -134,10 +135,11 @@ def make(
     rate: Annotated[float | None, typer.Option(help="Most requests per second; else no limit.", min=0.001)] = None,
     in_flight: Annotated[int | None, typer.Option(help="Most unfinished tasks; else no limit.", min=1)] = None,
     max_value: Annotated[float, typer.Option(help="Highest value of a task: its weight against others'.")] = 1.0,
+    operator: Annotated[bool, typer.Option("--operator", help="It also opens all of /metrics.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a key. It is shown once and kept as a digest only."""
-    key, secret = _keys().make(tenant, name, rate, in_flight, max_value)
+    key, secret = _keys().make(tenant, name, rate, in_flight, max_value, operator=operator)
     if as_json:
         print(json.dumps({**_row(key), "key": secret}))
     else:
@@ -155,9 +157,12 @@ def list_keys(wide: Wide = False, as_json: AsJson = False) -> None:
         print("no keys")
         return
     numbers = ("req/s", "in flight", "value")
-    view = table("id", "tenant", "name", "made", *numbers, "revoked", numbers=numbers, flexible=("tenant", "name"))
+    view = table(
+        "id", "tenant", "name", "made", *numbers, "operator", "revoked", numbers=numbers, flexible=("tenant", "name")
+    )
     for row in rows:
         times = {} if wide else {name: str(row[name] or "")[:10] for name in ("made", "revoked")}
+        times["operator"] = "yes" if row["operator"] else ""
         view.add_row(*(line("-" if value in (None, "") else str(value)) for value in (row | times).values()))
     show(Console(file=sys.stdout), view, wide=wide)
 
@@ -170,6 +175,12 @@ def revoke(
     """Have a key refused from now on."""
     key = _keys().revoke(identity)
     print(json.dumps(_row(key)) if as_json else f"{key.id}: revoked")
+
+
+@app.command("metrics")
+def metrics() -> None:
+    """Every metric of `/metrics`, as tables."""
+    print(families.markdown(), end="")
 
 
 @app.command("fields")
@@ -195,5 +206,6 @@ def _row(key: Key) -> dict[str, object]:
         "rate": key.rate,
         "in_flight": key.in_flight,
         "max_value": key.max_value,
+        "operator": key.operator,
         "revoked": when(key.revoked),
     }

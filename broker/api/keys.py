@@ -88,7 +88,8 @@ _SAMPLE = 1000
 
 class Key(Document):
     """A key less its secret. `rate` is in requests per s, `in_flight` in unfinished tasks; None: no limit. `max_value`
-    is the highest value its tasks may have; 1 for a key from before there was such a limit."""
+    is the highest value its tasks may have; 1 for a key from before there was such a limit. An `operator`'s also opens
+    what is told of all tenants together: `/metrics`."""
 
     tenant: Name
     name: Annotated[str, Field(max_length=MAX_NAME)]
@@ -96,6 +97,7 @@ class Key(Document):
     rate: float | None = None
     in_flight: int | None = None
     max_value: Annotated[float, Field(gt=0, le=MAX_VALUE)] = 1.0
+    operator: bool = False
     revoked: float | None = None
 
 
@@ -115,7 +117,14 @@ class Keys:
         self._reserve = _RESERVE.on(store.client)
 
     def make(
-        self, tenant: str, name: str, rate: float | None, in_flight: int | None, max_value: float = 1.0
+        self,
+        tenant: str,
+        name: str,
+        rate: float | None,
+        in_flight: int | None,
+        max_value: float = 1.0,
+        *,
+        operator: bool = False,
     ) -> tuple[Key, str]:
         """A new key, and the text its owner sends, which cannot be had again. Raises BadSetting."""
         identity, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
@@ -129,6 +138,7 @@ class Keys:
                 rate=rate,
                 in_flight=in_flight,
                 max_value=max_value,
+                operator=operator,
             )
         except ValidationError as error:
             raise BadSetting(field_errors(error)) from None

@@ -116,17 +116,44 @@ def explain(task_id: TaskId, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def nodes(wide: Wide = False, as_json: AsJson = False) -> None:
-    """The live nodes and what they are doing."""
+def nodes(
+    live: Annotated[bool, typer.Option("--live", help="Only those that live.")] = False,
+    wide: Wide = False,
+    as_json: AsJson = False,
+) -> None:
+    """The nodes and what they are doing, those that died too; with --json also what was learned of them."""
     with Client() as client:
-        rows = client.ledger.nodes()
+        rows, learned = client.ledger.nodes(), client.ledger.learned()
         distrusted = client.ledger.distrusted([info.name for info, _, _ in rows])
+        dead = [] if live else [gone for gone in client.ledger.gone() if not gone.left]
     if as_json:
-        keys = ("node", "heartbeat", "draining", "distrusted")
-        dumped = [(i.model_dump(), b.model_dump() if b else None, d, distrusted.get(i.name)) for i, b, d in rows]
-        print_json([dict(zip(keys, row, strict=True)) for row in dumped])
-    elif rows:
-        show(out, terminal.nodes(rows, distrusted), wide=wide)
+        print_json(
+            [
+                {
+                    "node": info.model_dump(),
+                    "heartbeat": beat.model_dump() if beat else None,
+                    "draining": draining,
+                    "distrusted": distrusted.get(info.name),
+                    "state": "draining" if draining else "up",
+                    "learned": learned[info.name].model_dump() if info.name in learned else None,
+                }
+                for info, beat, draining in rows
+            ]
+            + [
+                {
+                    "node": info.model_dump(),
+                    "heartbeat": None,
+                    "draining": False,
+                    "distrusted": None,
+                    "state": "dead",
+                    "died": at,
+                    "learned": None,
+                }
+                for info, at, _ in dead
+            ]
+        )
+    elif rows or dead:
+        show(out, terminal.nodes(rows, distrusted, dead), wide=wide)
     else:
         print("no live nodes")
 

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from perllm.broker.ledger import Gone
 from perllm.broker.messages import Counters, Explanation, Heartbeat, LengthForecast, NodeInfo, Result, State
 from perllm.broker.tables import line, table
 
@@ -167,8 +169,10 @@ def _length(length: LengthForecast) -> str:
     return f"{sentence}: {', '.join(words)}" if words else sentence
 
 
-def nodes(rows: Sequence[tuple[NodeInfo, Heartbeat | None, bool]], distrusted: Mapping[str, str]) -> Table:
-    """Live nodes with what they last said of themselves, and why some are sent little."""
+def nodes(
+    rows: Sequence[tuple[NodeInfo, Heartbeat | None, bool]], distrusted: Mapping[str, str], dead: Sequence[Gone] = ()
+) -> Table:
+    """Live nodes with what they last said of themselves, and why some are sent little; and those that died."""
     numbers = ("active", "waiting", "tokens", "energy")
     view = table(
         "queue",
@@ -189,6 +193,11 @@ def nodes(rows: Sequence[tuple[NodeInfo, Heartbeat | None, bool]], distrusted: M
             str(c.generated),
             f"{c.energy:.0f} J{' est.' if info.power.estimated else ''}",
             "draining" if draining else f"distrusted:\n{distrusted[info.name]}" if info.name in distrusted else "up",
+        )
+    for info, at, _ in dead:
+        died = datetime.fromtimestamp(at, UTC).isoformat(sep=" ", timespec="seconds")
+        view.add_row(
+            line(info.queue), Text(info.engine), "-", "-", "-", "-", f"dead since {died[:16]} UTC", style="dim"
         )
     return view
 

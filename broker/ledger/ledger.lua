@@ -38,7 +38,8 @@
 --                              distrusted: why the scheduler sends it little
 --   node:<name>:tasks  set     the tasks dispatched to or running on it
 --   nodes              zset    live nodes by the time until which they count as alive
---   gone               hash    node that left or died → "<when> <its info>", for some: who had what is asked for now
+--   gone               hash    node that left or died → "<when> <its info>", for some: who had what is asked for now; the
+--                              info of one that left begins with `left`
 --   key:<tenant> <key> string  idempotency key → task id, kept for as long as the task
 --   events             stream  what schedulers and workers caused. One field `e`: an Event, JSON; trimmed to about the
 --                              length given
@@ -55,6 +56,8 @@
 --   revoked            zset    ids revoked before they were submitted, by when that is forgotten
 --   epoch, leader      string  the scheduler's fencing number, and who leads under it (expires)
 --   snapshot           string  what the scheduler learned, JSON, with the stream position it stands for
+--   metrics            string  the sums it keeps for `/metrics`, JSON: they name tenants
+--   learned            string  what it learned of the nodes, JSON, for everybody
 --   signal:<name>      channel a task id whose generation on that node must stop
 --   signal:@inbox      channel something was added to to_follow
 --   said:<id>          channel a piece was added to text:<id>
@@ -245,7 +248,7 @@ end
 local MOST_GONE = 256
 
 -- Every message in its queue is void by now, so the queue goes too.
-local function forget_node(name)
+local function forget_node(name, left)
     local queue, info = unpack(redis.call('HMGET', P .. 'node:' .. name, 'queue', 'info'))
     redis.call('ZREM', P .. 'nodes', name)
     redis.call('DEL', P .. 'node:' .. name)
@@ -254,6 +257,7 @@ local function forget_node(name)
         if redis.call('HLEN', P .. 'gone') >= MOST_GONE then
             redis.call('HDEL', P .. 'gone', redis.call('HRANDFIELD', P .. 'gone'))
         end
+        if left then info = '{"left":true,' .. string.sub(info, 2) end
         redis.call('HSET', P .. 'gone', name, num(now) .. ' ' .. info)
         redis.call('EXPIRE', P .. 'gone', math.ceil(retention))
     end
@@ -624,7 +628,7 @@ function ops.leave(name, boot, reason)
     if redis.call('HGET', P .. 'node:' .. name, 'boot') ~= boot then return 'unknown' end
     node_down(name, reason)
     placed_tasks(name, { running = true }, function(id, t) give_back(id, t, 'handed_back', reason) end)
-    forget_node(name)
+    forget_node(name, true)
     return 'ok'
 end
 
@@ -707,9 +711,12 @@ function ops.resign(holder)
 end
 
 -- → ok | not_leader
-function ops.snapshot(epoch, state)
+function ops.snapshot(epoch, state, metrics, learned)
     if not leads(epoch) then return 'not_leader' end
     redis.call('SET', P .. 'snapshot', state)
+    for key, value in pairs({ metrics = metrics, learned = learned }) do
+        if value ~= '' then redis.pcall('SET', P .. key, value) end -- nothing hangs on them
+    end
     return 'ok'
 end
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
 import redis
 
@@ -14,8 +15,10 @@ from perllm.broker.ledger.base import LedgerBase, readable
 from perllm.broker.ledger.records import (
     ENDING_FIELDS,
     Glance,
+    Gone,
     Leader,
     TaskRecord,
+    beliefs_of,
     deltas_of,
     glance_of,
     gone_of,
@@ -28,7 +31,7 @@ from perllm.broker.ledger.records import (
     text_of,
 )
 from perllm.broker.logs import LazyLogger
-from perllm.broker.messages import Delta, Heartbeat, NodeInfo, Result, State
+from perllm.broker.messages import Delta, Heartbeat, NodeBelief, NodeInfo, Result, State
 
 #: Bytes of results read in one call, and how many results are read at once whatever their size.
 READ_BYTES, FEW = 8 << 20, 4
@@ -268,12 +271,41 @@ class Query(LedgerBase):
             rows = readable(pipe.execute(raise_on_error=False))
             return [node for row in rows if row and (node := node_of(row)) is not None]
 
-    def gone(self) -> list[tuple[NodeInfo, float]]:
-        """Nodes that left or died and did not come back: what they registered, and when they went (s, the server's
-        clock). Some of them, and none for longer than the retention."""
+    def gone(self) -> list[Gone]:
+        """Nodes that left or died and did not come back. Some of them, and none for longer than the retention."""
         with reaching(self.settings):
             raw = cast("dict[bytes, bytes]", self._client.hgetall(f"{self._prefix}gone"))
         return [node for said in raw.values() if (node := gone_of(said)) is not None]
+
+    def learned(self) -> dict[str, NodeBelief]:
+        """What the leading scheduler, or the last one, believes of the nodes; nothing where it believes nothing, or
+        this user may not know."""
+        with reaching(self.settings):
+            return beliefs_of(self._get_if_allowed("learned"))
+
+    def metrics(self) -> dict[str, Any]:
+        """The sums the leading scheduler keeps, as it last wrote them down: `perllm.broker.metrics.Sums.dump` under
+        `sums`, and `at`, when that was (s, the server's clock). Empty where there are none, or this user may not know
+        them: they name tenants."""
+        with reaching(self.settings):
+            raw = self._get_if_allowed("metrics")
+        try:
+            data = json.loads(raw) if raw else {}
+        except ValueError:
+            data = None
+        return data if isinstance(data, dict) else {}
+
+    def _get_if_allowed(self, key: str) -> bytes | None:
+        try:
+            return cast("bytes | None", self._client.get(f"{self._prefix}{key}"))
+        except redis.exceptions.NoPermissionError:
+            return None
+
+    def server_memory(self) -> tuple[int, int]:
+        """Bytes the server's data takes, and may take (0: no limit)."""
+        with reaching(self.settings):
+            info = self._client.info("memory")
+        return int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
 
     def distrusted(self, nodes: Sequence[str]) -> dict[str, str]:
         """Those of these nodes the scheduler sends little, and why."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from perllm.broker.errors import InvalidTask, Unreadable, field_errors
@@ -21,6 +21,7 @@ from perllm.broker.messages import (
     Dispatched,
     Explanation,
     Heartbeat,
+    NodeBelief,
     NodeInfo,
     Result,
     State,
@@ -32,6 +33,7 @@ from perllm.broker.text_features import sketch_task, with_words
 #: Bytes of a task beside its payload, features and result, about (as in ledger.lua).
 TASK_BYTES = 1024
 
+_BELIEFS: TypeAdapter[dict[str, NodeBelief]] = TypeAdapter(dict[str, NodeBelief], config=ConfigDict(defer_build=True))
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,254}")
 
 Verdict = Literal["ok", "void"]
@@ -109,6 +111,14 @@ class Leader(NamedTuple):
             return cls(**json.loads(text))
         except (ValueError, TypeError):
             return cls(text, 0.0, "", "")
+
+
+class Gone(NamedTuple):
+    """A node that is no more: it `left`, or it died."""
+
+    info: NodeInfo
+    at: float  # when, s, the server's clock
+    left: bool
 
 
 class Claim(NamedTuple):
@@ -365,10 +375,18 @@ def node_of(row: list[bytes | None]) -> tuple[NodeInfo, Heartbeat | None, bool] 
         return None
 
 
-def gone_of(raw: bytes) -> tuple[NodeInfo, float] | None:
+def beliefs_of(raw: bytes | None) -> dict[str, NodeBelief]:
+    try:
+        return _BELIEFS.validate_json(raw) if raw else {}
+    except ValidationError as error:
+        log.warning("learned_unreadable", reason=field_errors(error))
+        return {}
+
+
+def gone_of(raw: bytes) -> Gone | None:
     at, _, info = text_of(raw).partition(" ")
     try:
-        return NodeInfo.model_validate_json(info), float(at)
+        return Gone(NodeInfo.model_validate_json(info), float(at), info.startswith('{"left":true,'))
     except ValueError as error:
         log.warning("node_unreadable", reason=_reason(error))
         return None

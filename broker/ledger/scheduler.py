@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from perllm.broker.connection import of_a_record, reaching
@@ -12,7 +12,7 @@ from perllm.broker.ledger.events import START, Mark, event_of, in_order
 from perllm.broker.ledger.records import PLACEMENT_FIELDS, Dispatch, End, Placement, Ruling, placement_of
 from perllm.broker.ledger.script import Call, call
 from perllm.broker.logs import LazyLogger
-from perllm.broker.messages import Event, Explanation
+from perllm.broker.messages import Event, Explanation, NodeBelief
 
 #: Seconds a dispatched task may wait in its node's queue behind others. That its node takes up nothing though it has a
 #: slot for it is for the scheduler to see, and to `take_back`.
@@ -101,9 +101,23 @@ class Scheduler(LedgerBase):
         sooner."""
         self._call("announce", limit=SWEEP_LIMIT)
 
-    def save_snapshot(self, epoch: int, state: dict[str, Any]) -> bool:
-        """Keep the scheduler's learned state; False when this epoch no longer leads."""
-        return bool(self._call("snapshot", epoch=epoch, state=json.dumps(state)) == b"ok")
+    def save_snapshot(
+        self,
+        epoch: int,
+        state: dict[str, Any],
+        *,
+        metrics: dict[str, Any] | None = None,
+        learned: Mapping[str, NodeBelief] | None = None,
+    ) -> bool:
+        """Keep the scheduler's learned state, the sums it keeps (`Query.metrics`) and, for everybody, what it believes
+        of the nodes (`Query.learned`), in one call; what is None stays as it was. False when this epoch no longer
+        leads."""
+        beliefs = None if learned is None else {name: belief.model_dump() for name, belief in learned.items()}
+        texts = {"state": state, "metrics": metrics, "learned": beliefs}
+        said = self._call(
+            "snapshot", epoch=epoch, **{name: "" if data is None else json.dumps(data) for name, data in texts.items()}
+        )
+        return bool(said == b"ok")
 
     def load_snapshot(self) -> dict[str, Any] | None:
         """The state last saved, or None."""

@@ -46,6 +46,7 @@ class Task:
     start: float = 0.0  # it is not to be placed before
     strikes: int = 0
     attempt: int = 0  # of the last one
+    group: int = 0  # number of what it is summed up with (`core.task_groups`)
     origin: Mapping[Any, str] = field(default_factory=dict)  # what lines of a log say of where it comes from
     # Set while it is placed
     node: str | None = None

@@ -43,6 +43,7 @@ _ROW = np.dtype(
         ("attempt", "u4"),
         ("serial", "u4"),  # order of arrival here; 0: the row is free
         ("ticket", "u4"),  # order in which it was parked last
+        ("group", "u2"),
         ("n", "u1"),
         ("strikes", "u1"),
         ("fit_context", "u1"),
@@ -122,6 +123,25 @@ class Pending:
         """Those of all tasks here."""
         return self._lanes.keys()
 
+    def backlog(self) -> dict[int, tuple[int, float]]:
+        """Per group that has a task here, how many may be placed now, and since when the longest waiting of them might
+        (s)."""
+        counts, oldest = np.full(0, -1), np.zeros(0)  # −1: none is here
+        for chunk in self._chunks:
+            here = np.flatnonzero(chunk["serial"])
+            if not len(here):
+                continue
+            groups = chunk["group"][here]
+            if (more := int(groups.max()) + 1 - len(counts)) > 0:
+                counts = np.concatenate([counts, np.full(more, -1)])
+                oldest = np.concatenate([oldest, np.full(more, np.inf)])
+            counts[(counts < 0) & (np.bincount(groups, minlength=len(counts)) > 0)] = 0
+            awake = chunk["state"][here] != _ASLEEP
+            here, groups = here[awake], groups[awake]
+            counts += np.bincount(groups, minlength=len(counts))
+            np.minimum.at(oldest, groups, np.maximum(chunk["submitted"][here], chunk["start"][here]))
+        return {int(g): (int(counts[g]), float(oldest[g])) for g in np.flatnonzero(counts >= 0)}
+
     def get(self, task_id: str) -> Task | None:
         """A copy of the pending task of this id."""
         row = self._index.get(task_id)
@@ -159,6 +179,7 @@ class Pending:
             task.attempt,
             serial,
             0,
+            task.group,
             task.n,
             min(task.strikes, 255),
             task.fit_context,
@@ -218,7 +239,7 @@ class Pending:
         if not lane.live:
             del self._lanes[lane.demand]
         self._avoid.pop(row, None)
-        self._chunks[row // _CHUNK][row % _CHUNK] = (*(None,) * 6, *(0,) * 16)
+        self._chunks[row // _CHUNK][row % _CHUNK] = (*(None,) * 6, *(0,) * 17)
         self._free.append(row)
         if len(self._wakeups) > 4 * len(self._index) + 64:
             self._tidy_wakeups()
@@ -334,6 +355,7 @@ class Pending:
             text=text,
             start=start,
             n=values[-4],
+            group=values[-5],
             strikes=values[-3],
             attempt=attempt,
             origin=_origin(origin) if origin else {},

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from perllm.broker.messages import Candidate, Event, LengthForecast
+from perllm.broker.messages import Candidate, Event, LengthForecast, NodeBelief
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 
 
@@ -64,6 +64,10 @@ class Policy(Protocol):
     def forecast_length(self, task: Task) -> LengthForecast | None:  # noqa: ARG002
         """What it believes of the task's output length, where it has such a belief. Called after `explain`."""
         return None
+
+    def beliefs(self, cluster: Cluster, now: float) -> dict[str, NodeBelief]:  # noqa: ARG002
+        """What it has learned of the live nodes, by name, for people; nothing where it learns nothing of nodes."""
+        return {}
 
     def snapshot(self) -> dict[str, Any]:
         """The learned state as JSON-able data. After `restore` of it, decisions are identical."""

@@ -6,6 +6,7 @@ shows is what the service does.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal, assert_never
@@ -31,6 +32,7 @@ from perllm.broker.text_features import parse
 from perllm.scheduler.core.cluster import MAX_DEMANDS, Cluster, Demand, Group, Node, Task
 from perllm.scheduler.core.pending import Pending
 from perllm.scheduler.core.policy import Place, Policy, Reject, Wait
+from perllm.scheduler.core.task_groups import TaskGroups
 
 #: Tasks for the same nodes a round may leave waiting before it goes on to others (as the look-ahead of a backfilling
 #: scheduler); of those that can wait for LONG_WAIT seconds or more, MAX_LONG_WAITS are enough, since they make way for
@@ -68,6 +70,7 @@ class Decision:
     node: Node | None = None
     model: str | None = None
     failure: bool = False  # it could not be decided: a fault of ours
+    reason: str = "best"  # the kind of it, one of few
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,8 @@ class SchedulerCore:
         self.policy = policy
         self.cluster = Cluster()
         self.pending = Pending(edf=edf)
+        self.groups = TaskGroups(self.knows_model)
+        self.decided: Counter[tuple[str, str]] = Counter()  # action and kind of reason → decisions, waiting included
         self._placed: dict[str, Task] = {}
         self._queue_beyond_slots = queue_beyond_slots
         self._explain, self._reject_on_error = explain, reject_on_error
@@ -111,6 +116,7 @@ class SchedulerCore:
         self._gone: dict[str, tuple[NodeInfo, float]] = {}  # nodes, and when they went (s)
         self._distrusted: dict[str, Node] = {}
         self._unserved: dict[Demand, float] = {}  # demands no live node serves, since when (s)
+        self._models: set[str] | None = None  # that live or gone nodes have; None: not worked out
         self._excluded: dict[Demand, tuple[tuple[Node, str], ...]] = {}  # nodes that lack something, and what
 
     def find(self, task_id: str) -> Task | None:
@@ -126,7 +132,9 @@ class SchedulerCore:
         match event:
             case Submitted():
                 if task is None:
-                    self.pending.add(task_of(event))
+                    task = task_of(event)
+                    task.group = self.groups.number(task.tenant, task.service, task.model, event.at)
+                    self.pending.add(task)
             case Dispatched():
                 if task is not None:
                     self._place(task, event.node, event.attempt, event.at)
@@ -210,10 +218,24 @@ class SchedulerCore:
     def remember(self, info: NodeInfo, at: float) -> None:
         """A node was there until `at` (s), and may come back."""
         self._gone[info.name] = info, at
+        self._models = None
         if len(self._gone) > MAX_GONE:
             del self._gone[min(self._gone, key=lambda name: self._gone[name][1])]
 
+    @property
+    def known_nodes(self) -> Set[str]:
+        """Those that are live, and those that were and may come back."""
+        return self.cluster.nodes.keys() | self._gone.keys()
+
+    def knows_model(self, name: str) -> bool:
+        """Whether a node that is live, or was, has it."""
+        if self._models is None:
+            infos = (*(node.info for node in self.cluster.nodes.values()), *(info for info, _ in self._gone.values()))
+            self._models = {offer.name for info in infos for offer in info.models}
+        return name in self._models
+
     def _nodes_changed(self) -> None:
+        self._models = None
         self.cluster.changed()
         self._excluded.clear()
         self._rooms += 1
@@ -299,7 +321,7 @@ class SchedulerCore:
         decisions = []
         for late in self.pending.wake_due(now):
             self.pending.remove(late.id)
-            decisions.append(self._end(late, "expire", "the deadline passed before a node could take it"))
+            decisions.append(self._end(late, "expire", "deadline", "the deadline passed before a node could take it"))
         self.cluster.waiting = self.pending.awake
         decisions += self._refuse_unserved(now)
         self._begin_scans()
@@ -321,13 +343,14 @@ class SchedulerCore:
                     raise
                 self._take_out(task, now)
                 reason = f"the policy failed on it: {type(error).__name__}: {error}"
-                decisions.append(replace(self._end(task, "reject", reason), failure=True))
+                decisions.append(replace(self._end(task, "reject", "failure", reason), failure=True))
                 continue
             if isinstance(decided, Decision):
                 self.pending.remove(task.id)
                 decisions.append(decided)
             else:
                 waiting.append((task, decided))
+                self.decided["wait", "hopeless" if decided.hopeless else "not_worth_it_now"] += 1
                 waits_long = decided.until is not None and decided.until - now >= LONG_WAIT
                 lanes.waits(task.demand, was_parked=was_parked, long=waits_long)
         for task, wait in waiting:
@@ -336,6 +359,7 @@ class SchedulerCore:
             else:
                 self.pending.park(task, wait.until, wait.rank)
         self.pending.end_scan(lanes.with_room)
+        self.decided.update((decision.action, decision.reason) for decision in decisions)
         return decisions
 
     def _refuse_unserved(self, now: float) -> list[Decision]:
@@ -354,7 +378,7 @@ class SchedulerCore:
             self.pending.rescan([demand])
             while len(decisions) < MAX_REFUSED and (taken := self.pending.take([demand], [demand])):
                 self.pending.remove(taken[0].id)
-                decisions.append(self._end(taken[0], "reject", reason))
+                decisions.append(self._end(taken[0], "reject", "capability", reason))
         return decisions
 
     def _refusal(self, demand: Demand, now: float) -> str | None:
@@ -405,7 +429,7 @@ class SchedulerCore:
         length = self.policy.forecast_length(task) if self._explain else None
         match choice:
             case Reject(reason):
-                return self._end(task, "reject", reason, scores)
+                return self._end(task, "reject", "no_time", reason, scores)
             case Place(name):
                 node = self.cluster.nodes[name]
                 offer = node.offer(task.demand)
@@ -420,7 +444,8 @@ class SchedulerCore:
                     candidates=scores,
                     length=length,
                 )
-                return Decision(task, "dispatch", explanation, node, offer.name)
+                reason = "best" if len(candidates) > 1 else "only_one"
+                return Decision(task, "dispatch", explanation, node, offer.name, reason=reason)
             case _:
                 assert_never(choice)
 
@@ -454,6 +479,7 @@ class SchedulerCore:
         return self._end(
             task,
             "reject",
+            "context",
             f"{what} about {need} tokens; the largest context offered is {most}",
             self._excluded_from(task),
         )
@@ -479,11 +505,15 @@ class SchedulerCore:
         return tuple(Candidate(node=node.name, feasible=False, note=note) for node, note in excluded)
 
     def _end(
-        self, task: Task, action: Literal["reject", "expire"], reason: str, scores: tuple[Candidate, ...] = ()
+        self,
+        task: Task,
+        action: Literal["reject", "expire"],
+        reason: str,
+        sentence: str,
+        scores: tuple[Candidate, ...] = (),
     ) -> Decision:
-        return Decision(
-            task, action, Explanation(policy=self.policy.name, action=action, sentence=reason, candidates=scores)
-        )
+        why = Explanation(policy=self.policy.name, action=action, sentence=sentence, candidates=scores)
+        return Decision(task, action, why, reason=reason)
 
     def _sentence(self, task: Task, chosen: str, scores: tuple[Candidate, ...], count: int, now: float) -> str:
         sentence = f"{chosen} was the best of {count} candidate node{'s' if count != 1 else ''}"

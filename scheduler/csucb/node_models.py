@@ -11,15 +11,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from perllm.broker.messages import (
+    ArmBelief,
     Claimed,
     Completed,
     Counters,
     Dispatched,
     Event,
     Heartbeat,
+    NodeBelief,
     NodeInfo,
     NodeUp,
     Returned,
+    StepCost,
     StepTotals,
     Submitted,
 )
@@ -217,7 +220,7 @@ class NodeModel:
         return cls(
             boot=state["boot"],
             step_costs={model: StepCostModel.restored(s) for model, s in state["step_costs"].items()},
-            link=Bandwidth(**state["link"]),
+            link=Bandwidth.restored(state["link"]),
             watts=state["watts"],
             dispatch_delay=state["dispatch_delay"],
             read=Counters(**state["read"]),
@@ -345,6 +348,23 @@ class NodeModels:
             slot_price=price,
             stay=known.slot_price.stay,
             throughput=known.throughput(node.info),
+        )
+
+    def belief(self, node: Node, now: float) -> NodeBelief:
+        """What is known of a node, for people."""
+        known, estimate = self.of(node), self.estimate(node)
+        models = {}
+        for offer in node.info.models:
+            (step, sequence, prefill, context), spread, samples = known.step_costs[offer.name].at_time(now)
+            cost = StepCost(step=step, sequence=sequence, prefill=prefill, context=context)
+            models[offer.name] = ArmBelief(cost=cost, spread=spread, samples=samples)
+        return NodeBelief(
+            bandwidth=estimate.bandwidth,
+            latency=estimate.latency,
+            dispatch_delay=estimate.dispatch_delay,
+            slot_price=estimate.slot_price,
+            watts=max(estimate.watts, 0.0),
+            models=models,
         )
 
     def _arm(self, step_cost: StepCostModel, now: float) -> ArmEstimate:

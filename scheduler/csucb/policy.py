@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from perllm.broker.messages import Candidate, Completed, Ended, Event, LengthForecast, Returned, State
+from perllm.broker.messages import Candidate, Completed, Ended, Event, LengthForecast, NodeBelief, Returned, State
 from perllm.scheduler.core.cluster import Cluster, Node, Task
 from perllm.scheduler.core.policy import Choice, Place, Policy, Reject, Wait
 from perllm.scheduler.csucb import admission, constraints, scoring
@@ -249,6 +249,10 @@ class CsUcb(Policy):
     @override
     def forecast_length(self, task: Task) -> LengthForecast | None:
         return self._lengths.forecast(task) if task.generates else None
+
+    @override
+    def beliefs(self, cluster: Cluster, now: float) -> dict[str, NodeBelief]:
+        return {name: self._node_models.belief(node, now) for name, node in cluster.nodes.items()}
 
     # --- kept over a restart
 

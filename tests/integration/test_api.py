@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from standardwebhooks.webhooks import Webhook
 from support import users
 from support.api import ApiProcess, Sink
+from support.make import node_info
 from support.raw import redis_of
 from support.wait import eventually
 
@@ -595,8 +596,14 @@ def test_tasks_are_submitted_listed_cancelled_and_explained(api: ApiProcess) -> 
     assert explained["sentence"]
     long = http.post("/v1/tasks", json={"prompt": "Say words.", **ENDLESS, "deadline": 600}).json()["id"]
     assert http.post(f"/v1/tasks/{long}/cancel").json()["state"] == "cancelled"
-    (node,) = http.get("/v1/nodes").json()["data"]
-    assert node["name"] == "one"
+    api.ledger.register(node_info("mortal"))
+    redis_of(api.ledger).zadd("{perllm}:nodes", {"mortal": 1})
+    states = eventually(
+        lambda: "dead" in (s := {n["name"]: n["state"] for n in http.get("/v1/nodes").json()["data"]}).values() and s,
+        "it is found dead",
+    )
+    redis_of(api.ledger).hdel("{perllm}:gone", "mortal")
+    assert states == {"one": "up", "mortal": "dead"}
 
 
 def test_a_repeated_request_is_the_first_one(api: ApiProcess) -> None:
@@ -790,7 +797,7 @@ def scraped(client: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]
 
 def test_metrics_tell_of_tasks_nodes_and_requests(api: ApiProcess) -> None:
     assert httpx.get(f"{api.base}/metrics").status_code == 401
-    client = api.http("watcher")
+    client = api.http("watcher", operator=True)
     before = scraped(client)
     submitted = client.post("/v1/tasks", json={"prompt": "hi", "max_tokens": 2, "deadline": 60}).json()["id"]
     client.get(f"/v1/tasks/{submitted}")
@@ -814,6 +821,13 @@ def test_metrics_tell_of_tasks_nodes_and_requests(api: ApiProcess) -> None:
     assert grown(requests, method="POST", route="/v1/tasks", status="200") == 1
     assert grown(requests, method="GET", route="/v1/tasks/{id}", status="200") >= 2
     assert grown(requests, method="GET", route="none", status="404") == 1
+    plain = api.http("watcher")
+    name = "perllm_generation_tokens_total"
+    own = eventually(lambda: (s := scraped(plain)) and (name in {n for n, _ in s}) and s, "it is counted")
+    assert {dict(labels)["tenant"] for _, labels in own} == {"watcher"}
+    assert sum(value for (n, _), value in own.items() if n == name) == 2
+    assert own.items() <= scraped(client).items()
+    assert scraped(api.http("nobody")) == {}
 
 
 # --- logs

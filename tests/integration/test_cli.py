@@ -14,7 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.make import node_info
 from support.ports import free_port
+from support.raw import redis_of
 from support.wait import eventually
 
 from perllm import Client, InvalidTask
@@ -107,9 +109,24 @@ def test_the_same_batch_name_runs_nothing_twice(stack: Supervisor, tmp_path: Pat
 def test_lists_speak_json(stack: Supervisor) -> None:
     nodes = json.loads(perllm(stack.url, "nodes", "--json").stdout)
     assert {n["node"]["name"] for n in nodes} == {"one", "two"}
+    assert {n["state"] for n in nodes} == {"up"}
     assert isinstance(json.loads(perllm(stack.url, "tasks", "--json").stdout), list)
     assert json.loads(perllm(stack.url, "dead", "list", "--json").stdout) == []
     assert set(json.loads(perllm(stack.url, "status", "--json").stdout)) == {"tasks", "totals", "nodes"}
+
+
+def test_a_dead_node_is_shown_as_dead_and_what_was_learned_with_the_live(stack: Supervisor) -> None:
+    with Client(stack.url) as client:
+        ledger = client.ledger
+        ledger.register(node_info("mortal"))
+        redis_of(ledger).zadd("{perllm}:nodes", {"mortal": 1})
+        eventually(lambda: "one" in ledger.learned() and any(not gone.left for gone in ledger.gone()), "it is dead")
+        shown = {n["node"]["name"]: n for n in json.loads(perllm(stack.url, "nodes", "--json").stdout)}
+        assert shown["mortal"]["state"] == "dead"
+        assert shown["one"]["learned"]["bandwidth"] > 0
+        assert "dead since" in perllm(stack.url, "nodes").stdout
+        assert "mortal" not in perllm(stack.url, "nodes", "--live", "--json").stdout
+        redis_of(ledger).hdel("{perllm}:gone", "mortal")
 
 
 def test_a_short_id_will_do_and_tables_fit_80_columns(stack: Supervisor) -> None:

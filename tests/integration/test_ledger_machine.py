@@ -761,7 +761,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert {k.decode().split(":", 2)[2] for k in self.redis.keys(f"{self.p}node:*") if b":tasks" not in k} == set(
             live
         )
-        assert {info.name for info, _ in self.ledger.gone()} == self.gone
+        assert {info.name for info, _, _ in self.ledger.gone()} == self.gone
         for name in NODES:
             held = {i.decode() for i in self.redis.smembers(f"{self.p}node:{name}:tasks")}
             there = {t.id for t in self.on(name, "dispatched", "running")}

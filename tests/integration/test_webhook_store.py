@@ -63,6 +63,7 @@ def test_a_delivery_is_tried_again_given_up_and_replayed(webhooks: Webhooks) -> 
     assert [d.id for d in due(webhooks, lease)] == [delivery.id]
     webhooks.record_attempt(webhook, now(), failed(None), retry_in=5)
     assert now().state == "delivered"
+    assert webhooks.attempts() == {"delivered": 1, "failed": len(BACKOFF), "given_up": 1}
 
 
 def test_a_tenant_has_so_many_webhooks_and_no_more(webhooks: Webhooks) -> None:

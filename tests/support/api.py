@@ -72,17 +72,20 @@ class ApiProcess:
         rate: float | None = None,
         in_flight: int | None = None,
         max_value: float = 1.0,
+        *,
+        operator: bool = False,
     ) -> str:
-        return self.keys.make(tenant, "test", rate, in_flight, max_value)[1]
+        return self.keys.make(tenant, "test", rate, in_flight, max_value, operator=operator)[1]
 
     def openai(self, tenant: str = "default", **options: Any) -> OpenAI:
         """The official client, with a key of this tenant's."""
         options = {"api_key": self.key(tenant), "max_retries": 0, "timeout": 60, **options}
         return OpenAI(base_url=f"{self.base}/v1", **options)
 
-    def http(self, tenant: str = "default") -> httpx.Client:
+    def http(self, tenant: str = "default", *, operator: bool = False) -> httpx.Client:
         """A plain client, with a key of this tenant's."""
-        return httpx.Client(base_url=self.base, headers={"Authorization": f"Bearer {self.key(tenant)}"}, timeout=60)
+        key = self.key(tenant, operator=operator)
+        return httpx.Client(base_url=self.base, headers={"Authorization": f"Bearer {key}"}, timeout=60)
 
     def __enter__(self) -> Self:
         self.await_health()

@@ -189,6 +189,7 @@ NODE = {
     "generated": 48211,
     "energy": {"joules": 5310.4, "method": "cpu-model", "estimated": True},
     "draining": False,
+    "state": "up",
     "distrusted": None,
     "models": [MODEL],
     "capabilities": {MODEL: CAPABILITIES},

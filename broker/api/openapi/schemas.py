@@ -382,6 +382,7 @@ class NodeObject(Shape):
     generated: Annotated[int, Field(description="tokens since it started")]
     energy: NodeEnergy
     draining: bool
+    state: Literal["up", "draining", "dead"]
     distrusted: Annotated[str | None, Field(description="why it is sent little: it took up nothing it was sent")]
     models: list[str]
     capabilities: Annotated[dict[str, list[str]], Field(description="what each of its models can do here")]

@@ -37,6 +37,8 @@ MAX_PAYLOAD = 16 << 10
 MAX_ATTEMPTS = 20
 #: Seconds before each further attempt, and up to a fifth more: nine hours in all.
 BACKOFF = (5, 30, 120, 600, 1800, 3600, 7200, 18_000)
+#: How an attempt ends: delivered, failed and to be tried again, or failed for good.
+OUTCOMES = ("delivered", "failed", "given_up")
 #: Due webhooks looked at for the next leases: more than those of all tenants that could have their share already.
 _CANDIDATES = 1000
 
@@ -72,6 +74,8 @@ class Webhooks:
     api:webhooks-due              zset    webhooks with pending deliveries, by when they may have a lease
     api:webhook-leases            zset    those that have one, by when it ends
     api:webhooks-dropped          hash    events not made into deliveries, by webhook
+    api:webhook-totals            hash    attempts `delivered`, `failed` (to be tried again) and `given_up`, and events
+                                          `dropped`: ever, of all
     api:deliveries-due:<webhook>  zset    its pending deliveries by when they are due
     api:deliveries-done:<tenant>  zset    the tenant's final deliveries by when they became so
     """
@@ -85,6 +89,7 @@ class Webhooks:
         self._due = store.key("webhooks-due")
         self._leases = store.key("webhook-leases")
         self._dropped = store.key("webhooks-dropped")
+        self._totals = store.key("webhook-totals")
 
     def _pending_key(self, webhook_id: str) -> str:
         return self._store.key("deliveries-due", webhook_id)
@@ -145,6 +150,17 @@ class Webhooks:
             counts = self._client.hmget(self._dropped, [webhook.id for webhook in webhooks]) if webhooks else []
         return [int(count or 0) for count in cast("list[bytes | None]", counts)]
 
+    def attempts(self) -> dict[str, int]:
+        """Attempts ever, of all webhooks: delivered, failed to be tried again, given up."""
+        with reaching(self._settings):
+            counts = self._client.hmget(self._totals, list(OUTCOMES))
+        return dict(zip(OUTCOMES, (int(n or 0) for n in cast("list[bytes | None]", counts)), strict=True))
+
+    def dropped_ever(self) -> int:
+        """Events ever that became no delivery, of all webhooks."""
+        with reaching(self._settings):
+            return int(cast("bytes | None", self._client.hget(self._totals, "dropped")) or 0)
+
     def tenants(self) -> set[str]:
         """Tenants that have webhooks."""
         with reaching(self._settings):
@@ -183,6 +199,7 @@ class Webhooks:
                 if identity not in known:
                     if pending >= MAX_PENDING // len(webhooks):
                         pipe.hincrby(self._dropped, webhook.id, 1)
+                        pipe.hincrby(self._totals, "dropped", 1)
                         continue
                     delivery = DeliveryDocument(
                         id=identity,
@@ -323,6 +340,8 @@ class Webhooks:
             ),
         )
         with reaching(self._settings):
+            outcome = "delivered" if delivered else "given_up" if due is None else "failed"
+            self._client.hincrby(self._totals, outcome, 1)
             if changed is not None and due is not None:
                 self._client.zadd(self._pending_key(webhook.id), {delivery.id: due}, xx=True)
             else:
