@@ -40,7 +40,8 @@ TASK_BYTES = 1024
 #: Keys that outlive all work: the ledger's own; idempotency keys and streamed texts, which expire; and what Celery
 #: keeps per kind of queue.
 _LASTING = re.compile(
-    r"\{\w+\}:(events|requests|totals|epoch|leader|snapshot|gone|key:.+|text:.+)|_kombu\.binding.+|inbox:(unacked_mutex|takers)"
+    r"\{\w+\}:(events|requests|totals|epoch|leader|snapshot|metrics|learned|gone|api:file-stores|key:.+|text:.+)"
+    r"|_kombu\.binding.+|inbox:(unacked_mutex|takers)"
 )
 
 

@@ -76,6 +76,7 @@ class StoreSharing:
             pipe = self._store.client.pipeline()
             pipe.zremrangebyscore(self._key, "-inf", now)
             pipe.zadd(self._key, {self._member: now + KNOWN})
+            pipe.expire(self._key, round(KNOWN))
             pipe.execute()
 
     def _other(self) -> str | None:
