@@ -157,8 +157,9 @@ def test_streams_are_counted_by_key_and_in_all(api: ApiProcess) -> None:
     eventually(free, "the places are given back")
 
 
-def test_an_idle_stream_costs_next_to_nothing(server: EmbeddedServer, tmp_path: Path) -> None:
-    with ApiProcess(server.url, tmp_path) as api:
+def test_an_idle_stream_costs_next_to_nothing(server: EmbeddedServer, api: ApiProcess, tmp_path: Path) -> None:
+    files = api.settings.data_dir / "api" / "files"
+    with ApiProcess(server.url, tmp_path, api_files=files) as api:
         key = api.key("idle")
         request = json.dumps({"model": "auto", "input": "hi", "stream": True, "deadline": 600}).encode()
         head = f"POST /v1/responses HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\n"
@@ -356,7 +357,8 @@ def test_a_failed_upload_leaves_nothing(ledger: Ledger, settings: ApiSettings, s
     files = Files(settings, store)
     with pytest.raises(OSError, match="No space"):
         files.keep("t", "a", "batch", iter([Broken(b"x" * 1000)]))
-    assert [path for path in (settings.data_dir / "api").rglob("*") if path.is_file()] == []
+    found = [path for path in (settings.data_dir / "api").rglob("*") if path.is_file()]
+    assert [path.name for path in found] == ["store-id"]
     assert redis_of(ledger).keys(f"{prefix_of(ledger)}*") == []
 
 

@@ -98,7 +98,7 @@ def test_it_offers_what_it_tried(engine: RemoteEngine) -> None:
         "generate", "chat", "choices", "logprobs", "logit_bias", "grammar", "json_schema", "infill",
     }  # fmt: skip
     assert offer.calibration.step > 0
-    assert offer.calibration.prefill > 0
+    assert offer.calibration.prefill >= 0  # what a busy machine adds may hide it
     assert engine.power().estimated
     assert engine.power().method == "remote-price"
     assert KEY not in engine.description

@@ -401,7 +401,8 @@ def test_an_unusable_snapshot_is_passed_over(stage: Stage, snapshot: str, monkey
     monkeypatch.setattr(service_module, "log", log)
     stage.start()
     assert stage.placed(task_id) == ("a", 1)
-    assert [call.args[0] for call in log.warning.call_args_list] == ["snapshot_unusable"]
+    said = {call.args[0] for call in log.warning.call_args_list}
+    assert said - {"not_leader"} == {"snapshot_unusable"}  # on a busy machine it may lose the lead in between
 
 
 def test_nonsense_in_the_stream_and_among_the_nodes(stage: Stage) -> None:
