@@ -110,8 +110,7 @@ def submissions(folder: Path, requests: int, connections: int) -> dict[str, floa
     """Both sides once, each in a fresh process, the ledger cleared between."""
     bare = _side(folder, "bare", [sys.executable, "-m", "benchmarks.bare_fastapi"], requests, connections)
     ours = _side(folder, "api", [sys.executable, "-m", "perllm.broker.api", "--port"], requests, connections)
-    with Client() as client, connect(client.settings) as server:
-        server.flushdb()
+    _clear()
     return {
         "submit_per_s": ours["per_s"],
         "bare_fastapi_per_s": bare["per_s"],
@@ -183,8 +182,7 @@ def streams(folder: Path, pieces: int) -> dict[str, float]:
             figures |= {f"{name}_event_p50_ms": 1e3 * cuts[49], f"{name}_event_p99_ms": 1e3 * cuts[98]}
             figures |= {f"{name}_piece_p50_ms": 1e3 * statistics.median(each)}
             figures |= {f"{name}_pieces_per_event": len(each) / len(event)}
-    with Client() as client, connect(client.settings) as server:
-        server.flushdb()
+    _clear()
     return figures
 
 
@@ -260,6 +258,7 @@ def batch(folder: Path, lines: int, endpoint: str) -> dict[str, float]:
             with http.stream("GET", f"/v1/files/{file}/content") as file_lines:
                 outcomes += [json.loads(line)["custom_id"] or "bad" for line in file_lines.iter_lines()]
         peak = _peak_rss(api.pid)
+    _clear()
     bad = lines // BAD_EVERY
     whole = {f"line-{n}" for n in range(lines) if n % BAD_EVERY != BAD_EVERY - 1}
     lost = len(whole - set(outcomes)) + max(0, bad - outcomes.count("bad"))
@@ -370,6 +369,12 @@ def _tool_call(place: str) -> dict[str, Any]:
 
 
 # --- processes
+
+
+def _clear() -> None:
+    """Nothing of what was is to take room from what follows."""
+    with Client() as client, connect(client.settings) as server:
+        server.flushdb()
 
 
 def _free_port() -> int:
