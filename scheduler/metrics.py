@@ -135,7 +135,7 @@ class Metrics:
         sums.add("perllm_prefix_cache_hits", arm, receipt.cached_tokens)
 
     def _ended(self, event: Ended) -> None:
-        task = self._core.find(event.id) or self._ending.pop(event.id, None)
+        task = self._ending.pop(event.id, None) or self._core.find(event.id)
         group = self._group(task, None if task is None else task.model, event.at)
         self._sums.add("perllm_requests", (*group, str(event.state), "false"))
         if task is not None:

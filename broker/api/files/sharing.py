@@ -8,8 +8,10 @@ api:file-stores   zset   "<store's identity> <process> <its name for people>" by
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import cast
+from typing import TypeVar, cast
 from uuid import uuid4
 
 import structlog
@@ -24,6 +26,8 @@ KNOWN, RENEWED = 15.0, 5.0
 #: This process.
 _PROCESS = uuid4().hex
 
+T = TypeVar("T")
+
 log = structlog.get_logger(__name__)
 
 
@@ -33,6 +37,7 @@ class StoreSharing:
     def __init__(self, store: ApiStore, files: Files) -> None:
         self._store, self._files, self._key = store, files, store.key("file-stores")
         self._ending = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="perllm-file-store")
         self._member = f"{files.identity} {_PROCESS} {files.name}"
 
     def begin(self) -> None:
@@ -50,8 +55,8 @@ class StoreSharing:
         told = False
         while not self._ending.is_set():
             try:
-                await asyncio.to_thread(self._tell)
-                other = await asyncio.to_thread(self._other)
+                await self._apart(self._tell)
+                other = await self._apart(self._other)
                 if other and not told:  # both began at once, or the server was away
                     log.error("file_stores_differ", here=self._files.name, other=other)
                 told = other is not None
@@ -60,7 +65,11 @@ class StoreSharing:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), RENEWED)
         with suppress(Unreachable):
-            await asyncio.to_thread(self._forget)
+            await self._apart(self._forget)
+
+    async def _apart(self, call: Callable[[], T]) -> T:
+        """What a call to the server returns, made in a thread of our own (see `threads`)."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def end(self) -> None:
         """This process is going: `keep_known` ends with it no longer known."""
